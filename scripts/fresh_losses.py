@@ -1,0 +1,60 @@
+"""The loss of a freshly linearized student, nothing taught yet: copied, not copied, and with attention removed.
+
+    python scripts/fresh_losses.py nano
+    python scripts/fresh_losses.py smollm2-135m --corpus books.valid.txt
+
+Prints the table of docs/mixers.md, in nats on held-out text.
+"""
+
+import argparse
+
+import torch
+
+import subquad
+from subquad import mixers
+from subquad.config import Corpus
+from subquad.data import token_rows
+from subquad.modeling.families import find_attention
+
+
+@torch.no_grad()
+def loss(model, rows: torch.Tensor) -> float:
+    return sum(model(row[None], labels=row[None], use_cache=False).loss.item() for row in rows) / len(rows)
+
+
+def without_attention(teacher, rows: torch.Tensor) -> float:
+    """The teacher's loss where the output of every attention is zero."""
+    hooks = [
+        site.module.register_forward_hook(lambda module, args, out: (torch.zeros_like(out[0]), *out[1:]))
+        for site in find_attention(teacher)
+    ]
+    value = loss(teacher, rows)
+    for hook in hooks:
+        hook.remove()
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher")
+    parser.add_argument("--corpus", default="python-stdlib", help="a source of text; its held-out part is used")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=4)
+    args = parser.parse_args()
+    teacher, tokenizer = subquad.load_teacher(args.teacher)
+    corpus = Corpus(source=args.corpus, context=args.context)
+    held_out = token_rows(corpus, tokenizer, "valid", limit=args.rows * args.context)
+    rows = torch.stack([held_out[i]["input_ids"] for i in range(args.rows)])
+    calibration = token_rows(corpus, tokenizer, "train", limit=2**16)[0]["input_ids"][None]
+    print(f"teacher {loss(teacher, rows):.2f}, attention removed {without_attention(teacher, rows):.2f}\n")
+    print("| mixer | copied | not copied |\n|---|---|---|")
+    for name in mixers.REGISTRY:
+        values = [
+            loss(subquad.linearize(teacher, name, copy_qkv=copy, calibration=calibration).eval(), rows)
+            for copy in (True, False)
+        ]
+        print(f"| `{name}` | {values[0]:.2f} | {values[1]:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""Subquad turns pretrained Transformers into subquadratic language models.
+
+    student = subquad.linearize(teacher, mixer="gla")
+
+Importing the package registers its model class, so that `AutoModelForCausalLM.from_pretrained` loads students.
+"""
+
+from subquad.modeling.hub import SubquadConfig, SubquadForCausalLM
+from subquad.modeling.linearize import linearize
+from subquad.modeling.teachers import load_teacher
+
+__version__ = "0.1.0"
+__all__ = ["SubquadConfig", "SubquadForCausalLM", "linearize", "load_teacher"]

@@ -1,0 +1,249 @@
+"""The command line: `subquad --help` is its map. The only place that prints."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from subquad.errors import UserError
+
+MAP = """\
+Turn a pretrained Transformer into a subquadratic language model, and see what that keeps, costs and wins.
+
+  teach      distill    one student, from a recipe
+             study      all students of a recipe with lists, and a table of them
+  make       linearize  a fresh student, not yet taught
+  look       mixers     what can stand in the place of attention
+             inspect    a saved student: its layers, options, parameters, and what it holds a sequence
+  use        generate   let a model write on
+
+A recipe's teacher, and MODEL below, may be: nano, smollm2-135m, a directory, a .gguf file, or a hub id.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Exit code 2 and one line on stderr for a user's mistake, 130 for an interruption."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    quiet_libraries()
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"subquad: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("subquad: interrupted; the same command continues it", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes in one line, without the usage."""
+
+    def error(self, message: str):
+        print(f"{self.prog}: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="subquad", description=MAP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def add(name: str, run, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        return command
+
+    for name, run, summary in (
+        ("distill", run_distill, "Teach one student as a recipe says. The output directory is the loadable student."),
+        ("study", run_study, "Teach every student of a recipe whose keys hold lists, and print their table."),
+    ):
+        command = add(name, run, summary)
+        command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+        command.add_argument("--output", "-o", required=True, metavar="DIR", help="new, or of a run to be continued")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="put over the recipe: stages.hidden.lr=1e-3"
+        )
+    command = add("linearize", run_linearize, "Replace a teacher's attention and save the student, not yet taught.")
+    command.add_argument("teacher", metavar="TEACHER")
+    command.add_argument("--mixer", help="one of `subquad mixers`, for every layer; gated_deltanet if nothing is said")
+    command.add_argument(
+        "--layers", metavar="YAML", help="a plan in its place, such as '{default: gla, 0-3: attention}'"
+    )
+    command.add_argument("--output", "-o", required=True, metavar="DIR", help="a new directory")
+    command.add_argument("--no-copy", action="store_true", help="do not copy the teacher's q, k, v and o")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the mixer")
+    add("mixers", run_mixers, "List the mixers, their sources and their options.")
+    command = add("inspect", run_inspect, "Say what a saved student is and what it holds a sequence.")
+    command.add_argument("directory", metavar="DIR", help="a saved student")
+    command = add("generate", run_generate, "Let a model write on from a text.")
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("text", metavar="TEXT")
+    command.add_argument("--tokens", type=int, default=64, help="at most so many new tokens")
+    command.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--chat", action="store_true", help="TEXT is a message; use the model's chat template")
+    return parser
+
+
+def quiet_libraries() -> None:
+    """Our own messages on stdout, bare; of the libraries only what is wrong."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("subquad")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def run_distill(args: argparse.Namespace) -> None:
+    from subquad.config import load_recipe
+
+    recipe = load_recipe(args.recipe, args.set)
+    from subquad.distill.pipeline import distill
+    from subquad.study.table import format_table
+
+    row = distill(recipe, args.output)
+    print(format_table([row]))
+    print(f'\nThe student is in {args.output}; try: subquad generate {args.output} "Once upon a time"')
+
+
+def run_study(args: argparse.Namespace) -> None:
+    from subquad.config import load_study
+
+    recipes = load_study(args.recipe, args.set)
+    from subquad.study.grid import run_study
+    from subquad.study.table import format_table
+
+    total = len(recipes)
+    count = 0
+
+    def on_row(row) -> None:
+        nonlocal count
+        count += 1
+        print(
+            f"[{count}/{total}] {row['run']}: perplexity {row['perplexity']:.2f} (teacher "
+            f"{row['teacher_perplexity']:.2f}), recovered {row['recovered_share']:.1%}, {row['seconds']:.0f} s",
+            flush=True,
+        )
+
+    rows = run_study(recipes, args.output, on_row)
+    print(f"\n{format_table(rows)}\n\nStudents and results.json are in {args.output}")
+
+
+def run_linearize(args: argparse.Namespace) -> None:
+    from subquad.modeling.card import write_model_card
+    from subquad.modeling.linearize import linearize
+    from subquad.modeling.teachers import check_reference, load_teacher
+
+    layers = plan_of(args)
+    output = Path(args.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {args.output!r} exists and is not empty; expected a new directory")
+    check_reference(args.teacher)
+    teacher, tokenizer = load_teacher(args.teacher)
+    student = linearize(teacher, layers=layers, copy_qkv=not args.no_copy, seed=args.seed)
+    student.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    name = Path(args.teacher).name if Path(args.teacher).expanduser().exists() else args.teacher
+    write_model_card(output, student.config, name)  # type: ignore[arg-type]
+    what = args.mixer or ("hybrid" if args.layers else "gated_deltanet")
+    print(f"{what} student of {args.teacher}: {student.num_parameters():,} parameters, in {args.output}")
+
+
+def plan_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The layer plan that --layers, or --mixer and --option, give; its entries checked before a teacher is loaded."""
+    from subquad import yaml_tree
+    from subquad.modeling.plan import plan_entry
+
+    if args.layers is not None:
+        if args.mixer is not None or args.option:
+            raise UserError("--layers says the mixers and their options; leave out --mixer and --option")
+        layers = yaml_tree.parse(args.layers, lambda _line: "--layers").plain()
+        if not isinstance(layers, dict) or not layers:
+            raise UserError(
+                f"--layers: got {args.layers!r}, expected a mapping such as '{{default: gla, 1: attention}}'"
+            )
+        for key, entry in layers.items():
+            if not isinstance(entry, str | dict):
+                raise UserError(
+                    f"--layers: {key}: got {entry!r}, expected a mixer's name or a mapping with its options"
+                )
+            plan_entry(entry, f"--layers: {key}")
+        return layers
+    chosen: dict[str, Any] = {"mixer": args.mixer or "gated_deltanet"}
+    for text in args.option:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--option {text}: expected NAME=VALUE")
+        chosen[name] = yaml_tree.parse(value, lambda _line, text=text: f"--option {text}").plain()  # type: ignore[misc]
+    return {"default": plan_entry(chosen, "--mixer")}
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from subquad.modeling.summary import read_config, summary
+
+    print(summary(read_config(args.directory)))
+
+
+def run_mixers(args: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from subquad import mixers
+
+    for name in mixers.names():
+        if name == mixers.SOFTMAX:
+            print("softmax\n  The control: the teacher's own attention, kept.")
+            continue
+        cls = mixers.get(name)
+        module = sys.modules[cls.__module__]
+        print(f"{name}\n  {(module.__doc__ or '').strip().splitlines()[0]}")
+        print("  options: " + ", ".join(f"{f.name}={f.default}" for f in fields(cls.Options)))
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    import torch
+
+    from subquad.modeling.teachers import check_reference, load_teacher
+
+    check_reference(args.model)
+    if args.tokens < 1:
+        raise UserError(f"--tokens: got {args.tokens}, expected at least 1")
+    if args.temperature < 0:
+        raise UserError(f"--temperature: got {args.temperature}, expected 0 or more")
+    model, tokenizer = load_teacher(args.model)
+    torch.manual_seed(args.seed)
+    text = args.text
+    if args.chat:
+        if not tokenizer.chat_template:
+            raise UserError(f"{args.model} has no chat template; leave out --chat")
+        message = [{"role": "user", "content": args.text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    fed = tokenizer(text, add_special_tokens=not args.chat).input_ids
+    if not fed:
+        fed = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
+    if not fed:
+        raise UserError("TEXT is empty and the model has no token to begin with; expected some text")
+    ids = torch.tensor([fed], device=model.device)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    out = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.tokens, pad_token_id=pad, **sampling
+    )
+    print(tokenizer.decode(out[0, len(fed) if args.chat else 0 :], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Teaching a student in three stages: losses, stages, the trainer of one stage, the pipeline of all."""

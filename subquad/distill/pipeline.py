@@ -1,0 +1,277 @@
+"""From a recipe to a saved, measured student: runs the stages in order, skips what is finished, resumes what is not.
+
+A run owns its directory. While it lasts, `checkpoints/` holds a directory a stage; at the end the directory itself is
+the loadable student, with `recipe.yaml`, `metrics.jsonl` and `result.json` beside the weights.
+"""
+
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from subquad.config import Recipe, Stage
+from subquad.data import TokenRows, check_corpus, token_rows
+from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, Objective
+from subquad.distill.trainer import append_jsonl, newest_checkpoint, run_stage, total_steps
+from subquad.errors import UserError
+from subquad.evaluate.efficiency import decode_speed
+from subquad.evaluate.quality import compare, recovered_share, unigram_loss
+from subquad.modeling.hub import SubquadForCausalLM
+from subquad.modeling.linearize import linearize
+from subquad.modeling.teachers import Loaded, check_reference, load_teacher
+
+logger = logging.getLogger(__name__)
+CALIBRATION_TOKENS = 1024
+UNIGRAM_TOKENS = 200_000
+ORDER = ("matrix", "hidden", "end_to_end")
+
+
+@dataclass
+class Materials:
+    """What a run works with: the teacher, its tokenizer, and the text as rows of tokens."""
+
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenRows
+    valid: TokenRows
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, loaded: Loaded | None = None) -> "Materials":
+        """Loads the teacher (unless a study has it already) and tokenises as much of the corpus as the recipe uses."""
+        teacher, tokenizer = loaded or load_teacher(recipe.teacher)
+        teacher.requires_grad_(False)
+        if torch.cuda.is_available():
+            teacher.to("cuda")  # type: ignore[arg-type]
+        context, limit = recipe.corpus.context, getattr(teacher.config, "max_position_embeddings", None)
+        if limit is not None and context > limit:
+            raise UserError(f"corpus.context: got {context}; teacher {recipe.teacher!r} reads at most {limit} tokens")
+        tokens = max(UNIGRAM_TOKENS, sum(total_steps(s, context) * s.batch_size * context for _, s in stages(recipe)))
+        return cls(
+            teacher,
+            tokenizer,
+            train=token_rows(recipe.corpus, tokenizer, "train", limit=tokens, seed=recipe.seed),
+            valid=token_rows(recipe.corpus, tokenizer, "valid", limit=recipe.evaluation.tokens + context, seed=0),
+        )
+
+    def held_out(self, recipe: Recipe, rows_a_batch: int = 4) -> list[Tensor]:
+        """The batches on which students are measured: the same for every student and seed."""
+        count = max(1, math.ceil(recipe.evaluation.tokens / recipe.corpus.context))
+        return list(first_rows(self.valid, min(count, len(self.valid))).split(rows_a_batch))
+
+    def calibration(self, recipe: Recipe) -> Tensor:
+        return first_rows(self.train, max(1, CALIBRATION_TOKENS // recipe.corpus.context))
+
+
+def first_rows(rows: TokenRows, count: int) -> Tensor:
+    """`[count, context]`"""
+    return torch.stack([rows[i]["input_ids"] for i in range(count)])
+
+
+def stages(recipe: Recipe) -> list[tuple[str, Stage]]:
+    """The stages that a recipe has, in their order."""
+    return [(name, stage) for name in ORDER if (stage := getattr(recipe.stages, name)) is not None]
+
+
+def distill(recipe: Recipe, output: str | os.PathLike, loaded: Loaded | None = None) -> dict[str, Any]:
+    """Runs a recipe in the directory `output` and returns its row of results (also where it was finished before).
+
+    loaded: the recipe's teacher and tokenizer, where they are at hand.
+
+    Raises:
+        UserError: the directory holds something else, or the run of another recipe.
+    """
+    output = Path(output)
+    check_reference(recipe.teacher)
+    check_corpus(recipe.corpus)
+    finished = examine(recipe, output)
+    if finished is not None:
+        logger.info("%s is finished; nothing to do", output)
+        return finished
+    materials = Materials.prepare(recipe, loaded)
+    # Only now is the directory this run's: one refused for its recipe leaves none behind.
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "recipe.yaml", recipe.to_yaml())
+    held_out = materials.held_out(recipe)
+    student, done, spent = start(recipe, output, materials, held_out)
+    offset = 0
+    for name, stage in stages(recipe):
+        count = total_steps(stage, recipe.corpus.context) * stage.batch_size
+        if name not in done:
+            before = time.perf_counter()
+            train_stage(name, stage, recipe, output, student, materials, offset, count)
+            spent += time.perf_counter() - before
+            save_atomically(student, output / "checkpoints" / f"{name}-done", {"seconds": spent})
+            shutil.rmtree(output / "checkpoints" / name, ignore_errors=True)
+        offset += count
+    row = measure(recipe, output, student, materials, held_out, offset * recipe.corpus.context, spent)
+    student.save_pretrained(output)
+    materials.tokenizer.save_pretrained(output)
+    write_json(output / "result.json", {"digest": recipe.digest(), **versions(), "row": row})
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    return row
+
+
+def examine(recipe: Recipe, output: Path) -> dict[str, Any] | None:
+    """The row of results if `output` holds this recipe's finished run; UserError if it cannot hold this run."""
+    written = output / "recipe.yaml"
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {str(output)!r} is a file; expected a directory, new or of this run")
+    if written.exists():
+        if written.read_text() != recipe.to_yaml():
+            raise UserError(
+                f"{output} holds the run of another recipe (see its recipe.yaml); expected another directory, or the "
+                "same recipe to continue it"
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise UserError(f"output {str(output)!r} is not empty and holds no run; expected a new directory")
+    result = output / "result.json"
+    return json.loads(result.read_text())["row"] if result.exists() else None
+
+
+def start(
+    recipe: Recipe, output: Path, materials: Materials, held_out: list[Tensor]
+) -> tuple[SubquadForCausalLM, set[str], float]:
+    """The student as far as finished stages brought it, those stages, and the seconds that they took."""
+    folder = output / "checkpoints"
+    done = [name for name, _ in stages(recipe) if (folder / f"{name}-done" / "done.json").exists()]
+    if done:
+        last = folder / f"{done[-1]}-done"
+        logger.info("%s: resuming after stage %s", output, done[-1])
+        student = SubquadForCausalLM.from_pretrained(last)
+        return student, set(done), json.loads((last / "done.json").read_text())["seconds"]
+    before = time.perf_counter()
+    spec = recipe.student
+    student = linearize(
+        materials.teacher,
+        spec.mixer,
+        copy_qkv=spec.copy_qkv,
+        calibration=materials.calibration(recipe),
+        seed=recipe.seed,
+        **spec.options,
+    )
+    seconds = time.perf_counter() - before
+    if not (folder / "initial.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "initial.json", compare(student, materials.teacher, held_out))
+    return student, set(), seconds
+
+
+def train_stage(
+    name: str,
+    stage: Stage,
+    recipe: Recipe,
+    output: Path,
+    student: SubquadForCausalLM,
+    materials: Materials,
+    offset: int,
+    count: int,
+) -> None:
+    folder = output / "checkpoints" / name
+    metrics = output / "metrics.jsonl"
+    last = newest_checkpoint(folder)
+    reached = 0 if last is None else int(last.name.rpartition("-")[2])
+    if reached:
+        logger.info("%s: resuming stage %s from step %d", output, name, reached)
+    if metrics.exists():
+        rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
+        kept = [row for row in rows if row["stage"] != name or row["step"] <= reached]
+        write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+    run_stage(
+        student,
+        objective(name, stage, recipe, materials),
+        stage,
+        materials.train.take(count, start=offset),
+        recipe.corpus.context,
+        folder,
+        recipe.checkpoint,
+        recipe.seed,
+        report=lambda row: append_jsonl(metrics, [{**row, "stage": name}]),
+        label=f"{recipe.student.mixer} {name}",
+    )
+
+
+def objective(name: str, stage: Stage, recipe: Recipe, materials: Materials) -> Objective:
+    if name == "matrix":
+        return MatrixMixing(materials.teacher)
+    if name == "hidden":
+        return HiddenAlignment(materials.teacher, materials.calibration(recipe))
+    return EndToEndDistillation(materials.teacher, stage)  # type: ignore[arg-type]
+
+
+def measure(
+    recipe: Recipe,
+    output: Path,
+    student: SubquadForCausalLM,
+    materials: Materials,
+    held_out: list[Tensor],
+    tokens: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """The student's row of results."""
+    quality = compare(student, materials.teacher, held_out)
+    some = first_rows(materials.train, max(1, UNIGRAM_TOKENS // recipe.corpus.context))
+    unigram = unigram_loss(some, held_out, student.config.vocab_size)
+    speed = decode_speed(student, held_out[0][:1])
+    initial = json.loads((output / "checkpoints" / "initial.json").read_text())
+    return {
+        "mixer": recipe.student.mixer,
+        "copy_qkv": recipe.student.copy_qkv,
+        "seed": recipe.seed,
+        "parameters": student.num_parameters(),
+        "tokens": tokens,
+        "perplexity": quality["perplexity"],
+        "teacher_perplexity": quality["teacher_perplexity"],
+        "unigram_perplexity": math.exp(unigram),
+        "initial_perplexity": initial["perplexity"],
+        "initial_kl": initial["kl"],
+        "kl": quality["kl"],
+        "top1_agreement": quality["top1_agreement"],
+        "recovered_share": recovered_share(quality["loss"], quality["teacher_loss"], unigram),
+        "seconds": seconds,
+        **speed,
+    }
+
+
+def versions() -> dict[str, Any]:
+    """The head of every result: what measured it, and on what."""
+    from subquad import __version__
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    packages = {
+        "subquad": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    return {"versions": packages, "device": device}
+
+
+def save_atomically(student: SubquadForCausalLM, target: Path, done: dict[str, Any]) -> None:
+    """Saves into a directory beside `target` and moves it there whole."""
+    work = target.with_name(target.name + ".part")
+    shutil.rmtree(work, ignore_errors=True)
+    student.save_pretrained(work)
+    write_json(work / "done.json", done)
+    shutil.rmtree(target, ignore_errors=True)
+    work.rename(target)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)

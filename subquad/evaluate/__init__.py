@@ -1,0 +1,1 @@
+"""Measuring: what a student kept, and what it costs to run."""

@@ -1,0 +1,365 @@
+"""What every token mixer shares: projections, short convolutions, activations, masking, output norm, gate, and the
+three ways to run (on a sequence, from a state, as a mixing matrix).
+
+A mixer is a row of the table in docs/mixers.md: it sets its options' defaults and says what its gates are. It knows
+nothing of `transformers`: it maps `x: [B, T, hidden]` to `y: [B, T, hidden]`.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad import ops
+from subquad.errors import UserError, nearest
+from subquad.mixers.rotary import rotate
+
+State = tuple[Tensor, ...]
+ACTIVATIONS = ("silu", "elu1", "relu", "none")
+GATES = {"swish": 1.2784645427610738, "sigmoid": 0.0, "none": None}
+"""Gate kinds, and the pre-activation at which a fresh gate stands: swish(1.278...) = 1; sigmoid(0) = 1/2, whose
+gradient is largest and whose factor the output norm takes back."""
+
+
+MASKED = {"k": 0.0, "v": 0.0, "log_decay": 0.0, "beta": 0.0, "input_gate": -30.0, "forget_gate": 1e4}
+"""What each argument of a core is at padding: nothing is written and nothing decays. The log-sigmoid of 1e4 is 0, and
+with k = v = 0 the input gate moves only mLSTM's stabiliser, on which its output does not depend."""
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """The attention that a mixer replaces, in what can be written down: sizes of its heads, which of its projections
+    have a bias, how it turns queries and keys, how far it sees, and how many values it returns."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    qkv_bias: bool = False
+    output_bias: bool = False
+    initializer_range: float = 0.02
+    rotary: str | None = "half"
+    """One of `mixers.rotary.STYLES`; None where positions are not turned into queries and keys in a known way."""
+    window: int | None = None
+    """Tokens that a query sees, itself included; None: all before it."""
+    returns: int = 2
+    """Length of the tuple that the attention returns; 0 where it returns its output alone."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that every mixer has; a mixer overrides the defaults. Saved in the student's configuration."""
+
+    qk_activation: str = "silu"
+    """On queries and keys before the core: silu, elu1 (elu + 1), relu or none."""
+    short_conv: int = 0
+    """Width of the causal depthwise convolution on q, k and v; 0 for none. It starts as the identity."""
+    rotary: bool = False
+    """Keep the teacher's rotary embedding on queries and keys."""
+    output_norm: bool = True
+    """RMS norm of each head's output, with a weight per channel."""
+    output_gate: str = "swish"
+    """Gate on the output, computed from x: swish, sigmoid or none."""
+    half_life: float = 64.0
+    """Tokens after which a fresh student's memory has decayed to one half, where the decay is learned."""
+
+    def __post_init__(self) -> None:
+        if self.qk_activation not in ACTIVATIONS:
+            raise UserError(f"qk_activation: unknown {self.qk_activation!r}{nearest(self.qk_activation, ACTIVATIONS)}")
+        if self.output_gate not in GATES:
+            raise UserError(f"output_gate: unknown {self.output_gate!r}{nearest(self.output_gate, GATES)}")
+        for name in ("short_conv", "half_life"):
+            if not isinstance(getattr(self, name), int | float) or isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}: got {getattr(self, name)!r}, expected a number")
+        if self.short_conv < 0 or self.short_conv == 1:
+            raise UserError(f"short_conv: got {self.short_conv}, expected 0 (none) or a width of at least 2")
+        if not 0 < self.half_life < math.inf:
+            raise UserError(f"half_life: got {self.half_life}, expected a positive, finite number of tokens")
+
+    @classmethod
+    def create(cls, values: dict[str, Any]) -> "Options":
+        """Options from a mapping; an unknown name or a value of another type is a UserError."""
+        known = {f.name: f for f in fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                raise UserError(f"unknown mixer option {name!r}{nearest(name, known)}")
+            expected = type(known[name].default)
+            if not isinstance(value, expected if expected is not float else (int, float)) or (
+                isinstance(value, bool) and expected is not bool
+            ):
+                raise UserError(f"{name}: got {value!r}, expected a value like {known[name].default!r}")
+        return cls(**values)
+
+
+def half_life_decay(half_life: float | Tensor) -> Any:
+    """Log decay a token at which a memory halves in `half_life` tokens."""
+    return -math.log(2.0) / half_life
+
+
+def inverse_softplus(y: float) -> float:
+    """x with softplus(x) = y > 0."""
+    return y + math.log(-math.expm1(-y))
+
+
+class Mixer(nn.Module):
+    """Base of all mixers.
+
+    A subclass defines `Options`, `gates` (what goes to the op beside q, k, v) and, where it has parts of its own,
+    `build` and `reset_gates`. `op` names the core: "linear" (`ops.chunk`), "normalized" or "mlstm".
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[Options]] = Options
+    has_key_projection: ClassVar[bool] = True
+    gate_before_norm: ClassVar[bool] = False
+    BEHIND_MATRIX: ClassVar[frozenset[str]] = frozenset(
+        {"v_proj", "v_conv", "o_proj", "o_norm", "g_proj", "augmentation"}
+    )
+    """Parts that the mixing matrix does not depend on."""
+
+    def __init__(self, layout: HeadLayout, **options: Any):
+        super().__init__()
+        self.layout = layout
+        self.options = self.Options.create(options)
+        H, K, V, D = layout.num_heads, layout.head_dim, layout.value_dim, layout.hidden_size
+        self.q_proj = nn.Linear(D, H * K, bias=layout.qkv_bias)
+        if self.has_key_projection:
+            self.k_proj = nn.Linear(D, H * K, bias=layout.qkv_bias)
+        self.v_proj = nn.Linear(D, H * V, bias=layout.qkv_bias)
+        self.o_proj = nn.Linear(H * V, D, bias=layout.output_bias)
+        if self.options.short_conv:
+            self.q_conv = nn.Parameter(torch.empty(H * K, self.options.short_conv))
+            if self.has_key_projection:
+                self.k_conv = nn.Parameter(torch.empty(H * K, self.options.short_conv))
+            self.v_conv = nn.Parameter(torch.empty(H * V, self.options.short_conv))
+        if self.options.output_norm:
+            self.o_norm = nn.Parameter(torch.empty(H, V))
+        if self.options.output_gate != "none":
+            self.g_proj = nn.Linear(D, H * V, bias=True)
+        self.build()
+        self.reset_parameters()
+
+    # ------------------------------------------------------------------ what a mixer defines
+
+    def build(self) -> None:
+        """Creates the parameters of the gates."""
+
+    def reset_gates(self) -> None:
+        """Sets them to their neutral start."""
+
+    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the core takes beside `core`'s q, k, v, from `x: [B, T, hidden]`; may also give q, k or v anew.
+        Padding is masked afterwards, in one place."""
+        return {}
+
+    def core_scale(self) -> float | None:
+        """Scale of the core; None is `head_dim ** -0.5`."""
+        return None
+
+    def augment(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
+        """What is added to the core's output, `[B, T, H, V]`, before norm and gate."""
+        return o
+
+    # ------------------------------------------------------------------ the start
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The neutral start: random projections, convolutions as the identity, gates open, norms at one."""
+        for projection in self.projections().values():
+            nn.init.normal_(projection.weight, std=self.layout.initializer_range)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        for kernel in self.kernels().values():
+            nn.init.zeros_(kernel)
+            kernel[:, -1] = 1.0
+        if self.options.output_gate != "none":
+            nn.init.zeros_(self.g_proj.weight)
+            nn.init.constant_(self.g_proj.bias, GATES[self.options.output_gate] or 0.0)
+        self.set_output_scale(torch.ones(self.layout.num_heads))
+        self.reset_gates()
+
+    @torch.no_grad()
+    def set_output_scale(self, rms: Tensor) -> None:
+        """Output norms so that head h, gate included, starts at a root mean square of `rms[h]`."""
+        if self.options.output_norm:
+            fresh = 0.5 if self.options.output_gate == "sigmoid" and not self.gate_before_norm else 1.0
+            self.o_norm.copy_((rms / fresh).to(self.o_norm).unsqueeze(-1).expand_as(self.o_norm))
+
+    def projections(self) -> dict[str, nn.Linear]:
+        """The projections that a teacher's attention has too, by its names."""
+        found = {"q": self.q_proj, "v": self.v_proj, "o": self.o_proj}
+        return {**found, "k": self.k_proj} if self.has_key_projection else found
+
+    def kernels(self) -> dict[str, nn.Parameter]:
+        """The short convolutions."""
+        return {n: getattr(self, f"{n}_conv") for n in ("q", "k", "v") if hasattr(self, f"{n}_conv")}
+
+    # ------------------------------------------------------------------ the three ways to run
+
+    def forward(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        documents: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, State]:
+        """`x: [B, T, hidden]` and the state after the tokens before it, to `y: [B, T, hidden]` and the state after it.
+
+        documents: None, or bool `[B, T]`, False at padding, or integer `[B, T]`: 0 at padding, else the number of the
+            document; states do not cross from one document into the next.
+        state: what an earlier call returned. A tuple of tensors, each with the batch first.
+        """
+        if documents is not None and documents.dtype != torch.bool:
+            return self._packed(x, position_embeddings, documents, state)
+        keep = None if documents is None else documents.unsqueeze(-1)
+        core, convs = self.core_inputs(x, position_embeddings, keep, state)
+        recurrent = None if state is None else state[len(convs) :]
+        o, after = self._run(core, recurrent, None)
+        return self.readout(o, x, core), (*convs, *after)
+
+    def matrix(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The mixing matrix of the core, `[B, H, T, T]`: core output = M v."""
+        core, _ = self.core_inputs(x, position_embeddings, None, None)
+        return self.mixing_matrix(core)
+
+    def mixing_matrix(self, core: dict[str, Tensor]) -> Tensor:
+        inputs: dict[str, Any] = {name: t for name, t in core.items() if name != "v"}
+        return ops.matrix(**inputs, scale=self.core_scale())
+
+    def _run(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+        first = None if not state else state[0]
+        if core["q"].shape[1] == 1 and cu_seqlens is None:
+            o, after = ops.step(**core, initial_state=first, scale=self.core_scale())
+        else:
+            o, after = ops.chunk(**core, initial_state=first, scale=self.core_scale(), cu_seqlens=cu_seqlens)
+        return o, (after,)
+
+    def _packed(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, documents: Tensor, state: State | None
+    ) -> tuple[Tensor, State]:
+        """Rows that hold several documents each, run as one long row of documents without their padding: what comes
+        out there is zero. The state after a row is that of its last document."""
+        if state is not None:
+            raise ValueError("packed documents cannot be continued from a state; run them without a cache")
+        B, T = documents.shape
+        real = documents != 0
+        real[:, 0] |= ~real.any(1)  # a row of padding alone counts as one token, so that it too has a state
+        place = real.flatten().nonzero().flatten()
+        number, row = documents.flatten()[place], place // T
+        starts = torch.ones_like(place, dtype=torch.bool)
+        starts[1:] = (number[1:] != number[:-1]) | (row[1:] != row[:-1])
+        begin = starts.nonzero().flatten()
+        cu_seqlens = torch.cat([begin, begin.new_tensor([len(place)])])
+
+        def packed(t: Tensor) -> Tensor:
+            return t.expand(B, T, -1).reshape(1, B * T, -1)[:, place]
+
+        if position_embeddings is not None:
+            position_embeddings = packed(position_embeddings[0]), packed(position_embeddings[1])
+        x = packed(x)
+        core, convs = self.core_inputs(x, position_embeddings, None, None, cu_seqlens)
+        o, after = self._run(core, None, cu_seqlens)
+        y = self.readout(o, x, core)[0]
+        y = y.new_zeros(B * T, y.shape[-1]).index_copy(0, place, y).view(B, T, -1)
+        last = starts.cumsum(0)[real.sum(1).cumsum(0) - 1] - 1
+        return y, tuple(t[last] for t in (*convs, *after))
+
+    # ------------------------------------------------------------------ into the core and out of it
+
+    def core_inputs(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        keep: Tensor | None,
+        state: State | None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], State]:
+        """Everything that the core takes, by the names of the op's arguments, and the convolutions' states."""
+        H = self.layout.num_heads
+        flat = {name: p(x) for name, p in self.projections().items() if name != "o"}
+        convs: list[Tensor] = []
+        for name, kernel in self.kernels().items():
+            before = None if state is None else state[len(convs)]
+            if keep is not None:
+                flat[name], after = convolve_past_padding(flat[name], kernel, keep, before)
+            else:
+                flat[name], after = ops.short_conv(flat[name], kernel, initial_state=before, cu_seqlens=cu_seqlens)
+            convs.append(after)
+        core = {name: t.unflatten(-1, (H, -1)) for name, t in flat.items()}
+        for name in ("q", "k"):
+            if name in core:
+                core[name] = self.feature(core[name], position_embeddings)
+        core.update(self.gates(x, core))
+        if keep is not None:
+            for name in MASKED.keys() & core.keys():
+                hidden = ~keep.view(*keep.shape[:2], *[1] * (core[name].dim() - 2))
+                core[name] = core[name].masked_fill(hidden, MASKED[name])
+        return core, tuple(convs)
+
+    def feature(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Rotary embedding and activation of queries or keys, `[B, T, H, K]`."""
+        if self.options.rotary and self.layout.rotary is not None and position_embeddings is not None:
+            x = rotate(x, *position_embeddings, self.layout.rotary)
+        return activate(x, self.options.qk_activation)
+
+    def readout(self, o: Tensor, x: Tensor, core: dict[str, Tensor]) -> Tensor:
+        """From the core's output `[B, T, H, V]` to the block's output `[B, T, hidden]`: norm, gate, projection."""
+        o = self.augment(o, core)
+        gate = self.gate(x)
+        if gate is not None and self.gate_before_norm:
+            o = o * gate
+        if self.options.output_norm:
+            o = head_norm(o, self.o_norm)
+        if gate is not None and not self.gate_before_norm:
+            o = o * gate
+        return self.o_proj(o.flatten(-2))
+
+    def gate(self, x: Tensor) -> Tensor | None:
+        if self.options.output_gate == "none":
+            return None
+        g = self.g_proj(x).unflatten(-1, (self.layout.num_heads, -1))
+        return F.silu(g) if self.options.output_gate == "swish" else torch.sigmoid(g)
+
+
+def convolve_past_padding(x: Tensor, kernel: Tensor, keep: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`ops.short_conv` as if padding did not exist: it is moved in front of the state, so that the first token behind
+    it sees the last tokens before it. `x: [B, T, D]`, `keep: [B, T, 1]`; what comes out at padding has no meaning."""
+    W = kernel.shape[1] - 1
+    if before is None:
+        before = x.new_zeros(x.shape[0], W, x.shape[2])
+    kept = F.pad(keep[..., 0], (W, 0), value=True)
+    order = kept.long().argsort(dim=1, stable=True)
+    inputs = torch.cat([before, x], dim=1) * F.pad(keep, (0, 0, W, 0), value=True)
+    inputs = inputs.gather(1, order.unsqueeze(-1).expand_as(inputs))
+    y, after = ops.short_conv(inputs[:, W:], kernel, initial_state=inputs[:, :W].contiguous())
+    back = (order.argsort(dim=1)[:, W:] - W).clamp_min(0)
+    return y.gather(1, back.unsqueeze(-1).expand_as(y)), after
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it is that: for decays and norms, which bfloat16 is too coarse for."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def activate(x: Tensor, kind: str) -> Tensor:
+    if kind == "silu":
+        return F.silu(x)
+    if kind == "elu1":
+        return F.elu(x) + 1
+    return F.relu(x) if kind == "relu" else x
+
+
+def head_norm(o: Tensor, weight: Tensor, eps: float = 1e-8) -> Tensor:
+    """RMS norm over the channels of each head, in float32 at least. `eps` lies far below the square of the smallest
+    output of a fresh student, about 1e-7 in a first layer."""
+    wide = widen(o)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(o.dtype) * weight
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    return F.normalize(widen(x), dim=-1, eps=1e-6).to(x.dtype)

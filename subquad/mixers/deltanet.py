@@ -1,0 +1,50 @@
+"""DeltaNet (arXiv 2406.06484, equations 3 to 5): a write corrects what the state already answers to its key.
+
+    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T     o_t = S_t^T q_t / sqrt(K)     beta_t = sigmoid(w . x_t + b)
+
+Queries and keys are L2-normalised behind short convolution and activation. Nothing decays: old content goes where new
+content is written over it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from subquad.errors import UserError
+from subquad.mixers.base import Mixer, Options, l2_norm
+
+
+@dataclass(frozen=True)
+class DeltaNetOptions(Options):
+    short_conv: int = 4
+    output_gate: str = "none"
+    write_strength: float = 0.05
+    """beta of a fresh student."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.write_strength < 1:
+            raise UserError(f"write_strength: got {self.write_strength}, expected a number between 0 and 1")
+
+
+class DeltaNet(Mixer):
+    name = "deltanet"
+    Options = DeltaNetOptions
+    options: DeltaNetOptions
+
+    def build(self) -> None:
+        self.b_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads)
+
+    def reset_gates(self) -> None:
+        nn.init.zeros_(self.b_proj.weight)
+        strength = self.options.write_strength
+        nn.init.constant_(self.b_proj.bias, math.log(strength / (1 - strength)))
+
+    def feature(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+        return l2_norm(super().feature(x, position_embeddings))
+
+    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"beta": torch.sigmoid(self.b_proj(x))}

@@ -1,0 +1,46 @@
+"""Gated DeltaNet (arXiv 2412.06464, equation 10): the delta rule with Mamba-2's decay.
+
+    S~_t = exp(g_t) S_{t-1}     S_t = S~_t + beta_t k_t (v_t - S~_t^T k_t)^T     o_t = S_t^T q_t / sqrt(K)
+    g_t = -exp(A) softplus(a_t + dt)
+
+Decay clears the whole state, the delta rule single associations.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.mixers.base import half_life_decay, inverse_softplus, widen
+from subquad.mixers.deltanet import DeltaNet, DeltaNetOptions
+
+
+@dataclass(frozen=True)
+class GatedDeltaNetOptions(DeltaNetOptions):
+    output_gate: str = "swish"
+    half_life: float = 32.0
+    write_strength: float = 0.1
+
+
+class GatedDeltaNet(DeltaNet):
+    name = "gated_deltanet"
+    Options = GatedDeltaNetOptions
+
+    def build(self) -> None:
+        super().build()
+        H = self.layout.num_heads
+        self.a_proj = nn.Linear(self.layout.hidden_size, H, bias=False)
+        self.A_log = nn.Parameter(torch.empty(H))
+        self.dt_bias = nn.Parameter(torch.empty(H))
+
+    def reset_gates(self) -> None:
+        super().reset_gates()
+        nn.init.zeros_(self.a_proj.weight)
+        nn.init.zeros_(self.A_log)
+        nn.init.constant_(self.dt_bias, inverse_softplus(-half_life_decay(self.options.half_life)))
+
+    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+        step = F.softplus(widen(self.a_proj(x)) + widen(self.dt_bias))
+        return {**super().gates(x, core), "log_decay": -widen(self.A_log).exp() * step}

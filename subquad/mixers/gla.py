@@ -1,0 +1,64 @@
+"""Gated linear attention (arXiv 2312.06635, section 4): a decay per channel, from a low-rank projection.
+
+S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T       o_t = S_t^T q_t / sqrt(K)       g_t = logsigmoid(W_2 W_1 x_t + b) / 16
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.errors import UserError
+from subquad.mixers.base import Mixer, Options, half_life_decay, widen
+
+TEMPERATURE = 16.0
+"""tau of the paper: it keeps decays near one where the gate's logits are near zero."""
+
+
+@dataclass(frozen=True)
+class GLAOptions(Options):
+    decay_rank: int = 16
+    """Rank of the decay's projection."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decay_rank < 1:
+            raise UserError(f"decay_rank: got {self.decay_rank}, expected at least 1")
+
+
+class GLA(Mixer):
+    name = "gla"
+    Options = GLAOptions
+    options: GLAOptions
+
+    def build(self) -> None:
+        H, K = self.layout.num_heads, self.layout.head_dim
+        self.decay_down = nn.Linear(self.layout.hidden_size, self.options.decay_rank, bias=False)
+        self.decay_up = nn.Linear(self.options.decay_rank, H * K)
+
+    def reset_gates(self) -> None:
+        nn.init.normal_(self.decay_down.weight, std=self.layout.hidden_size**-0.5)
+        nn.init.zeros_(self.decay_up.weight)
+        log_decay = half_life_decay(self.initial_half_lives())
+        self.decay_up.bias.copy_(
+            logsigmoid_inverse(TEMPERATURE * log_decay).expand(self.layout.num_heads, -1).flatten()
+        )
+
+    def initial_half_lives(self) -> Tensor:
+        """In tokens, a value per channel."""
+        return torch.full((self.layout.head_dim,), float(self.options.half_life))
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """[B, T, H, K] in float32 at least."""
+        logits = widen(self.decay_up(self.decay_down(x)))
+        return (F.logsigmoid(logits) / TEMPERATURE).unflatten(-1, (self.layout.num_heads, -1))
+
+    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"log_decay": self.log_decay(x)}
+
+
+def logsigmoid_inverse(y: Tensor) -> Tensor:
+    """x with logsigmoid(x) = y < 0: y - log(1 - exp(y))."""
+    return y - torch.log(-torch.expm1(y)) if y.dtype == torch.float64 else logsigmoid_inverse(y.double()).to(y.dtype)

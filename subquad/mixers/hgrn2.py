@@ -1,0 +1,56 @@
+"""HGRN2 (arXiv 2404.07904, section 3): a gated linear RNN whose state is expanded by outer products.
+
+    f_t = l + (1 - l) sigmoid(W x_t + b)      k_t = 1 - f_t
+    S_t = Diag(f_t) S_{t-1} + k_t v_t^T       o_t = S_t^T q_t / sqrt(K)
+
+No key projection: what a channel forgets is what it takes up, as in MetaLA, but from a projection of full rank, with a
+lower bound l on what it keeps. Head norm, no gate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.errors import UserError
+from subquad.mixers.base import Mixer, Options, widen
+
+
+@dataclass(frozen=True)
+class HGRN2Options(Options):
+    output_gate: str = "none"
+    half_life: float = 256.0
+    """Longest half-life of a fresh student, in tokens; the shortest is one token."""
+    lower_bound: float = 0.0
+    """Least share of its content that a channel keeps from token to token."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.lower_bound < 0.5:
+            raise UserError(f"lower_bound: got {self.lower_bound}, expected a number from 0 to below 0.5")
+
+
+class HGRN2(Mixer):
+    name = "hgrn2"
+    Options = HGRN2Options
+    options: HGRN2Options
+    has_key_projection = False
+
+    def build(self) -> None:
+        self.f_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads * self.layout.head_dim)
+
+    def reset_gates(self) -> None:
+        nn.init.zeros_(self.f_proj.weight)
+        half_lives = self.options.half_life ** torch.linspace(0, 1, self.layout.head_dim, dtype=torch.float64)
+        kept, bound = torch.exp2(-1 / half_lives), self.options.lower_bound
+        bias = torch.logit((kept - bound) / (1 - bound))
+        self.f_proj.bias.copy_(bias.expand(self.layout.num_heads, -1).flatten())
+
+    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+        logits = widen(self.f_proj(x)).unflatten(-1, (self.layout.num_heads, -1))
+        bound = self.options.lower_bound
+        # log f without rounding where f is near one, and k = 1 - f = (1 - l) sigmoid(-logits) where it is near zero
+        log_decay = F.logsigmoid(logits) if bound == 0 else torch.log1p(-(1 - bound) * torch.sigmoid(-logits))
+        return {"log_decay": log_decay, "k": ((1 - bound) * torch.sigmoid(-logits)).to(core["q"].dtype)}

@@ -1,0 +1,50 @@
+"""Kimi Delta Attention (Kimi Linear, arXiv 2510.26692, section 3): the gated delta rule with a decay per channel.
+
+    S~_t = Diag(exp(g_t)) S_{t-1}     S_t = S~_t + beta_t k_t (v_t - S~_t^T k_t)^T     o_t = S_t^T q_t / sqrt(K)
+    g_t = -exp(A) softplus(W_2 W_1 x_t + dt)
+
+A is per head, dt per channel; the decay's projection has the rank of a head, as in Kimi Linear. Sigmoid output gate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.mixers.base import half_life_decay, inverse_softplus, widen
+from subquad.mixers.deltanet import DeltaNet, DeltaNetOptions
+
+
+@dataclass(frozen=True)
+class KDAOptions(DeltaNetOptions):
+    output_gate: str = "sigmoid"
+    half_life: float = 32.0
+    write_strength: float = 0.1
+
+
+class KDA(DeltaNet):
+    name = "kda"
+    Options = KDAOptions
+    options: KDAOptions
+
+    def build(self) -> None:
+        super().build()
+        H, K = self.layout.num_heads, self.layout.head_dim
+        self.decay_down = nn.Linear(self.layout.hidden_size, K, bias=False)
+        self.decay_up = nn.Linear(K, H * K, bias=False)
+        self.A_log = nn.Parameter(torch.empty(H))
+        self.dt_bias = nn.Parameter(torch.empty(H, K))
+
+    def reset_gates(self) -> None:
+        super().reset_gates()
+        nn.init.normal_(self.decay_down.weight, std=self.layout.hidden_size**-0.5)
+        nn.init.zeros_(self.decay_up.weight)
+        nn.init.zeros_(self.A_log)
+        nn.init.constant_(self.dt_bias, inverse_softplus(-half_life_decay(self.options.half_life)))
+
+    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+        logits = widen(self.decay_up(self.decay_down(x))).unflatten(-1, (self.layout.num_heads, -1))
+        log_decay = -widen(self.A_log).exp().unsqueeze(-1) * F.softplus(logits + widen(self.dt_bias))
+        return {**super().gates(x, core), "log_decay": log_decay}

@@ -1,0 +1,50 @@
+"""Linear attention (arXiv 2006.16236, equations 9 to 12): a feature map in place of the softmax's kernel.
+
+    o_t = phi(q_t)^T S_t / (phi(q_t) . z_t + eps)      S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t)
+
+No decay: a token is never forgotten, only outnumbered. By default phi is SiLU and a head norm stands in place of the
+normaliser (as in arXiv 2210.10340), which keeps most of a copied teacher (docs/mixers.md). The paper's own form is
+`qk_activation="elu1", normalizer=True, output_norm=False`. Rotary, if kept, goes before phi.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from subquad import ops
+from subquad.errors import UserError
+from subquad.mixers.base import Mixer, Options, State
+
+
+@dataclass(frozen=True)
+class LinearAttentionOptions(Options):
+    output_gate: str = "none"
+    normalizer: bool = False
+    """Divide by phi(q) . sum of phi(k), which phi must then keep positive (elu1, relu). Pointless before an output
+    norm, which takes the same factor out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalizer and self.qk_activation not in ("elu1", "relu"):
+            raise UserError(
+                f"normalizer: got true with qk_activation {self.qk_activation!r}, whose sums can vanish; expected "
+                "qk_activation elu1 or relu beside it"
+            )
+
+
+class LinearAttention(Mixer):
+    name = "linear_attention"
+    Options = LinearAttentionOptions
+    options: LinearAttentionOptions
+
+    def mixing_matrix(self, core: dict[str, Tensor]) -> Tensor:
+        if not self.options.normalizer:
+            return super().mixing_matrix(core)
+        return ops.normalized_matrix(core["q"], core["k"])
+
+    def _run(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+        if not self.options.normalizer:
+            return super()._run(core, state, cu_seqlens)
+        form = "step" if core["q"].shape[1] == 1 and cu_seqlens is None else "chunk"
+        return ops.normalized(**core, initial_state=state or None, form=form, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]

@@ -1,0 +1,65 @@
+"""Mamba-2's state space dual (arXiv 2405.21060, section 5; in the discrete form of MOHAWK, arXiv 2408.10189).
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T       o_t = S_t^T q_t / sqrt(K) + D v_t       g_t = -softplus(a_t)
+
+q is Mamba's C, k its B, v its x, all behind the short convolution. `discretization="zoh"` is Mamba-2's own form:
+dt_t = softplus(a_t), g_t = -dt_t exp(A), and k_t scaled by dt_t. The gate goes before the norm, as in Mamba-2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.errors import UserError, nearest
+from subquad.mixers.base import Mixer, Options, half_life_decay, inverse_softplus, widen
+
+
+@dataclass(frozen=True)
+class Mamba2Options(Options):
+    short_conv: int = 4
+    discretization: str = "unit"
+    """unit: MOHAWK's discrete form; zoh: Mamba-2's, with a step size."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.discretization not in ("unit", "zoh"):
+            raise UserError(
+                f"discretization: unknown {self.discretization!r}{nearest(self.discretization, ('unit', 'zoh'))}"
+            )
+
+
+class Mamba2(Mixer):
+    name = "mamba2"
+    Options = Mamba2Options
+    options: Mamba2Options
+    gate_before_norm = True
+
+    def build(self) -> None:
+        self.a_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads)
+        self.D = nn.Parameter(torch.empty(self.layout.num_heads))
+        if self.options.discretization == "zoh":
+            self.A_log = nn.Parameter(torch.empty(self.layout.num_heads))
+
+    def reset_gates(self) -> None:
+        nn.init.zeros_(self.a_proj.weight)
+        nn.init.constant_(self.a_proj.bias, inverse_softplus(-half_life_decay(self.options.half_life)))
+        nn.init.zeros_(self.D)
+        if self.options.discretization == "zoh":
+            nn.init.zeros_(self.A_log)
+
+    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+        step = F.softplus(widen(self.a_proj(x)))
+        if self.options.discretization == "unit":
+            return {"log_decay": -step}
+        return {"log_decay": -step * widen(self.A_log).exp(), "k": core["k"] * step.unsqueeze(-1).to(core["k"].dtype)}
+
+    def augment(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
+        return o + self.D.to(o.dtype).unsqueeze(-1) * core["v"]
+
+    def mixing_matrix(self, core: dict[str, Tensor]) -> Tensor:
+        M = super().mixing_matrix(core)
+        skip = self.D.to(M.dtype).view(-1, 1, 1) * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+        return M + skip

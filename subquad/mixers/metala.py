@@ -1,0 +1,46 @@
+"""MetaLA (arXiv 2411.10741, section 4): no key projection; what a channel forgets is what it can take up.
+
+    k_t = 1 - exp(g_t)     S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T    o_t = S_t^T q_t / sqrt(K) + (q_t . (w * k_t)) v_t
+
+The last term is the self-augmentation, whose w starts at zero. The decay is GLA's, but a fresh one spreads half-lives
+over the channels of each head, from 1 to 256 tokens: channels that all forgot alike would all hold the same average.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from subquad.mixers.gla import GLA, GLAOptions
+
+
+@dataclass(frozen=True)
+class MetaLAOptions(GLAOptions):
+    half_life: float = 256.0
+    """Longest half-life of a fresh student, in tokens; the shortest is one token."""
+
+
+class MetaLA(GLA):
+    name = "metala"
+    Options = MetaLAOptions
+    has_key_projection = False
+
+    def build(self) -> None:
+        super().build()
+        self.augmentation = nn.Parameter(torch.empty(self.layout.num_heads, self.layout.head_dim))
+
+    def reset_gates(self) -> None:
+        super().reset_gates()
+        nn.init.zeros_(self.augmentation)
+
+    def initial_half_lives(self) -> Tensor:
+        return self.options.half_life ** torch.linspace(0, 1, self.layout.head_dim)
+
+    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+        log_decay = self.log_decay(x)
+        return {"log_decay": log_decay, "k": -torch.expm1(log_decay).to(core["q"].dtype)}
+
+    def augment(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
+        weight = (core["q"] * core["k"] * self.augmentation).sum(-1, keepdim=True) * self.layout.head_dim**-0.5
+        return o + weight * core["v"]

@@ -1,0 +1,1 @@
+"""Students: reading a teacher's attention, replacing it, cache, configuration, saving and loading."""

@@ -1,0 +1,326 @@
+"""Reads a decoder's attention by watching it work, and knows no model family by name.
+
+`watch.py` sees queries, keys and values, and what goes into and out of the parts. The values themselves tell which
+output channel of which projection is which channel of which head: whether q, k and v are three projections or one,
+interleaved or not, with biases, norms, partial rotary or a head size of its own. What cannot be told so is refused with
+what was missing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from subquad.errors import UserError
+from subquad.mixers import HeadLayout
+from subquad.mixers.rotary import STYLES, rotate
+from subquad.modeling.watch import ROWS, TOKENS, Call, same, watch
+
+TOLERANCE = 2e-2
+"""Distance, over the size of the values, below which channels are the same: rounding in bfloat16 stays below it, and
+another channel, on five independent rows, does not come near."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the channels of q, k or v come from: rows of one projection, in head order, perhaps through a norm."""
+
+    projection: str
+    rows: Tensor
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One layer's attention: `module` stands at `path` in the model; `layout` is what a mixer must know of it."""
+
+    index: int
+    path: str
+    module: nn.Module
+    layout: HeadLayout
+    sources: dict[str, Source]
+    output: str
+    """Name of the output projection inside the module."""
+
+    def projection(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight `[out, in]` and bias of "q", "k", "v" or "o"; k and v with a grouped head repeated for each of its
+        query heads, in the order of the query heads."""
+        if name == "o":
+            return _linear(self.module.get_submodule(self.output))
+        source = self.sources[name]
+        weight, bias = _linear(self.module.get_submodule(source.projection))
+        weight, bias = weight[source.rows], None if bias is None else bias[source.rows]
+        if name in ("k", "v"):
+            weight = self._per_query_head(weight)
+            bias = None if bias is None else self._per_query_head(bias)
+        return weight, bias
+
+    def _per_query_head(self, rows: Tensor) -> Tensor:
+        groups = self.layout.num_heads // self.layout.num_kv_heads
+        return rows.unflatten(0, (self.layout.num_kv_heads, -1)).repeat_interleave(groups, dim=0).flatten(0, 1)
+
+
+def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator, assignment]
+    bias = None if module.bias is None else module.bias.detach()  # type: ignore[union-attr, operator]
+    return (weight.T if isinstance(module, Conv1D) else weight), bias  # type: ignore[return-value]
+
+
+def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
+    """The attention of every layer, in order; UserError with what was missing where it cannot be read."""
+    name = type(model).__name__
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{name} has no head over the vocabulary; expected a causal language model")
+    if getattr(model, "_is_stateful", False):
+        raise UserError(f"{name} cannot be linearized: its layers keep recurrent states of their own already")
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        calls = watch(model, random_tokens(model))
+    finally:
+        for module, mode in training:
+            module.training = mode
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(calls))
+    if not calls:
+        raise UserError(
+            f"{name} cannot be linearized: none of its layers hands queries, keys and values to transformers' "
+            "attention interface, or writes softmax(q k^T) v out, where they are read"
+        )
+    if len(calls) != layers or len({id(call.module) for call in calls}) != layers:
+        raise UserError(
+            f"{name} cannot be linearized: {len(calls)} attentions in {layers} layers; expected one a layer"
+        )
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [read_site(i, paths[id(call.module)], call, model.config) for i, call in enumerate(calls)]
+
+
+def random_tokens(model: PreTrainedModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment, union-attr]
+    return torch.randint(vocabulary, (ROWS, TOKENS), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def find_position_table(model: PreTrainedModel) -> int | None:
+    """Length of the table where `model` looks positions up, None where it has none: among its embeddings, the one
+    that gives the tokens of a row consecutive rows of its weight."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    looked_up: dict[int, Tensor] = {}
+
+    def keep(table, args, output):
+        looked_up[id(table)] = output
+
+    hooks = [table.register_forward_hook(keep) for table in tables]
+    try:
+        if tables:
+            model(input_ids=random_tokens(model), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for table in tables:
+        rows = looked_up.get(id(table))
+        if rows is None or rows.shape[-2] != TOKENS:
+            continue
+        rows = rows.flatten(0, -2)[:TOKENS]
+        # some leave the first rows to padding
+        first = int((table.weight - rows[0]).abs().sum(-1).argmin())
+        if first + TOKENS <= len(table.weight) and torch.equal(table.weight[first : first + TOKENS], rows):
+            return len(table.weight) - first
+    return None
+
+
+def read_site(index: int, path: str, call: Call, config: Any) -> AttentionSite:
+    where = f"layer {index} ({type(call.module).__name__})"
+    if getattr(call.module, "is_causal", True) is False:
+        raise UserError(f"{where} looks both ways; expected causal attention")
+    if adds_to_scores(call):
+        raise UserError(
+            f"{where} cannot be linearized: it adds more to its scores than a mask (a position bias such as ALiBi, or "
+            "a gate), which would be lost"
+        )
+    sources = {}
+    for name, values in (("q", call.query), ("k", call.key), ("v", call.value)):
+        source = trace(call, values)
+        if source is None:
+            raise UserError(
+                f"{where} cannot be linearized: its {name} is not made of channels of a projection of the layer's "
+                f"input; its parts are {', '.join(n for n in call.parts if '.' not in n)}"
+            )
+        sources[name] = source
+    output = next((n for n in linears(call) if same(call.parts[n][0], call.mixed)), None)
+    if output is None:
+        raise UserError(
+            f"{where} cannot be linearized: no projection takes what attention gives as it is; a gate or a norm stands "
+            "between"
+        )
+    returned = call.output[0] if isinstance(call.output, tuple) else call.output
+    if not isinstance(returned, Tensor) or not same(returned, call.parts[output][1]):
+        raise UserError(
+            f"{where} cannot be linearized: what it returns is not what its output projection, {output}, gives; "
+            "something is added to it or done with it inside, which a mixer in its place would leave out"
+        )
+    heads, kv_heads = call.query.shape[1], call.key.shape[1]
+    projections = {name: call.module.get_submodule(source.projection) for name, source in sources.items()}
+    layout = HeadLayout(
+        hidden_size=call.hidden_states.shape[-1],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=call.query.shape[-1],
+        value_dim=call.value.shape[-1],
+        qkv_bias=any(_linear(projection)[1] is not None for projection in projections.values()),
+        output_bias=_linear(call.module.get_submodule(output))[1] is not None,
+        initializer_range=getattr(config, "initializer_range", None) or 0.02,
+        rotary=rotary_style(call, sources["q"]),
+        window=call.options.get("sliding_window"),
+        returns=len(call.output) if isinstance(call.output, tuple) else 0,
+    )
+    return AttentionSite(index, path, call.module, layout, sources, output)
+
+
+def adds_to_scores(call: Call) -> bool:
+    """Whether scores are anything but (scaled) products of queries and keys, of the last `window` tokens."""
+    distance = (torch.arange(TOKENS).unsqueeze(-1) - torch.arange(TOKENS)).to(call.query.device)
+    seen = (distance >= 0) & (distance < (call.options.get("sliding_window") or TOKENS))
+    if call.probabilities is not None:
+        products = (call.query @ call.key.transpose(-1, -2)).float().masked_fill(~seen, -torch.inf)
+        plain = ((products * factor).softmax(-1) for factor in (1.0, call.query.shape[-1] ** -0.5))
+        return not any(torch.allclose(call.probabilities.float(), p, atol=TOLERANCE / TOKENS) for p in plain)
+    if call.mask is None:
+        return False
+    mask = call.mask[..., :TOKENS]
+    if mask.dtype == torch.bool:
+        return not bool((mask == seen).all())
+    return not (bool((mask[..., seen] == 0).all()) and bool((mask[..., ~seen] < -1e3).all()))
+
+
+def linears(call: Call) -> list[str]:
+    return [name for name in call.parts if isinstance(call.module.get_submodule(name), nn.Linear | Conv1D)]
+
+
+def trace(call: Call, values: Tensor) -> Source | None:
+    """Finds each channel of `values`, `[B, H, T, D]`, among the outputs of projections of the layer's input, on the
+    first token, where rotary turns nothing: directly, or as the output of a norm whose input is found there."""
+    x = call.hidden_states
+    names = linears(call)
+    offered = {
+        n: first_token(call.parts[n][1]) for n in names if same(call.parts[n][0], x) and by_token(call.parts[n][1])
+    }
+    # Some scale queries before attention does, and long-context rotary scales all.
+    factors = [1.0, values.shape[-1] ** -0.5]
+    if call.position_embeddings is not None:
+        factors.append(float(call.position_embeddings[0].flatten()[0]))
+
+    def among_projections(wanted: Tensor) -> Source | None:
+        for name, channels in offered.items():
+            rows = match(wanted, channels, factors)
+            if rows is not None:
+                return Source(name, rows)
+        return None
+
+    wanted = first_token(values.transpose(1, 2))
+    direct = among_projections(wanted)
+    if direct is not None:
+        return direct
+    for name, (taken, given) in call.parts.items():
+        if name in names or taken.shape != given.shape or not by_token(given):
+            continue
+        rows = match(wanted, first_token(given), factors)
+        behind = None if rows is None else among_projections(first_token(taken)[rows])
+        if behind is not None:
+            return Source(behind.projection, behind.rows, norm=name)
+    return None
+
+
+def by_token(x: Tensor) -> bool:
+    """Whether `x` is `[B, T, ...]` or `[B, H, T, D]`: a part may see its tokens otherwise, as experts do."""
+    return x.dim() > 2 and len(x) == ROWS and TOKENS in x.shape[1 : x.dim() - 1]
+
+
+def first_token(x: Tensor) -> Tensor:
+    """Channels `[channels, ROWS]` of the first token of `[B, T, ...]`, or of `[B, H, T, D]` in the order of heads."""
+    if x.dim() == 4 and x.shape[1] != TOKENS and x.shape[2] == TOKENS:
+        x = x.transpose(1, 2)
+    return x[:, 0].reshape(x.shape[0], -1).T.double()
+
+
+def match(wanted: Tensor, offered: Tensor, factors: list[float]) -> Tensor | None:
+    """For each row of `wanted` the row of `offered` that is the same up to one of `factors`; None if any has none."""
+    size = wanted.square().mean().sqrt().clamp_min(1e-30)
+    for factor in factors:
+        near = [torch.cdist(part, offered * factor).min(dim=1) for part in wanted.split(1024)]
+        if all(bool((n.values < TOLERANCE * size).all()) for n in near):
+            return torch.cat([n.indices for n in near])
+    return None
+
+
+def rotary_style(call: Call, source: Source) -> str | None:
+    """How the queries were turned, one of `mixers.rotary.STYLES`; None where they were not, or in no known way."""
+    if call.position_embeddings is None:
+        return None
+    part = call.parts[source.norm][1] if source.norm else call.parts[source.projection][1]
+    if part.dim() == 4 and part.shape[1] != TOKENS:
+        part = part.transpose(1, 2)
+    flat = part.flatten(2)
+    plain = (flat if source.norm else flat[..., source.rows]).unflatten(-1, (call.query.shape[1], -1))
+    turned = call.query.transpose(1, 2)
+    size = turned.float().square().mean().sqrt()
+    for style in STYLES:
+        try:
+            guess = rotate(plain, *call.position_embeddings, style)
+        except RuntimeError:
+            continue
+        if (guess.float() - turned.float()).square().mean().sqrt() < TOLERANCE * size:
+            return style
+    return None
+
+
+# ---------------------------------------------------------------------- recording
+
+
+@dataclass
+class Recording:
+    """What one layer's attention was given and what it made of it, in one forward of the teacher."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    heads: Tensor
+    """Input of the output projection, `[B, T, H * V]`."""
+
+    @property
+    def hidden_states(self) -> Tensor:
+        return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
+
+
+@torch.no_grad()
+def record_attention(model: PreTrainedModel, sites: list[AttentionSite], input_ids: Tensor) -> list[Recording]:
+    """Runs `model` once on `input_ids: [B, T]` (all tokens real, one document a row) and records every attention."""
+    given: dict[int, tuple] = {}
+    heads: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+    hooks = []
+    for site in sites:
+
+        def before(module, args, kwargs, index=site.index):
+            given[index] = args, kwargs
+
+        def projecting(module, args, index=site.index):
+            heads[index] = args[0].flatten(2) if args[0].dim() > 3 else args[0]
+
+        def after(module, args, output, index=site.index):
+            outputs[index] = output[0] if isinstance(output, tuple) else output
+
+        hooks.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(site.module.get_submodule(site.output).register_forward_pre_hook(projecting))
+        hooks.append(site.module.register_forward_hook(after))
+    try:
+        model.base_model(input_ids=input_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    order = [site.index for site in sites]
+    return [Recording(given[i][0], given[i][1], outputs[i], heads[i]) for i in order]

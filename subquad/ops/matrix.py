@@ -1,0 +1,127 @@
+"""The mixing matrix of the recurrence: the dense M with o = M v, for stage 1 and for diagnostics.
+
+    additive    M_ij = scale q_i . (D_ij k_j)                D_ij the decay from token j to token i >= j
+    delta rule  M    = A (I + L)^-1 Diag(beta)               A the additive M, L_ij = beta_i k_i . (D_ij k_j), i > j
+
+Both are put together from blocks of `BLOCK` tokens, so that a few rows of a long sequence cost no more than themselves
+and a tensor [T, T, K] is never built. Decays are differences of float64 sums; a decay per channel is exponentiated
+relative to a token between j and i, inside a block by the tree of `channel`, so that no factor exceeds one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.ops import checks
+from subquad.ops.scalar import FORGOTTEN
+
+BLOCK = 64
+
+
+def matrix(
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    rows: slice | None = None,
+) -> Tensor:
+    """The matrix M [B, H, T, T] of `step` and `chunk` from a zero state; differentiable.
+
+    Args:
+        q, k, log_decay, beta, scale: as in `step`.
+        rows: only these rows of M, [B, H, len(rows), T]; without a step.
+
+    Raises:
+        TypeError, ValueError: as `step`; `rows` with a step.
+    """
+    checks.check_qk(q, k)
+    checks.check_log_decay(q, log_decay)
+    if beta is not None:
+        checks.check_gate("beta", q, beta)
+    B, T, H, K = q.shape
+    first, end = checks.check_rows(rows, T)
+    dtype, dtype_out, scale = checks.work_dtype(q), q.dtype, K**-0.5 if scale is None else scale
+    q, k = (q[:, first:end].to(dtype) * scale).transpose(1, 2), k.to(dtype).transpose(1, 2)
+    products = DecayedProducts(k, log_decay)
+    A = torch.cat(
+        [q.new_zeros(B, H, 0, T), *(_row_block(products, q, a, first, end, T) for a in range(first, end, BLOCK))], 2
+    )
+    if beta is None:
+        return A.to(dtype_out)
+    strength = beta.to(dtype).transpose(1, 2)
+    solved = A[..., end:end]
+    writes = k * strength.unsqueeze(-1)
+    for a in reversed(range(0, end, BLOCK)):
+        b = min(a + BLOCK, end)
+        here = A[..., a:b]
+        if b < end:
+            here = here - solved @ products.before(writes[:, :, b:end], b, a, b)
+        system = products.inside(writes[:, :, a:b], a)  # its diagonal is not read
+        here = torch.linalg.solve_triangular(system, here, upper=False, left=False, unitriangular=True)
+        solved = torch.cat([here, solved], -1)
+    M = solved * strength[..., :end].unsqueeze(-2)
+    return F.pad(M, (0, T - end)).tril(first).to(dtype_out)
+
+
+def _row_block(products: DecayedProducts, q: Tensor, a: int, first: int, end: int, T: int) -> Tensor:
+    """Rows a to a + BLOCK of the additive matrix; `q` starts at token `first`."""
+    b = min(a + BLOCK, end)
+    rows = q[:, :, a - first : b - first]
+    return F.pad(torch.cat([products.before(rows, a, 0, a), products.inside(rows, a)], -1), (0, T - b))
+
+
+class DecayedProducts:
+    """x_i . (D_ij k_j) for blocks of rows x and of the keys k [B, H, T, K]."""
+
+    def __init__(self, k: Tensor, log_decay: Tensor | None) -> None:
+        self.k, self.per_channel = k, False
+        self.since: Tensor | None = None
+        if log_decay is None:
+            return
+        if log_decay.dim() == 1:
+            log_decay = log_decay.expand(k.shape[0], k.shape[2], -1)
+        self.per_channel = log_decay.dim() == 4
+        self.log_decay = log_decay.transpose(1, 2).to(torch.float64).clamp_min(FORGOTTEN)
+        self.since = self.log_decay.cumsum(2)
+        if not self.per_channel:
+            self.since = self.since.unsqueeze(-1)
+
+    def before(self, x: Tensor, a: int, c: int, d: int) -> Tensor:
+        """Rows `x` from token a on against keys c to d <= a."""
+        rows, keys = x, self.k[:, :, c:d]
+        if self.since is not None and c < d:
+            origin = self.since[:, :, a - 1 : a]
+            rows = rows * (self.since[:, :, a : a + x.shape[2]] - origin).to(x.dtype).exp()
+            keys = keys * (origin - self.since[:, :, c:d]).to(x.dtype).exp()
+        return rows @ keys.mT
+
+    def inside(self, x: Tensor, a: int) -> Tensor:
+        """Rows `x` from token a on against the keys of the same tokens, lower triangular."""
+        n = x.shape[2]
+        keys = self.k[:, :, a : a + n]
+        if self.since is None:
+            return (x @ keys.mT).tril()
+        if self.per_channel:
+            return triangle(x, keys, self.log_decay[:, :, a : a + n].to(x.dtype))
+        since = self.since[:, :, a : a + n]
+        return (x @ keys.mT).tril() * (since - since.mT).tril().to(x.dtype).exp()
+
+
+def triangle(x: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
+    """x_i . (D_ij k_j) for i >= j, all [B, H, n, K], by the tree of `channel`, differentiable by itself."""
+    n = x.shape[2]
+    pad = (0, 0, 0, (1 << (n - 1).bit_length()) - n)
+    x, k, log_decay = (F.pad(y, pad).unsqueeze(3) for y in (x, k, log_decay))  # [B, H, blocks, h, K]
+    A, total = torch.linalg.vecdot(x, k).unsqueeze(-1), log_decay  # blocks of A [h, h], h = 1
+    x = x * log_decay.exp()
+    while x.shape[2] > 1:
+        block = x[:, :, 1::2] @ k[:, :, 0::2].mT
+        upper = torch.cat([A[:, :, 0::2], torch.zeros_like(block)], -1)
+        A = torch.cat([upper, torch.cat([block, A[:, :, 1::2]], -1)], 3)
+        x = torch.cat([x[:, :, 0::2], x[:, :, 1::2] * total[:, :, 0::2].exp()], 3)
+        k = torch.cat([k[:, :, 0::2] * total[:, :, 1::2].exp(), k[:, :, 1::2]], 3)
+        total = total[:, :, 0::2] + total[:, :, 1::2]
+    return A[:, :, 0, :n, :n]

@@ -1,0 +1,1 @@
+"""Several students side by side: the grid and its table."""

@@ -1,0 +1,90 @@
+"""Measured numbers against ten-line references and known answers."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import subquad
+from subquad.evaluate.efficiency import cache_bytes, decode_speed
+from subquad.evaluate.quality import compare, recovered_share, unigram_loss
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_a_model_compared_with_itself(teacher):
+    rows = [torch.randint(0, 50, (3, 20)), torch.randint(0, 50, (1, 20))]
+    out = compare(teacher, teacher, rows)
+    assert out["kl"] == pytest.approx(0, abs=1e-7)
+    assert out["top1_agreement"] == 1
+    assert out["perplexity"] == out["teacher_perplexity"]
+    assert recovered_share(out["loss"], out["teacher_loss"], 10.0) == 1
+
+
+def test_perplexity_is_the_reference(teacher):
+    rows = [torch.randint(0, 50, (3, 20)), torch.randint(0, 50, (1, 20))]
+    student = subquad.linearize(teacher, "gla")
+    out = compare(student, teacher, rows)
+    losses, kls, same = [], [], []
+    with torch.no_grad():
+        for batch in rows:
+            for row in batch:
+                q, p = (F.log_softmax(m(row[None]).logits[0].double(), -1) for m in (student, teacher))
+                for t in range(19):
+                    losses.append(-q[t, row[t + 1]].item())
+                    kls.append((p[t].exp() * (p[t] - q[t])).sum().item())
+                    same.append(q[t].argmax() == p[t].argmax())
+    assert out["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert out["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-4)
+    assert out["top1_agreement"] == pytest.approx(sum(map(float, same)) / len(same))
+    assert out["kl"] > 0.01
+
+
+def test_compare_leaves_the_training_mode_alone(teacher):
+    student = subquad.linearize(teacher, "gla").train()
+    compare(student, teacher, [torch.randint(0, 50, (1, 9))])
+    assert student.training
+    assert not teacher.training
+
+
+def test_compare_refuses_no_rows(teacher):
+    with pytest.raises(ValueError, match="rows is empty"):
+        compare(teacher, teacher, [])
+
+
+def test_unigram_loss_is_the_entropy_of_its_own_text():
+    text = torch.tensor([[0, 1, 1, 2, 2, 2, 2, 2]] * 500)
+    expected = -(math.log(1 / 8) * 0 + 2 / 7 * math.log(2 / 8) + 5 / 7 * math.log(5 / 8))
+    assert unigram_loss([text], [text], 3) == pytest.approx(expected, abs=1e-2)
+    # a token never seen still has a probability
+    assert math.isfinite(unigram_loss([text], [torch.tensor([[0, 3]])], 4))
+
+
+def test_state_bytes_of_a_mixer_do_not_grow(teacher):
+    student = subquad.linearize(teacher, "gated_deltanet")
+    sizes = [decode_speed(student, torch.randint(0, 50, (1, n)), tokens=4)["state_bytes"] for n in (5, 50)]
+    heads, head_dim, width = 4, 8, 4
+    per_layer = heads * head_dim * head_dim + 3 * (width - 1) * heads * head_dim
+    assert sizes == [2 * per_layer * 4] * 2
+    kept = [decode_speed(teacher, torch.randint(0, 50, (1, n)), tokens=4)["state_bytes"] for n in (5, 50)]
+    assert kept == [2 * 2 * (n + 4) * 2 * 8 * 4 for n in (5, 50)]
+
+
+def test_cache_bytes_of_a_teacher(teacher):
+    cache = teacher(torch.randint(0, 50, (2, 7)), use_cache=True).past_key_values
+    assert cache_bytes(cache) == 2 * 2 * 2 * 7 * 2 * 8 * 4

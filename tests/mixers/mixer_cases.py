@@ -1,0 +1,86 @@
+"""The cases of the mixers' tests: every mixer with every value of every option, its parameters drawn at random."""
+
+import torch
+from torch import Tensor
+
+from subquad import mixers
+from subquad.mixers import HeadLayout, Mixer
+from subquad.mixers.base import ACTIVATIONS, GATES
+
+LAYOUTS = {
+    "plain": HeadLayout(hidden_size=24, num_heads=3, num_kv_heads=3, head_dim=8, value_dim=8),
+    "biased": HeadLayout(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True),
+}
+VALUES = {
+    "qk_activation": ACTIVATIONS,
+    "short_conv": (0, 2, 4),
+    "rotary": (True, False),
+    "output_norm": (True, False),
+    "output_gate": tuple(GATES),
+    "half_life": (3.0,),
+}
+OWN_VALUES: dict[str, tuple[dict, ...]] = {
+    "linear_attention": (
+        {"normalizer": True, "qk_activation": "elu1", "output_norm": False},
+        {"normalizer": True, "qk_activation": "relu", "rotary": True, "short_conv": 4},
+    ),
+    "mamba2": ({"discretization": "zoh"}, {"discretization": "zoh", "short_conv": 0}),
+    "gla": ({"decay_rank": 3},),
+    "metala": ({"decay_rank": 3},),
+    "deltanet": ({"write_strength": 0.5},),
+    "gated_deltanet": ({"write_strength": 0.5},),
+    "kda": ({"write_strength": 0.5},),
+    "hgrn2": ({"lower_bound": 0.3},),
+}
+
+
+def every_option() -> list[tuple[str, dict]]:
+    """Every mixer with its defaults, and with each value of each option beside them."""
+    cases = []
+    for name, cls in mixers.REGISTRY.items():
+        defaults = cls.Options()
+        cases.append((name, {}))
+        for option, values in VALUES.items():
+            cases += [(name, {option: value}) for value in values if value != getattr(defaults, option)]
+        cases += [(name, options) for options in OWN_VALUES.get(name, ())]
+    return cases
+
+
+def case_id(case: object) -> str:
+    if isinstance(case, tuple):
+        name, options = case
+        return "-".join([name, *(f"{key}={value}" for key, value in options.items())])
+    return str(case)
+
+
+def build(name: str, layout: str = "plain", seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> Mixer:
+    """A mixer no parameter of which is neutral."""
+    mixer = mixers.create(name, LAYOUTS[layout], **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in mixer.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 2 and key.endswith("_proj.weight"):
+                parameter.copy_(drawn * parameter.shape[1] ** -0.5)
+            else:
+                parameter.add_(drawn * 0.4)
+    return mixer.to(dtype)
+
+
+def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def rotary(positions: Tensor, head_dim: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """cos and sin `[B, T, head_dim]` of `positions: [B, T]`, as `transformers` hands them on."""
+    frequencies = 100.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.cat([positions[..., None].double() * frequencies] * 2, dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    assert found.shape == expected.shape
+    assert found.isfinite().all()
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))

@@ -1,0 +1,185 @@
+"""Every mixer against its paper's equations, written out here a token at a time in float64, and its fresh start."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mixer_cases import LAYOUTS, build, distance, draw, rotary
+
+from subquad import mixers
+from subquad.mixers.base import GATES
+
+CASES = [
+    ("linear_attention", {}),
+    ("linear_attention", {"normalizer": True, "qk_activation": "elu1", "output_norm": False, "rotary": True}),
+    ("retnet", {"qk_activation": "none"}),
+    ("mamba2", {}),
+    ("mamba2", {"discretization": "zoh", "output_gate": "sigmoid"}),
+    ("gla", {"qk_activation": "relu"}),
+    ("metala", {"short_conv": 4}),
+    ("deltanet", {}),
+    ("gated_deltanet", {"rotary": True}),
+    ("xlstm", {}),
+    ("xlstm", {"output_gate": "none", "output_norm": False}),
+]
+
+
+def turned(x, cos, sin):
+    """Pairs of channels (c, c + K/2) as complex numbers, times e^(i angle)."""
+    half = x.shape[-1] // 2
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos[..., :half], sin[..., :half])[:, None]
+    return torch.cat([z.real, z.imag], -1)
+
+
+def gate_values(mixer, x, H):
+    """Decay a_t, write strength and input gate of each token, from the papers' definitions; [T, H, 1 or K]."""
+    name, own = mixer.name, dict(mixer.named_parameters())
+    linear = lambda part: F.linear(x, own[f"{part}.weight"], own.get(f"{part}.bias"))  # noqa: E731
+    one = torch.ones(x.shape[0], H, 1, dtype=x.dtype)
+    decay, beta, write = one, None, one
+    if name == "retnet":
+        decay = one * torch.tensor([1 - 2.0 ** (-5 - h) for h in range(H)], dtype=x.dtype)[:, None]
+    elif name == "mamba2":
+        dt = F.softplus(linear("a_proj"))[..., None]
+        zoh = mixer.options.discretization == "zoh"
+        decay = torch.exp(-dt * own["A_log"].exp()[:, None]) if zoh else torch.exp(-dt)
+        write = dt if zoh else one
+    elif name in ("gla", "metala"):
+        logits = F.linear(linear("decay_down"), own["decay_up.weight"], own["decay_up.bias"])
+        decay = torch.sigmoid(logits).pow(1 / 16).unflatten(-1, (H, -1))
+    elif name in ("deltanet", "gated_deltanet"):
+        beta = torch.sigmoid(linear("b_proj"))[..., None]
+        if name == "gated_deltanet":
+            decay = torch.exp(-own["A_log"].exp() * F.softplus(linear("a_proj") + own["dt_bias"]))[..., None]
+    elif name == "xlstm":
+        decay, write = torch.sigmoid(linear("f_proj"))[..., None], linear("i_proj").exp()[..., None]
+    return decay, beta, write
+
+
+def written_out(mixer, x, cos, sin):
+    """The block's output on x [T, hidden] in float64, by the equations."""
+    layout, options, own = mixer.layout, mixer.options, dict(mixer.named_parameters())
+    T, H, K = x.shape[0], layout.num_heads, layout.head_dim
+
+    def projected(part):
+        y = F.linear(x, own[f"{part}_proj.weight"], own.get(f"{part}_proj.bias"))
+        if f"{part}_conv" in own:
+            kernel, W = own[f"{part}_conv"], options.short_conv
+            y = torch.stack([sum(kernel[:, W - 1 - d] * y[t - d] for d in range(min(W, t + 1))) for t in range(T)])
+        return y.unflatten(-1, (H, -1))
+
+    def feature(y):
+        y = turned(y, cos, sin) if options.rotary else y
+        y = {"silu": lambda z: z / (1 + torch.exp(-z)), "elu1": lambda z: torch.where(z > 0, z + 1, z.exp())}.get(
+            options.qk_activation, lambda z: z.clamp_min(0) if options.qk_activation == "relu" else z
+        )(y)
+        return y / y.norm(dim=-1, keepdim=True) if "deltanet" in mixer.name else y
+
+    decay, beta, write = gate_values(mixer, x, H)
+    q, v = feature(projected("q")) / math.sqrt(K), projected("v")
+    k = 1 - decay.expand(T, H, K) if mixer.name == "metala" else feature(projected("k"))
+    outputs = []
+    S, n = torch.zeros(H, K, v.shape[-1], dtype=x.dtype), torch.zeros(H, K, dtype=x.dtype)
+    for t in range(T):
+        S, n = decay[t].unsqueeze(-1) * S, decay[t] * n
+        new = v[t] if beta is None else beta[t] * (v[t] - torch.einsum("hk,hkv->hv", k[t], S))
+        S = S + torch.einsum("hk,hv->hkv", write[t] * k[t], new)
+        n = n + write[t] * k[t]
+        o, total = torch.einsum("hk,hkv->hv", q[t], S), (q[t] * n).sum(-1, keepdim=True)
+        if mixer.name == "xlstm":
+            o = o / total.abs().clamp_min(1)
+        if getattr(options, "normalizer", False):
+            o = o / (total + 1e-6)
+        if mixer.name == "mamba2":
+            o = o + own["D"][:, None] * v[t]
+        if mixer.name == "metala":
+            o = o + (q[t] * own["augmentation"] * k[t]).sum(-1, keepdim=True) * v[t]
+        outputs.append(o)
+    return read_out(mixer, own, x, torch.stack(outputs))
+
+
+def read_out(mixer, own, x, o):
+    gate = torch.ones_like(o)
+    if mixer.options.output_gate != "none":
+        g = F.linear(x, own["g_proj.weight"], own["g_proj.bias"]).unflatten(-1, (o.shape[1], -1))
+        gate = torch.sigmoid(g) * (g if mixer.options.output_gate == "swish" else 1)
+    before, behind = (gate, 1) if mixer.name == "mamba2" else (1, gate)
+    o = o * before
+    if mixer.options.output_norm:
+        o = o / (o.square().mean(-1, keepdim=True) + 1e-8).sqrt() * own["o_norm"]
+    return F.linear((o * behind).flatten(-2), own["o_proj.weight"], own.get("o_proj.bias"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{o}" if o else n for n, o in CASES])
+def test_block_is_its_equations(name, options):
+    mixer = build(name, "biased", dtype=torch.float64, **options)
+    x = draw(14, 24, dtype=torch.float64)
+    positions = rotary(torch.arange(14)[None], dtype=torch.float64)
+    found, _ = mixer(x[None], positions)
+    expected = written_out(mixer, x, positions[0][0], positions[1][0])
+    # RetNet's decays are float32 constants
+    assert distance(found[0], expected) < (1e-6 if name == "retnet" else 1e-9)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", mixers.REGISTRY)
+def test_fresh_output_of_a_head_has_the_scale_that_was_set(name, gate):
+    # projections of a usual size, so that the norm's epsilon is nothing beside what comes out of the core
+    layout = dataclasses.replace(LAYOUTS["plain"], initializer_range=0.3)
+    mixer = mixers.create(name, layout, output_gate=gate)
+    rms = torch.tensor([0.02, 0.5, 3.0])
+    mixer.set_output_scale(rms)
+    seen = []
+    mixer.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    mixer(draw(2, 30, 24), rotary(torch.arange(30)[None]))
+    found = seen[0].unflatten(-1, (3, 8)).square().mean((0, 1, 3)).sqrt()
+    assert torch.allclose(found, rms, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["gla", "mamba2", "gated_deltanet", "xlstm"])
+def test_fresh_memory_is_halved_after_the_half_life(name):
+    mixer = mixers.create(name, LAYOUTS["plain"], half_life=20.0)
+    x = draw(1, 5, 24) * 0
+    core, _ = mixer.core_inputs(x, None, None, None)
+    log_decay = F.logsigmoid(core["forget_gate"]) if name == "xlstm" else core["log_decay"]
+    assert torch.allclose((20 * log_decay).exp(), torch.tensor(0.5), rtol=1e-4)
+
+
+def test_fresh_metala_spreads_half_lives_from_one_token_to_the_longest():
+    core, _ = mixers.create("metala", LAYOUTS["plain"], half_life=128.0).core_inputs(draw(1, 3, 24), None, None, None)
+    half_lives = math.log(0.5) / core["log_decay"][0, 0]
+    assert torch.allclose(half_lives, 128.0 ** torch.linspace(0, 1, 8).expand(3, 8), rtol=1e-3)
+
+
+def test_retnet_forgets_by_head_as_published():
+    core, _ = mixers.create("retnet", LAYOUTS["plain"]).core_inputs(draw(2, 4, 24), None, None, None)
+    assert torch.allclose(core["log_decay"].exp(), 1 - torch.tensor([1 / 32, 1 / 64, 1 / 128]).expand(2, 4, 3))
+
+
+@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet"])
+def test_fresh_write_strength(name):
+    core, _ = mixers.create(name, LAYOUTS["plain"], write_strength=0.2).core_inputs(draw(1, 3, 24), None, None, None)
+    assert torch.allclose(core["beta"], torch.tensor(0.2))
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("name", mixers.REGISTRY)
+def test_fresh_convolution_changes_nothing(name, width):
+    def fresh(short_conv):
+        torch.manual_seed(0)
+        return mixers.create(name, LAYOUTS["plain"], short_conv=short_conv)
+
+    x, positions = draw(2, 9, 24), rotary(torch.arange(9)[None])
+    assert torch.equal(fresh(width)(x, positions)[0], fresh(0)(x, positions)[0])
+
+
+def test_rotary_leaves_channels_past_its_size_alone():
+    mixer = build("retnet", short_conv=0, qk_activation="none")
+    x = draw(1, 6, 24)
+    core, _ = mixer.core_inputs(x, rotary(torch.arange(6)[None], head_dim=4), None, None)
+    plain, _ = build("retnet", short_conv=0, qk_activation="none", rotary=False).core_inputs(x, None, None, None)
+    assert torch.equal(core["q"][..., 4:], plain["q"][..., 4:])
+    assert not torch.allclose(core["q"][:, 1:, :, :4], plain["q"][:, 1:, :, :4])

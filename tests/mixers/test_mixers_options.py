@@ -1,0 +1,91 @@
+"""The registry, and options that a mixer does not know or cannot take."""
+
+import pytest
+from mixer_cases import LAYOUTS
+
+from subquad import mixers
+from subquad.errors import UserError
+
+EIGHT = ["linear_attention", "retnet", "mamba2", "gla", "metala", "deltanet", "gated_deltanet", "xlstm"]
+ALL = [*EIGHT, "kda", "hgrn2"]
+
+
+def test_names_are_the_eight_two_more_and_the_control():
+    assert mixers.names() == [*ALL, "softmax"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_get_gives_the_class_of_that_name(name):
+    assert mixers.get(name).name == name
+    assert type(mixers.create(name, LAYOUTS["plain"])) is mixers.get(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("gated_delta_net", "gated_deltanet"), ("GLA", "gla"), ("mamba", "mamba2"), ("softmx", "softmax")],
+)
+def test_unknown_mixer_names_the_nearest(name, meant):
+    with pytest.raises(UserError, match=f"unknown mixer '{name}'; did you mean '{meant}'"):
+        mixers.get(name)
+
+
+def test_unknown_mixer_near_none_names_all():
+    with pytest.raises(UserError, match=", ".join(mixers.names())):
+        mixers.get("perceiver")
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"short_convolution": 4}, "unknown mixer option 'short_convolution'; did you mean 'short_conv'"),
+        ({"qk_activation": "sillu"}, "qk_activation: unknown 'sillu'; did you mean 'silu'"),
+        ({"output_gate": "swich"}, "output_gate: unknown 'swich'; did you mean 'swish'"),
+        ({"output_gate": None}, "output_gate: got None, expected a value like"),
+        ({"short_conv": 1}, "short_conv: got 1, expected 0 .none. or a width of at least 2"),
+        ({"short_conv": -4}, "short_conv: got -4"),
+        ({"short_conv": 2.5}, "short_conv: got 2.5, expected a value like"),
+        ({"short_conv": True}, "short_conv: got True, expected a value like"),
+        ({"rotary": "yes"}, "rotary: got 'yes', expected a value like"),
+        ({"rotary": 1}, "rotary: got 1, expected a value like"),
+        ({"output_norm": 0}, "output_norm: got 0"),
+        ({"half_life": "long"}, "half_life: got 'long', expected a value like"),
+        ({"half_life": 0}, "half_life: got 0, expected a positive, finite number"),
+        ({"half_life": -3.0}, "half_life: got -3.0, expected a positive"),
+        ({"half_life": float("nan")}, "half_life: got nan, expected a positive"),
+        ({"half_life": float("inf")}, "half_life: got inf, expected a positive, finite"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_wrong_option_says_what_was_expected(name, options, message):
+    with pytest.raises(UserError, match=message):
+        mixers.create(name, LAYOUTS["plain"], **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mamba2", {"discretization": "zho"}, "discretization: unknown 'zho'; did you mean 'zoh'"),
+        ("gla", {"decay_rank": 0}, "decay_rank: got 0, expected at least 1"),
+        ("metala", {"decay_rank": -1}, "decay_rank: got -1"),
+        ("deltanet", {"write_strength": 1.0}, "write_strength: got 1.0, expected a number between 0 and 1"),
+        ("gated_deltanet", {"write_strength": 0.0}, "write_strength: got 0.0"),
+        ("kda", {"write_strength": 1.5}, "write_strength: got 1.5"),
+        ("hgrn2", {"lower_bound": 0.5}, "lower_bound: got 0.5, expected a number from 0 to below 0.5"),
+        ("hgrn2", {"lower_bound": -0.1}, "lower_bound: got -0.1"),
+        ("linear_attention", {"normalizer": True}, "normalizer: got true with qk_activation 'silu'"),
+        ("linear_attention", {"normalizer": 1}, "normalizer: got 1"),
+        ("gla", {"write_strength": 0.1}, "unknown mixer option 'write_strength'"),
+        ("retnet", {"discretization": "zoh"}, "unknown mixer option 'discretization'"),
+    ],
+)
+def test_wrong_option_of_one_mixer_says_what_was_expected(name, options, message):
+    with pytest.raises(UserError, match=message):
+        mixers.create(name, LAYOUTS["plain"], **options)
+
+
+@pytest.mark.parametrize("half_life", [1e-3, 1, 1e6], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_any_positive_half_life_starts_finite(name, half_life):
+    mixer = mixers.create(name, LAYOUTS["plain"], half_life=half_life)
+    assert all(p.isfinite().all() for p in mixer.parameters())

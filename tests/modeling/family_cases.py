@@ -1,0 +1,115 @@
+"""A tiny random teacher of each of many families, and students of them, made once."""
+
+from functools import cache
+
+import torch
+from modeling_cases import TEXT, shaken
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import subquad
+from subquad import SubquadForCausalLM
+
+LLAMA = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
+NO_DROPOUT = dict.fromkeys(
+    (
+        "dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "attn_pdrop",
+        "resid_pdrop",
+        "embd_pdrop",
+        "residual_dropout",
+        "embedding_dropout",
+    ),
+    0.0,
+)
+FAMILIES: dict[str, dict] = {
+    # named by the issue
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": {**LLAMA, "head_dim": 12},
+    "mistral": {**LLAMA, "sliding_window": 6},
+    "gemma2": {**LLAMA, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 20},
+    "gemma3_text": {**LLAMA, "head_dim": 16, "sliding_window": 6},
+    "olmo2": LLAMA,
+    "phi3": LLAMA,
+    "gpt_neox": LLAMA,
+    "gpt2": {**GPT, **TOKENS},
+    "opt": {**LLAMA, "ffn_dim": 40, "word_embed_proj_dim": 32},
+    # nobody's: built from the same parts
+    "gemma": {**LLAMA, "head_dim": 16, "num_key_value_heads": 1},
+    "phi": LLAMA,
+    "stablelm": {**LLAMA, "use_qkv_bias": True},
+    "starcoder2": {**LLAMA, "sliding_window": 6},
+    "cohere": LLAMA,
+    "granite": {**LLAMA, "attention_multiplier": 0.2},
+    "nemotron": LLAMA,
+    "persimmon": {**LLAMA, "qk_layernorm": True},
+    "glm": {**LLAMA, "head_dim": 16},
+    "biogpt": LLAMA,
+    "gpt_bigcode": {**GPT, **TOKENS},
+    # these write their attention out
+    "gptj": {**GPT, **TOKENS, "rotary_dim": 4},
+    "gpt_neo": {**LLAMA, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "falcon": LLAMA,
+    # and these hold experts
+    "gpt_oss": {**LLAMA, **EXPERTS, "head_dim": 16, "sliding_window": 6},
+    "qwen2_moe": {**LLAMA, **EXPERTS},
+    "mixtral": {**LLAMA, **EXPERTS, "head_dim": 8},
+}
+LEARNED_POSITIONS = ("gpt2", "opt", "biogpt", "gpt_bigcode", "gpt_neo")
+PLANS = {
+    "gated_deltanet": {"default": {"mixer": "gated_deltanet", "short_conv": 4}},
+    "retnet": {"default": "retnet"},
+    "hybrid": {"default": "gla", "1": "attention"},
+}
+
+
+def build(family: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """In evaluation mode, every weight random, norms about one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **{**NO_DROPOUT, **FAMILIES[family], **changes})
+        )
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                drawn = torch.randn_like(parameter)
+                norm = "norm" in name or "ln_" in name
+                parameter.copy_(0.3 * drawn if parameter.dim() > 1 else norm * 1.0 + 0.1 * drawn)
+    return model.eval()
+
+
+@cache
+def family(name: str) -> PreTrainedModel:
+    """Shared by tests: look, do not touch."""
+    return build(name)
+
+
+@cache
+def student(name: str, plan: str) -> SubquadForCausalLM:
+    """Shared by tests: look, do not touch."""
+    return shaken(subquad.linearize(family(name), layers=PLANS[plan], calibration=TEXT))

@@ -1,0 +1,235 @@
+"""Every family with a few plans: what a student must do whatever its teacher was. (Every mixer on one family:
+test_generation.py, test_linearize.py, test_saving.py.)"""
+
+import pytest
+import torch
+from family_cases import FAMILIES, LEARNED_POSITIONS, PLANS, build, family, student
+from modeling_cases import EIGHT, TEXT, logits, shaken
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+import subquad
+from subquad.errors import UserError
+from subquad.modeling.families import find_attention, find_position_table, record_attention
+
+each_family = pytest.mark.parametrize("name", FAMILIES)
+each_plan = pytest.mark.parametrize("plan", PLANS)
+
+
+@pytest.fixture
+def ids():
+    """[3, 17] tokens, none of them special; longer than the windows."""
+    return torch.randint(3, 61, (3, 17), generator=torch.Generator().manual_seed(5))
+
+
+def near(found, expected, tolerance=1e-4):
+    return float((found - expected).abs().max()) < tolerance * max(1.0, float(expected.abs().max()))
+
+
+# ---------------------------------------------------------------------- what is copied
+
+
+@each_family
+def test_softmax_reproduces_the_teacher(name, ids):
+    teacher = family(name)
+    control = subquad.linearize(teacher, "softmax", calibration=TEXT)
+    assert near(logits(control, ids), logits(teacher, ids), 1e-5)
+    mask = torch.ones_like(ids)
+    mask[0, :6], mask[1, 12:] = 0, 0
+    expected = logits(teacher, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    real = mask.bool()
+    assert near(logits(control, ids, attention_mask=mask)[real], expected[real])
+
+
+def by_hand(name, attention, x, layout):
+    """q, k and v `[B, T, heads, channels]` before norms and rotary, as each family's own file makes them."""
+    H, G, D = layout.num_heads, layout.num_kv_heads, layout.head_dim
+    if name == "gpt_neox":
+        return attention.query_key_value(x).unflatten(-1, (H, 3 * D)).chunk(3, dim=-1)
+    if name == "persimmon":
+        return attention.query_key_value(x).unflatten(-1, (H, 3, D)).unbind(-2)
+    if name == "gpt2":
+        return (part.unflatten(-1, (H, D)) for part in attention.c_attn(x).split(H * D, dim=-1))
+    if name == "falcon":
+        return attention.query_key_value(x).unflatten(-1, (H + 2, D)).split([H, 1, 1], dim=-2)
+    if name in ("phi3", "gpt_bigcode"):
+        qkv = (attention.qkv_proj if name == "phi3" else attention.c_attn)(x)
+        return (part.unflatten(-1, (-1, D)) for part in qkv.split([H * D, G * D, G * D], dim=-1))
+    return (getattr(attention, f"{part}_proj")(x).unflatten(-1, (-1, D)) for part in "qkv")
+
+
+@each_family
+def test_copied_projections_give_what_the_teachers_give(name, ids):
+    teacher = build(name)
+    if name not in ("gpt_oss", "qwen2_moe", "mixtral"):  # experts have no kernel for it
+        teacher.double()
+    copied = subquad.linearize(teacher, "gla", calibration=TEXT)
+    sites = find_attention(teacher)
+    for site, block, record in zip(sites, copied.blocks, record_attention(teacher, sites, ids), strict=True):
+        layout, x = site.layout, record.hidden_states
+        groups = layout.num_heads // layout.num_kv_heads
+        with torch.no_grad():
+            q, k, v = by_hand(name, site.module, x, layout)
+            expected = {"q": q, "k": k.repeat_interleave(groups, 2), "v": v.repeat_interleave(groups, 2)}
+            for part, wanted in expected.items():
+                assert near(block.mixer.projections()[part](x), wanted.flatten(2), 1e-6), part
+            heads = record.heads
+            assert near(block.mixer.o_proj(heads), record.output, 1e-6)
+
+
+# ---------------------------------------------------------------------- students at work
+
+
+@each_plan
+@each_family
+def test_cached_decoding_equals_the_full_forward(name, plan, ids):
+    model = student(name, plan)
+    full = logits(model, ids, use_cache=False)
+    cache = model.new_cache()
+    pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split([5, 1, 1, 1, 4, 1, 1, 3], dim=1)]
+    assert near(torch.cat(pieces, 1), full)
+    assert cache.get_seq_length() == 17
+
+
+@each_plan
+@each_family
+def test_padded_rows_and_packed_documents_give_what_each_gives_alone(name, plan, ids):
+    model = student(name, plan)
+    mask = torch.ones_like(ids)
+    mask[0, :8], mask[1, 10:] = 0, 0
+    found = logits(model, ids, attention_mask=mask)
+    for row in range(3):
+        real = mask[row].bool()
+        assert near(found[row, real], logits(model, ids[row : row + 1, real])[0])
+    positions = torch.cat([torch.arange(9), torch.arange(8)])
+    found = logits(model, ids[:1], position_ids=positions[None], use_cache=False)
+    for document in (slice(0, 9), slice(9, 17)):
+        assert near(found[:, document], logits(model, ids[:1, document]))
+
+
+@each_family
+def test_greedy_and_beam_search(name, ids):
+    model, settings = student(name, "hybrid"), {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    padded, mask = ids[:2, :9].clone(), torch.ones(2, 9, dtype=torch.long)
+    padded[0, :4], mask[0, :4] = 0, 0
+    found = model.generate(padded, attention_mask=mask, max_new_tokens=6, **settings)
+    alone = model.generate(padded[:1, 4:], max_new_tokens=6, **settings)
+    assert torch.equal(found[0, 9:], alone[0, 5:])
+    settings["num_beams"] = 3
+    found = model.generate(padded, attention_mask=mask, max_new_tokens=4, **settings)
+    without = model.generate(padded, attention_mask=mask, max_new_tokens=4, use_cache=False, **settings)
+    assert torch.equal(found, without)
+
+
+@each_plan
+@each_family
+def test_saved_and_loaded_student_has_the_same_weights(name, plan, ids, tmp_path):
+    model = student(name, plan)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.layers == model.config.layers
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+        tensor.data = tensor.data.clone()  # the file has them where they lie in memory, and kernels go by that
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert tied == (family(name).get_output_embeddings().weight is family(name).get_input_embeddings().weight)
+    assert near(logits(loaded, ids), logits(model, ids), 1e-5)
+
+
+@each_family
+def test_gradient_checkpointing_gives_the_same_gradients(name, ids):
+    model = shaken(subquad.linearize(family(name), layers=PLANS["hybrid"], calibration=TEXT))
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+    model.train()
+    expected = gradients()
+    model.gradient_checkpointing_enable()
+    for found, wanted in zip(gradients(), expected, strict=True):
+        assert near(found, wanted, 1e-5)
+
+
+class NoTensorWithTwoTimeAxes(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                assert sum(size >= LONG for size in tensor.shape) < 2, f"{func} gives {list(tensor.shape)}"
+        return out
+
+
+LONG = 521
+
+
+def run_long(model):
+    """A forward of LONG tokens, with a cache and without, with padding and without."""
+    long = torch.randint(3, 61, (2, LONG), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(long)
+    mask[1, :100] = 0
+    with NoTensorWithTwoTimeAxes():
+        for attention_mask in (None, mask):
+            for use_cache in (True, False):
+                out = model(input_ids=long, attention_mask=attention_mask, use_cache=use_cache)
+    return out.logits
+
+
+@torch.no_grad()
+@each_family
+def test_no_tensor_has_two_time_axes(name):
+    teacher = build(
+        name, **{"n_positions" if name in ("gpt2", "gpt_bigcode", "gptj") else "max_position_embeddings": LONG}
+    )
+    assert run_long(subquad.linearize(teacher, "retnet", calibration=TEXT)).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", EIGHT)
+def test_no_tensor_of_any_mixer_has_two_time_axes(mixer):
+    assert run_long(subquad.linearize(build("mistral"), mixer, calibration=TEXT)).isfinite().all()
+
+
+def test_two_time_axes_would_be_seen():
+    with pytest.raises(AssertionError, match=r"gives \[2, 4, 521, 521\]|gives \[.*521, 521\]"), torch.no_grad():
+        run_long(subquad.linearize(build("mistral"), "softmax", calibration=TEXT))
+
+
+# ---------------------------------------------------------------------- learned positions
+
+
+@each_family
+def test_position_table_is_found_where_there_is_one(name):
+    assert find_position_table(family(name)) == (64 if name in LEARNED_POSITIONS else None)
+    assert student(name, "retnet").config.positions == (64 if name in LEARNED_POSITIONS else None)
+
+
+@pytest.mark.parametrize("name", LEARNED_POSITIONS)
+def test_running_past_learned_positions_is_refused(name, tmp_path):
+    student(name, "retnet").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    long = torch.randint(3, 61, (2, 70), generator=torch.Generator().manual_seed(1))
+    assert logits(model, long[:, :64]).shape == (2, 64, 61)
+    message = r"position \d+ is past the table of 64 learned positions that the .* teacher has; give at most 64 tokens"
+    with pytest.raises(ValueError, match=message):
+        logits(model, long)
+    settings = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    with pytest.raises(ValueError, match=message):
+        model.generate(long[:, :60], max_new_tokens=6, **settings)
+    assert model.generate(long[:, :60], max_new_tokens=5, **settings).shape == (2, 65)
+    # padding takes no place in the table
+    mask = torch.ones_like(long)
+    mask[:, :20] = 0
+    found = model.generate(long, attention_mask=mask, max_new_tokens=8, **settings)
+    assert torch.equal(found[:, 70:], model.generate(long[:, 20:], max_new_tokens=8, **settings)[:, 50:])
+
+
+def test_short_position_table_is_not_overrun_when_linearizing():
+    teacher = build("gpt2", n_positions=20)
+    assert subquad.linearize(teacher, "gla").config.positions == 20
+    with pytest.raises(UserError, match="calibration: got 21 tokens a row; the teacher has 20 learned positions"):
+        subquad.linearize(teacher, "gla", calibration=torch.ones(1, 21, dtype=torch.long))

@@ -1,0 +1,315 @@
+"""Students at work: cached decoding, `generate` in all its kinds, padding, packing, and what is refused."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from modeling_cases import ALL, EIGHT, logits, shaken, student_of
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
+
+import subquad
+from subquad.modeling.cache import StateLayer, SubquadCache
+
+CASES = [(mixer, {}) for mixer in ALL] + [
+    ("gla", {"short_conv": 4, "rotary": True}),
+    ("linear_attention", {"normalizer": True, "qk_activation": "elu1"}),
+    ("mamba2", {"discretization": "zoh"}),
+]
+
+
+@pytest.fixture(params=CASES, ids=["-".join([m, *o]) for m, o in CASES])
+def student(request, make_teacher):
+    """Of a teacher with biases everywhere."""
+    mixer, options = request.param
+    return student_of(make_teacher("wide-biased-tied"), mixer, **options)
+
+
+def grows(student):
+    return student.config.keeps_attention[0]
+
+
+def test_cached_decoding_equals_the_full_forward(student, ids):
+    full = logits(student, ids, use_cache=False)
+    cache, found = None, []
+    for t in range(ids.shape[1]):
+        with torch.no_grad():
+            out = student(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        assert cache.get_seq_length() == t + 1
+        found.append(out.logits)
+    assert torch.allclose(torch.cat(found, 1), full, atol=1e-4)
+    # and in pieces of several tokens
+    cache = student.new_cache()
+    pieces = [logits(student, piece, past_key_values=cache) for piece in ids.split([4, 1, 6], dim=1)]
+    assert torch.allclose(torch.cat(pieces, 1), full, atol=1e-4)
+
+
+def test_greedy_with_cache_gives_the_tokens_without(student, ids):
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    cached = student.generate(ids, **settings)
+    assert cached.shape == (3, 23)
+    assert torch.equal(cached, student.generate(ids, use_cache=False, **settings))
+    expected = ids
+    for _ in range(12):
+        expected = torch.cat([expected, logits(student, expected)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(cached, expected)
+
+
+def test_sampling_with_cache_gives_the_tokens_without(student, ids):
+    def sample(**kwargs):
+        torch.manual_seed(0)
+        return student.generate(ids, max_new_tokens=8, do_sample=True, eos_token_id=None, **kwargs)
+
+    assert torch.equal(sample(), sample(use_cache=False))
+
+
+def test_beams_with_cache_give_the_tokens_without(student, ids):
+    settings = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False, "num_return_sequences": 2}
+    found = student.generate(ids, **settings)
+    assert found.shape[0] == 6
+    assert torch.equal(found, student.generate(ids, use_cache=False, **settings))
+
+
+def left_padded(ids, lengths):
+    mask = (torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]).long()
+    return ids * mask, mask
+
+
+def test_left_padded_batch_generates_what_each_row_does_alone(student, ids):
+    lengths = [11, 4, 1]
+    padded, mask = left_padded(ids, lengths)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    together = student.generate(padded, attention_mask=mask, **settings)[:, 11:]
+    for row, length in enumerate(lengths):
+        alone = student.generate(ids[row : row + 1, 11 - length :], **settings)[0, length:]
+        assert torch.equal(together[row], alone)
+
+
+@pytest.mark.parametrize("given", ["mask", "mask and positions"])
+@pytest.mark.parametrize("where", ["left", "right", "middle"])
+def test_padded_rows_give_the_logits_of_each_row_alone_and_go_on(student, ids, where, given):
+    mask = torch.ones_like(ids)
+    for row, n in enumerate([0, 3, 6]):
+        mask[row, {"left": slice(0, n), "right": slice(11 - n, 11), "middle": slice(3, 3 + n)}[where]] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    extra = {"position_ids": positions} if given == "mask and positions" else {}
+    cache = student.new_cache()
+    found = logits(student, ids, attention_mask=mask, past_key_values=cache, **extra)
+    more = torch.arange(9).view(3, 3) + 20
+    longer = torch.cat([mask, torch.ones_like(more)], 1)
+    extra = {"position_ids": longer.cumsum(1)[:, -3:] - 1} if extra else {}
+    found = torch.cat([found, logits(student, more, attention_mask=longer, past_key_values=cache, **extra)], 1)
+    for row in range(3):
+        real = longer[row].bool()
+        alone = logits(student, torch.cat([ids, more], 1)[row : row + 1, real])
+        assert torch.allclose(found[row, real], alone[0], atol=1e-4)
+
+
+def test_mask_of_ones_is_no_mask(student, ids):
+    assert torch.equal(logits(student, ids, attention_mask=torch.ones_like(ids)), logits(student, ids))
+
+
+def test_positions_that_restart_are_packed_documents(student, ids):
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6], [*range(11)], [0, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
+    found = logits(student, ids, position_ids=positions, use_cache=False)
+    for row in range(3):
+        starts = [*(positions[row] == 0).nonzero().flatten().tolist(), 11]
+        for start, end in itertools.pairwise(starts):
+            alone = logits(student, ids[row : row + 1, start:end])
+            assert torch.allclose(found[row, start:end], alone[0], atol=1e-4), (row, start)
+
+
+def test_cu_seq_lens_are_packed_documents(student, ids):
+    cu_seqlens = torch.tensor([0, 4, 4, 5, 11], dtype=torch.int32)
+    flat = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": 6, "max_length_k": 6}
+    positions = torch.tensor([[0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5]])
+    expected = logits(student, ids[:1], position_ids=positions, use_cache=False)
+    for given in ({}, {"position_ids": positions}):
+        assert torch.equal(logits(student, ids[:1], use_cache=False, **flat, **given), expected)
+    # positions that run on do not join them
+    running = logits(student, ids[:1], use_cache=False, **flat, position_ids=torch.arange(11)[None])
+    assert torch.allclose(running[:, :4], expected[:, :4], atol=1e-4)
+    changed = ids[:1].clone()
+    changed[0, :5] = 7
+    assert torch.equal(
+        logits(student, changed, use_cache=False, **flat, position_ids=torch.arange(11)[None])[:, 5:], running[:, 5:]
+    )
+
+
+def test_packed_documents_with_padding_behind(student, ids):
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]).expand(3, 11)
+    mask = torch.ones_like(ids)
+    mask[:, 9:] = 0
+    found = logits(student, ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    assert torch.allclose(found[:, :5], logits(student, ids[:, :5]), atol=1e-4)
+    assert torch.allclose(found[:, 5:9], logits(student, ids[:, 5:9]), atol=1e-4)
+
+
+def test_a_conversation_continues_from_a_kept_cache(student, ids):
+    settings = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    first = student.generate(ids, max_new_tokens=5, **settings)
+    turn = torch.cat([first.sequences, torch.full((3, 4), 17)], 1)
+    second = student.generate(turn, max_new_tokens=5, past_key_values=first.past_key_values, **settings)
+    assert torch.equal(second.sequences, student.generate(turn, max_new_tokens=5, **settings).sequences)
+    assert second.past_key_values.get_seq_length() == 24
+
+
+def test_cache_is_constant_for_mixers_and_grows_with_attention(student, ids):
+    cache = student.new_cache()
+    assert cache.nbytes() == 0
+    assert cache.get_seq_length() == 0
+    sizes = []
+    for token in ids.split(1, dim=1):
+        logits(student, token, past_key_values=cache)
+        sizes.append(cache.nbytes())
+    if grows(student):  # keys and values of two layers, two heads, twelve channels, three rows, in float32
+        assert sizes == [2 * 2 * 2 * 12 * 3 * 4 * t for t in range(1, 12)]
+    else:
+        assert sizes[0] > 0
+        assert len(set(sizes)) == 1
+
+
+def test_cache_can_be_copied_reset_repeated_and_selected(student, ids):
+    cache = student.new_cache()
+    logits(student, ids, past_key_values=cache)
+    kept = copy.deepcopy(cache)
+    following = torch.tensor([[7], [8], [9]])
+    expected = logits(student, following, past_key_values=cache)
+    assert torch.equal(logits(student, following, past_key_values=copy.deepcopy(kept)), expected)
+    rows = torch.tensor([2, 0, 0])
+    reordered = copy.deepcopy(kept)
+    reordered.reorder_cache(rows)
+    assert torch.allclose(logits(student, following[rows], past_key_values=reordered), expected[rows], atol=1e-5)
+    selected = copy.deepcopy(kept)
+    selected.batch_select_indices(torch.tensor([1]))
+    assert torch.allclose(logits(student, following[1:2], past_key_values=selected), expected[1:2], atol=1e-5)
+    repeated = copy.deepcopy(kept)
+    repeated.batch_repeat_interleave(2)
+    twice = logits(student, following.repeat_interleave(2, 0), past_key_values=repeated)
+    assert torch.allclose(twice, expected.repeat_interleave(2, 0), atol=1e-5)
+    if not grows(student):
+        kept.reset()
+        assert kept.get_seq_length() == 0
+        assert kept.nbytes() == 0
+        assert torch.equal(logits(student, ids, past_key_values=kept), logits(student, ids))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(student, ids):
+    def gradients():
+        student.zero_grad()
+        student(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in student.parameters()]
+
+    student.train()
+    plain = gradients()
+    student.gradient_checkpointing_enable()
+    assert student.base.model.layers[0].gradient_checkpointing
+    for found, expected in zip(gradients(), plain, strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_embeddings_in_place_of_tokens(student, ids):
+    found = logits(student, None, inputs_embeds=student.get_input_embeddings()(ids))
+    assert torch.equal(found, logits(student, ids))
+
+
+def test_training_keeps_no_cache(student, ids):
+    assert student.train()(input_ids=ids).past_key_values is None
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("mixer", ["gla", "softmax"])
+def test_foreign_cache_is_refused(teacher, ids, mixer):
+    student = student_of(teacher, mixer)
+    with pytest.raises(TypeError, match=r"past_key_values: got DynamicCache, expected student.new_cache\(\)"):
+        student(input_ids=ids, past_key_values=DynamicCache())
+    with pytest.raises(TypeError, match="past_key_values: got DynamicCache"):
+        student.generate(ids, past_key_values=DynamicCache(), max_new_tokens=2)
+
+
+def test_cache_of_another_plan_is_refused(teacher, ids):
+    other = student_of(teacher, "softmax").new_cache()
+    with pytest.raises(TypeError, match="DynamicLayer for layer 0, which is a recurrent mixer"):
+        student_of(teacher, "gla")(input_ids=ids, past_key_values=other)
+    with pytest.raises(TypeError, match="a recurrent mixer and keeps no keys and values"):
+        student_of(teacher, "softmax")(input_ids=ids, past_key_values=SubquadCache([StateLayer(), StateLayer()]))
+
+
+@pytest.mark.parametrize("implementation", ["static", "offloaded_static", "quantized", "offloaded"])
+def test_foreign_cache_implementation_is_refused(teacher, ids, implementation):
+    student = student_of(teacher, "gla")
+    with pytest.raises(ValueError, match="cache_implementation"):
+        student.generate(ids, cache_implementation=implementation, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("mixer", EIGHT)
+def test_assisted_generation_is_refused(teacher, ids, mixer):
+    student = student_of(teacher, mixer)
+    with pytest.raises(ValueError, match="stateful"):
+        student.generate(ids[:1], assistant_model=teacher, max_new_tokens=4)
+    cache = student.new_cache()
+    logits(student, ids, past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="cannot be cropped"):
+        cache.crop(3)
+
+
+@pytest.mark.parametrize("layers", [{"default": "gla"}, {"default": "gla", "1": "attention"}], ids=["gla", "hybrid"])
+def test_pipeline_writes_what_generate_does(make_teacher, layers):
+    student = shaken(subquad.linearize(make_teacher(vocab_size=256), layers=layers))
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=words[0], pad_token=words[0])
+    tokenizer.padding_side = "left"
+    write = pipeline("text-generation", model=student, tokenizer=tokenizer)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    texts = ["def f(x):", "x", "class A"]
+    found = [row[0]["generated_text"] for row in write(texts, batch_size=3, **settings)]
+    for text, written in zip(texts, found, strict=True):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        assert written == tokenizer.decode(student.generate(ids, **settings)[0], skip_special_tokens=True)
+
+
+@pytest.mark.skipif(not hasattr(GenerationConfig(), "prefill_chunk_size"), reason="this transformers has none")
+@pytest.mark.parametrize(
+    "layers", ["gated_deltanet", {"default": "gla", "1": {"mixer": "attention", "window": 5}}], ids=str
+)
+def test_prompt_in_chunks_gives_the_tokens_of_a_whole_one(teacher, ids, layers):
+    layers = layers if isinstance(layers, dict) else {"default": layers}
+    student = shaken(subquad.linearize(teacher, layers=layers))
+    padded, mask = left_padded(ids, [11, 4, 7])
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    whole = student.generate(padded, **settings)
+    for size in (1, 4, 11, 20):
+        assert torch.equal(student.generate(padded, prefill_chunk_size=size, **settings), whole), size
+
+
+def test_masks_that_no_mixer_has_a_place_for_are_refused(teacher, ids):
+    student = student_of(teacher, "gla")
+    with pytest.raises(ValueError, match=r"attention_mask: got 4 axes, expected \[batch, tokens\]"):
+        student(input_ids=ids, attention_mask=torch.ones(3, 1, 11, 11))
+    with pytest.raises(ValueError, match=r"attention_mask: got \[3, 7\], expected \[3, 11\]"):
+        student(input_ids=ids, attention_mask=torch.ones(3, 7))
+    for rows, lengths in ((3, [0, 11]), (1, [0, 4]), (1, [2, 11])):
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q: got \[.*\] for . rows of 11 tokens after 0; expected"):
+            student(input_ids=ids[:rows], cu_seq_lens_q=torch.tensor(lengths))
+    with pytest.raises(ValueError, match="give input_ids or inputs_embeds"):
+        student()
+
+
+def test_mixed_plan_counts_positions_and_keeps_both_kinds_of_state(teacher, ids):
+    student = shaken(subquad.linearize(teacher, layers={"0": "gla", "1": "attention"}))
+    cache = student.new_cache()
+    assert isinstance(cache.layers[0], StateLayer)
+    pieces = [logits(student, piece, past_key_values=cache) for piece in ids.split([4, 1, 6], dim=1)]
+    assert torch.allclose(torch.cat(pieces, 1), logits(student, ids), atol=1e-4)
+    assert cache.get_seq_length(0) == cache.get_seq_length(1) == 11
+    padded, mask = left_padded(ids, [11, 4, 1])
+    found = student.generate(padded, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    alone = student.generate(ids[1:2, 7:], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert torch.equal(found[1, 11:], alone[0, 4:])

@@ -1,0 +1,231 @@
+"""From teacher to student: what is copied, what stays, what is random, and that the teacher does not notice."""
+
+import copy
+
+import pytest
+import torch
+from modeling_cases import ALL, EIGHT, TEXT, checksum, logits
+from transformers import AutoModelForCausalLM
+
+import subquad
+from subquad import mixers
+from subquad.errors import UserError
+from subquad.modeling.layers import MixerLayer
+from subquad.modeling.linearize import sample_tokens
+
+FAMILIES = ["plain", "wide-biased-tied", "mistral", "qwen2", "qwen3"]
+
+
+def attention_inputs(teacher, ids):
+    """Of each layer: its attention's input, and what its q, k and v projections and heads gave."""
+    seen = [{} for _ in teacher.model.layers]
+    hooks = []
+    for found, layer in zip(seen, teacher.model.layers, strict=True):
+        attention = layer.self_attn
+        for part in ("q", "k", "v"):
+
+            def keep(module, args, out, found=found, part=part):
+                found["x"], found[part] = args[0], out
+
+            hooks.append(getattr(attention, f"{part}_proj").register_forward_hook(keep))
+        hooks.append(
+            attention.o_proj.register_forward_pre_hook(lambda module, args, found=found: found.update(heads=args[0]))
+        )
+    logits(teacher, ids)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("mixer", ALL)
+@pytest.mark.parametrize("copy_qkv", [True, False], ids=["copied", "not copied"])
+def test_teacher_does_not_notice(make_teacher, mixer, copy_qkv):
+    teacher = make_teacher("wide-biased-tied").train()
+    teacher.model.layers[0].eval()  # a mixed mode, so that setting one for all would show
+    teacher.model.layers[1].self_attn.requires_grad_(False)
+    before = checksum(teacher), teacher.config.to_dict(), copy.deepcopy(teacher.generation_config.to_dict())
+    modes = [m.training for m in teacher.modules()]
+    trained = [p.requires_grad for p in teacher.parameters()]
+    student = subquad.linearize(teacher, mixer, copy_qkv)
+    assert (checksum(teacher), teacher.config.to_dict(), teacher.generation_config.to_dict()) == before
+    assert [m.training for m in teacher.modules()] == modes
+    assert [p.requires_grad for p in teacher.parameters()] == trained
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+    storages = {p.data_ptr() for p in teacher.parameters()}
+    assert not any(p.data_ptr() in storages for p in student.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mixer", EIGHT)
+def test_projections_give_what_the_teachers_give(make_teacher, ids, mixer, family):
+    teacher = make_teacher(family)
+    student = subquad.linearize(teacher, mixer, calibration=TEXT)
+    K = student.blocks[0].mixer.layout.head_dim
+    for seen, block in zip(attention_inputs(teacher, ids), student.blocks, strict=True):
+        parts = block.mixer.projections()
+        assert set(parts) == ({"q", "v", "o"} if mixer in ("metala", "hgrn2") else {"q", "k", "v", "o"})
+        for head in range(4):
+            own, grouped = slice(head * K, (head + 1) * K), slice(head // 2 * K, (head // 2 + 1) * K)
+            assert torch.allclose(parts["q"](seen["x"])[..., own], seen["q"][..., own], atol=1e-6)
+            for part in parts.keys() & {"k", "v"}:
+                assert torch.allclose(parts[part](seen["x"])[..., own], seen[part][..., grouped], atol=1e-6)
+    for layer, block in zip(teacher.model.layers, student.blocks, strict=True):
+        assert torch.equal(block.mixer.o_proj.weight, layer.self_attn.o_proj.weight)
+
+
+@pytest.mark.parametrize("mixer", EIGHT)
+def test_without_the_copy_projections_are_random(make_teacher, mixer):
+    teacher = make_teacher("wide-biased-tied")
+    student = subquad.linearize(teacher, mixer, copy_qkv=False, calibration=TEXT)
+    copied = subquad.linearize(teacher, mixer, calibration=TEXT)
+    for block, other in zip(student.blocks, copied.blocks, strict=True):
+        for part, projection in block.mixer.projections().items():
+            assert not torch.isclose(projection.weight, other.mixer.projections()[part].weight).float().mean() > 0.01
+            assert float(projection.weight.detach().std()) == pytest.approx(0.2, rel=0.15)
+            assert not projection.bias.any()
+        assert torch.equal(block.mixer.o_norm, other.mixer.o_norm)
+
+
+@pytest.mark.parametrize("copy_qkv", [True, False], ids=["copied", "not copied"])
+@pytest.mark.parametrize("mixer", ALL)
+@pytest.mark.parametrize("family", ["plain", "wide-biased-tied"])
+def test_everything_outside_attention_is_identical(make_teacher, family, mixer, copy_qkv):
+    teacher = make_teacher(family)
+    student = subquad.linearize(teacher, mixer, copy_qkv, calibration=TEXT)
+    outside = {k: v for k, v in teacher.state_dict().items() if ".self_attn." not in k}
+    found = {k.removeprefix("base."): v for k, v in student.state_dict().items() if ".self_attn." not in k}
+    assert found.keys() == outside.keys()
+    assert all(torch.equal(found[k], v) for k, v in outside.items())
+    tied = student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    assert tied == teacher.config.tie_word_embeddings
+
+
+def test_resized_embeddings_and_a_changed_head_are_kept(teacher, ids):
+    """Modules that transformers does not know as initialised, because they came after the model was made."""
+    teacher.resize_token_embeddings(70)
+    teacher.lm_head = torch.nn.Linear(32, 70, bias=False)
+    teacher.model.norm = type(teacher.model.norm)(32)
+    torch.nn.init.normal_(teacher.model.norm.weight)
+    student = subquad.linearize(teacher, "softmax")
+    assert torch.equal(logits(student, ids), logits(teacher, ids))
+
+
+@pytest.mark.parametrize("family", ["plain", "wide-biased-tied"])
+@pytest.mark.parametrize("mixer", EIGHT)
+def test_output_norms_start_at_the_teachers_scale_per_head(make_teacher, ids, mixer, family):
+    teacher = make_teacher(family)
+    student = subquad.linearize(teacher, mixer, calibration=ids)
+    for seen, block in zip(attention_inputs(teacher, ids), student.blocks, strict=True):
+        rms = seen["heads"].unflatten(-1, (4, -1)).square().mean((0, 1, 3)).sqrt()
+        gate = 0.5 if mixer in ("xlstm", "kda") else 1.0  # a sigmoid gate is half open and stands behind the norm
+        assert torch.allclose(block.mixer.o_norm * gate, rms[:, None].expand_as(block.mixer.o_norm), rtol=1e-5)
+
+
+def test_default_calibration_is_near_the_scale_on_text(teacher, ids):
+    """Without tokens the teacher writes its own; no special value, but the right order of magnitude."""
+    measured = subquad.linearize(teacher, "gla", calibration=ids).blocks[1].mixer.o_norm
+    drawn = subquad.linearize(teacher, "gla").blocks[1].mixer.o_norm
+    assert ((drawn / measured) > 0.3).all()
+    assert ((drawn / measured) < 3).all()
+
+
+def test_sampled_tokens_come_from_the_teacher(teacher):
+    tokens = sample_tokens(teacher, rows=4, length=6)
+    assert tokens.shape == (4, 6)
+    assert torch.equal(tokens, sample_tokens(teacher, rows=4, length=6))
+    with torch.no_grad():
+        teacher.lm_head.weight.zero_()
+        teacher.lm_head.weight[7] = 1e4 * torch.sign(torch.randn(32))
+        teacher.model.norm.weight.zero_()
+    assert sample_tokens(teacher, rows=64, length=2).unique().numel() > 20  # now uniform
+
+
+@pytest.mark.parametrize("mixer", ALL)
+def test_a_seed_decides_everything_and_disturbs_nothing(teacher, mixer):
+    text = None if mixer == "gla" else TEXT  # once with tokens that the teacher writes
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = subquad.linearize(teacher, mixer, copy_qkv=False, calibration=text, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert checksum(subquad.linearize(teacher, mixer, copy_qkv=False, calibration=text, seed=3)) == checksum(first)
+    assert checksum(subquad.linearize(teacher, mixer, copy_qkv=False, calibration=text, seed=4)) != checksum(first)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["built", "loaded"])
+def test_softmax_without_the_copy_is_drawn_anew(make_teacher, tmp_path, loaded):
+    teacher = make_teacher("wide-biased-tied")
+    if loaded:  # transformers leaves weights alone that it knows to be loaded
+        teacher.save_pretrained(tmp_path)
+        teacher = AutoModelForCausalLM.from_pretrained(tmp_path)
+    student = subquad.linearize(teacher, "softmax", copy_qkv=False)
+    for layer, block in zip(teacher.model.layers, student.blocks, strict=True):
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            mine, own = getattr(block.attention, part), getattr(layer.self_attn, part)
+            assert not torch.isclose(mine.weight, own.weight).float().mean() > 0.01
+            assert float(mine.weight.detach().std()) == pytest.approx(0.2, rel=0.15)
+            assert not mine.bias.any()
+
+
+@pytest.mark.parametrize("mixer", ALL)
+def test_bfloat16_teacher_gives_a_bfloat16_student(make_teacher, ids, mixer):
+    teacher = make_teacher("wide-biased-tied").to(torch.bfloat16)
+    student = subquad.linearize(teacher, mixer, calibration=TEXT)
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    found = logits(student, ids)
+    assert found.dtype == torch.bfloat16
+    assert found.isfinite().all()
+    if mixer == "softmax":
+        assert torch.equal(found, logits(teacher, ids))
+
+
+@pytest.mark.parametrize("mixer", EIGHT)
+def test_options_reach_the_mixer_and_the_plan(teacher, mixer):
+    student = subquad.linearize(teacher, mixer, short_conv=2, qk_activation="none", calibration=TEXT)
+    assert student.config.layers == [{"mixer": mixer, "short_conv": 2, "qk_activation": "none"}] * 2
+    for block in student.blocks:
+        assert isinstance(block, MixerLayer)
+        assert type(block.mixer) is mixers.get(mixer)
+        assert block.mixer.options.short_conv == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mixer": "gal"}, "unknown mixer 'gal'; did you mean 'gla'"),
+        ({"mixer": "gla", "decay_rnk": 3}, "unknown mixer option 'decay_rnk'; did you mean 'decay_rank'"),
+        ({"mixer": "gla", "short_conv": "4"}, "short_conv: got '4'"),
+        ({"mixer": "softmax", "short_conv": 4}, "softmax takes no options; got short_conv"),
+    ],
+)
+def test_wrong_mixer_or_option_is_refused(teacher, arguments, message):
+    with pytest.raises(UserError, match=message):
+        subquad.linearize(teacher, **arguments)
+
+
+def test_teacher_that_hangs_on_a_quantizer_linearizes_and_saves(make_teacher, ids, tmp_path):
+    """As `transformers` leaves a model read from GGUF, which refuses `save_pretrained`."""
+    teacher = make_teacher("wide-biased-tied")
+    expected = logits(subquad.linearize(teacher, "gla", calibration=ids), ids)
+
+    class Quantizer:
+        quantization_config = {"quant_method": "gguf"}  # noqa: RUF012
+        is_serializable = False
+
+    teacher.hf_quantizer = Quantizer()
+    teacher.quantization_method = "gguf"
+    teacher.is_quantized = True
+    teacher.config.quantization_config = Quantizer.quantization_config
+    student = subquad.linearize(teacher, "gla", calibration=ids)
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, ids), expected)
+    assert teacher.is_quantized
+    assert hasattr(teacher.config, "quantization_config")
+    assert not hasattr(loaded.config.base_config, "quantization_config")
+
+
+def test_student_in_training_has_the_teachers_mode(teacher):
+    assert not subquad.linearize(teacher, "gla").training
+    assert subquad.linearize(teacher.train(), "gla").training

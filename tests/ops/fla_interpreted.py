@@ -1,0 +1,69 @@
+"""Run `fla`'s kernels on the CPU by Triton's interpreter and print their errors against `step` in float64, as JSON.
+
+A script of its own, because TRITON_INTERPRET must be set before Triton is imported. Two changes make the kernels run,
+both to a temporary copy: the autotuner takes its first configuration (it wants a driver to measure with), and a loop
+variable, a plain int in the interpreter, is not cast.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def copy_of_fla(folder):
+    source = Path(importlib.util.find_spec("fla").submodule_search_locations[0])
+    shutil.copytree(source, Path(folder) / "fla")
+    for file in (Path(folder) / "fla").rglob("*.py"):
+        text = file.read_text()
+        if "i_t.to(tl.int64)" in text:
+            file.write_text(text.replace("i_t.to(tl.int64)", "(i_t + 0)"))
+    sys.path.insert(0, folder)
+
+
+def first_configuration(self, *args, **kwargs):
+    return self.fn.run(*args, **(kwargs | self.configs[0].all_kwargs()))
+
+
+def main(decay, delta, op, packed):
+    with tempfile.TemporaryDirectory() as folder:
+        copy_of_fla(folder)
+        import torch
+        import triton.runtime.autotuner as autotuner
+
+        autotuner.Autotuner.run = first_configuration
+        from ops_cases import definition, differentiate, draw, errors
+
+        from subquad import ops
+
+        case = draw((decay, delta), T=40 if op == "step" else 96, H=2, K=32, V=32)
+        if decay != "none":
+            gen = torch.Generator().manual_seed(4)
+            case["log_decay"] = -torch.rand(case["log_decay"].shape, generator=gen).double()
+        kwargs = {}
+        reference = definition(case)
+        if packed:
+            bounds = torch.tensor([0, 40, 96])
+            kwargs["cu_seqlens"] = bounds
+            case["initial_state"] = case["initial_state"].repeat(2, 1, 1, 1)
+            reference = definition(case, lambda **a: ops.chunk(**a, cu_seqlens=bounds, backend="torch"))
+        if op == "step" and delta:
+            with torch.no_grad():
+                o, state = ops.step(**{n: None if x is None else x.float() for n, x in case.items()}, backend="fla")
+            got = {"out0": o, "out1": state}
+            reference = {n: reference[n] for n in got}
+        else:
+            got = differentiate(getattr(ops, op), case, torch.float32, backend="fla", **kwargs)
+        assert any(name.startswith("fla.ops") for name in sys.modules), "fla was not asked"
+        print(json.dumps(errors(got, reference)))
+
+
+if __name__ == "__main__":
+    decay, delta, op, packed = sys.argv[1:]
+    main(decay, delta == "delta", op, packed == "packed")

@@ -1,0 +1,108 @@
+"""Random cases of every kind of recurrence, and how they are run and compared. Used by all tests of `subquad.ops`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from subquad import ops
+
+DECAYS = ("none", "fixed", "scalar", "channel")
+KINDS = [(decay, delta) for decay in DECAYS for delta in (False, True)]
+KIND_IDS = [f"{decay}-{'delta' if delta else 'additive'}" for decay, delta in KINDS]
+NAMES = ("q", "k", "v", "log_decay", "beta", "initial_state")
+EXTREMES = torch.tensor([0.0, -1e-6, -0.1, -1.0, -5.0, -20.0], dtype=torch.float64)
+
+
+def rounded(x):
+    """Float64 numbers that float32 holds exactly, so that both see the same input."""
+    return x.float().double()
+
+
+def draw(kind, B=1, T=64, H=2, K=16, V=16, state=True, log_decay=None, seed=0):
+    """The arguments of `step` and `chunk` in float64, log decays mixed from the extremes within every head."""
+    decay, delta = kind
+    gen = torch.Generator().manual_seed(1000 * seed + T)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=gen)
+
+    q, k, v = normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V)
+    shape = {"none": None, "fixed": (H,), "scalar": (B, T, H), "channel": (B, T, H, K)}[decay]
+    if shape is not None and log_decay is None:
+        log_decay = EXTREMES[torch.randint(0, len(EXTREMES), shape, generator=gen)]
+    elif shape is not None:
+        log_decay = torch.full(shape, float(log_decay), dtype=torch.float64)
+    beta = torch.rand(B, T, H, dtype=torch.float64, generator=gen) if delta else None
+    if delta:
+        k = F.normalize(k, dim=-1)
+    case = {"q": q, "k": k, "v": v, "log_decay": log_decay if shape else None, "beta": beta}
+    case["initial_state"] = normal(B, H, K, V) if state else None
+    return {name: None if x is None else rounded(x) for name, x in case.items()}
+
+
+def draw_gates(B=1, T=64, H=2, low=-20.0, high=20.0, seed=0):
+    """Pre-activations of mLSTM: input gates over the whole range, forget gates from shut to open."""
+    gen = torch.Generator().manual_seed(77 + 1000 * seed + T)
+
+    def uniform(lo, hi):
+        return lo + (hi - lo) * torch.rand(B, T, H, dtype=torch.float64, generator=gen)
+
+    return rounded(uniform(low, high)), rounded(uniform(-5.0, 15.0))
+
+
+def differentiate(op, case, dtype=torch.float64, seed=1, **kwargs):
+    """Outputs of `op` and its gradients by every floating-point argument, from fixed random cotangents, by name."""
+    args = {n: None if x is None else x.to(dtype).detach().requires_grad_() for n, x in case.items()}
+    outputs = flatten(op(**args, **kwargs))
+    gen = torch.Generator().manual_seed(seed)
+    cotangents = [rounded(torch.randn(o.shape, dtype=torch.float64, generator=gen)).to(o.dtype) for o in outputs]
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    given = {n: x for n, x in args.items() if x is not None}
+    grads = torch.autograd.grad([o for o, _ in pairs], list(given.values()), [c for _, c in pairs], allow_unused=True)
+    named = {f"out{i}": o.detach() for i, o in enumerate(outputs)}
+    zero = {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(given.items(), grads, strict=True)}
+    return named | {f"d{n}": g for n, g in zero.items()}
+
+
+def flatten(outputs):
+    """(o, state) or (o, (S, n, m)) as a flat list of tensors."""
+    o, state = outputs
+    return [o, *(state if isinstance(state, tuple) else (state,))]
+
+
+def error(x, reference):
+    """Norm of the difference over the norm of the reference; a reference of zero asks for zero."""
+    assert x.shape == reference.shape, (x.shape, reference.shape)
+    assert torch.isfinite(x).all(), "inf or NaN"
+    difference = (x.double() - reference.double()).norm().item()
+    norm = reference.double().norm().item()
+    return difference / norm if norm else difference
+
+
+def errors(got, expected):
+    """`error` of each result, over its scale in `expected` where there is one (see `definition`)."""
+    names = [name for name in expected if not name.startswith("scale of ")]
+    assert got.keys() == set(names)
+    worst = {}
+    for name in names:
+        worst[name] = error(got[name], expected[name])
+        if (scale := expected.get(f"scale of {name}", torch.zeros(1)).norm().item()) > 0:
+            worst[name] *= expected[name].norm().item() / scale
+    return worst
+
+
+def assert_close(got, expected, tolerance):
+    bad = {name: f"{e:.1e}" for name, e in errors(got, expected).items() if not e <= tolerance}
+    assert not bad, f"beyond {tolerance:.0e}: {bad}"
+
+
+def definition(case, op=ops.step):
+    """`op` in float64. The gradient of a fixed decay is a sum over all tokens, which may cancel to any smallness: its
+    scale is the sum of the absolute values."""
+    log_decay = case["log_decay"]
+    if log_decay is None or log_decay.dim() > 1:
+        return differentiate(op, case)
+    results = differentiate(op, case | {"log_decay": log_decay.expand(*case["q"].shape[:3])})
+    per_token = results["dlog_decay"]
+    return results | {"dlog_decay": per_token.sum((0, 1)), "scale of dlog_decay": per_token.abs().sum((0, 1))}

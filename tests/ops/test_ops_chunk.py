@@ -1,0 +1,239 @@
+"""The chunk form against the definition: `step` in float64."""
+
+import itertools
+
+import pytest
+import torch
+from ops_cases import (
+    KIND_IDS,
+    KINDS,
+    assert_close,
+    definition,
+    differentiate,
+    draw,
+    error,
+    flatten,
+)
+
+from subquad import ops
+from subquad.ops import segments
+
+TOLERANCE = 1e-6
+kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+decaying = pytest.mark.parametrize("kind", KINDS[2:], ids=KIND_IDS[2:])
+
+
+@kinds
+@pytest.mark.parametrize(("K", "V"), [(16, 16), (64, 64), (60, 96)], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 257])
+def test_outputs_states_and_gradients(kind, T, K, V):
+    case = draw(kind, T=T, H=3, K=K, V=V)
+    assert_close(differentiate(ops.chunk, case, torch.float32), definition(case), TOLERANCE)
+
+
+@kinds
+def test_a_thousand_tokens(kind):
+    case = draw(kind, T=1000, K=60, V=96)
+    assert_close(differentiate(ops.chunk, case, torch.float32), definition(case), TOLERANCE)
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("B", "H", "K", "V"), [(3, 1, 16, 24), (2, 12, 8, 8), (1, 1, 128, 128), (1, 1, 256, 256)], ids=str
+)
+def test_batches_heads_and_wide_heads(kind, B, H, K, V):
+    case = draw(kind, B=B, T=70, H=H, K=K, V=V)
+    assert_close(differentiate(ops.chunk, case, torch.float32), definition(case), TOLERANCE)
+
+
+@kinds
+def test_a_large_batch_goes_some_sequences_at_a_time(kind):
+    case = draw(kind, B=30, T=40, H=7, K=8, V=8)
+    assert case["q"].shape[0] * case["q"].shape[2] > 2 * segments.MATRICES
+    assert_close(differentiate(ops.chunk, case, torch.float32), definition(case), TOLERANCE)
+
+
+@decaying
+@pytest.mark.parametrize("log_decay", [-1e-6, -1.0, -20.0])
+def test_uniform_decays_to_the_last_bit_of_their_gradient(kind, log_decay):
+    """At -20 a step the gradient of the decay is 1e-9 of the others."""
+    case = draw(kind, T=100, log_decay=log_decay)
+    assert_close(differentiate(ops.chunk, case, torch.float32), definition(case), TOLERANCE)
+
+
+@decaying
+@pytest.mark.parametrize("log_decay", [-200.0, -1e4, -torch.inf])
+def test_everything_decayed_to_zero(kind, log_decay):
+    """Beyond the smallest float32 the past is gone, and its gradients are zeros, not NaN."""
+    case = draw(kind, T=100, log_decay=log_decay)
+    got, want = differentiate(ops.chunk, case, torch.float32), definition(case)
+    assert_close(
+        {n: got[n] for n in got if n[:2] != "di" and n != "dlog_decay"},
+        {n: want[n] for n in got if n[:2] != "di" and n != "dlog_decay"},
+        TOLERANCE,
+    )
+    assert not got["dinitial_state"].any()
+    assert got["dlog_decay"].abs().max() < 1e-30
+
+
+@kinds
+def test_float64_is_exact_and_stays_float64(kind):
+    case = draw(kind, T=77)
+    got = differentiate(ops.chunk, case, torch.float64)
+    assert got["out1"].dtype == torch.float64
+    assert_close(got, definition(case), 1e-13)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_inputs_are_computed_in_float32(kind, dtype):
+    halves = ("q", "k", "v", "beta")
+    case = draw(kind, T=100)
+    case = {n: x.to(dtype).double() if n in halves and x is not None else x for n, x in case.items()}
+
+    def in_half(**args):
+        o, state = ops.chunk(**{n: x.to(dtype) if n in halves and x is not None else x for n, x in args.items()})
+        assert o.dtype == dtype
+        assert state.dtype == torch.float32
+        return o.float(), state
+
+    got, want = differentiate(in_half, case, torch.float32), definition(case)
+    assert_close(got, want, 1e-2)
+    assert error(got["out1"], want["out1"]) < 1e-6
+
+
+@kinds
+def test_gradients_have_the_dtype_of_their_argument(kind):
+    args = {n: x if x is None else x.bfloat16() for n, x in draw(kind, T=20, state=False).items()}
+    given = [x.requires_grad_() for x in args.values() if x is not None]
+    ops.chunk(**args)[0].float().sum().backward()
+    assert all(x.grad.dtype == torch.bfloat16 for x in given)
+
+
+@kinds
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 16, 64, 128])
+def test_any_chunk_size(kind, chunk_size):
+    case = draw(kind, T=130, H=1)
+    got = differentiate(ops.chunk, case, torch.float32, chunk_size=chunk_size)
+    assert_close(got, definition(case), TOLERANCE)
+
+
+@kinds
+@pytest.mark.parametrize("cut", [1, 31, 32, 65, 99])
+def test_cut_anywhere_and_continued(kind, cut):
+    case = draw(kind, T=100, H=1)
+
+    def in_two(q, k, v, log_decay, beta, initial_state):
+        first, second = [], []
+        for x in (q, k, v, log_decay, beta):
+            timeless = x is None or x.dim() == 1
+            first.append(x if timeless else x[:, :cut])
+            second.append(x if timeless else x[:, cut:])
+        o1, state = ops.chunk(*first, initial_state=initial_state)
+        o2, state = ops.chunk(*second, initial_state=state)
+        return torch.cat([o1, o2], 1), state
+
+    assert_close(differentiate(in_two, case, torch.float32), definition(case), TOLERANCE)
+
+
+@kinds
+@pytest.mark.parametrize("state", [True, False], ids=["state", "zero"])
+def test_packed_documents_equal_each_alone(kind, state):
+    bounds = [0, 0, 1, 40, 40, 104, 137, 137]
+    case = draw(kind, T=137, state=False)
+    if state:
+        gen = torch.Generator().manual_seed(3)
+        case["initial_state"] = torch.randn(len(bounds) - 1, 2, 16, 16, generator=gen).double()
+
+    def alone(q, k, v, log_decay, beta, initial_state):
+        outputs, states = [], []
+        for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+            parts = [x if x is None or x.dim() == 1 else x[:, start:end] for x in (q, k, v, log_decay, beta)]
+            o, s = ops.step(*parts, initial_state=None if initial_state is None else initial_state[n : n + 1])
+            outputs.append(o)
+            states.append(s)
+        return torch.cat(outputs, 1), torch.cat(states)
+
+    got = differentiate(ops.chunk, case, torch.float32, cu_seqlens=torch.tensor(bounds))
+    assert_close(got, differentiate(alone, case), TOLERANCE)
+
+
+@kinds
+def test_an_empty_sequence_returns_its_state(kind):
+    case = draw(kind, T=3)
+    empty = {n: x if x is None or n == "initial_state" or x.dim() == 1 else x[:, :0].float() for n, x in case.items()}
+    empty = {n: x if x is None else x.float() for n, x in empty.items()}
+    for op in (ops.chunk, ops.step):
+        o, state = op(**empty)
+        assert o.shape == (1, 0, 2, 16)
+        assert torch.equal(state, empty["initial_state"])
+
+
+@kinds
+def test_step_in_float32_and_its_continuation(kind):
+    case = draw(kind, T=20)
+    assert_close(differentiate(ops.step, case, torch.float32), definition(case), 1e-5)
+    single = {n: None if x is None else x.float() for n, x in case.items()}
+    state, outputs = single.pop("initial_state"), []
+    for t in range(20):
+        token = {n: x if x is None or x.dim() == 1 else x[:, t : t + 1] for n, x in single.items()}
+        o, state = ops.step(**token, initial_state=state)
+        outputs.append(o)
+    want = flatten(ops.step(**case))
+    assert error(torch.cat(outputs, 1), want[0]) < 1e-6
+    assert error(state, want[1]) < 1e-6
+
+
+@kinds
+def test_inputs_need_not_be_contiguous_and_are_not_written(kind):
+    case = {n: None if x is None else x.float() for n, x in draw(kind, T=40, B=2).items()}
+    apart = {}
+    for name, x in case.items():
+        if x is None or x.dim() < 3:
+            apart[name] = x
+        else:  # as a split of one projection, or a transpose, gives them
+            apart[name] = (
+                torch.cat([x, x], -1).chunk(2, -1)[0]
+                if x.dim() == 4
+                else x.transpose(0, 1).contiguous().transpose(0, 1)
+            )
+    before = {n: None if x is None else x.clone() for n, x in apart.items()}
+    for x, y in zip(flatten(ops.chunk(**apart)), flatten(ops.chunk(**case)), strict=True):
+        assert torch.equal(x, y)
+    for name, x in apart.items():
+        assert x is None or torch.equal(x, before[name])
+
+
+def test_the_scale_is_an_argument_and_defaults_to_the_key_size():
+    case = draw(("scalar", True), T=10, K=16)
+    o, _ = ops.chunk(**case)
+    assert error(ops.chunk(**case, scale=0.25)[0], o) < 1e-14
+    assert error(ops.chunk(**case, scale=1.0)[0], 4 * o) < 1e-14
+    assert error(ops.step(**case, scale=1.0)[0], 4 * o) < 1e-14
+
+
+@kinds
+def test_step_in_place_writes_over_the_state(kind):
+    case = {n: None if x is None else x.float() for n, x in draw(kind, T=5, B=2).items()}
+    o, state = ops.step(**case)
+    before = case["initial_state"].clone()
+    with_gradients = ops.step(**{n: None if x is None else x.requires_grad_() for n, x in case.items()})
+    assert error(o, with_gradients[0].detach()) < 1e-6
+    assert error(state, with_gradients[1].detach()) < 1e-6
+    assert torch.equal(case["initial_state"], before), "written without being asked"
+    with torch.no_grad():
+        o2, state2 = ops.step(**case, inplace=True)
+    assert state2 is case["initial_state"]
+    assert torch.equal(o2, o)
+    assert torch.equal(state2, state)
+
+
+@pytest.mark.parametrize("bounds", [[0, 1, 3], [0, 2, 5], [0, 3, 8], [0, 1, 2, 20]])
+@pytest.mark.parametrize("chunk_size", [None, 1, 16])
+def test_documents_of_very_few_tokens(bounds, chunk_size):
+    """Packed, they are longer than they were: one chunk size must serve before and after."""
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, bounds[-1], 2, 4, generator=gen) for _ in range(3))
+    o, _ = ops.chunk(q, k, v, cu_seqlens=torch.tensor(bounds), chunk_size=chunk_size)
+    alone = [ops.step(q[:, a:b], k[:, a:b], v[:, a:b])[0] for a, b in itertools.pairwise(bounds)]
+    torch.testing.assert_close(o, torch.cat(alone, 1), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,233 @@
+"""mLSTM and normalised linear attention: the recurrences with a denominator."""
+
+import itertools
+
+import pytest
+import torch
+from ops_cases import assert_close, definition, differentiate, draw, draw_gates, error, errors, flatten, rounded
+
+from subquad import ops
+from subquad.ops.mlstm import EMPTY
+
+
+def plain(q, k, v, input_gate, forget_gate, scale):
+    """mLSTM without its stabiliser, as its definition reads; float64 holds exp(40)."""
+    B, T, H, K = q.shape
+    S, n, outputs = q.new_zeros(B, H, K, v.shape[-1]), q.new_zeros(B, H, K), []
+    for t in range(T):
+        forget, write = torch.sigmoid(forget_gate[:, t]), torch.exp(input_gate[:, t])
+        S = forget[..., None, None] * S + write[..., None, None] * k[:, t, :, :, None] * v[:, t, :, None, :]
+        n = forget[..., None] * n + write[..., None] * k[:, t]
+        level = (scale * (q[:, t] * n).sum(-1)).abs().clamp_min(1.0)
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S) / level[..., None])
+    return torch.stack(outputs, 1)
+
+
+def draw_mlstm(T, B=1, H=2, K=16, V=16, state=False, **gates):
+    case = draw(("none", False), B=B, T=T, H=H, K=K, V=V)
+    i, f = draw_gates(B=B, T=T, H=H, **gates)
+    args = {"q": case["q"], "k": case["k"], "v": case["v"], "input_gate": i, "forget_gate": f}
+    if state:
+        gen = torch.Generator().manual_seed(5)
+        args["S"] = case["initial_state"]
+        args["n"] = rounded(torch.randn(B, H, K, generator=gen, dtype=torch.float64))
+    return args
+
+
+def run(form, **kwargs):
+    """`mlstm` as a function whose state's parts are arguments; the level m is drawn, it has no gradient."""
+
+    def op(q, k, v, input_gate, forget_gate, S=None, n=None):
+        state = None
+        if S is not None:
+            gen = torch.Generator().manual_seed(6)
+            state = S, n, 3 * torch.randn(n.shape[:2], generator=gen).to(S.dtype)
+        o, (S, n, m) = ops.mlstm(q, k, v, input_gate, forget_gate, state, form=form, **kwargs)
+        assert not m.requires_grad
+        return o, (S, n)
+
+    return op
+
+
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 257])
+@pytest.mark.parametrize("form", ["step", "chunk"])
+def test_mlstm_is_its_definition_without_stabiliser(form, T):
+    case = draw_mlstm(T)
+    reference = plain(*case.values(), scale=0.25)
+    o, _ = ops.mlstm(**case, form=form)
+    assert error(o, reference) < 1e-11
+    if T == 1:
+        return  # o is v or a fraction of it: most gradients are exactly zero
+    args = {n: x.clone().requires_grad_() for n, x in case.items()}
+    got = torch.autograd.grad(ops.mlstm(**args, form=form)[0].square().sum(), args.values())
+    want = torch.autograd.grad(plain(*args.values(), scale=0.25).square().sum(), args.values())
+    for x, y in zip(got, want, strict=True):
+        assert error(x, y) < 1e-9
+
+
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 257, 1000])
+@pytest.mark.parametrize(("K", "V"), [(16, 16), (60, 96)], ids=str)
+def test_mlstm_chunk_is_as_good_as_the_float32_step(T, K, V):
+    case = draw_mlstm(T, K=K, V=V)
+
+    def outputs_only(form):
+        return lambda **args: (run(form)(**args)[0], args["q"].new_zeros(0))
+
+    reference = differentiate(outputs_only("step"), case)
+    worst = dict.fromkeys(reference, 0.0)
+    for seed in range(8):
+        order = torch.randperm(K, generator=torch.Generator().manual_seed(seed))
+        shuffled = case | {n: case[n][..., order] for n in "qk"}
+        got = differentiate(outputs_only("step"), shuffled, torch.float32)
+        got = got | {n: got[n][..., order.argsort()] for n in ("dq", "dk")}
+        worst = {n: max(worst[n], e) for n, e in errors(got, reference).items()}
+    got = errors(differentiate(outputs_only("chunk"), case, torch.float32), reference)
+    bad = {n: (got[n], worst[n]) for n in got if got[n] > max(1e-6, 2 * worst[n])}
+    assert not bad, f"(chunk, float32 step): {bad}"
+
+
+@pytest.mark.parametrize("T", [1, 64, 257])
+def test_mlstm_from_and_to_states_in_benign_gates(T):
+    case = draw_mlstm(T, H=3, state=True, low=-2.0, high=2.0)
+    case["q"], case["k"] = case["q"].abs(), case["k"].abs()  # keeps the normaliser away from zero
+    case["n"] = case["n"].abs()
+    reference = differentiate(run("step"), case)
+    assert_close(differentiate(run("chunk"), case, torch.float32), reference, 1e-6)
+    assert_close(differentiate(run("chunk"), case, torch.float64), reference, 1e-12)
+
+
+def test_mlstm_of_a_large_batch():
+    case = draw_mlstm(40, B=30, H=7, K=8, V=8, state=True)
+    assert_close(differentiate(run("chunk"), case), differentiate(run("step"), case), 1e-10)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 16, 64, 128])
+def test_mlstm_any_chunk_size(chunk_size):
+    case = draw_mlstm(130, state=True)
+    got = differentiate(run("chunk", chunk_size=chunk_size), case)
+    assert_close(got, differentiate(run("step"), case), 1e-10)
+
+
+@pytest.mark.parametrize("cut", [1, 31, 32, 65, 99])
+@pytest.mark.parametrize("forms", [("chunk", "chunk"), ("chunk", "step"), ("step", "chunk")], ids="-".join)
+def test_mlstm_cut_anywhere_and_continued(cut, forms):
+    case = draw_mlstm(100)
+
+    def in_two(q, k, v, input_gate, forget_gate):
+        parts = [(x[:, :cut], x[:, cut:]) for x in (q, k, v, input_gate, forget_gate)]
+        o1, state = ops.mlstm(*(p[0] for p in parts), form=forms[0])
+        o2, state = ops.mlstm(*(p[1] for p in parts), state, form=forms[1])
+        return torch.cat([o1, o2], 1), state[:2]
+
+    reference = differentiate(run("step"), case)
+    assert_close(differentiate(in_two, case), reference, 1e-11)
+    if forms == ("chunk", "chunk"):
+        whole = errors(differentiate(run("chunk"), case, torch.float32), reference)
+        pieces = errors(differentiate(in_two, case, torch.float32), reference)
+        assert all(pieces[n] < max(1e-6, 3 * whole[n]) for n in whole), (pieces, whole)
+
+
+def test_mlstm_hands_its_level_over_exactly():
+    """After thousands of open input gates m is in the hundreds, where float32 is coarse: S must belong to that m."""
+    T = 600
+    case = draw_mlstm(T, low=300.0, high=400.0)
+    case["forget_gate"] = case["forget_gate"].abs() + 5
+    _reference, (S, n, m) = ops.mlstm(**case, form="step")
+    single = {name: x.float() for name, x in case.items()}
+    for form in ("chunk", "step"):
+        _, (S1, n1, m1) = ops.mlstm(**{name: x[:, : T // 2] for name, x in single.items()}, form=form)
+        _, (S2, n2, m2) = ops.mlstm(
+            **{name: x[:, T // 2 :] for name, x in single.items()}, initial_state=(S1, n1, m1), form=form
+        )
+        true = S * (m - m2.double()).exp()[..., None, None]
+        assert error(S2, true) < 2e-6
+        assert error(n2, n * (m - m2.double()).exp()[..., None]) < 2e-6
+
+
+def test_mlstm_packed_documents_equal_each_alone():
+    bounds = [0, 0, 1, 40, 40, 104, 137]
+    case = draw_mlstm(137, low=-5.0, high=5.0)
+    gen = torch.Generator().manual_seed(3)
+    case["S"] = rounded(torch.randn(6, 2, 16, 16, generator=gen).double())
+    case["n"] = rounded(torch.randn(6, 2, 16, generator=gen).double())
+    m = torch.randn(6, 2, generator=gen).double()
+
+    def packed(q, k, v, input_gate, forget_gate, S, n):
+        cu = torch.tensor(bounds)
+        o, (S, n, m_) = ops.mlstm(q, k, v, input_gate, forget_gate, (S, n, m.to(S.dtype)), cu_seqlens=cu)
+        return o, (S, n, m_)
+
+    def alone(q, k, v, input_gate, forget_gate, S, n):
+        results = []
+        for d, (start, end) in enumerate(itertools.pairwise(bounds)):
+            parts = (x[:, start:end] for x in (q, k, v, input_gate, forget_gate))
+            results.append(flatten(ops.mlstm(*parts, (S[d : d + 1], n[d : d + 1], m[d : d + 1]), form="step")))
+        o, S, n, m_ = zip(*results, strict=True)
+        return torch.cat(o, 1), (torch.cat(S), torch.cat(n), torch.cat(m_))
+
+    assert_close(differentiate(packed, case), differentiate(alone, case), 1e-12)
+
+
+@pytest.mark.parametrize("form", ["step", "chunk"])
+def test_mlstm_shut_input_gates_write_nothing(form):
+    """Padding: gates of minus infinity before the first token leave the empty state, its level and no NaN behind."""
+    case = draw_mlstm(40)
+    case["input_gate"][:, :35] = -torch.inf
+    case["input_gate"][:, 36] = -torch.inf
+    args = {n: x.float().requires_grad_() for n, x in case.items()}
+    o, state = ops.mlstm(**args, form=form)
+    sum(x.square().sum() for x in (o, *state[:2])).backward()
+    assert not o[:, :35].any()
+    for n, x in args.items():
+        assert torch.isfinite(x.grad).all(), n
+    short = {n: x[:, 35:] for n, x in case.items()}
+    assert error(o[:, 35:], ops.mlstm(**short, form="step")[0]) < 1e-6
+    _, (S, n, m) = ops.mlstm(**{name: x[:, :35].float() for name, x in case.items()}, form=form)
+    assert not S.any()
+    assert not n.any()
+    assert (m == EMPTY).all()
+
+
+def test_mlstm_in_bfloat16():
+    case = draw_mlstm(100, low=-3, high=3)
+    half = {n: x.bfloat16() for n, x in case.items()}
+    o, state = ops.mlstm(**half)
+    assert o.dtype == torch.bfloat16
+    assert {x.dtype for x in state} == {torch.float32}
+    want, _ = ops.mlstm(**{n: x.double() for n, x in half.items()}, form="step")
+    assert error(o, want) < 1e-2
+
+
+@pytest.mark.parametrize("decay", ["none", "fixed", "scalar", "channel"])
+@pytest.mark.parametrize("T", [1, 65, 200])
+def test_normalized_divides_by_the_sum_of_keys(decay, T):
+    case = draw((decay, False), T=T, H=3, V=24)
+    del case["beta"]
+    S = case.pop("initial_state")
+    case |= {"q": case["q"].abs(), "k": case["k"].abs(), "S": S, "z": S[..., 0].abs()}
+
+    def naive(q, k, v, log_decay, S, z):
+        o, S_new = ops.step(q, k, v, log_decay, initial_state=S, scale=1.0)
+        level, z_new = ops.step(q, k, torch.ones_like(v[..., :1]), log_decay, initial_state=z.unsqueeze(-1), scale=1.0)
+        return o / (level + 1e-3), (S_new, z_new.squeeze(-1))
+
+    def op(form):
+        return lambda q, k, v, log_decay, S, z: ops.normalized(q, k, v, log_decay, (S, z), 1.0, 1e-3, form)
+
+    reference = definition(case, naive)
+    assert_close(differentiate(op("step"), case), reference, 1e-13)
+    assert_close(differentiate(op("chunk"), case, torch.float32), reference, 1e-6)
+
+
+def test_normalized_documents_and_bfloat16():
+    case = draw(("scalar", False), T=50, state=False)
+    q, k, v, g = (case[n] for n in ("q", "k", "v", "log_decay"))
+    cu = torch.tensor([0, 20, 20, 50])
+    o, (S, z) = ops.normalized(q.abs(), k.abs(), v, g, cu_seqlens=cu)
+    assert S.shape == (3, 2, 16, 16)
+    assert z.shape == (3, 2, 16)
+    want, state = ops.normalized(q[:, 20:].abs(), k[:, 20:].abs(), v[:, 20:], g[:, 20:], form="step")
+    assert error(o[:, 20:], want) < 1e-12
+    assert error(z[2:], state[1]) < 1e-12
+    o, (S, _) = ops.normalized(q.abs().bfloat16(), k.abs().bfloat16(), v.bfloat16(), g.float())
+    assert (o.dtype, S.dtype) == (torch.bfloat16, torch.float32)

