@@ -18,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import subquad
 from subquad import mixers
 from subquad.evaluate.efficiency import cache_bytes
+from subquad.modeling.cache import CACHE_ARGUMENT
 
 SIZES = {
     "nano": {
@@ -51,7 +52,7 @@ def teacher_cache(config: LlamaConfig, context: int, batch: int) -> DynamicCache
 def student_cache(student, batch: int):
     """The state after eight tokens: its size is that after any number."""
     cache = student.new_cache()
-    student(torch.randint(8, (batch, 8)), past_key_values=cache, use_cache=True)
+    student(torch.randint(8, (batch, 8)), use_cache=True, **{CACHE_ARGUMENT: cache})
     return cache
 
 
@@ -66,7 +67,7 @@ def measure(models: dict, config: LlamaConfig, context: int, batch: int, repeats
     for repeat in range(repeats + 2):
         for name, model in models.items():
             start = time.perf_counter()
-            model(token, past_key_values=caches[name], use_cache=True)
+            model(token, use_cache=True, **{CACHE_ARGUMENT: caches[name]})
             if repeat >= 2:
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from subquad.modeling.cache import SubquadCache
+from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
 
 
 @torch.no_grad()
@@ -19,12 +19,12 @@ def decode_speed(model: PreTrainedModel, prompt: Tensor, tokens: int = 64) -> di
     training = model.training
     model.eval()
     out = model(input_ids=prompt.to(model.device), use_cache=True)
-    cache = out.past_key_values
+    cache = out[CACHE_ARGUMENT]
     seconds = []
     for _ in range(tokens):
         fed = out.logits[:, -1:].argmax(-1)
         start = time.perf_counter()
-        out = model(input_ids=fed, past_key_values=cache, use_cache=True)
+        out = model(input_ids=fed, use_cache=True, **{CACHE_ARGUMENT: cache})
         seconds.append(time.perf_counter() - start)
     model.train(training)
     return {

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+CACHE_ARGUMENT = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What `transformers` calls the cache that a model takes and returns: renamed in 5.24."""
 
 
 class StateLayer(CacheLayerMixin):

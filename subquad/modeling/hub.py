@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from subquad import mixers
 from subquad.errors import UserError
 from subquad.mixers import HeadLayout, Mixer
-from subquad.modeling.cache import SubquadCache
+from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
 from subquad.modeling.families import AttentionSite
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 
@@ -94,7 +94,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers wants a list)
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012 (transformers wants a list)
     accepts_loss_kwargs = False
 
     def __init__(self, config: SubquadConfig, base: PreTrainedModel | None = None):
@@ -161,17 +161,19 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: SubquadCache | None = None,
+        cache: SubquadCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         objective: Callable[..., Any] | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        past_key_values: SubquadCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As any causal language model of `transformers`.
 
         attention_mask: `[B, tokens seen]`, 0 at padding, which may stand anywhere; None where there is none.
+        cache: what `new_cache` made, brought up to date in place; `past_key_values` is its older name.
         position_ids: `[B, T]`; without a cache, a position that starts again at 0 starts a new document.
         cu_seq_lens_q: `[documents + 1]`, where the documents of a batch of one row begin, and T; what collators that
             flatten batches give beside it (`cu_seq_lens_k`, `max_length_q`, `max_length_k`) is not needed.
@@ -188,12 +190,13 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         if like is None:
             raise ValueError("give input_ids or inputs_embeds")
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = self.new_cache()
-        if past_key_values is not None and not isinstance(past_key_values, SubquadCache):
-            raise TypeError(f"past_key_values: got {type(past_key_values).__name__}, expected student.new_cache()")
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None and not self.training:
+            cache = self.new_cache()
+        if cache is not None and not isinstance(cache, SubquadCache):
+            raise TypeError(f"{CACHE_ARGUMENT}: got {type(cache).__name__}, expected student.new_cache()")
         B, T = like.shape[:2]
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        seen = 0 if cache is None else cache.get_seq_length()
         for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
             kwargs.pop(name, None)
         mask, position_ids = describe_tokens(attention_mask, position_ids, B, T, seen, like.device, cu_seq_lens_q)
@@ -205,9 +208,9 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             labels=labels,
-            use_cache=bool(use_cache and past_key_values is not None),
+            use_cache=bool(use_cache and cache is not None),
+            **{CACHE_ARGUMENT: cache},
             **kwargs,
         )
 
@@ -232,8 +235,8 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation not in (None, "dynamic"):
             chosen = generation_config.cache_implementation
             raise ValueError(f"cache_implementation: got {chosen!r}; a student has a cache of its own")
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_cache()
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE_ARGUMENT) is None:
+            model_kwargs[CACHE_ARGUMENT] = self.new_cache()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from subquad.mixers import HeadLayout, Mixer
-from subquad.modeling.cache import StateLayer, SubquadCache, WindowLayer
+from subquad.modeling.cache import CACHE_ARGUMENT, StateLayer, SubquadCache, WindowLayer
 from subquad.modeling.watch import attention_implementation
 
 
@@ -49,7 +49,7 @@ class MixerLayer(Block):
         layer = None if cache is None else cache.layers[self.index]
         if layer is not None and not isinstance(layer, StateLayer):
             raise TypeError(
-                f"past_key_values holds {type(layer).__name__} for layer {self.index}, which is a recurrent mixer; "
+                f"{CACHE_ARGUMENT} holds {type(layer).__name__} for layer {self.index}, which is a recurrent mixer; "
                 "pass student.new_cache() or None"
             )
         state = None if layer is None else layer.states

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from subquad import mixers
 from subquad.errors import UserError
 from subquad.mixers import Mixer
+from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.families import AttentionSite, find_attention, find_position_table
 from subquad.modeling.hub import SubquadForCausalLM, plan_config
 from subquad.modeling.layers import MixerLayer
@@ -143,8 +144,8 @@ def sample_tokens(teacher: PreTrainedModel, rows: int = 16, length: int = 24, se
     cache, fed = None, tokens
     with evaluating(teacher):
         while tokens.shape[1] < length:
-            out = teacher(input_ids=fed, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = teacher(input_ids=fed, use_cache=True, **{CACHE_ARGUMENT: cache})
+            cache = out[CACHE_ARGUMENT]
             probabilities = out.logits[:, -1].float().softmax(-1).cpu()
             fed = torch.multinomial(probabilities, 1, generator=generator).to(teacher.device)
             tokens = torch.cat([tokens, fed], dim=1)
