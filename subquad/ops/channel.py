@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subquad.ops.memory import Workspace
 from subquad.ops.scalar import LOG2E
-from subquad.ops.segments import Layout, Segment, Tokens, Workspace
+from subquad.ops.segments import Layout, Segment, Tokens
 
 SMALL = 400  # multiplications, below which `bmm` does not call its library
 
@@ -31,20 +32,22 @@ class ChannelFrame:
         """For every level the factors of its blocks, [pairs, 2, 1, K]; h = 1 are the steps themselves."""
         C, m = self.layout.C, segment.n * self.layout.BH
         total = self.log_decay.load(segment, self.work("log_decay", m, C, K), LOG2E)
-        self.step = torch.exp2(total)
         self.factors, h = [], 1
         while h < C:
             pairs = m * C // (2 * h)
-            self.factors.append((torch.exp2(total) if h > 1 else self.step).view(pairs, 2, 1, K))
-            total, h = total.view(pairs, 2, K).sum(1), 2 * h
+            factor = torch.exp2(total, out=self.work(f"factor{h}", *total.shape))
+            self.factors.append(factor.view(pairs, 2, 1, K))
+            total = torch.sum(total.view(pairs, 2, K), 1, out=self.work(f"total{h}", pairs, K))
+            h *= 2
         self.root = torch.exp2(total).view(m, K)
+        self.step = self.factors[0] if self.factors else self.root
 
     def _climb(self, rows: Tensor, keys: Tensor, A: Tensor, L: Tensor | None, keep: bool) -> None:
         """Decay rows and keys in place up the tree, filling A and L on the way; keep each level's operands if asked."""
         m, C, R, K = rows.shape
         self.kept = []
         A.zero_()
-        A.diagonal(0, 1, 2).copy_(torch.linalg.vecdot(rows[:, :, 0], keys))
+        A.diagonal(0, 1, 2).copy_(self.work.dot(rows[:, :, 0], keys))
         rows.mul_(self.step.view(m, C, 1, K))
         for level, factor in enumerate(self.factors):
             h = 1 << level
@@ -61,7 +64,7 @@ class ChannelFrame:
     def _fill(self, right: Tensor, left: Tensor, A: Tensor, L: Tensor | None, h: int, R: int) -> None:
         pairs, _, _ = right.shape
         if h == 1:
-            block = torch.linalg.vecdot(right, left)
+            block = self.work.dot(right, left)
         else:
             block = torch.bmm(right, left.mT, out=self.work("block", pairs, h * R, h))
         block = block.view(A.shape[0], -1, h, R, h)
@@ -89,7 +92,7 @@ class ChannelFrame:
         m, C, R, K = d_rows.shape
         d_total = None
         if gates:
-            d_total = torch.linalg.vecdot(d_state, state).view(m, K).mul_(self.root)
+            d_total = self.work.dot(d_state, state).view(m, K).mul_(self.root)
         for level in reversed(range(len(self.factors))):
             d_total = self._descend(level, dA, d_rows, d_keys, d_total)
         d_rows.mul_(self.step.view(m, C, 1, K))
@@ -110,7 +113,7 @@ class ChannelFrame:
         d_right, d_left = d_rows.view(pairs, 2, h * R, K)[:, 1], d_keys.view(pairs, 2, h, K)[:, 0]
         scratch, narrow = self.work("scratch", pairs, h * R, K), self.work("narrow", pairs, h, K)
         if d_total is not None:
-            below = d_total.new_empty(pairs, 2, K)
+            below = self.work(f"below{level}", pairs, 2, K)
             torch.sum(torch.mul(right, d_right, out=scratch), 1, out=below[:, 0])
             torch.sum(torch.mul(left, d_left, out=narrow), 1, out=below[:, 1])
             d_total = below.mul_(factor.view(pairs, 2, K)).add_(d_total.view(pairs, 1, K))

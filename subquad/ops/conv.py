@@ -17,7 +17,7 @@ from torch import Tensor
 
 from subquad.ops import checks
 from subquad.ops.functions import FirstDerivative, LoopedFunction
-from subquad.ops.segments import Workspace
+from subquad.ops.memory import Workspace
 
 BLOCK = 1 << 16  # numbers
 

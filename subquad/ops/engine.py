@@ -28,8 +28,9 @@ from torch import Tensor
 from subquad.ops.channel import ChannelFrame
 from subquad.ops.checks import work_dtype
 from subquad.ops.functions import FirstDerivative, LoopedFunction
+from subquad.ops.memory import Workspace
 from subquad.ops.scalar import Levels, ScalarFrame, decay_levels
-from subquad.ops.segments import MATRICES, Layout, Segment, StateScan, Tokens, Workspace
+from subquad.ops.segments import MATRICES, Layout, Segment, StateScan, Tokens
 from subquad.ops.updates import Kept, additive_backward, additive_forward, delta_backward, delta_forward
 
 
@@ -143,7 +144,7 @@ class ChunkedBackward(FirstDerivative):
         kept = Kept(StateScan.of(layout, slots), U, inverse)
         work = Workspace(inputs.q, plan.dtype)
         frame = make_frame(plan, inputs, work)
-        grads = Gradients(plan, inputs, slots)
+        grads = Gradients(plan, inputs, slots, work)
         reading = Reading(plan, do if do is not None else torch.zeros_like(inputs.v), o, level, slope)
         update = additive_backward if beta is None else delta_backward
         sources, carry = Sources(plan, inputs, work), torch.zeros_like(slots[0])
@@ -242,11 +243,11 @@ class Reading:
 class Gradients:
     """The results of the backward pass, filled segment by segment."""
 
-    def __init__(self, plan: Plan, inputs: Inputs, slots: Tensor) -> None:
+    def __init__(self, plan: Plan, inputs: Inputs, slots: Tensor, work: Workspace) -> None:
         layout = plan.layout
         q, k, v, log_decay, beta, *_ = inputs
         _, _, _, wants_decay, _, wants_input, self.wants_initial, *_ = plan.needed
-        self.plan, self.beta, self.wants_gates = plan, beta, wants_decay or wants_input
+        self.plan, self.work, self.beta, self.wants_gates = plan, work, beta, wants_decay or wants_input
         self.q, self.k, self.v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         self.to_q, self.to_k, self.to_v = (Tokens(layout, x) for x in (self.q, self.k, self.v))
         self.initial = slots.new_empty(layout.sequences, *slots.shape[1:])
@@ -268,7 +269,7 @@ class Gradients:
         if self.beta is not None:
             m, C, _ = d_keys.shape
             assert self.d_beta is not None
-            self.d_beta[s] = torch.linalg.vecdot(d_keys, raw_rows[:, :, 1]).view(segment.n, -1, C)
+            self.d_beta[s] = self.work.dot(d_keys, raw_rows[:, :, 1]).view(segment.n, -1, C)
             d_keys.mul_(self.strength[s].reshape(m, C, 1)).add_(d_rows[:, :, 1])
         self.to_q.store(d_rows[:, :, 0], segment, self.plan.scale)
         self.to_k.store(d_keys, segment)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.segments import Layout, Segment, Workspace
+from subquad.ops.memory import Workspace
+from subquad.ops.segments import Layout, Segment
 
 LOG2E = 1 / math.log(2)
 FORGOTTEN = -1000.0  # exp of it is zero even in float64; -inf would make differences of sums NaN
@@ -139,14 +140,14 @@ class ScalarFrame:
         W = torch.mul(self.products[:, :, 0], dA[:, :, 0], out=self.work("W", m, C, C))
         if dA.shape[2] == 2:
             W.addcmul_(self.products[:, :, 1], dA[:, :, 1])
-        by_row = torch.linalg.vecdot(self.rows, d_rows).sum(-1)
-        by_key = torch.linalg.vecdot(self.keys, d_keys)
+        by_row = self.work.dot(self.rows, d_rows).sum(-1)
+        by_key = self.work.dot(self.keys, d_keys)
         from_here = torch.ones(C, C, dtype=W.dtype, device=W.device).triu_()  # [t, i]: i >= t
         crossing = torch.matmul(from_here, W, out=self.work("crossing", m, C, C)).tril_(-1).sum(-1)
         crossing += by_row @ from_here.mT
         crossing += by_key @ from_here.triu(1)
         total = self.total(segment)
         assert total is not None
-        d_total = torch.linalg.vecdot(d_state.flatten(-2), state.flatten(-2)) * total[..., 0, 0]
+        d_total = self.work.dot(d_state.flatten(-2), state.flatten(-2)) * total[..., 0, 0]
         d_decay = crossing.view(segment.n, -1, C) + d_total.unsqueeze(-1)
         return d_decay, (W.tril_().sum(-2) + by_key).view(segment.n, -1, C) if self.input_gate else None

@@ -8,7 +8,6 @@ second copy), outputs are copied out; the tokens that fill the last chunk are ze
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -134,31 +133,6 @@ def _copy(source: Tensor, target: Tensor, factor: float | Tensor) -> None:
         target.copy_(source).mul_(factor) if target.element_size() >= source.element_size() else target.copy_(
             source * factor
         )
-
-
-class Workspace:
-    """Named scratch buffers that live as long as their thread: fresh memory would cost a page fault for every 4 KB."""
-
-    _pool = threading.local()
-
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self.key = (like.device, dtype)
-        self.buffers: dict = self._pool.__dict__.setdefault("buffers", {})
-        self.views: dict = {}
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """A buffer of this shape with anything in it, one a name and shape."""
-        if (view := self.views.get((name, shape))) is not None:
-            return view
-        size = 1
-        for n in shape:
-            size *= n
-        buffer = self.buffers.get((name, *self.key))
-        if buffer is None or buffer.numel() < size:
-            device, dtype = self.key
-            buffer = self.buffers[(name, *self.key)] = torch.empty(size, dtype=dtype, device=device)
-        view = self.views[(name, shape)] = buffer[:size].view(shape)
-        return view
 
 
 class StateScan:

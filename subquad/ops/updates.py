@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from subquad.ops.channel import ChannelFrame
+from subquad.ops.memory import Workspace
 from subquad.ops.scalar import ScalarFrame
-from subquad.ops.segments import Segment, StateScan, Workspace
+from subquad.ops.segments import Segment, StateScan
 
 Frame = ScalarFrame | ChannelFrame
 
