@@ -19,6 +19,8 @@ from subquad.errors import UserError, nearest
 from subquad.mixers.rotary import rotate
 
 State = tuple[Tensor, ...]
+HALF_LIVES = 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0
+LONGEST_HALF_LIVES = HALF_LIVES[3:]
 ACTIVATIONS = ("silu", "elu1", "relu", "none")
 GATES = {"swish": 1.2784645427610738, "sigmoid": 0.0, "none": None}
 """Gate kinds, and the pre-activation at which a fresh gate stands: swish(1.278...) = 1; sigmoid(0) = 1/2, whose
@@ -96,14 +98,14 @@ class Options:
         return cls(**values)
 
 
-def half_life_decay(half_life: float | Tensor) -> Any:
-    """Log decay a token at which a memory halves in `half_life` tokens."""
-    return -math.log(2.0) / half_life
+def half_life_decay(half_life: Tensor) -> Tensor:
+    """Log decay a token at which a memory halves in `half_life` tokens, in float64."""
+    return -math.log(2.0) / half_life.double()
 
 
-def inverse_softplus(y: float) -> float:
-    """x with softplus(x) = y > 0."""
-    return y + math.log(-math.expm1(-y))
+def inverse_softplus(y: Tensor) -> Tensor:
+    """x with softplus(x) = y > 0, in the dtype of y, which should be float64."""
+    return y + torch.log(-torch.expm1(-y))
 
 
 class Mixer(nn.Module):
@@ -117,6 +119,9 @@ class Mixer(nn.Module):
     Options: ClassVar[type[Options]] = Options
     has_key_projection: ClassVar[bool] = True
     gate_before_norm: ClassVar[bool] = False
+    KNOBS: ClassVar[tuple[tuple[str, tuple[float, ...]], ...]] = ()
+    """What fresh gates can be set to, head by head, and the values that calibration tries: `half_life` is set by
+    `set_half_life(values: [H])`."""
     BEHIND_MATRIX: ClassVar[frozenset[str]] = frozenset(
         {"v_proj", "v_conv", "o_proj", "o_norm", "g_proj", "augmentation"}
     )
@@ -152,6 +157,10 @@ class Mixer(nn.Module):
     def reset_gates(self) -> None:
         """Sets them to their neutral start."""
 
+    def per_head(self, value: float) -> Tensor:
+        """`[H]`, float64, on the device of the parameters."""
+        return torch.full((self.layout.num_heads,), value, dtype=torch.float64, device=self.q_proj.weight.device)
+
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the core takes beside `core`'s q, k, v, from `x: [B, T, hidden]`; may also give q, k or v anew.
         Padding is masked afterwards, in one place."""
@@ -185,10 +194,11 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def set_output_scale(self, rms: Tensor) -> None:
-        """Output norms so that head h, gate included, starts at a root mean square of `rms[h]`."""
+        """Output norms so that head h, gate included, starts at a root mean square of `rms[h]`; `[H, V]`: by channel."""
         if self.options.output_norm:
             fresh = 0.5 if self.options.output_gate == "sigmoid" and not self.gate_before_norm else 1.0
-            self.o_norm.copy_((rms / fresh).to(self.o_norm).unsqueeze(-1).expand_as(self.o_norm))
+            rms = rms if rms.dim() == 2 else rms.unsqueeze(-1)
+            self.o_norm.copy_((rms / fresh).to(self.o_norm).expand_as(self.o_norm))
 
     def projections(self) -> dict[str, nn.Linear]:
         """The projections that a teacher's attention has too, by its names."""
@@ -221,6 +231,11 @@ class Mixer(nn.Module):
         recurrent = None if state is None else state[len(convs) :]
         o, after = self._run(core, recurrent, None)
         return self.readout(o, x, core), (*convs, *after)
+
+    def core_output(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What norm and gate are given, `[B, T, H, V]`."""
+        core, _ = self.core_inputs(x, position_embeddings, None, None)
+        return self.augment(self._run(core, None, None)[0], core)
 
     def matrix(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The mixing matrix of the core, `[B, H, T, T]`: core output = M v."""
@@ -354,7 +369,7 @@ def activate(x: Tensor, kind: str) -> Tensor:
     return F.relu(x) if kind == "relu" else x
 
 
-def head_norm(o: Tensor, weight: Tensor, eps: float = 1e-8) -> Tensor:
+def head_norm(o: Tensor, weight: Tensor | float, eps: float = 1e-8) -> Tensor:
     """RMS norm over the channels of each head, in float32 at least. `eps` lies far below the square of the smallest
     output of a fresh student, about 1e-7 in a first layer."""
     wide = widen(o)

@@ -6,8 +6,8 @@ Queries and keys are L2-normalised behind short convolution and activation. Noth
 content is written over it.
 """
 
-import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -33,6 +33,7 @@ class DeltaNetOptions(Options):
 class DeltaNet(Mixer):
     name = "deltanet"
     Options = DeltaNetOptions
+    KNOBS: ClassVar[tuple[tuple[str, tuple[float, ...]], ...]] = (("write_strength", (0.03, 0.06, 0.12, 0.25, 0.5)),)
     options: DeltaNetOptions
 
     def build(self) -> None:
@@ -40,8 +41,11 @@ class DeltaNet(Mixer):
 
     def reset_gates(self) -> None:
         nn.init.zeros_(self.b_proj.weight)
-        strength = self.options.write_strength
-        nn.init.constant_(self.b_proj.bias, math.log(strength / (1 - strength)))
+        self.set_write_strength(self.per_head(self.options.write_strength))
+
+    def set_write_strength(self, strength: Tensor) -> None:
+        """beta of each head, `[H]`, where its projection gives zero."""
+        self.b_proj.bias.copy_(torch.logit(strength))
 
     def feature(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
         return l2_norm(super().feature(x, position_embeddings))

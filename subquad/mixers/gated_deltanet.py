@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import half_life_decay, inverse_softplus, widen
+from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus, widen
 from subquad.mixers.deltanet import DeltaNet, DeltaNetOptions
 
 
@@ -27,6 +27,7 @@ class GatedDeltaNetOptions(DeltaNetOptions):
 class GatedDeltaNet(DeltaNet):
     name = "gated_deltanet"
     Options = GatedDeltaNetOptions
+    KNOBS = (*DeltaNet.KNOBS, ("half_life", HALF_LIVES))
 
     def build(self) -> None:
         super().build()
@@ -39,7 +40,11 @@ class GatedDeltaNet(DeltaNet):
         super().reset_gates()
         nn.init.zeros_(self.a_proj.weight)
         nn.init.zeros_(self.A_log)
-        nn.init.constant_(self.dt_bias, inverse_softplus(-half_life_decay(self.options.half_life)))
+        self.set_half_life(self.per_head(self.options.half_life))
+
+    def set_half_life(self, half_life: Tensor) -> None:
+        """Of the memory of each head, `[H]`, in tokens, where the gate's projection gives zero."""
+        self.dt_bias.copy_(inverse_softplus(-half_life_decay(half_life)))
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         step = F.softplus(widen(self.a_proj(x)) + widen(self.dt_bias))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.errors import UserError
-from subquad.mixers.base import Mixer, Options, half_life_decay, widen
+from subquad.mixers.base import HALF_LIVES, Mixer, Options, half_life_decay, widen
 
 TEMPERATURE = 16.0
 """tau of the paper: it keeps decays near one where the gate's logits are near zero."""
@@ -32,6 +32,7 @@ class GLA(Mixer):
     name = "gla"
     Options = GLAOptions
     options: GLAOptions
+    KNOBS = (("half_life", HALF_LIVES),)
 
     def build(self) -> None:
         H, K = self.layout.num_heads, self.layout.head_dim
@@ -41,14 +42,16 @@ class GLA(Mixer):
     def reset_gates(self) -> None:
         nn.init.normal_(self.decay_down.weight, std=self.layout.hidden_size**-0.5)
         nn.init.zeros_(self.decay_up.weight)
-        log_decay = half_life_decay(self.initial_half_lives())
-        self.decay_up.bias.copy_(
-            logsigmoid_inverse(TEMPERATURE * log_decay).expand(self.layout.num_heads, -1).flatten()
-        )
+        self.set_half_life(self.per_head(self.options.half_life))
 
-    def initial_half_lives(self) -> Tensor:
-        """In tokens, a value per channel."""
-        return torch.full((self.layout.head_dim,), float(self.options.half_life))
+    def set_half_life(self, half_life: Tensor) -> None:
+        """Of each head, `[H]`, in tokens, where the gate's projection gives zero."""
+        log_decay = half_life_decay(self.channel_half_lives(half_life))
+        self.decay_up.bias.copy_(logsigmoid_inverse(TEMPERATURE * log_decay).flatten())
+
+    def channel_half_lives(self, half_life: Tensor) -> Tensor:
+        """The half-life of every channel, `[H, K]`, from that of its head."""
+        return half_life.unsqueeze(-1).expand(-1, self.layout.head_dim)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """[B, T, H, K] in float32 at least."""
@@ -60,5 +63,5 @@ class GLA(Mixer):
 
 
 def logsigmoid_inverse(y: Tensor) -> Tensor:
-    """x with logsigmoid(x) = y < 0: y - log(1 - exp(y))."""
-    return y - torch.log(-torch.expm1(y)) if y.dtype == torch.float64 else logsigmoid_inverse(y.double()).to(y.dtype)
+    """x with logsigmoid(x) = y < 0: y - log(1 - exp(y)), in the dtype of y, which should be float64."""
+    return y - torch.log(-torch.expm1(y))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.errors import UserError
-from subquad.mixers.base import Mixer, Options, widen
+from subquad.mixers.base import LONGEST_HALF_LIVES, Mixer, Options, widen
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,21 @@ class HGRN2(Mixer):
     Options = HGRN2Options
     options: HGRN2Options
     has_key_projection = False
+    KNOBS = (("half_life", LONGEST_HALF_LIVES),)
 
     def build(self) -> None:
         self.f_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads * self.layout.head_dim)
 
     def reset_gates(self) -> None:
         nn.init.zeros_(self.f_proj.weight)
-        half_lives = self.options.half_life ** torch.linspace(0, 1, self.layout.head_dim, dtype=torch.float64)
+        self.set_half_life(self.per_head(self.options.half_life))
+
+    def set_half_life(self, half_life: Tensor) -> None:
+        """The longest of each head, `[H]`, in tokens, where the gate's projection gives zero."""
+        half_lives = half_life.unsqueeze(-1) ** torch.linspace(0, 1, self.layout.head_dim).to(half_life)
         kept, bound = torch.exp2(-1 / half_lives), self.options.lower_bound
         bias = torch.logit((kept - bound) / (1 - bound))
-        self.f_proj.bias.copy_(bias.expand(self.layout.num_heads, -1).flatten())
+        self.f_proj.bias.copy_(bias.flatten())
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         logits = widen(self.f_proj(x)).unflatten(-1, (self.layout.num_heads, -1))

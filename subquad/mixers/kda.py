@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import half_life_decay, inverse_softplus, widen
+from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus, widen
 from subquad.mixers.deltanet import DeltaNet, DeltaNetOptions
 
 
@@ -27,6 +27,7 @@ class KDAOptions(DeltaNetOptions):
 class KDA(DeltaNet):
     name = "kda"
     Options = KDAOptions
+    KNOBS = (*DeltaNet.KNOBS, ("half_life", HALF_LIVES))
     options: KDAOptions
 
     def build(self) -> None:
@@ -42,7 +43,11 @@ class KDA(DeltaNet):
         nn.init.normal_(self.decay_down.weight, std=self.layout.hidden_size**-0.5)
         nn.init.zeros_(self.decay_up.weight)
         nn.init.zeros_(self.A_log)
-        nn.init.constant_(self.dt_bias, inverse_softplus(-half_life_decay(self.options.half_life)))
+        self.set_half_life(self.per_head(self.options.half_life))
+
+    def set_half_life(self, half_life: Tensor) -> None:
+        """Of all channels of each head, `[H]`, in tokens, where the gate's projection gives zero."""
+        self.dt_bias.copy_(inverse_softplus(-half_life_decay(half_life)).unsqueeze(-1).expand_as(self.dt_bias))
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         logits = widen(self.decay_up(self.decay_down(x))).unflatten(-1, (self.layout.num_heads, -1))

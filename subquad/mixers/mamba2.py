@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.errors import UserError, nearest
-from subquad.mixers.base import Mixer, Options, half_life_decay, inverse_softplus, widen
+from subquad.mixers.base import HALF_LIVES, Mixer, Options, half_life_decay, inverse_softplus, widen
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Mamba2(Mixer):
     Options = Mamba2Options
     options: Mamba2Options
     gate_before_norm = True
+    KNOBS = (("half_life", HALF_LIVES),)
 
     def build(self) -> None:
         self.a_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads)
@@ -45,10 +46,14 @@ class Mamba2(Mixer):
 
     def reset_gates(self) -> None:
         nn.init.zeros_(self.a_proj.weight)
-        nn.init.constant_(self.a_proj.bias, inverse_softplus(-half_life_decay(self.options.half_life)))
+        self.set_half_life(self.per_head(self.options.half_life))
         nn.init.zeros_(self.D)
         if self.options.discretization == "zoh":
             nn.init.zeros_(self.A_log)
+
+    def set_half_life(self, half_life: Tensor) -> None:
+        """Of the memory of each head, `[H]`, in tokens, where the gate's projection gives zero."""
+        self.a_proj.bias.copy_(inverse_softplus(-half_life_decay(half_life)))
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         step = F.softplus(widen(self.a_proj(x)))

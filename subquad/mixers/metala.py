@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from subquad.mixers.base import LONGEST_HALF_LIVES
 from subquad.mixers.gla import GLA, GLAOptions
 
 
@@ -25,6 +26,7 @@ class MetaLA(GLA):
     name = "metala"
     Options = MetaLAOptions
     has_key_projection = False
+    KNOBS = (("half_life", LONGEST_HALF_LIVES),)
 
     def build(self) -> None:
         super().build()
@@ -34,8 +36,8 @@ class MetaLA(GLA):
         super().reset_gates()
         nn.init.zeros_(self.augmentation)
 
-    def initial_half_lives(self) -> Tensor:
-        return self.options.half_life ** torch.linspace(0, 1, self.layout.head_dim)
+    def channel_half_lives(self, half_life: Tensor) -> Tensor:
+        return half_life.unsqueeze(-1) ** torch.linspace(0, 1, self.layout.head_dim).to(half_life)
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         log_decay = self.log_decay(x)

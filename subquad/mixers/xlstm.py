@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from subquad import ops
-from subquad.mixers.base import Mixer, Options, State, half_life_decay, inverse_softplus
+from subquad.mixers.base import HALF_LIVES, Mixer, Options, State, half_life_decay, inverse_softplus
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class XLSTMOptions(Options):
 class XLSTM(Mixer):
     name = "xlstm"
     Options = XLSTMOptions
+    KNOBS = (("half_life", HALF_LIVES),)
 
     def build(self) -> None:
         self.i_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads)
@@ -33,8 +34,12 @@ class XLSTM(Mixer):
         for projection in (self.i_proj, self.f_proj):
             nn.init.zeros_(projection.weight)
         nn.init.zeros_(self.i_proj.bias)
+        self.set_half_life(self.per_head(self.options.half_life))
+
+    def set_half_life(self, half_life: Tensor) -> None:
+        """Of the memory of each head, `[H]`, in tokens, where the gate's projection gives zero."""
         # logsigmoid(f) = -softplus(-f)
-        nn.init.constant_(self.f_proj.bias, -inverse_softplus(-half_life_decay(self.options.half_life)))
+        self.f_proj.bias.copy_(-inverse_softplus(-half_life_decay(half_life)))
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"input_gate": self.i_proj(x), "forget_gate": self.f_proj(x)}

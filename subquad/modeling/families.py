@@ -6,6 +6,8 @@ interleaved or not, with biases, norms, partial rotary or a head size of its own
 what was missing.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -296,31 +298,38 @@ class Recording:
         return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
 
 
-@torch.no_grad()
-def record_attention(model: PreTrainedModel, sites: list[AttentionSite], input_ids: Tensor) -> list[Recording]:
-    """Runs `model` once on `input_ids: [B, T]` (all tokens real, one document a row) and records every attention."""
-    given: dict[int, tuple] = {}
-    heads: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
-    hooks = []
+@contextmanager
+def listen(sites: Sequence[AttentionSite], each: Callable[[int, Recording], None]) -> Iterator[None]:
+    """While it lasts, `each(index, recording)` is called as soon as the attention of a layer has run."""
+    hooks: list[Any] = []
     for site in sites:
+        given: dict[str, Any] = {}
 
-        def before(module, args, kwargs, index=site.index):
-            given[index] = args, kwargs
+        def before(module, args, kwargs, given=given):
+            given.update(args=args, kwargs=kwargs)
 
-        def projecting(module, args, index=site.index):
-            heads[index] = args[0].flatten(2) if args[0].dim() > 3 else args[0]
+        def projecting(module, args, given=given):
+            given["heads"] = args[0].flatten(2) if args[0].dim() > 3 else args[0]
 
-        def after(module, args, output, index=site.index):
-            outputs[index] = output[0] if isinstance(output, tuple) else output
+        def after(module, args, output, given=given, index=site.index):
+            output = output[0] if isinstance(output, tuple) else output
+            each(index, Recording(given["args"], given["kwargs"], output, given["heads"]))
+            given.clear()
 
         hooks.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(site.module.get_submodule(site.output).register_forward_pre_hook(projecting))
         hooks.append(site.module.register_forward_hook(after))
     try:
-        model.base_model(input_ids=input_ids, use_cache=False)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    order = [site.index for site in sites]
-    return [Recording(given[i][0], given[i][1], outputs[i], heads[i]) for i in order]
+
+
+@torch.no_grad()
+def record_attention(model: PreTrainedModel, sites: Sequence[AttentionSite], input_ids: Tensor) -> list[Recording]:
+    """Runs `model` once on `input_ids: [B, T]` (all tokens real, one document a row) and records every attention."""
+    heard: dict[int, Recording] = {}
+    with listen(sites, heard.__setitem__):
+        model.base_model(input_ids=input_ids, use_cache=False)
+    return [heard[site.index] for site in sites]

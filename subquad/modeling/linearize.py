@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from subquad import mixers
 from subquad.errors import UserError
 from subquad.mixers import Mixer
+from subquad.modeling import calibrate as calibrated
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.families import AttentionSite, find_attention, find_position_table
 from subquad.modeling.hub import SubquadForCausalLM, plan_config
@@ -25,6 +26,7 @@ def linearize(
     copy_qkv: bool = True,
     layers: Mapping[str, Any] | None = None,
     calibration: Tensor | None = None,
+    calibrate: Tensor | None = None,
     seed: int = 0,
     **options: Any,
 ) -> SubquadForCausalLM:
@@ -37,6 +39,9 @@ def linearize(
         copy_qkv: copy the q, k, v and o projections; else they, and "softmax", start at random.
         calibration: token ids `[B, T]` on which the scale of the teacher's attention output is measured, so that the
             student's output norms start there; by default 384 tokens drawn from the teacher itself.
+        calibrate: token ids `[B, T]`, a few thousand, by which half-lives, write strengths, activations and output
+            scales are chosen, in closed form, to follow the teacher's attention (see `calibrate.py`); options that are
+            given stay as they are.
         seed: of everything drawn at random.
         options: of the mixer (`subquad.mixers.get(name).Options`).
 
@@ -61,6 +66,8 @@ def linearize(
         if teacher.generation_config is not None:
             student.generation_config = copy.deepcopy(teacher.generation_config)
             student.generation_config.cache_implementation = None  # a student has a cache of its own
+        if calibrate is not None:
+            calibration = calibrate[:1]  # the scales are found anew
         if calibration is None:
             with head_scales(sites) as heard:  # while it writes, so that it need not read that again
                 sample_tokens(teacher, length=min(24, positions or 24))
@@ -79,6 +86,9 @@ def linearize(
                     copy_projections(site, block.mixer)
             elif not copy_qkv and plan[block.index]["mixer"] == mixers.SOFTMAX:
                 block.attention.apply(student.base._init_weights)
+        if calibrate is not None:
+            with evaluating(teacher):
+                calibrated.calibrate(student, teacher, sites, calibrate)
     return student.requires_grad_(True).train(teacher.training)
 
 

@@ -1,0 +1,131 @@
+"""Calibrated initialisation: what the teacher's attention tells of a fresh mixer, set in closed form, layer by layer.
+
+On a few thousand tokens the teacher's attention is watched. Per layer, the activation of queries and keys and whether
+they keep their rotary embedding; per head, the half-life of its memory and its write strength: whatever a mixer has of
+these is chosen by the error that it leaves in the layer's output. Then each channel of the output norm gets its least-
+squares scale,
+
+    w = sum n a / sum n^2        n the mixer's normed output, a the teacher's attention output, before its projection
+
+which also scales the candidates while they are compared. No gradient is taken. (The aim is that of arXiv 2606.16429.)
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from subquad.errors import UserError
+from subquad.mixers import Mixer
+from subquad.mixers.base import head_norm
+from subquad.modeling.families import AttentionSite, Recording, listen
+from subquad.modeling.hub import SubquadForCausalLM
+from subquad.modeling.layers import MixerLayer
+
+CHOICES: dict[str, tuple[Any, ...]] = {"qk_activation": ("silu", "relu", "elu1"), "rotary": (False, True)}
+"""Options that are chosen for a layer, where its plan does not say them."""
+
+
+@torch.no_grad()
+def calibrate(
+    student: SubquadForCausalLM, teacher: PreTrainedModel, sites: Sequence[AttentionSite], tokens: Tensor
+) -> None:
+    """Sets the mixers of a fresh `student` by the teacher's attention on `tokens: [B, T]`; the options chosen go into
+    the student's plan. One layer's activations are held at a time."""
+
+    def each(index: int, recording: Recording) -> None:
+        block = student.blocks[index]
+        if isinstance(block, MixerLayer):
+            chosen = calibrate_layer(block.mixer, sites[index], recording, student.config.layers[index])
+            student.config.layers[index].update(chosen)
+
+    with listen(sites, each):
+        teacher.base_model(input_ids=tokens.to(teacher.device), use_cache=False)
+
+
+@dataclass
+class Candidate:
+    """A setting of one layer: its options, the values of its knobs `[H]`, and the error that each head leaves."""
+
+    options: dict[str, Any]
+    knobs: dict[str, Tensor]
+    errors: Tensor
+
+
+def calibrate_layer(mixer: Mixer, site: AttentionSite, recording: Recording, entry: dict[str, Any]) -> dict[str, Any]:
+    """Calibrates one fresh mixer in place; returns the options that were chosen beyond those of its plan's `entry`."""
+    scene = Scene(mixer, site, recording)
+    fixed = mixer.options
+    candidates = []
+    for options in open_choices(mixer, recording, entry):
+        mixer.options = replace(fixed, **options)
+        candidates.append(scene.search(Candidate(options, {}, scene.errors()[0]), rounds=1))
+    best = min(candidates, key=lambda c: c.errors.sum().item())
+    mixer.options = replace(fixed, **best.options)
+    if len(mixer.KNOBS) > 1:  # what is best for one depends on the other
+        best = scene.search(best, rounds=1)
+    scene.turn(best.knobs)
+    if mixer.options.output_norm:
+        mixer.set_output_scale(scene.errors()[1])
+    return best.options
+
+
+def open_choices(mixer: Mixer, recording: Recording, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of the options that the plan leaves open and that this layer can have."""
+    open_names = [name for name in CHOICES if name not in entry]
+    if mixer.layout.rotary is None or recording.kwargs.get("position_embeddings") is None:
+        open_names = [name for name in open_names if name != "rotary"]
+    for values in itertools.product(*(CHOICES[name] for name in open_names)):
+        options = dict(zip(open_names, values, strict=True))
+        try:
+            replace(mixer.options, **options)
+        except UserError:  # some options exclude each other
+            continue
+        yield options
+
+
+class Scene:
+    """A mixer in the place of one layer's attention, on the text that the teacher was watched on."""
+
+    def __init__(self, mixer: Mixer, site: AttentionSite, recording: Recording):
+        self.mixer = mixer
+        self.x, self.positions = recording.hidden_states, recording.kwargs.get("position_embeddings")
+        H, V = mixer.layout.num_heads, mixer.layout.value_dim
+        self.target = recording.heads.float().unflatten(-1, (H, V))
+        output, _ = site.projection("o")
+        by_head = output.float().unflatten(-1, (H, V)).transpose(0, 1)  # [H, D, V]
+        self.metric = by_head.mT @ by_head
+        """What an error of a head costs in the layer's output, `[H, V, V]`."""
+
+    def errors(self) -> tuple[Tensor, Tensor]:
+        """What each head leaves of the teacher's output behind the projection, squared, `[H]`; and the scale of each
+        channel, `[H, V]`."""
+        o = self.mixer.core_output(self.x, self.positions).float()
+        scale = o.new_ones(o.shape[2:])
+        if self.mixer.options.output_norm:
+            o = head_norm(o, 1.0)
+            scale = (o * self.target).sum((0, 1)) / o.square().sum((0, 1)).clamp_min(1e-12)
+        rest = (self.target - scale * o).flatten(0, 1)  # [tokens, H, V]
+        return torch.einsum("thv,hvw,thw->h", rest, self.metric, rest), scale
+
+    def turn(self, knobs: dict[str, Tensor]) -> None:
+        for name, values in knobs.items():
+            getattr(self.mixer, f"set_{name}")(values)
+
+    def search(self, start: Candidate, rounds: int) -> Candidate:
+        """Tries each value of each knob, one knob after the other; every head keeps what is best for it."""
+        best = Candidate(start.options, dict(start.knobs), start.errors)
+        for name, values in [knob for _ in range(rounds) for knob in self.mixer.KNOBS]:
+            self.turn(best.knobs)
+            errors, chosen = torch.full_like(best.errors, torch.inf), self.mixer.per_head(values[0])
+            for value in values:
+                self.turn({name: self.mixer.per_head(value)})
+                now, _ = self.errors()
+                chosen = torch.where(now < errors, value, chosen)
+                errors = torch.minimum(errors, now)
+            best.knobs[name], best.errors = chosen, errors
+        return best
