@@ -194,7 +194,7 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def set_output_scale(self, rms: Tensor) -> None:
-        """Output norms so that head h, gate included, starts at a root mean square of `rms[h]`; `[H, V]`: by channel."""
+        """Output norms so that head h, gate included, starts at root mean square `rms[h]` (`[H, V]`: by channel)."""
         if self.options.output_norm:
             fresh = 0.5 if self.options.output_gate == "sigmoid" and not self.gate_before_norm else 1.0
             rms = rms if rms.dim() == 2 else rms.unsqueeze(-1)

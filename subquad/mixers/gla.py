@@ -4,6 +4,7 @@ S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T       o_t = S_t^T q_t / sqrt(K)       g
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -32,7 +33,7 @@ class GLA(Mixer):
     name = "gla"
     Options = GLAOptions
     options: GLAOptions
-    KNOBS = (("half_life", HALF_LIVES),)
+    KNOBS: ClassVar[tuple[tuple[str, tuple[float, ...]], ...]] = (("half_life", HALF_LIVES),)
 
     def build(self) -> None:
         H, K = self.layout.num_heads, self.layout.head_dim
