@@ -103,13 +103,23 @@ def test_rates_as_people_write_them(write, written, value):
         ("stages.hidden.warmup=1", "stages.hidden.warmup: got 1, expected a number less than 1"),
         ("stages.hidden.weight_decay=-1", "weight_decay: got -1, expected a number greater than or equal to 0"),
         ("stages.hidden.max_grad_norm=0", "max_grad_norm: got 0, expected a number greater than 0"),
-        ("stages.hidden.copied_lr=0", "copied_lr: got 0, expected a number greater than 0"),
+        ("stages.hidden.groups.copied.lr=0", "groups.copied.lr: got 0, expected a number greater than 0"),
+        ("stages.hidden.groups.copies.lr=1", "unknown key 'stages.hidden.groups.copies'; did you mean"),
+        ("stages.hidden.micro_batch_size=3", "micro_batch_size: got 3, expected a divisor of batch_size (8)"),
+        ("stages.hidden.target=layer", "target: got 'layer', expected one of mixer, block"),
+        ("stages.hidden.ema=1", "ema: got 1, expected a number less than 1"),
+        ("evaluation.keep_best=true", "evaluation.keep_best without evaluation.every"),
+        ("student.layers={default: glaa}", "unknown mixer 'glaa'; did you mean 'gla'?"),
+        ("student.layers={}", "an empty plan"),
         (
             "stages.hidden.schedule=cosin",
-            "schedule: got 'cosin', expected one of linear, cosine, constant; did you mean 'cosine'?",
+            "schedule: got 'cosin', expected one of linear, cosine, constant, wsd; did you mean 'cosine'?",
         ),
         ("stages.hidden.schedule=5", "schedule: got 5, expected one of linear, cosine, constant"),
-        ("stages.hidden=5", "stages.hidden: got 5, expected a mapping with the keys tokens, lr, batch_size, warmup,"),
+        (
+            "stages.hidden=5",
+            "stages.hidden: got 5, expected a mapping with the keys tokens, lr, batch_size, micro_batch_size,",
+        ),
         ("corpus.context=1", "corpus.context: got 1, expected a number greater than or equal to 2"),
         ("corpus=text.txt", "corpus: got 'text.txt', expected a mapping with the keys source, context, valid"),
         ("corpus={context: 8}", "corpus.source is missing; expected: `python-stdlib`, a text file"),
@@ -134,7 +144,7 @@ def test_rates_as_people_write_them(write, written, value):
         ),
         ("stages.matrix.lr=1", "stages.matrix.tokens is missing; expected: Tokens to train on"),
         ("stages.hiden.lr=1", "unknown key 'stages.hiden'; did you mean 'stages.hidden'?"),
-        ("student.foo.bar=2", "unknown key 'student.foo'; expected one of mixer, copy_qkv, options"),
+        ("student.foo.bar=2", "unknown key 'student.foo'; expected one of mixer, copy_qkv, calibrate, options"),
         ("mixer=gla", "unknown key 'mixer'; did you mean 'student.mixer'?"),
         ("lr=1", "unknown key 'lr'; did you mean 'stages.matrix.lr' or 'stages.hidden.lr' or 'stages.end_to_end.lr'?"),
         ("checkpoint.evry=5", "unknown key 'checkpoint.evry'; did you mean 'checkpoint.every'?"),
@@ -347,7 +357,7 @@ def test_shipped_recipes():
     assert all(recipe.student.copy_qkv == (recipe.student.mixer != "softmax") for recipe in study)
     recipe = load_recipe(RECIPES / "smollm2-135m.yaml")
     assert (recipe.teacher, recipe.student.mixer) == ("smollm2-135m", "gated_deltanet")
-    assert (recipe.stages.hidden.lr, recipe.stages.hidden.copied_lr) == (2e-3, 5e-4)
+    assert (recipe.stages.hidden.lr, recipe.stages.hidden.groups.copied.lr) == (2e-3, 5e-4)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def tiny_recipe(directory: Path, **changes) -> Path:
     recipe = {
         "teacher": str(teacher),
         "corpus": {"source": str(directory / "text.txt"), "context": 32},
-        "student": {"mixer": "gla"},
+        "student": {"mixer": "gla", "calibrate": None},
         "stages": {
             "matrix": {"tokens": 512, "lr": 1e-3, "batch_size": 2},
             "hidden": {"tokens": 768, "lr": 1e-3, "batch_size": 2},

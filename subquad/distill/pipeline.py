@@ -10,20 +10,25 @@ import math
 import os
 import platform
 import shutil
+import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.config import Recipe, Stage
+from subquad.config import EndToEnd, Hidden, Matrix, Recipe, Stage
 from subquad.data import TokenRows, check_corpus, token_rows
-from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, Objective
-from subquad.distill.trainer import append_jsonl, newest_checkpoint, run_stage, total_steps
+from subquad.distill.progress import append_jsonl, draw_curves, read_jsonl
+from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, Objective, keeps_apart
+from subquad.distill.trainer import StageRun, newest_checkpoint, run_stage, total_steps
 from subquad.errors import UserError
 from subquad.evaluate.efficiency import decode_speed
 from subquad.evaluate.quality import compare, recovered_share, unigram_loss
@@ -56,6 +61,11 @@ class Materials:
         context, limit = recipe.corpus.context, getattr(teacher.config, "max_position_embeddings", None)
         if limit is not None and context > limit:
             raise UserError(f"corpus.context: got {context}; teacher {recipe.teacher!r} reads at most {limit} tokens")
+        if getattr(recipe.corpus, "documents", "joined") == "separate" and not keeps_apart(teacher):
+            raise UserError(
+                f"teacher {recipe.teacher!r} lets documents in one row see each other, whatever their positions; "
+                "expected corpus.documents: joined"
+            )
         tokens = max(UNIGRAM_TOKENS, sum(total_steps(s, context) * s.batch_size * context for _, s in stages(recipe)))
         return cls(
             teacher,
@@ -66,11 +76,15 @@ class Materials:
 
     def held_out(self, recipe: Recipe, rows_a_batch: int = 4) -> list[Tensor]:
         """The batches on which students are measured: the same for every student and seed."""
-        count = max(1, math.ceil(recipe.evaluation.tokens / recipe.corpus.context))
-        return list(first_rows(self.valid, min(count, len(self.valid))).split(rows_a_batch))
+        return list(first_rows(self.valid, min(held_out_rows(recipe), len(self.valid))).split(rows_a_batch))
 
-    def calibration(self, recipe: Recipe) -> Tensor:
-        return first_rows(self.train, max(1, CALIBRATION_TOKENS // recipe.corpus.context))
+    def sample(self, recipe: Recipe, tokens: int) -> Tensor:
+        """About so many tokens of the training text, `[rows, context]`."""
+        return first_rows(self.train, max(1, tokens // recipe.corpus.context))
+
+
+def held_out_rows(recipe: Recipe) -> int:
+    return max(1, math.ceil(recipe.evaluation.tokens / recipe.corpus.context))
 
 
 def first_rows(rows: TokenRows, count: int) -> Tensor:
@@ -100,8 +114,10 @@ def distill(recipe: Recipe, output: str | os.PathLike, loaded: Loaded | None = N
         return finished
     materials = Materials.prepare(recipe, loaded)
     # Only now is the directory this run's: one refused for its recipe leaves none behind.
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "recipe.yaml", recipe.to_yaml())
+    with on_first_process() as first:
+        if first:
+            output.mkdir(parents=True, exist_ok=True)
+            write_text(output / "recipe.yaml", recipe.to_yaml())
     held_out = materials.held_out(recipe)
     student, done, spent = start(recipe, output, materials, held_out)
     offset = 0
@@ -109,17 +125,37 @@ def distill(recipe: Recipe, output: str | os.PathLike, loaded: Loaded | None = N
         count = total_steps(stage, recipe.corpus.context) * stage.batch_size
         if name not in done:
             before = time.perf_counter()
-            train_stage(name, stage, recipe, output, student, materials, offset, count)
+            train_stage(name, stage, recipe, output, student, materials, offset)
             spent += time.perf_counter() - before
-            save_atomically(student, output / "checkpoints" / f"{name}-done", {"seconds": spent})
-            shutil.rmtree(output / "checkpoints" / name, ignore_errors=True)
+            with on_first_process() as first:
+                if first:
+                    save_atomically(student, output / "checkpoints" / f"{name}-done", {"seconds": spent})
+                    shutil.rmtree(output / "checkpoints" / name, ignore_errors=True)
         offset += count
     row = measure(recipe, output, student, materials, held_out, offset * recipe.corpus.context, spent)
+    with on_first_process() as first:
+        if first:
+            finish(recipe, output, student, materials, row)
+    return row
+
+
+@contextmanager
+def on_first_process() -> Iterator[bool]:
+    """True in the first of the processes that train together; the others wait until it is through."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():
+        yield state.is_main_process
+
+
+def finish(
+    recipe: Recipe, output: Path, student: SubquadForCausalLM, materials: Materials, row: dict[str, Any]
+) -> None:
+    """Makes the run's directory the loadable student, with its papers beside the weights."""
     student.save_pretrained(output)
     materials.tokenizer.save_pretrained(output)
-    write_json(output / "result.json", {"digest": recipe.digest(), **versions(), "row": row})
+    draw_curves(read_jsonl(output / "metrics.jsonl"), output / "loss.svg", f"{row['mixer']}, seed {recipe.seed}")
+    write_json(output / "result.json", {"digest": recipe.digest(), "seed": recipe.seed, **versions(), "row": row})
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return row
 
 
 def examine(recipe: Recipe, output: Path) -> dict[str, Any] | None:
@@ -156,14 +192,17 @@ def start(
         materials.teacher,
         spec.mixer,
         copy_qkv=spec.copy_qkv,
-        calibration=materials.calibration(recipe),
+        layers=spec.layers,
+        calibration=materials.sample(recipe, CALIBRATION_TOKENS),
+        calibrate=materials.sample(recipe, spec.calibrate) if spec.calibrate and spec.copy_qkv else None,
         seed=recipe.seed,
         **spec.options,
     )
     seconds = time.perf_counter() - before
-    if not (folder / "initial.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "initial.json", compare(student, materials.teacher, held_out))
+    with on_first_process() as first:
+        if first and not (folder / "initial.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "initial.json", compare(student, materials.teacher, held_out))
     return student, set(), seconds
 
 
@@ -175,38 +214,37 @@ def train_stage(
     student: SubquadForCausalLM,
     materials: Materials,
     offset: int,
-    count: int,
 ) -> None:
-    folder = output / "checkpoints" / name
-    metrics = output / "metrics.jsonl"
+    """Runs one stage on the rows from `offset` on, or what is left of it."""
+    folder, metrics = output / "checkpoints" / name, output / "metrics.jsonl"
     last = newest_checkpoint(folder)
     reached = 0 if last is None else int(last.name.rpartition("-")[2])
     if reached:
         logger.info("%s: resuming stage %s from step %d", output, name, reached)
-    if metrics.exists():
-        rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
-        kept = [row for row in rows if row["stage"] != name or row["step"] <= reached]
-        write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
-    run_stage(
-        student,
-        objective(name, stage, recipe, materials),
+    with on_first_process() as first:
+        if first and metrics.exists():
+            kept = [row for row in read_jsonl(metrics) if row["stage"] != name or row["step"] <= reached]
+            write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+    count = total_steps(stage, recipe.corpus.context) * stage.batch_size
+    run = StageRun(
+        recipe,
         stage,
-        materials.train.take(count, start=offset),
-        recipe.corpus.context,
-        folder,
-        recipe.checkpoint,
-        recipe.seed,
-        report=lambda row: append_jsonl(metrics, [{**row, "stage": name}]),
-        label=f"{recipe.student.mixer} {name}",
+        objective(name, stage, recipe, materials),
+        rows=materials.train.take(count, start=offset),
+        held_out=materials.valid.take(min(held_out_rows(recipe), len(materials.valid))),
+        directory=folder,
+        report=lambda row: append_jsonl(metrics, [{"stage": name, **row}]),
     )
+    run_stage(run, student)
 
 
 def objective(name: str, stage: Stage, recipe: Recipe, materials: Materials) -> Objective:
-    if name == "matrix":
-        return MatrixMixing(materials.teacher)
-    if name == "hidden":
-        return HiddenAlignment(materials.teacher, materials.calibration(recipe))
-    return EndToEndDistillation(materials.teacher, stage)  # type: ignore[arg-type]
+    if isinstance(stage, Matrix):
+        return MatrixMixing(materials.teacher, stage)
+    if isinstance(stage, Hidden):
+        return HiddenAlignment(materials.teacher, stage, materials.sample(recipe, CALIBRATION_TOKENS))
+    assert isinstance(stage, EndToEnd), name
+    return EndToEndDistillation(materials.teacher, stage)
 
 
 def measure(
@@ -225,7 +263,7 @@ def measure(
     speed = decode_speed(student, held_out[0][:1])
     initial = json.loads((output / "checkpoints" / "initial.json").read_text())
     return {
-        "mixer": recipe.student.mixer,
+        "mixer": recipe.student.name,
         "copy_qkv": recipe.student.copy_qkv,
         "seed": recipe.seed,
         "parameters": student.num_parameters(),
@@ -254,7 +292,19 @@ def versions() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    return {"versions": packages, "device": device}
+    return {"versions": packages, "commit": git_commit(), "device": device}
+
+
+def git_commit() -> str | None:
+    """Of the checkout that this package runs from; None where it is installed from elsewhere."""
+    where = Path(__file__).resolve().parents[2]
+    if not (where / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def save_atomically(student: SubquadForCausalLM, target: Path, done: dict[str, Any]) -> None:

@@ -1,22 +1,37 @@
 """The three stages: what each trains, what it asks of the teacher, and its loss.
 
-An objective is called inside the student's `forward` (`student(input_ids, objective=stage, **stage.targets(...))`), so
-that data-parallel wrappers see its gradients. The teacher stays outside the student.
+An objective is called inside the student's `forward` (`student(objective=stage, **stage.targets(batch))`), so that
+data-parallel wrappers see its gradients. The teacher stays outside the student. A batch is what `subquad.data` gives:
+`input_ids: [B, T]`, `position_ids: [B, T]` where documents are kept apart, `labels: [B, T]` where some tokens do not
+count.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
-from subquad.config import EndToEnd
-from subquad.distill.losses import distillation_loss, layerwise, matrix_distance, output_distance
-from subquad.modeling.families import AttentionSite, Recording, find_attention, record_attention
+from subquad.config import EndToEnd, Hidden, Matrix
+from subquad.distill.alignment import layerwise, matrix_distance, output_distance
+from subquad.distill.fused import Head, fused_distillation_loss, read_head
+from subquad.distill.losses import distillation_loss
+from subquad.modeling.attention_matrix import attention_rows, cut_arguments
+from subquad.modeling.families import AttentionSite, Recording, attentions, find_attention, layer_path, record
 from subquad.modeling.hub import SubquadForCausalLM
-from subquad.modeling.layers import attention_matrix
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class StageOutput(ModelOutput):
+    """The loss of a batch, a mean, and where layers learn alone that of each, `[layers]`, detached."""
+
+    loss: Tensor | None = None
+    layers: Tensor | None = None
 
 
 class Objective:
@@ -28,12 +43,15 @@ class Objective:
         """The parameters that learn in this stage."""
         raise NotImplementedError
 
-    def targets(self, input_ids: Tensor) -> dict[str, Any]:
-        """What the teacher says of a batch `[B, T]`; goes to the student's forward beside it."""
+    def targets(self, batch: Batch) -> dict[str, Any]:
+        """What goes to the student's forward: `input_ids`, and what the teacher says of them."""
         raise NotImplementedError
 
-    def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> CausalLMOutputWithPast:
-        """The loss of a batch, a mean per token or row."""
+    def count(self, batch: Batch) -> Tensor:
+        """Over how many tokens the loss of a batch is a mean."""
+        return torch.tensor(batch["input_ids"].numel())
+
+    def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
         raise NotImplementedError
 
 
@@ -43,24 +61,30 @@ class Alignment(Objective):
     def __init__(self, teacher: PreTrainedModel):
         self.teacher = teacher
         self.sites: list[AttentionSite] = find_attention(teacher)
+        self.watched = attentions(self.sites)
 
-    def targets(self, input_ids: Tensor) -> dict[str, Any]:
-        return {"recordings": record_attention(self.teacher, self.sites, input_ids)}
+    def targets(self, batch: Batch) -> dict[str, Any]:
+        input_ids, documents = batch["input_ids"], documents_of(batch)
+        positions = None if documents is None else batch["position_ids"]
+        recordings = record(self.teacher, self.watched, input_ids, positions)
+        return {"input_ids": input_ids, "recordings": recordings, "documents": documents}
 
     def trained(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
         return [p for group in self.groups(student) for p in group]
 
     def groups(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
+        """What learns in each layer."""
         raise NotImplementedError
 
-    def layer_loss(self, student: SubquadForCausalLM, index: int, recording: Recording) -> Tensor:
+    def layer_loss(
+        self, student: SubquadForCausalLM, index: int, recording: Recording, documents: Tensor | None
+    ) -> Tensor:
         raise NotImplementedError
 
-    def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> CausalLMOutputWithPast:
-        recordings: list[Recording] = targets["recordings"]
-        losses = [lambda i=i, r=r: self.layer_loss(student, i, r) for i, r in enumerate(recordings)]
-        loss, _ = layerwise(losses, self.groups(student))
-        return CausalLMOutputWithPast(loss=loss)  # type: ignore[arg-type]
+    def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
+        recordings, documents = targets["recordings"], targets["documents"]
+        losses = [lambda i=i, r=r: self.layer_loss(student, i, r, documents) for i, r in enumerate(recordings)]
+        return StageOutput(*layerwise(losses, self.groups(student)))
 
 
 class MatrixMixing(Alignment):
@@ -68,18 +92,41 @@ class MatrixMixing(Alignment):
 
     name = "matrix"
 
+    def __init__(self, teacher: PreTrainedModel, stage: Matrix):
+        super().__init__(teacher)
+        self.rows = stage.rows
+        self.watched = [(module, None) for module, _ in self.watched]
+
     def groups(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
         return [block.matrix_parameters() for block in student.blocks]
 
-    def layer_loss(self, student: SubquadForCausalLM, index: int, recording: Recording) -> Tensor:
-        block, site, given = student.blocks[index], self.sites[index], recording
-        with torch.no_grad():
-            target = attention_matrix(site.module, site.layout.window, 0, given.args, given.kwargs)
-        return matrix_distance(block.matrix(*given.args, **given.kwargs), target, block.matrix_scale_is_free)
+    def layer_loss(
+        self, student: SubquadForCausalLM, index: int, recording: Recording, documents: Tensor | None
+    ) -> Tensor:
+        B, T, _ = recording.hidden_states.shape
+        total = torch.zeros((), device=recording.hidden_states.device)
+        for row, tokens in spans(documents, B, T):
+            args, kwargs = cut_arguments(recording.args, recording.kwargs, tokens, row)
+            size = (tokens.stop - tokens.start) * (row.stop - row.start)
+            total = total + size * self.distance(student, index, args, kwargs, tokens.stop - tokens.start)
+        return total / (B * T)
+
+    def distance(
+        self, student: SubquadForCausalLM, index: int, args: tuple, kwargs: dict[str, Any], length: int
+    ) -> Tensor:
+        block, site = student.blocks[index], self.sites[index]
+
+        @torch.no_grad()
+        def target(rows: slice) -> Tensor:
+            return attention_rows(site.module, site.layout.window, 0, args, kwargs, rows)
+
+        matrix = block.matrix_rows(*args, **kwargs)
+        return matrix_distance(matrix, target, length, block.matrix_scale_is_free, self.rows)
 
 
 class HiddenAlignment(Alignment):
-    """Stage 2 (MOHAWK, section 3.2): each layer's output towards that of the teacher's attention.
+    """Stage 2 (MOHAWK, section 3.2): each layer's output towards the teacher's: the mixer's towards the attention's, or
+    that of the whole layer.
 
     `powers` are the mean squares of the teacher's outputs, one a layer, measured once on `calibration: [B, T]`: the
     unit of each layer's loss.
@@ -87,41 +134,177 @@ class HiddenAlignment(Alignment):
 
     name = "hidden"
 
-    def __init__(self, teacher: PreTrainedModel, calibration: Tensor):
+    def __init__(self, teacher: PreTrainedModel, stage: Hidden, calibration: Tensor):
         super().__init__(teacher)
-        recordings = record_attention(teacher, self.sites, calibration.to(teacher.device))
+        self.paths = [layer_path(site) for site in self.sites] if stage.target == "block" else None
+        if self.paths is not None:
+            self.watched = [(teacher.get_submodule(path), None) for path in self.paths]
+        recordings = record(teacher, self.watched, calibration.to(teacher.device))
         self.powers = [r.output.float().square().sum(-1).mean() for r in recordings]
 
-    def groups(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
-        return [list(block.parameters()) for block in student.blocks]
+    def modules(self, student: SubquadForCausalLM) -> list[nn.Module]:
+        if self.paths is None:
+            return list(student.blocks)
+        return [student.base.get_submodule(path) for path in self.paths]
 
-    def layer_loss(self, student: SubquadForCausalLM, index: int, recording: Recording) -> Tensor:
-        given = student.blocks[index](*recording.args, **{**recording.kwargs, "attention_mask": None})
+    def groups(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
+        return [list(module.parameters()) for module in self.modules(student)]
+
+    def layer_loss(
+        self, student: SubquadForCausalLM, index: int, recording: Recording, documents: Tensor | None
+    ) -> Tensor:
+        mask = None if documents is None else documents[:, None, None, :]
+        args, kwargs = with_mask(recording, mask)
+        given = self.modules(student)[index](*args, **kwargs)
         output = given[0] if isinstance(given, tuple) else given
         return output_distance(output, recording.output, self.powers[index])
 
 
 class EndToEndDistillation(Objective):
-    """Stage 3: the whole student on text, by cross-entropy and the KL divergence from the teacher's distribution."""
+    """Stage 3: the whole student on text, by cross-entropy and a divergence from the teacher's distribution.
+
+    Where both models lead from hidden states to logits in a known way, full logits never exist (see `fused.py`).
+    """
 
     name = "end_to_end"
 
     def __init__(self, teacher: PreTrainedModel, stage: EndToEnd):
-        self.teacher = teacher
-        self.weights = {
+        self.teacher, self.stage = teacher, stage
+        self.options: dict[str, Any] = {
             "ce_weight": stage.ce_weight,
             "kl_weight": stage.kl_weight,
             "temperature": stage.temperature,
+            "divergence": stage.divergence,
+            "beta": stage.jsd_beta,
         }
+        self.teacher_head = read_head(teacher)
+        self.student_head: tuple[SubquadForCausalLM, Head | None] | None = None
+
+    def head_of(self, student: SubquadForCausalLM) -> Head | None:
+        """The student's head, read once: its weights are the parameters themselves."""
+        if self.student_head is None or self.student_head[0] is not student:
+            with torch.no_grad():
+                self.student_head = student, read_head(student)
+        return self.student_head[1]
 
     def trained(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
         return list(student.parameters())
 
-    @torch.no_grad()
-    def targets(self, input_ids: Tensor) -> dict[str, Any]:
-        return {"teacher_logits": self.teacher(input_ids=input_ids, use_cache=False).logits}
+    def count(self, batch: Batch) -> Tensor:
+        return (next_labels(batch) != -100).sum()
 
-    def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> CausalLMOutputWithPast:
-        logits = student(input_ids=input_ids, use_cache=False).logits
-        loss, _, _ = distillation_loss(logits, targets["teacher_logits"], input_ids, **self.weights)
-        return CausalLMOutputWithPast(loss=loss)  # type: ignore[arg-type]
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> dict[str, Any]:
+        if self.stage.text == "teacher":
+            batch = {"input_ids": self.write(batch["input_ids"])}
+        input_ids = batch["input_ids"]
+        where = {} if documents_of(batch) is None else {"position_ids": batch["position_ids"]}
+        given = {"input_ids": input_ids, "next_labels": next_labels(batch), **where}
+        if self.stage.kl_weight == 0:
+            return given
+        if self.teacher_head is None:
+            return {**given, "teacher_logits": self.teacher(input_ids=input_ids, use_cache=False, **where).logits}
+        hidden = self.teacher.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
+        return {**given, "teacher_hidden": hidden}
+
+    def write(self, input_ids: Tensor) -> Tensor:
+        """The first tokens of each row, and what the teacher writes behind them, drawn from its distribution."""
+        T = input_ids.shape[1]
+        prompt = input_ids[:, : max(1, round(self.stage.prompt * T))]
+        more = T - prompt.shape[1]
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return self.teacher.generate(  # type: ignore[operator]
+            prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=more, max_new_tokens=more, **sampling
+        )
+
+    def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
+        labels, positions = targets["next_labels"], targets.get("position_ids")
+        head, teacher_hidden = self.head_of(student), targets.get("teacher_hidden")
+        if head is None or "teacher_logits" in targets:
+            logits = student(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+            shifted = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=-100)
+            plain = {k: v for k, v in self.options.items() if k not in ("divergence", "beta")}
+            loss, _, _ = distillation_loss(logits, self.teacher_logits(targets), shifted, **plain)
+            return StageOutput(loss)
+        loss, _, _ = fused_distillation_loss(
+            student.backbone(input_ids, positions).flatten(0, 1),
+            None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
+            labels.flatten(),
+            head,
+            self.teacher_head,
+            **self.options,
+        )
+        return StageOutput(loss)
+
+    @torch.no_grad()
+    def teacher_logits(self, targets: dict[str, Any]) -> Tensor | None:
+        """For the plain path; None where the teacher has no say."""
+        if "teacher_hidden" not in targets:
+            return targets.get("teacher_logits")
+        where = {"position_ids": targets["position_ids"]} if "position_ids" in targets else {}
+        return self.teacher(input_ids=targets["input_ids"], use_cache=False, **where).logits
+
+
+def documents_of(batch: Batch) -> Tensor | None:
+    """The number of each token's document in its row, `[B, T]`, from 1; None where every row is of one document."""
+    positions = batch.get("position_ids")
+    if positions is None:
+        return None
+    starts = positions[:, 1:] == 0
+    if not starts.any():
+        return None
+    documents = torch.ones_like(positions)
+    documents[:, 1:] += starts.cumsum(1)
+    return documents
+
+
+@torch.no_grad()
+def keeps_apart(teacher: PreTrainedModel) -> bool:
+    """Whether positions that restart keep a teacher's documents apart: what it says of a second document must not
+    depend on the first."""
+    vocabulary: int = teacher.get_input_embeddings().num_embeddings  # type: ignore[assignment, union-attr]
+    tokens = torch.arange(12).to(teacher.device) * 7 % vocabulary
+    rows = torch.stack([torch.cat([tokens[:5], tokens[5:]]), torch.cat([tokens[5:10], tokens[5:]])])
+    positions = torch.cat([torch.arange(5), torch.arange(7)]).to(rows).expand(2, -1)
+    training = teacher.training
+    hidden = teacher.eval().base_model(input_ids=rows, position_ids=positions, use_cache=False).last_hidden_state
+    teacher.train(training)
+    return torch.allclose(hidden[0, 5:], hidden[1, 5:], atol=1e-3 * float(hidden.abs().mean()), rtol=1e-3)
+
+
+def spans(documents: Tensor | None, B: int, T: int) -> list[tuple[slice, slice]]:
+    """Rows and tokens of pieces that are one document each: the whole batch, or every document of every row."""
+    if documents is None:
+        return [(slice(0, B), slice(0, T))]
+    found = []
+    for b, row in enumerate(documents.tolist()):
+        begin = 0
+        for t in range(1, T + 1):
+            if t == T or row[t] != row[begin]:
+                found.append((slice(b, b + 1), slice(begin, t)))
+                begin = t
+    return found
+
+
+def next_labels(batch: Batch) -> Tensor:
+    """`[B, T]`: the token that each position predicts, -100 where that does not count: at a row's end, where labels say
+    so, and where another document begins."""
+    labels = batch.get("labels", batch["input_ids"])
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    if "position_ids" in batch:
+        other = torch.nn.functional.pad(batch["position_ids"][:, 1:] == 0, (0, 1), value=True)
+        shifted = shifted.masked_fill(other, -100)
+    return shifted
+
+
+def with_mask(recording: Recording, mask: Tensor | None) -> tuple[tuple, dict[str, Any]]:
+    """What a family handed over, with our mask in the place of its own."""
+    T = recording.hidden_states.shape[1]
+
+    def is_mask(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() == 4 and value.shape[-2:] == (T, T)
+
+    kwargs = {name: mask if is_mask(value) else value for name, value in recording.kwargs.items()}
+    if any(is_mask(value) for value in recording.args):
+        return tuple(mask if is_mask(value) else value for value in recording.args), kwargs
+    return recording.args, {**kwargs, "attention_mask": mask}

@@ -1,173 +1,283 @@
-"""One stage of distillation on `transformers.Trainer`: parameter groups, schedule, checkpoints, metrics, progress.
+"""One stage of distillation on `transformers.Trainer`: batches, schedule, checkpoints, precision, held-out loss.
 
-Knows how a stage is run and resumed; what it learns is the objective's business (`stages.py`), which stages there are
-the pipeline's.
+Knows how a stage is run and resumed; what it learns is the objective's business (`stages.py`), which parts of the
+student learn that of `parameters.py`, what is reported that of `progress.py`, which stages there are the pipeline's.
 """
 
+import contextlib
 import json
 import math
 import shutil
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from subquad.config import Checkpoint, Stage
-from subquad.distill.stages import Objective
+from subquad.config import Recipe, Stage
+from subquad.distill.parameters import Average, add_lora, merge_lora, parameter_groups
+from subquad.distill.progress import Progress
+from subquad.distill.stages import Batch, Objective
+from subquad.errors import UserError
 from subquad.modeling.hub import SubquadForCausalLM
 
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant_with_warmup",
+    "wsd": "warmup_stable_decay",
+}
+AVERAGE = "average.safetensors"
+
+
+@dataclass
+class StageRun:
+    """Everything that one stage of a run needs."""
+
+    recipe: Recipe
+    stage: Stage
+    objective: Objective
+    rows: Dataset
+    """As many rows as the steps consume, in their order."""
+    held_out: Dataset
+    directory: Path
+    """Of its checkpoints."""
+    report: Callable[[dict[str, Any]], None]
+    """Is called with a mapping (stage, step, tokens, loss, lr, tokens_per_second) at every logged step."""
+
+    @property
+    def steps(self) -> int:
+        return total_steps(self.stage, self.recipe.corpus.context)
 
 
 class StageTrainer(Trainer):
-    """`transformers.Trainer` whose loss is an objective's and whose rows come in the order of the data set."""
+    """`transformers.Trainer` whose loss is an objective's and whose rows come in the order of the data set.
 
-    def __init__(self, objective: Objective, stage: Stage, student: SubquadForCausalLM, **kwargs: Any):
+    Losses are means over the tokens that count. Where those are not alike in all micro-batches of a step (padding,
+    conversations), each weighs by its own: the Trainer divides by the number of micro-batches, and here their shares
+    are put right, over all processes.
+    """
+
+    def __init__(self, run: StageRun, student: SubquadForCausalLM, groups: list[dict[str, Any]], **kwargs: Any):
         super().__init__(model=student, **kwargs)
-        self.objective: Objective = objective
-        self.stage: Stage = stage
+        self.run = run
         self.student: SubquadForCausalLM = student
+        self.groups = groups
+        self.average = None if run.stage.ema is None else Average(student, run.stage.ema)
+        self.shares: list[float] = []
+        self.plain_clip = self.accelerator.clip_grad_norm_
+        self.accelerator.clip_grad_norm_ = self.clip
+
+    # ------------------------------------------------------------------ the loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], None]:  # type: ignore[override]
+        """The micro-batches of a step, and beside them the share that each has in its mean."""
+        samples, _ = super().get_batch_samples(*args, **kwargs)
+        counts = torch.stack([self.run.objective.count(batch) for batch in samples]).float()
+        total = counts.sum()
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.gather(total.to(self.args.device)).sum().cpu()
+        self.shares = (counts * len(samples) * self.accelerator.num_processes / total.clamp_min(1)).tolist()
+        return samples, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
-        targets = self.objective.targets(inputs["input_ids"])
-        outputs = model(input_ids=inputs["input_ids"], objective=self.objective, **targets)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        share = self.shares.pop(0) if model.training and self.shares else 1.0
+        loss = self.objective_loss(model, inputs)
+        return (loss * share, {"loss": loss}) if return_outputs else loss * share
+
+    def objective_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        objective = self.run.objective
+        with self.autocast():
+            targets = objective.targets(batch)
+            outputs = model(objective=objective, **targets)
+        if not torch.isfinite(outputs.loss):
+            self.stop_at(outputs.layers, targets)
+        return outputs.loss
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.run.recipe.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, torch.bfloat16)
+
+    def stop_at(self, layers: torch.Tensor | None, targets: dict[str, Any]) -> None:
+        """A loss that is not finite, with where it began."""
+        if layers is not None:
+            bad = [i for i, value in enumerate(layers.tolist()) if not math.isfinite(value)]
+        else:
+            bad = not_finite(self.student, targets["input_ids"], targets.get("position_ids"))
+        where = f"layer {bad[0]}" if bad else "the head or the loss itself"
+        raise UserError(
+            f"stage {self.run.objective.name}, step {self.state.global_step + 1}: the loss is not finite, from {where} "
+            f"on; the checkpoint before it is kept in {self.run.directory}. Lower the rate, or raise the warm-up"
+        )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Of held-out text only the loss."""
+        with torch.no_grad():
+            loss = self.objective_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    # ------------------------------------------------------------------ what learns, in which order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = parameter_groups(self.student, self.objective, self.stage)
-            self.optimizer = torch.optim.AdamW(groups, lr=self.stage.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+            rate = self.run.stage.lr
+            self.optimizer = torch.optim.AdamW(self.groups, lr=rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
         return self.optimizer
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
+    def clip(self, *args: Any, **kwargs: Any) -> Any:
+        """As accelerate's; a norm that is not finite would make every weight so."""
+        norm = self.plain_clip(*args, **kwargs)
+        if norm is not None and not math.isfinite(float(norm)):
+            bad = [n for n, p in self.student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            raise UserError(
+                f"stage {self.run.objective.name}, step {self.state.global_step + 1}: the gradient is not finite, in "
+                f"{', '.join(bad[:3])}; the checkpoint before it is kept in {self.run.directory}. Lower the rate, or "
+                "raise the warm-up"
+            )
+        return norm
 
-def parameter_groups(student: SubquadForCausalLM, objective: Objective, stage: Stage) -> list[dict[str, Any]]:
-    """What learns in a stage, in groups of one rate and one weight decay (none on vectors: biases, norms, gates)."""
-    trained = {id(p) for p in objective.trained(student)}
-    copied = {id(p) for block in student.blocks for p in block.copied_parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in student.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-        if not parameter.requires_grad:
-            continue
-        rate = stage.copied_lr if stage.copied_lr is not None and id(parameter) in copied else stage.lr
-        groups.setdefault((rate, stage.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-    return [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's, which writes its state behind everything else: the average must be there before it."""
+        if self.average is not None and self.args.should_save:
+            folder = self.run.directory / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.average.state(), folder / AVERAGE)
+        super()._save_checkpoint(model, trial)
+
+
+def not_finite(student: SubquadForCausalLM, input_ids: torch.Tensor, positions: torch.Tensor | None) -> list[int]:
+    """The layers whose mixer or attention gives something that is not finite."""
+    bad: list[int] = []
+
+    def look(index: int, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        if not output.isfinite().all():
+            bad.append(index)
+
+    hooks = [b.register_forward_hook(lambda _m, _a, out, i=i: look(i, out)) for i, b in enumerate(student.blocks)]
+    try:
+        with torch.no_grad():
+            student.backbone(input_ids, positions)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bad
 
 
 def total_steps(stage: Stage, context: int) -> int:
     return math.ceil(stage.tokens / (stage.batch_size * context))
 
 
-def run_stage(
-    student: SubquadForCausalLM,
-    objective: Objective,
-    stage: Stage,
-    rows: Dataset,
-    context: int,
-    directory: Path,
-    checkpoint: Checkpoint,
-    seed: int,
-    report: Callable[[dict[str, Any]], None],
-    label: str,
-) -> None:
-    """Trains `student` in place, continuing from the newest whole checkpoint in `directory`.
-
-    rows: data set of `{"input_ids": [context]}`, exactly as many as the stage's steps consume, in their order.
-    report: is called with a mapping (stage, step, tokens, loss, lr, tokens_per_second) at every logged step.
-    """
-    steps = total_steps(stage, context)
-    last = newest_checkpoint(directory)
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        max_steps=steps,
-        per_device_train_batch_size=stage.batch_size,
-        learning_rate=stage.lr,
-        lr_scheduler_type=SCHEDULES[stage.schedule],
-        warmup_steps=math.ceil(stage.warmup * steps),
-        max_grad_norm=stage.max_grad_norm,
-        save_strategy="steps",
-        save_steps=checkpoint.every,
-        save_total_limit=max(2, checkpoint.keep),
-        logging_strategy="steps",
-        logging_steps=max(1, min(10, steps // 20)),
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        seed=seed,
-        data_seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+def run_stage(run: StageRun, student: SubquadForCausalLM) -> None:
+    """Trains `student` in place, continuing from the newest whole checkpoint in the run's directory."""
+    if run.stage.lora is not None:
+        add_lora(student, run.stage.lora, run.recipe.seed)
+    groups = parameter_groups(student, run.objective.trained(student), run.stage)
+    last = newest_checkpoint(run.directory)
     trainer = StageTrainer(
-        objective,
-        stage,
+        run,
         student,
-        args=arguments,
-        train_dataset=rows,
-        callbacks=[Progress(stage.batch_size * context, report, label)],
+        groups,
+        args=training_arguments(run),
+        train_dataset=run.rows,
+        eval_dataset=run.held_out,
+        callbacks=[Progress(run.stage.batch_size * run.recipe.corpus.context, run.report, label(run))],
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
+    if trainer.average is not None:
+        if last is not None:
+            trainer.average.load(load_file(last / AVERAGE))
+        trainer.add_callback(AverageEachStep(trainer.average, student))
+    if run.stage.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    for parameter in student.parameters():
-        parameter.requires_grad_(True)
+    if trainer.average is not None:
+        trainer.average.put_into(student)
+    if run.stage.lora is not None:
+        merge_lora(student)
+    student.gradient_checkpointing_disable()
+    student.requires_grad_(True)
+    student.zero_grad()
 
 
-class Progress(TrainerCallback):
-    """A bar with loss, tokens per second and time left, and the same as metrics."""
+def label(run: StageRun) -> str:
+    return f"{run.recipe.student.name} {run.objective.name}"
 
-    def __init__(self, tokens_per_step: int, report: Callable[[dict[str, Any]], None], label: str):
-        self.tokens_per_step, self.report, self.label = tokens_per_step, report, label
-        self.bar: tqdm | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        total = state.max_steps * self.tokens_per_step
-        self.start, self.first = time.perf_counter(), state.global_step
-        self.bar = tqdm(
-            total=total,
-            initial=state.global_step * self.tokens_per_step,
-            desc=self.label,
-            unit="tok",
-            unit_scale=True,
-            dynamic_ncols=True,
-            leave=False,
-        )
+def training_arguments(run: StageRun) -> TrainingArguments:
+    stage, recipe, steps = run.stage, run.recipe, run.steps
+    processes = PartialState().num_processes
+    share, micro = rows_of_a_process(stage, processes)
+    every, cuda = recipe.evaluation.every, torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(run.directory),
+        run_name=label(run),
+        report_to=recipe.report_to,
+        disable_tqdm=True,
+        logging_strategy="steps",
+        logging_steps=max(1, min(10, steps // 20)),
+        logging_nan_inf_filter=False,
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=share // micro,
+        learning_rate=stage.lr,
+        lr_scheduler_type=SCHEDULES[stage.schedule],
+        lr_scheduler_kwargs={"num_decay_steps": math.ceil(stage.decay * steps), "decay_type": "linear"}
+        if stage.schedule == "wsd"
+        else {},
+        warmup_steps=math.ceil(stage.warmup * steps),
+        max_grad_norm=stage.max_grad_norm,
+        eval_strategy="no" if every is None else "steps",
+        eval_steps=every,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=recipe.checkpoint.every,
+        save_total_limit=max(2, recipe.checkpoint.keep),
+        load_best_model_at_end=recipe.evaluation.keep_best,
+        metric_for_best_model="loss" if recipe.evaluation.keep_best else None,
+        greater_is_better=False if recipe.evaluation.keep_best else None,
+        remove_unused_columns=False,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        use_cpu=not cuda,
+        ddp_backend="gloo" if processes > 1 and not cuda else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=cuda,
+    )
+
+
+def rows_of_a_process(stage: Stage, processes: int) -> tuple[int, int]:
+    """Rows that a process has in a step, and at a time."""
+    if stage.batch_size % processes:
+        raise UserError(f"batch_size: got {stage.batch_size}, expected a multiple of the {processes} processes")
+    share = stage.batch_size // processes
+    micro = min(share, stage.micro_batch_size or share)
+    if share % micro:
+        raise UserError(f"micro_batch_size: got {micro}, expected a divisor of the {share} rows of a process in a step")
+    return share, micro
+
+
+class AverageEachStep(TrainerCallback):
+    def __init__(self, average: Average, student: SubquadForCausalLM):
+        self.average, self.student = average, student
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        assert self.bar is not None
-        self.bar.update(state.global_step * self.tokens_per_step - self.bar.n)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
-        if not logs or "loss" not in logs:
-            return
-        done = (state.global_step - self.first) * self.tokens_per_step
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
-        self.report(
-            {
-                "stage": self.label,
-                "step": state.global_step,
-                "tokens": state.global_step * self.tokens_per_step,
-                "loss": logs["loss"],
-                "grad_norm": logs.get("grad_norm"),
-                "lr": logs.get("learning_rate"),
-                "tokens_per_second": round(done / (time.perf_counter() - self.start), 1),
-            }
-        )
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self.bar is not None:
-            self.bar.close()
+        self.average.update(self.student)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -175,23 +285,18 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
     `Trainer` writes its state last: a checkpoint is whole where that can be read.
     """
-    for path in sorted(directory.glob("checkpoint-*"), key=_step, reverse=True):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text())
-            if state["global_step"] == _step(path):
-                return path
-        except (OSError, ValueError, KeyError):
-            pass
-        shutil.rmtree(path)
+    with PartialState().main_process_first():
+        for path in sorted(directory.glob("checkpoint-*"), key=_step, reverse=True):
+            try:
+                state = json.loads((path / "trainer_state.json").read_text())
+                if state["global_step"] == _step(path):
+                    return path
+            except (OSError, ValueError, KeyError):
+                pass
+            shutil.rmtree(path, ignore_errors=True)
     return None
 
 
 def _step(path: Path) -> int:
     suffix = path.name.rpartition("-")[2]
     return int(suffix) if suffix.isdigit() else -1
-
-
-def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")

@@ -242,9 +242,10 @@ class Mixer(nn.Module):
         core, _ = self.core_inputs(x, position_embeddings, None, None)
         return self.mixing_matrix(core)
 
-    def mixing_matrix(self, core: dict[str, Tensor]) -> Tensor:
+    def mixing_matrix(self, core: dict[str, Tensor], rows: slice | None = None) -> Tensor:
+        """The rows of the mixing matrix, from what the core takes."""
         inputs: dict[str, Any] = {name: t for name, t in core.items() if name != "v"}
-        return ops.matrix(**inputs, scale=self.core_scale())
+        return ops.matrix(**inputs, scale=self.core_scale(), rows=rows)
 
     def _run(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
         first = None if not state else state[0]

@@ -38,10 +38,10 @@ class LinearAttention(Mixer):
     Options = LinearAttentionOptions
     options: LinearAttentionOptions
 
-    def mixing_matrix(self, core: dict[str, Tensor]) -> Tensor:
+    def mixing_matrix(self, core: dict[str, Tensor], rows: slice | None = None) -> Tensor:
         if not self.options.normalizer:
-            return super().mixing_matrix(core)
-        return ops.normalized_matrix(core["q"], core["k"])
+            return super().mixing_matrix(core, rows)
+        return ops.normalized_matrix(core["q"], core["k"], rows=rows)
 
     def _run(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
         if not self.options.normalizer:

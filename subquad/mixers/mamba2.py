@@ -64,7 +64,7 @@ class Mamba2(Mixer):
     def augment(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
         return o + self.D.to(o.dtype).unsqueeze(-1) * core["v"]
 
-    def mixing_matrix(self, core: dict[str, Tensor]) -> Tensor:
-        M = super().mixing_matrix(core)
-        skip = self.D.to(M.dtype).view(-1, 1, 1) * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-        return M + skip
+    def mixing_matrix(self, core: dict[str, Tensor], rows: slice | None = None) -> Tensor:
+        M = super().mixing_matrix(core, rows)
+        diagonal = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)[rows or slice(None)]
+        return M + self.D.to(M.dtype).view(-1, 1, 1) * diagonal

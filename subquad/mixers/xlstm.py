@@ -44,8 +44,8 @@ class XLSTM(Mixer):
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"input_gate": self.i_proj(x), "forget_gate": self.f_proj(x)}
 
-    def mixing_matrix(self, core: dict[str, Tensor]) -> Tensor:
-        return ops.mlstm_matrix(core["q"], core["k"], core["input_gate"], core["forget_gate"])
+    def mixing_matrix(self, core: dict[str, Tensor], rows: slice | None = None) -> Tensor:
+        return ops.mlstm_matrix(core["q"], core["k"], core["input_gate"], core["forget_gate"], rows=rows)
 
     def _run(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
         form = "step" if core["q"].shape[1] == 1 and cu_seqlens is None else "chunk"

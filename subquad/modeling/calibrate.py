@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from subquad.errors import UserError
 from subquad.mixers import Mixer
 from subquad.mixers.base import head_norm
-from subquad.modeling.families import AttentionSite, Recording, listen
+from subquad.modeling.families import AttentionSite, Recording, attentions, listen
 from subquad.modeling.hub import SubquadForCausalLM
 from subquad.modeling.layers import MixerLayer
 
@@ -43,7 +43,7 @@ def calibrate(
             chosen = calibrate_layer(block.mixer, sites[index], recording, student.config.layers[index])
             student.config.layers[index].update(chosen)
 
-    with listen(sites, each):
+    with listen(attentions(sites), each):
         teacher.base_model(input_ids=tokens.to(teacher.device), use_cache=False)
 
 
@@ -95,6 +95,7 @@ class Scene:
         self.mixer = mixer
         self.x, self.positions = recording.hidden_states, recording.kwargs.get("position_embeddings")
         H, V = mixer.layout.num_heads, mixer.layout.value_dim
+        assert recording.heads is not None
         self.target = recording.heads.float().unflatten(-1, (H, V))
         output, _ = site.projection("o")
         by_head = output.float().unflatten(-1, (H, V)).transpose(0, 1)  # [H, D, V]

@@ -285,40 +285,53 @@ def rotary_style(call: Call, source: Source) -> str | None:
 
 @dataclass
 class Recording:
-    """What one layer's attention was given and what it made of it, in one forward of the teacher."""
+    """What one layer, or its attention, was given and what it made of it, in one forward of the teacher."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
-    heads: Tensor
-    """Input of the output projection, `[B, T, H * V]`."""
+    heads: Tensor | None = None
+    """Input of an attention's output projection, `[B, T, H * V]`."""
 
     @property
     def hidden_states(self) -> Tensor:
         return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
 
 
+def layer_path(site: AttentionSite) -> str:
+    """The module of the decoder layer in which an attention stands: the member of a list of layers."""
+    parts = site.path.split(".")
+    last = max(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[: last + 1])
+
+
 @contextmanager
-def listen(sites: Sequence[AttentionSite], each: Callable[[int, Recording], None]) -> Iterator[None]:
-    """While it lasts, `each(index, recording)` is called as soon as the attention of a layer has run."""
+def listen(
+    modules: Sequence[tuple[nn.Module, nn.Module | None]], each: Callable[[int, Recording], None]
+) -> Iterator[None]:
+    """While it lasts, `each(index, recording)` is called as soon as one of `modules` has run.
+
+    modules: layers or their attentions, each with its output projection where the heads are wanted.
+    """
     hooks: list[Any] = []
-    for site in sites:
+    for index, (module, projection) in enumerate(modules):
         given: dict[str, Any] = {}
 
-        def before(module, args, kwargs, given=given):
+        def before(_module, args, kwargs, given=given):
             given.update(args=args, kwargs=kwargs)
 
-        def projecting(module, args, given=given):
+        def projecting(_module, args, given=given):
             given["heads"] = args[0].flatten(2) if args[0].dim() > 3 else args[0]
 
-        def after(module, args, output, given=given, index=site.index):
+        def after(_module, _args, output, given=given, index=index):
             output = output[0] if isinstance(output, tuple) else output
-            each(index, Recording(given["args"], given["kwargs"], output, given["heads"]))
+            each(index, Recording(output=output, **given))
             given.clear()
 
-        hooks.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(site.module.get_submodule(site.output).register_forward_pre_hook(projecting))
-        hooks.append(site.module.register_forward_hook(after))
+        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if projection is not None:
+            hooks.append(projection.register_forward_pre_hook(projecting))
+        hooks.append(module.register_forward_hook(after))
     try:
         yield
     finally:
@@ -326,10 +339,22 @@ def listen(sites: Sequence[AttentionSite], each: Callable[[int, Recording], None
             hook.remove()
 
 
+def attentions(sites: Sequence[AttentionSite]) -> list[tuple[nn.Module, nn.Module | None]]:
+    """The attentions of a model with their output projections, for `listen`."""
+    return [(site.module, site.module.get_submodule(site.output)) for site in sites]
+
+
 @torch.no_grad()
-def record_attention(model: PreTrainedModel, sites: Sequence[AttentionSite], input_ids: Tensor) -> list[Recording]:
-    """Runs `model` once on `input_ids: [B, T]` (all tokens real, one document a row) and records every attention."""
+def record(
+    model: PreTrainedModel,
+    modules: Sequence[tuple[nn.Module, nn.Module | None]],
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+) -> list[Recording]:
+    """Runs `model` once on `input_ids: [B, T]`, all tokens real, and records every one of `modules` (see `listen`).
+    Positions that restart are documents that do not see each other."""
     heard: dict[int, Recording] = {}
-    with listen(sites, heard.__setitem__):
-        model.base_model(input_ids=input_ids, use_cache=False)
-    return [heard[site.index] for site in sites]
+    where = {} if position_ids is None else {"position_ids": position_ids}
+    with listen(modules, heard.__setitem__):
+        model.base_model(input_ids=input_ids, use_cache=False, **where)
+    return [heard[index] for index in range(len(modules))]

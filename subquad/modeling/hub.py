@@ -186,33 +186,48 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if objective is not None:
             return objective(self, input_ids, **kwargs)
-        like = input_ids if input_ids is not None else inputs_embeds
-        if like is None:
-            raise ValueError("give input_ids or inputs_embeds")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None and not self.training:
             cache = self.new_cache()
+        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+            kwargs.pop(name, None)
+        described = self._describe(input_ids, inputs_embeds, attention_mask, position_ids, cache, cu_seq_lens_q)
+        return self.base(labels=labels, use_cache=bool(use_cache and cache is not None), **described, **kwargs)
+
+    def backbone(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """The hidden states that the head is given, `[B, T, hidden]`; without padding and cache."""
+        described = self._describe(input_ids, None, None, position_ids, None, None)
+        return self.base.base_model(use_cache=False, **described).last_hidden_state
+
+    def _describe(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: SubquadCache | None,
+        cu_seqlens: Tensor | None,
+    ) -> dict[str, Any]:
+        """What the base model is given for these tokens: our own mask, explicit positions, our own cache."""
+        like = input_ids if input_ids is not None else inputs_embeds
+        if like is None:
+            raise ValueError("give input_ids or inputs_embeds")
         if cache is not None and not isinstance(cache, SubquadCache):
             raise TypeError(f"{CACHE_ARGUMENT}: got {type(cache).__name__}, expected student.new_cache()")
         B, T = like.shape[:2]
         seen = 0 if cache is None else cache.get_seq_length()
-        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
-            kwargs.pop(name, None)
-        mask, position_ids = describe_tokens(attention_mask, position_ids, B, T, seen, like.device, cu_seq_lens_q)
+        mask, position_ids = describe_tokens(attention_mask, position_ids, B, T, seen, like.device, cu_seqlens)
         self.check_positions(position_ids)
         if mask.shape[-1] and not any(self.config.keeps_attention):
             mask = mask[..., -T:]
-        return self.base(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            labels=labels,
-            use_cache=bool(use_cache and cache is not None),
-            **{CACHE_ARGUMENT: cache},
-            **kwargs,
-        )
+        return {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            CACHE_ARGUMENT: cache,
+        }
 
     def check_positions(self, position_ids: Tensor) -> None:
         table = self.config.positions

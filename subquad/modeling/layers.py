@@ -5,6 +5,7 @@ Both take whatever the family hands to its attention, and give what that gives. 
 tokens are real and of one document; bool for padding only, integer where rows hold several documents (0 is padding).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from subquad.mixers import HeadLayout, Mixer
+from subquad.modeling.attention_matrix import attention_rows, hidden_states_of
 from subquad.modeling.cache import CACHE_ARGUMENT, StateLayer, SubquadCache, WindowLayer
-from subquad.modeling.watch import attention_implementation
+from subquad.modeling.masks import added_mask, describe_columns
 
 
 class Block(nn.Module):
@@ -23,6 +25,13 @@ class Block(nn.Module):
     def __init__(self, layout: HeadLayout, index: int):
         super().__init__()
         self.layout, self.index = layout, index
+
+    def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
+        raise NotImplementedError
+
+    def matrix(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The mixing matrix, `[B, H, T, T]`, on what `forward` takes, for rows of one document each."""
+        return self.matrix_rows(*args, **kwargs)(slice(None))
 
     def cache_of(self, args: tuple, kwargs: dict[str, Any]) -> SubquadCache | None:
         """The cache, by its type: families do not agree on its name."""
@@ -40,7 +49,7 @@ class MixerLayer(Block):
         return StateLayer()
 
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        x = hidden_states_of(args, kwargs)
         T = x.shape[1]
         documents = None
         if attention_mask is not None and attention_mask.shape[-1]:
@@ -58,10 +67,12 @@ class MixerLayer(Block):
             layer.set(after, T)
         return (y, *[None] * (self.layout.returns - 1)) if self.layout.returns else y
 
-    def matrix(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The mixer's mixing matrix, `[B, H, T, T]`, on what `forward` takes."""
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return self.mixer.matrix(x, kwargs.get("position_embeddings"))
+    def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
+        """Gives rows of the mixer's mixing matrix, `[B, H, rows, T]`, on what `forward` takes; what all rows have in
+        common is computed once, here."""
+        x = hidden_states_of(args, kwargs)
+        core, _ = self.mixer.core_inputs(x, kwargs.get("position_embeddings"), None, None)
+        return lambda rows: self.mixer.mixing_matrix(core, rows)
 
     @property
     def matrix_scale_is_free(self) -> bool:
@@ -95,7 +106,7 @@ class AttentionLayer(Block):
         return DynamicLayer() if self.window is None else WindowLayer(self.window, self.sinks)
 
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        x = hidden_states_of(args, kwargs)
         T = x.shape[1]
         cache = self.cache_of(args, kwargs)
         layer: Any = None if cache is None else cache.layers[self.index]
@@ -118,9 +129,9 @@ class AttentionLayer(Block):
             mask = added_mask(queries, keys, self.window, self.sinks, x.dtype)
         return self.attention(*args, attention_mask=mask, **kwargs)
 
-    def matrix(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The attention probabilities, `[B, H, T, T]`, on what `forward` takes."""
-        return attention_matrix(self.attention, self.window, self.sinks, args, kwargs)
+    def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
+        """Gives rows of the attention probabilities, `[B, H, rows, T]`, on what `forward` takes."""
+        return lambda rows: attention_rows(self.attention, self.window, self.sinks, args, kwargs, rows)
 
     def matrix_parameters(self) -> list[nn.Parameter]:
         """All of them: where one projection makes q, k and v, they cannot be told apart. v and the output have no
@@ -130,50 +141,3 @@ class AttentionLayer(Block):
     def copied_parameters(self) -> list[nn.Parameter]:
         """All of them: they are the teacher's own."""
         return list(self.attention.parameters())
-
-
-def attention_matrix(
-    attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any]
-) -> Tensor:
-    """The attention probabilities of one layer, `[B, H, T, T]`, by the module's own eager path; differentiable.
-
-    args, kwargs: what the family handed to it, for rows that are one document each, without a cache.
-    """
-    x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    columns = describe_columns(None, len(x), x.shape[1], x.device)
-    mask = added_mask(columns, columns, window, sinks, x.dtype)
-    with attention_implementation(attention, "eager"):
-        return attention(*args, **{**kwargs, "attention_mask": mask})[1]
-
-
-Columns = tuple[Tensor, Tensor]
-"""Of each token, `[B, S]`: the number of its document, 0 at padding; its place in the document, -1 at padding."""
-
-
-def describe_columns(mask: Tensor | None, B: int, S: int, device: torch.device) -> Columns:
-    """From our mask `[B, 1, 1, S]`; None is one document without padding."""
-    if mask is None:
-        return torch.ones(B, S, dtype=torch.long, device=device), torch.arange(S, device=device).expand(B, S)
-    documents = mask[:, 0, 0].long()
-    count = (documents != 0).cumsum(1)
-    starts = documents != torch.nn.functional.pad(documents, (1, 0), value=-1)[:, :-1]
-    # padding does not end a document, and what stands before its first token is not in it
-    number = documents.cummax(1).values
-    starts = starts & (documents != 0) & (number != torch.nn.functional.pad(number, (1, 0), value=0)[:, :-1])
-    first = torch.where(starts, count - 1, 0).cummax(1).values
-    return documents, (count - 1 - first).masked_fill(documents == 0, -1)
-
-
-def added_mask(queries: Columns, keys: Columns, window: int | None, sinks: int, dtype: torch.dtype) -> Tensor:
-    """`[B, 1, T, S]`, added to the scores: 0 where a query may see a key, else the lowest number."""
-    (q_document, q_place), (k_document, k_place) = queries, keys
-    distance = q_place.unsqueeze(-1) - k_place.unsqueeze(-2)
-    allowed = (q_document.unsqueeze(-1) == k_document.unsqueeze(-2)) & (k_document != 0).unsqueeze(-2)
-    allowed &= distance >= 0
-    if window is not None:
-        allowed &= (distance < window) | (k_place < sinks).unsqueeze(-2)
-    # a query at padding sees itself, so that its softmax has something to sum
-    T, S = allowed.shape[-2:]
-    own = torch.arange(S, device=allowed.device) == torch.arange(S - T, S, device=allowed.device).unsqueeze(-1)
-    allowed = (allowed | (own & (q_document == 0).unsqueeze(-1))).unsqueeze(1)
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)

@@ -137,18 +137,30 @@ def gate_levels(layout: Layout, i: Tensor, f: Tensor, m: Tensor | None) -> tuple
     return levels, in_chunks(since + peak), torch.stack(last)
 
 
-def mlstm_matrix(q: Tensor, k: Tensor, input_gate: Tensor, forget_gate: Tensor, scale: float | None = None) -> Tensor:
-    """The mixing matrix M [B, H, T, T] with o = M v, the normaliser included; arguments as in `mlstm`."""
+def mlstm_matrix(
+    q: Tensor,
+    k: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    scale: float | None = None,
+    rows: slice | None = None,
+) -> Tensor:
+    """The mixing matrix M [B, H, T, T] with o = M v, the normaliser included; arguments as in `mlstm`.
+
+    rows: only these rows of M, [B, H, len(rows), T]; without a step.
+    """
     check_mlstm(q, k, q, input_gate, forget_gate, None, "chunk", None, None)
+    first, end = checks.check_rows(rows, q.shape[1])
     dtype, dtype_out, scale = checks.work_dtype(q), q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
-    q, k = (q.to(dtype) * scale).transpose(1, 2), k.to(dtype).transpose(1, 2)
+    q, k = (q[:, first:end].to(dtype) * scale).transpose(1, 2), k.to(dtype).transpose(1, 2)
     i = input_gate.to(torch.float64).transpose(1, 2)
     since = F.logsigmoid(forget_gate.to(torch.float64)).transpose(1, 2).cumsum(-1)
     a = i - since
     m = since.detach() + a.detach().cummax(-1)[0].clamp_min(EMPTY)  # a constant level: it cancels in M
-    D = (a.unsqueeze(-2) + (since - m).unsqueeze(-1)).tril().to(dtype).exp()
-    M = (q @ k.mT * D).tril()
-    floor = (-m).to(dtype).exp().unsqueeze(-1)
+    level = (since - m)[..., first:end]
+    D = (a.unsqueeze(-2) + level.unsqueeze(-1)).tril(first).to(dtype).exp()
+    M = (q @ k.mT * D).tril(first)
+    floor = (-m[..., first:end]).to(dtype).exp().unsqueeze(-1)
     return (M / M.sum(-1, keepdim=True).abs().maximum(floor)).to(dtype_out)
 
 

@@ -59,11 +59,19 @@ def normalized(
 
 
 def normalized_matrix(
-    q: Tensor, k: Tensor, log_decay: Tensor | None = None, scale: float | None = None, eps: float = 1e-6
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    rows: slice | None = None,
 ) -> Tensor:
-    """The mixing matrix M [B, H, T, T] with o = M v, the normaliser included; arguments as in `normalized`."""
+    """The mixing matrix M [B, H, T, T] with o = M v, the normaliser included; arguments as in `normalized`.
+
+    rows: only these rows of M, [B, H, len(rows), T]; without a step.
+    """
     dtype = checks.work_dtype(q)
-    M = matrix(q.to(dtype), k.to(dtype), log_decay, scale=scale)
+    M = matrix(q.to(dtype), k.to(dtype), log_decay, scale=scale, rows=rows)
     return (M / (M.sum(-1, keepdim=True) + eps)).to(q.dtype)
 
 

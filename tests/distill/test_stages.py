@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import subquad
 from subquad import mixers
-from subquad.config import EndToEnd
+from subquad.config import EndToEnd, Hidden, Matrix
 from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing
 
 STAGES = ("matrix", "hidden", "end_to_end")
@@ -30,9 +30,9 @@ def teacher():
 
 def make(stage, teacher, ids):
     if stage == "matrix":
-        return MatrixMixing(teacher)
+        return MatrixMixing(teacher, Matrix(tokens=1, lr=1.0))
     if stage == "hidden":
-        return HiddenAlignment(teacher, ids)
+        return HiddenAlignment(teacher, Hidden(tokens=1, lr=1.0), ids)
     return EndToEndDistillation(teacher, EndToEnd(tokens=1, lr=1.0))
 
 
@@ -53,7 +53,7 @@ def test_a_stage_lowers_its_loss_and_trains_what_it_says(mixer, stage, teacher):
     optimizer = torch.optim.Adam(trained, lr=3e-3)
     losses = []
     for _ in range(12):
-        loss = student(ids, objective=objective, **objective.targets(ids)).loss
+        loss = student(objective=objective, **objective.targets({"input_ids": ids})).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -79,11 +79,11 @@ def test_every_parameter_of_a_mixer_is_reached_by_stage_2(mixer, teacher):
     torch.manual_seed(2)
     ids = torch.randint(0, 64, (2, 24))
     student = subquad.linearize(teacher, mixer, calibration=ids).requires_grad_(True)
-    objective = HiddenAlignment(teacher, ids)
+    objective = HiddenAlignment(teacher, Hidden(tokens=1, lr=1.0), ids)
     with torch.no_grad():
         for parameter in objective.trained(student):
             parameter.add_(0.05 * torch.randn_like(parameter))
-    student(ids, objective=objective, **objective.targets(ids)).loss.backward()
+    student(objective=objective, **objective.targets({"input_ids": ids})).loss.backward()
     silent = [n for b in student.blocks for n, p in b.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent
 
@@ -93,7 +93,9 @@ def test_the_control_with_copied_weights_has_nothing_to_learn(teacher):
     student = subquad.linearize(teacher, "softmax").requires_grad_(True)
     for stage in ("matrix", "hidden"):
         objective = make(stage, teacher, ids)
-        assert student(ids, objective=objective, **objective.targets(ids)).loss.item() == pytest.approx(0, abs=1e-6)
+        assert student(objective=objective, **objective.targets({"input_ids": ids})).loss.item() == pytest.approx(
+            0, abs=1e-6
+        )
 
 
 def test_stage_1_of_a_batch_is_the_mean_of_its_rows(teacher):
@@ -103,6 +105,6 @@ def test_stage_1_of_a_batch_is_the_mean_of_its_rows(teacher):
         objective = make(stage, teacher, ids)
 
         def loss(rows, objective=objective):
-            return student(rows, objective=objective, **objective.targets(rows)).loss.item()
+            return student(objective=objective, **objective.targets({"input_ids": rows})).loss.item()
 
         assert loss(ids) == pytest.approx((loss(ids[:1]) + 3 * loss(ids[1:])) / 4, rel=1e-4)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import subquad
 from subquad.errors import UserError
-from subquad.modeling.families import find_attention, find_position_table, record_attention
+from subquad.modeling.families import attentions, find_attention, find_position_table, record
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 each_plan = pytest.mark.parametrize("plan", PLANS)
@@ -66,16 +66,16 @@ def test_copied_projections_give_what_the_teachers_give(name, ids):
         teacher.double()
     copied = subquad.linearize(teacher, "gla", calibration=TEXT)
     sites = find_attention(teacher)
-    for site, block, record in zip(sites, copied.blocks, record_attention(teacher, sites, ids), strict=True):
-        layout, x = site.layout, record.hidden_states
+    for site, block, recording in zip(sites, copied.blocks, record(teacher, attentions(sites), ids), strict=True):
+        layout, x = site.layout, recording.hidden_states
         groups = layout.num_heads // layout.num_kv_heads
         with torch.no_grad():
             q, k, v = by_hand(name, site.module, x, layout)
             expected = {"q": q, "k": k.repeat_interleave(groups, 2), "v": v.repeat_interleave(groups, 2)}
             for part, wanted in expected.items():
                 assert near(block.mixer.projections()[part](x), wanted.flatten(2), 1e-6), part
-            heads = record.heads
-            assert near(block.mixer.o_proj(heads), record.output, 1e-6)
+            heads = recording.heads
+            assert near(block.mixer.o_proj(heads), recording.output, 1e-6)
 
 
 # ---------------------------------------------------------------------- students at work

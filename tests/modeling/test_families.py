@@ -17,8 +17,8 @@ from transformers import (
 
 import subquad
 from subquad.errors import UserError
-from subquad.modeling.families import find_attention, record_attention
-from subquad.modeling.layers import attention_matrix
+from subquad.modeling.attention_matrix import attention_rows
+from subquad.modeling.families import attentions, find_attention, record
 
 TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 
@@ -172,9 +172,11 @@ def test_attention_that_is_written_out_is_read(family):
     config = AutoConfig.for_model(family, **(gpt if family == "codegen" else xglm))
     teacher = AutoModelForCausalLM.from_config(config).eval()
     student = subquad.linearize(teacher, "gla", calibration=TEXT)
-    for record, block in zip(record_attention(teacher, find_attention(teacher), TEXT), student.blocks, strict=True):
+    for recording, block in zip(
+        record(teacher, attentions(find_attention(teacher)), TEXT), student.blocks, strict=True
+    ):
         with torch.no_grad():
-            assert torch.allclose(block.mixer.o_proj(record.heads), record.output, atol=1e-6)
+            assert torch.allclose(block.mixer.o_proj(recording.heads), recording.output, atol=1e-6)
     if family == "xglm":
         own = teacher.model.layers[0].self_attn.k_proj
         assert torch.equal(student.blocks[0].mixer.k_proj.weight, own.weight)
@@ -221,16 +223,18 @@ def test_recorded_attention_is_reproduced_by_its_matrix(make_teacher, ids, famil
     teacher = make_teacher(family)
     sites = find_attention(teacher)
     chosen = teacher.config._attn_implementation
-    for site, record in zip(sites, record_attention(teacher, sites, ids), strict=True):
+    for site, recording in zip(sites, record(teacher, attentions(sites), ids), strict=True):
         attention = site.module
-        P = attention_matrix(attention, site.layout.window, 0, record.args, record.kwargs)
+        P = attention_rows(attention, site.layout.window, 0, recording.args, recording.kwargs)
         assert P.shape == (3, 4, 11, 11)
+        some = attention_rows(attention, site.layout.window, 0, recording.args, recording.kwargs, slice(4, 9))
+        assert torch.allclose(some, P[:, :, 4:9], atol=1e-6)
         assert torch.allclose(P.sum(-1), torch.ones(()), atol=1e-5)
         assert torch.equal(P, P.tril())
-        v = attention.v_proj(record.hidden_states).unflatten(-1, (2, -1)).repeat_interleave(2, dim=2)
+        v = attention.v_proj(recording.hidden_states).unflatten(-1, (2, -1)).repeat_interleave(2, dim=2)
         heads = torch.einsum("bhij,bjhv->bihv", P, v)
-        assert torch.allclose(heads.flatten(-2), record.heads, atol=1e-5)
-        assert torch.allclose(attention.o_proj(record.heads), record.output, atol=1e-5)
+        assert torch.allclose(heads.flatten(-2), recording.heads, atol=1e-5)
+        assert torch.allclose(attention.o_proj(recording.heads), recording.output, atol=1e-5)
     assert teacher.config._attn_implementation == chosen
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
 

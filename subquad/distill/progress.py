@@ -1,0 +1,95 @@
+"""What a stage says while it runs: a bar with loss, tokens per second and time left, rows of metrics, and a picture."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class Progress(TrainerCallback):
+    """A bar on the terminal, and the same as metrics; silent in all processes but the first."""
+
+    def __init__(self, tokens_per_step: int, report: Callable[[dict[str, Any]], None], label: str):
+        self.tokens_per_step, self.report, self.label = tokens_per_step, report, label
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.start, self.first = time.perf_counter(), state.global_step
+        self.bar = tqdm(
+            total=state.max_steps * self.tokens_per_step,
+            initial=state.global_step * self.tokens_per_step,
+            desc=self.label,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            leave=False,
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        assert self.bar is not None
+        self.bar.update(self.tokens_per_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        done = (state.global_step - self.first) * self.tokens_per_step
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
+        self._report(
+            state,
+            loss=logs["loss"],
+            grad_norm=logs.get("grad_norm"),
+            lr=logs.get("learning_rate"),
+            tokens_per_second=round(done / (time.perf_counter() - self.start), 1),
+        )
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics=None, **kwargs: Any
+    ):
+        if metrics and state.is_world_process_zero:
+            self._report(state, held_out_loss=metrics["eval_loss"])
+
+    def _report(self, state: TrainerState, **values: Any) -> None:
+        tokens = state.global_step * self.tokens_per_step
+        self.report({"step": state.global_step, "tokens": tokens, **values})
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of metrics; the last may have been cut off by a kill."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], target: Path, title: str) -> None:
+    """The losses of a run against its tokens as a picture, a panel a stage."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    if not stages:
+        return
+    figure = Figure(figsize=(1 + 3.6 * len(stages), 3.2), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        for key, name, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o--")):
+            points = [(row["tokens"], row[key]) for row in rows if row["stage"] == stage and key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1.2, markersize=3)
+        axes.set(title=stage, xlabel="tokens", ylabel="loss")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
