@@ -13,7 +13,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from subquad.distill.losses import (
@@ -136,8 +135,9 @@ def _backbone_gives_what_the_head_gets(model: PreTrainedModel, causal: PreTraine
             hidden = model.backbone(tokens)
         if hidden is None or hidden.shape[:-1] != tokens.shape or hidden.shape[-1] != _width(model):
             return False
+        expected = model(input_ids=tokens, use_cache=False).logits
         logits = _logits_from(model, causal, tokens, hidden)
-        return logits is not None and _close(logits, model(input_ids=tokens, use_cache=False).logits)
+        return logits is not None and _close(logits, expected)
 
 
 def _width(model: PreTrainedModel) -> int:
@@ -227,8 +227,8 @@ def fused_distillation_loss(
 
     Raises:
         ValueError: as `distillation_loss`.
-        RuntimeError: in backward, if a graph is differentiated a second time, or twice over: the first time gives the
-            gradients away rather than a copy.
+        RuntimeError: in backward, with `create_graph`, and when it is run a second time (`retain_graph`): the first
+            gives the gradients away rather than a copy.
     """
     check_options(divergence, beta, temperature)
     if kl_weight == 0:
@@ -296,8 +296,10 @@ class _FusedLoss(torch.autograd.Function):
         return objective.ce_weight * ce + objective.kl_weight * kl, ce, kl
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # else the gradients would pass for constants
+            raise RuntimeError("the fused loss has no second derivative (create_graph=True); take distillation_loss")
         if ctx.gradients is None:
             raise RuntimeError("the fused loss was differentiated before and gave its gradients away; compute it anew")
         # whoever gets them (as a parameter's `grad`) may keep them without a copy
