@@ -73,7 +73,7 @@ def read_head(model: PreTrainedModel) -> Head | None:
         return None
     if not weight.is_floating_point() or causal.base_model is causal:
         return None
-    with _undisturbed(causal):
+    with _undisturbed(model):
         # the first ones are often special
         tokens = (3 + torch.arange(_ROWS * _TOKENS, device=weight.device)).view(_ROWS, _TOKENS) % len(weight)
         if not _backbone_gives_what_the_head_gets(model, causal, tokens):
@@ -147,10 +147,9 @@ def _width(model: PreTrainedModel) -> int:
 def _probes(weight: Tensor) -> list[Tensor]:
     """Random hidden states: logits of the size of 1, and of 100, where any softcap shows."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(_ROWS, _TOKENS, weight.shape[1], generator=generator).to(weight.device)
-    with torch.no_grad():
-        size = F.linear(hidden, weight.float()).std().clamp_min(1e-6)
-    return [(hidden * (wanted / size)).to(weight.dtype) for wanted in (1, 100)]
+    hidden = torch.randn(_ROWS, _TOKENS, weight.shape[1], generator=generator).to(weight)
+    size = F.linear(hidden, weight.detach()).std().clamp_min(1e-6)
+    return [hidden * (wanted / size) for wanted in (1, 100)]
 
 
 def _logits_from(model: PreTrainedModel, causal: PreTrainedModel, tokens: Tensor, hidden: Tensor) -> Tensor | None:
