@@ -69,7 +69,10 @@ class SubquadConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         if name in DELEGATED and self.__dict__.get("base_config") is not None:
-            return getattr(self.base_config, name)
+            try:
+                return getattr(self.base_config.get_text_config(), name)
+            except RuntimeError as error:  # Gemma 4: a size that layers do not share
+                raise AttributeError(f"{type(self).__name__} has no one {name}: {error}") from error
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def to_dict(self) -> dict[str, Any]:

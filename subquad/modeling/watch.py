@@ -49,6 +49,16 @@ class Call:
         return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
 
     @property
+    def window(self) -> int | None:
+        """Tokens that a query sees: by the mask, which some families leave to say it alone, or as attention is told."""
+        return getattr(self.mask, "subquad_window", (self.options.get("sliding_window"), False))[0]
+
+    @property
+    def chunks(self) -> bool:
+        """Whether what is seen begins anew every `window` tokens."""
+        return getattr(self.mask, "subquad_window", (None, False))[1]
+
+    @property
     def position_embeddings(self) -> tuple[Tensor, Tensor] | None:
         return self.kwargs.get("position_embeddings")
 
@@ -63,8 +73,19 @@ def _watched_attention(module, query, key, value, attention_mask, **options):
     return mixed, None
 
 
+def _watched_mask(*args, **kwargs):
+    """The mask, never left out, with what is known of the window that made it: the text is too short to show it."""
+    size = kwargs.get("local_size")
+    mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    if mask is not None and size is not None:
+        # In a window the last token of twice its size sees the second half; in chunks it has just begun the third.
+        places = (torch.tensor(n, device=mask.device) for n in (0, 0, 2 * size, size + 1))
+        mask.subquad_window = size, size > 1 and not bool(kwargs["mask_function"](*places))
+    return mask
+
+
 AttentionInterface.register(WATCHED, _watched_attention)
-AttentionMaskInterface.register(WATCHED, sdpa_mask)
+AttentionMaskInterface.register(WATCHED, _watched_mask)
 
 
 @contextmanager
