@@ -361,6 +361,16 @@ class Recipe(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def schema() -> dict[str, Any]:
+    """The JSON schema of recipes, from which editors complete and check: any value may be a list, as in a study."""
+    tree = Recipe.model_json_schema()
+    for section in (tree, *tree["$defs"].values()):
+        for name, value in section.get("properties", {}).items():
+            kept = {key: value.pop(key) for key in ("description", "default", "title") if key in value}
+            section["properties"][name] = {**kept, "anyOf": [value, {"type": "array", "items": value}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree, "title": "Subquad recipe"}
+
+
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `overrides` like "stages.hidden.lr=1e-3" put over it.
 
