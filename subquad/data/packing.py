@@ -3,18 +3,9 @@
 Knows nothing of models.
 """
 
-import contextlib
 import functools
-import hashlib
-import itertools
-import json
-import logging
-import os
-import struct
-import sys
-import tempfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +13,65 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from subquad.config import Corpus
-from subquad.data.corpora import Split, _documents, part_of
+from subquad.data.cache import HEADER, cached
+from subquad.data.chat import check_template
+from subquad.data.corpora import part_documents
+from subquad.data.encoding import START, TOKEN, UNCOUNTED, Encoder, identity, token_stream
+from subquad.data.mixtures import Turns
+from subquad.data.sources import Part, Source, Split, parts_of
 from subquad.errors import UserError
-from subquad.paths import cache_dir
 
-logger = logging.getLogger(__name__)
-
-HEADER = struct.Struct("<8sQI44x")
-"""Magic, number of tokens, CRC-32 of the tokens; 64 bytes, then the tokens as little-endian int32."""
-MAGIC = b"SUBQTOK1"
 SMALLEST_LIMIT = 2**16
-BATCH_CHARACTERS = 2**20
+IGNORED = -100
+"""The label of a token that does not count."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A cache file of tokens, of which `rows` rows are used.
+
+    follows: the first token of a document is predicted from the one before it, as its end: it is the end of a text.
+    """
+
+    path: Path
+    rows: int
+    follows: bool = True
+    weight: float = 1.0
 
 
 class TokenRows(Dataset):
-    """Rows of `context` tokens. `len(rows)` is one epoch; `rows[i]` is `{"input_ids": LongTensor[context]}` for any
-    i >= 0: past its end, an epoch goes over into the next, in another order. The order is a function of the seed alone,
-    so that a run continues at row i as if it had never stopped."""
+    """Rows of `context` tokens, each a dictionary of LongTensors `[context]`:
 
-    def __init__(self, path: Path, context: int, rows: int, seed: int = 0):
-        self.path, self.context, self.seed = path, context, seed
-        self._rows = rows
+    - `input_ids`;
+    - `position_ids`, where documents are kept apart: 0 at the row's first token and at each document's, then counting;
+    - `labels`, where some tokens do not count in the loss: those tokens as -100, else the same as `input_ids`, not
+      shifted. None count that others than the assistant say, where that was asked, nor the first token of a document
+      that is kept apart, unless it is the end-of-text token, with which the document before it ends.
+
+    `len(rows)` is one epoch; `rows[i]` is there for any i >= 0: past its end, an epoch goes over into the next, in
+    another order. Each stream of a mixture has its share of any first rows to within one row, goes through all of its
+    own before it repeats one, and has an order of its own. The order is a function of the seed alone, so that a run
+    continues at row i as if it had never stopped.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        context: int,
+        seed: int = 0,
+        *,
+        separate: bool = True,
+        labelled: bool = False,
+        most: int | None = None,
+    ):
+        self.streams, self.context, self.seed = tuple(streams), context, seed
+        self.separate, self.labelled = separate, labelled
+        rows = sum(stream.rows for stream in streams)
+        self._rows = rows if most is None else min(rows, most)
+        self._turns = Turns([stream.weight for stream in streams])
 
     def __len__(self) -> int:
         return self._rows
@@ -54,9 +79,9 @@ class TokenRows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if index < 0:
             raise IndexError(f"row {index}; expected 0 or more")
-        epoch, place = divmod(index, self._rows)
-        row = self._tokens[self._order(epoch)[place]]
-        return {"input_ids": torch.from_numpy(row.astype(np.int64))}
+        part, turn = self._turns[index]
+        epoch, place = divmod(turn, self.streams[part].rows)
+        return self._item(self._tokens[part][self._order(part, epoch)[place]], self.streams[part].follows)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[i] for i in range(len(self)))
@@ -65,19 +90,40 @@ class TokenRows(Dataset):
         """The `count` rows from row `start` on, over as many epochs as that takes."""
         return RowRange(self, start, count)
 
-    @functools.cached_property
-    def _tokens(self) -> np.ndarray:
-        shape = (self._rows, self.context)
-        return np.memmap(self.path, dtype="<i4", mode="r", offset=HEADER.size, shape=shape)
+    def _item(self, row: np.ndarray, follows: bool) -> dict[str, Tensor]:
+        ids = (row & TOKEN).astype(np.int64)
+        item = {"input_ids": ids}
+        starts = (row & START) != 0
+        if self.separate:
+            place = np.arange(self.context)
+            item["position_ids"] = place - np.maximum.accumulate(np.where(starts, place, 0))
+        if self.labelled:
+            ignored = (row & UNCOUNTED) != 0
+            if self.separate and not follows:
+                ignored |= starts
+            item["labels"] = np.where(ignored, IGNORED, ids)
+        return {name: torch.from_numpy(values) for name, values in item.items()}
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_permuted", (None,))[0] != epoch:
-            self._permuted = epoch, np.random.default_rng([self.seed, epoch]).permutation(self._rows)
-        return self._permuted[1]
+    @functools.cached_property
+    def _tokens(self) -> list[np.ndarray]:
+        return [
+            np.memmap(s.path, dtype="<u4", mode="r", offset=HEADER.size, shape=(s.rows, self.context))
+            for s in self.streams
+        ]
+
+    @functools.cached_property
+    def _orders(self) -> dict[int, tuple[int, np.ndarray]]:
+        return {}
+
+    def _order(self, part: int, epoch: int) -> np.ndarray:
+        if self._orders.get(part, (None,))[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch, part]).permutation(self.streams[part].rows)
+            self._orders[part] = epoch, order
+        return self._orders[part][1]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process maps the file itself: a pickled map would be a copy of all of it.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_tokens", "_permuted")}
+        # A worker process maps the files itself: a pickled map would be a copy of all of it.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_tokens", "_orders")}
 
 
 class RowRange(Dataset):
@@ -100,145 +146,48 @@ def token_rows(
 ) -> TokenRows:
     """The training or held-out text of a recipe as rows of `corpus.context` tokens.
 
-    Documents stand one after the other, each behind the tokenizer's end-of-text token (where it has none, its
-    beginning-of-text token, else nothing), and are cut into rows without overlap; what is left at the end is dropped.
+    Documents stand one after the other, each text behind the tokenizer's end-of-text token (where it has none, its
+    beginning-of-text token, else nothing), each conversation as the chat template writes it, and are cut into rows
+    without overlap; what is left at the end is dropped.
 
     Args:
         limit: an epoch has at most this many tokens, rounded up to whole rows, from the beginning of the text; no more
-            of a large corpus is read and tokenised than that takes.
+            of a large corpus is read and tokenised than that takes. Of a mixture, each source's share of it.
         seed: of the order of the rows.
 
     Raises:
-        UserError: a corpus that cannot be read, or has too little text for one row.
+        UserError: a corpus that cannot be read, or has too little text for one row; conversations for a tokenizer
+            without a chat template.
     """
     context = corpus.context
+    parts = parts_of(corpus, split)
+    if any(source.chat for source, _, _ in parts):
+        check_template(tokenizer)
     most = None if limit is None else max(1, -(-limit // context))
-    path, count = _cached_tokens(corpus, tokenizer, split, None if most is None else most * context)
-    rows = count // context
-    if rows == 0:
-        name = corpus.valid if split == "valid" and corpus.valid is not None else corpus.source
-        kind = "training" if split == "train" else "held-out"
-        raise UserError(
-            f"corpus {name!r} has {count} tokens of {kind} text, too few for one row; "
-            f"expected at least corpus.context = {context}"
-        )
-    return TokenRows(path, context, rows if most is None else min(rows, most), seed)
+    turns = Turns([weight for _, _, weight in parts])
+    encoder = Encoder(tokenizer, corpus.loss_on)
+    ends = encoder.separator == (tokenizer.eos_token_id,)
+    streams = []
+    for k, (source, part, weight) in enumerate(parts):
+        share = None if most is None else turns.share(k, most)
+        path, count = _cached_tokens(source, part, encoder, None if share is None else share * context)
+        if count < context:
+            kind = "training" if split == "train" else "held-out"
+            raise UserError(
+                f"corpus {source.name!r} has {count} tokens of {kind} text, too few for one row; "
+                f"expected at least corpus.context = {context}"
+            )
+        rows = count // context
+        streams.append(Stream(path, rows if share is None else min(rows, share), ends and not source.chat, weight))
+    separate = corpus.documents == "separate"
+    labelled = any(source.chat for source, _, _ in parts) or (separate and not ends)
+    return TokenRows(streams, context, seed, separate=separate, labelled=labelled, most=most)
 
 
-# ---------------------------------------------------------------------- the cache
-
-
-def _cached_tokens(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: Split, needed: int | None
-) -> tuple[Path, int]:
+def _cached_tokens(source: Source, part: Part, encoder: Encoder, needed: int | None) -> tuple[Path, int]:
     """The cache file with at least `needed` tokens (all of them where None, fewer where there are no more)."""
-    source, part = part_of(corpus, split)
     # In powers of two, so that runs of similar length share one file.
     limit = None if needed is None else max(SMALLEST_LIMIT, 1 << (needed - 1).bit_length())
-    key = json.dumps([_identity(tokenizer), source.fingerprint(), part, limit], sort_keys=True)
-    path = cache_dir() / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.tokens"
-    if path.exists():
-        try:
-            return path, _verified(path)
-        except ValueError as damage:
-            logger.warning("the token cache %s is damaged (%s); tokenising %s anew", path, damage, source.name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path, _write(path, _token_batches(tokenizer, _documents(source, part), limit, source.name))
-    except OSError as error:
-        raise UserError(
-            f"the token cache {path.parent} cannot be written ({error.strerror}); "
-            f"set SUBQUAD_CACHE to another directory"
-        ) from None
-
-
-def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """What has to be the same for a text to give the same tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), _separator(tokenizer)]
-    definition = json.loads(backend.to_str())
-    # Left behind by earlier calls; the calls here set neither.
-    definition.pop("truncation", None)
-    definition.pop("padding", None)
-    return [definition, _separator(tokenizer)]
-
-
-def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        if isinstance(token, int):
-            return [token]
-    return []
-
-
-def _verified(path: Path) -> int:
-    """The number of tokens in a cache file; ValueError says how it is damaged."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(HEADER.size)
-        if len(head) < HEADER.size:
-            raise ValueError(f"{size} bytes")
-        magic, count, checksum = HEADER.unpack(head)
-        if magic != MAGIC:
-            raise ValueError("another format")
-        if size != HEADER.size + 4 * count:
-            raise ValueError(f"{size} bytes, expected {HEADER.size + 4 * count}")
-        found = 0
-        while block := file.read(2**24):
-            found = zlib.crc32(block, found)
-    if found != checksum:
-        raise ValueError("its checksum is wrong")
-    return count
-
-
-def _write(path: Path, batches: Iterator[np.ndarray]) -> int:
-    """Writes a cache file whole or not at all; returns its number of tokens."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem[:8]}-", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(bytes(HEADER.size))
-            count = checksum = 0
-            for batch in batches:
-                raw = batch.astype("<i4").tobytes()
-                file.write(raw)
-                count, checksum = count + len(batch), zlib.crc32(raw, checksum)
-            file.seek(0)
-            file.write(HEADER.pack(MAGIC, count, checksum))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-    return count
-
-
-def _token_batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterator[str], limit: int | None, name: str
-) -> Iterator[np.ndarray]:
-    """The tokens of whole documents, until there are `limit` of them."""
-    separator = _separator(tokenizer)
-    count = 0
-    with tqdm(desc=f"tokenising {name}", unit=" tokens", unit_scale=True, delay=3, file=sys.stderr) as progress:
-        while limit is None or count < limit:
-            # A token is seldom shorter than two characters: so a batch hardly ever goes past the limit.
-            characters = BATCH_CHARACTERS if limit is None else min(BATCH_CHARACTERS, 2 * (limit - count))
-            batch = _take_characters(texts, characters)
-            if not batch:
-                return
-            rows = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            tokens = np.fromiter(itertools.chain.from_iterable((*separator, *row) for row in rows), dtype=np.int32)
-            count += len(tokens)
-            progress.update(len(tokens))
-            yield tokens
-
-
-def _take_characters(texts: Iterator[str], characters: int) -> list[str]:
-    """The next documents, until they have so many characters."""
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        characters -= len(text)
-        if characters <= 0:
-            break
-    return batch
+    of_chat = [encoder.tokenizer.chat_template, encoder.loss_on] if source.chat else []
+    key = [identity(encoder.tokenizer), source.fingerprint(), part, limit, *of_chat]
+    return cached(key, source.name, lambda: token_stream(encoder, part_documents(source, part), limit, source.name))

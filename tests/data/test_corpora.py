@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from subquad.config import Corpus
-from subquad.data import check_corpus, corpora, documents, stdlib
+from subquad.data import check_corpus, documents, readers, sources, stdlib
 from subquad.errors import UserError
 
 PROSE = "First line.\nSecond line.\n\nAnother paragraph, ünï.\n"
@@ -44,7 +44,7 @@ def test_standard_library_keeps_its_own_split():
 
 
 def test_standard_library_begins_with_a_mixture_of_files():
-    first = [path.parent.name for path in corpora.resolve("python-stdlib").files[:40]]
+    first = [path.parent.name for path in sources.resolve("python-stdlib").files[:40]]
     assert len(set(first)) > 8
 
 
@@ -61,7 +61,7 @@ def test_text_without_separators_is_cut_at_blank_lines():
     name = put("a.txt", (paragraph + "\n") * 100)
     found = list(documents(name, "all"))
     assert len(found) > 3
-    assert all(corpora.PASSAGE <= len(text) < corpora.PASSAGE + 1100 for text in found[:-1])
+    assert all(readers.PASSAGE <= len(text) < readers.PASSAGE + 1100 for text in found[:-1])
     assert all(text.endswith("word ") for text in found)
     assert "\n\n".join(found) == ((paragraph + "\n") * 100).strip("\n")
     assert list(documents(put("b.txt", PROSE), "all")) == [PROSE.strip("\n")]
@@ -69,7 +69,7 @@ def test_text_without_separators_is_cut_at_blank_lines():
 
 def test_text_without_blank_lines_is_cut_at_last():
     found = list(documents(put("a.txt", "a line of text\n" * 40_000), "all"))
-    assert max(map(len, found)) < 11 * corpora.PASSAGE
+    assert max(map(len, found)) < 11 * readers.PASSAGE
     assert all(set(text.split("\n")) == {"a line of text"} for text in found)
 
 
@@ -139,13 +139,12 @@ def test_a_single_line_is_split_too():
 def test_a_held_out_source_leaves_all_of_the_other_for_training():
     train, valid = put("train.txt", PROSE), put("valid.txt", "other")
     corpus = Corpus(source=train, valid=valid)
-    source, part = corpora.part_of(corpus, "train")
-    assert (source.name, part) == (train, "all")
-    source, part = corpora.part_of(corpus, "valid")
-    assert (source.name, part) == (valid, "all")
-    assert corpora.part_of(Corpus(source=train), "valid")[1] == "valid"
+    for split, expected in (("train", train), ("valid", valid)):
+        ((source, part, weight),) = sources.parts_of(corpus, split)
+        assert (source.name, part, weight) == (expected, "all", 1)
+    assert sources.parts_of(Corpus(source=train), "valid")[0][1] == "valid"
     # the nano teacher knows the training side of the standard library by heart
-    assert corpora.part_of(Corpus(source=train, valid="python-stdlib"), "valid")[1] == "valid"
+    assert sources.parts_of(Corpus(source=train, valid="python-stdlib"), "valid")[0][1] == "valid"
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -163,11 +162,11 @@ def test_a_held_out_source_leaves_all_of_the_other_for_training():
         ("a.txt.gz", gzip.compress(PROSE.encode())[:-9], "a.txt.gz: damaged .gz file"),
         ("a.jsonl", '{"text": "a"}\nnot json', "a.jsonl:2: not JSON (Expecting value"),
         ("a.jsonl", '{"txt": "a", "id": 1}', "a.jsonl:1: no text under the key 'text'; found 'txt', 'id'"),
-        ("a.jsonl", '{"text": 5}', "a.jsonl:1: no text under the key 'text'; found 'text'"),
+        ("a.jsonl", '{"text": 5}', "a.jsonl:1: no text under the key 'text'; found int"),
         ("a.jsonl", "[1]", "a.jsonl:1: no text under the key 'text'; found list"),
         ("a.jsonl", "[" * 100_000, "a.jsonl:1: not JSON ("),
-        ("a.parquet", b"PAR1", "corpus 'a.parquet': unknown kind of file; expected .txt, .jsonl, .md,"),
-        ("a", "text", "corpus 'a': unknown kind of file; expected .txt, .jsonl, .md,"),
+        ("a.csv", b"a,b", "corpus 'a.csv': unknown kind of file; expected .txt, .jsonl, .parquet, .md,"),
+        ("a", "text", "corpus 'a': unknown kind of file; expected .txt, .jsonl, .parquet, .md,"),
     ],
 )
 def test_what_is_not_text_is_refused_with_its_place(name, content, expected):
@@ -183,13 +182,16 @@ def test_what_does_not_exist_is_refused_with_the_nearest_name(monkeypatch):
     assert refusal("nofolder/a.txt").endswith("; there is no directory 'nofolder' either")
     assert "no such file or directory" in refusal("/no/such/folder/at/all")
     put("empty/picture.png", b"")
-    assert refusal("empty").startswith("corpus 'empty': no text in this directory; expected files .txt, .jsonl, .md,")
-    monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
+    assert refusal("empty").startswith(
+        "corpus 'empty': no text in this directory; expected files .txt, .jsonl, .parquet, .md,"
+    )
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     assert refusal("python-stdlb") == (
-        "corpus 'python-stdlb': no such file or directory, and a data set of the hub needs `pip install datasets`; "
+        "corpus 'python-stdlb': no such file or directory, and a data set of the hub needs "
+        '`pip install "subquad[data]"`; '
         "did you mean 'python-stdlib'?"
     )
-    assert "`pip install datasets`; expected 'python-stdlib', a file," in refusal("owner/name")
+    assert "`pip install \"subquad[data]\"`; expected 'python-stdlib', a file," in refusal("owner/name")
 
 
 def test_mistakes_show_before_anything_is_read():
@@ -222,8 +224,10 @@ def hub(here, monkeypatch):
     """A stand-in for the library `datasets` with two data sets on its hub."""
     put(
         "site/datasets.py",
-        "def load_dataset(name, split, streaming):\n"
-        "    assert split == 'train' and streaming\n"
+        "def load_dataset(name, subset, split, streaming):\n"
+        "    if (subset, split, streaming) == ('en', 'test', False):\n"
+        "        return iter([{'body': 'other'}])\n"
+        "    assert subset is None and split == 'train' and streaming\n"
         "    if name == 'owner/good':\n"
         "        return iter([{'text': f'text {i}'} for i in range(3)])\n"
         "    if name == 'owner/images':\n"
@@ -240,7 +244,7 @@ def hub(here, monkeypatch):
 def test_hub_data_set():
     assert list(documents("owner/good", "all")) == ["text 0", "text 1", "text 2"]
     assert "".join(documents("owner/good", "train")) + "".join(documents("owner/good", "valid")) == "text 0text 1text 2"
-    assert refusal("owner/images") == "corpus 'owner/images': no text in its column 'text'; found image, label"
+    assert refusal("owner/images") == "corpus 'owner/images': no column 'text'; found image, label"
     assert refusal("owner/none") == (
         "corpus 'owner/none': not a local file, and the hub gave no such data set (no route to the hub)"
     )
@@ -250,4 +254,4 @@ def test_a_folder_called_datasets_is_not_the_library(here, monkeypatch):
     put("site2/datasets/a.txt", PROSE)
     monkeypatch.setattr(sys, "path", [str(here / "site2")])
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
-    assert "needs `pip install datasets`" in refusal("owner/name")
+    assert 'needs `pip install "subquad[data]"`' in refusal("owner/name")

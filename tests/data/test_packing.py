@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from subquad.config import Corpus
 from subquad.data import packing, token_rows
+from subquad.data.encoding import TOKEN
 from subquad.errors import UserError
 from subquad.paths import cache_dir
 
@@ -40,7 +41,12 @@ def long_source(tmp_path):
 
 def stream(rows, tokenizer) -> str:
     """The text of an epoch's rows in the order in which they stand in the file."""
-    return tokenizer.decode(torch.from_numpy(rows._tokens.astype("int64")).flatten().tolist())
+    return tokenizer.decode(in_file(rows).flatten().tolist())
+
+
+def in_file(rows) -> torch.Tensor:
+    """[rows, context] in the order in which they stand in the first file."""
+    return torch.from_numpy((rows._tokens[0] & TOKEN).astype("int64"))
 
 
 def epoch(rows, number: int = 0) -> torch.Tensor:
@@ -70,10 +76,10 @@ def test_order_is_a_permutation_by_the_seed(long_source, tokenizer):
     assert torch.equal(first, epoch(token_rows(long_source, tokenizer, "train", seed=1)))
     other = epoch(token_rows(long_source, tokenizer, "train", seed=2))
     assert not torch.equal(first, other)
-    in_file = torch.from_numpy(rows._tokens.astype("int64"))
-    assert not torch.equal(first, in_file)
+    written = in_file(rows)
+    assert not torch.equal(first, written)
     for permuted in (first, other, epoch(rows, 1)):
-        assert sorted(permuted.tolist()) == sorted(in_file.tolist())
+        assert sorted(permuted.tolist()) == sorted(written.tolist())
     assert not torch.equal(epoch(rows, 1), first)
 
 
@@ -119,13 +125,13 @@ def test_training_and_held_out_rows_share_no_text(tmp_path, tokenizer):
 
 def test_a_limit_reads_no_more_than_it_takes(long_source, tokenizer, monkeypatch):
     read = []
-    original = packing._documents
-    monkeypatch.setattr(packing, "_documents", lambda *a: (read.append(t) or t for t in original(*a)))
+    original = packing.part_documents
+    monkeypatch.setattr(packing, "part_documents", lambda *a: (read.append(t) or t for t in original(*a)))
     rows = token_rows(long_source, tokenizer, "train", limit=1000)
     assert len(rows) == 16  # 1,000 tokens, rounded up to whole rows of 64
     assert len(read) <= 2 * packing.SMALLEST_LIMIT // 1000 + 2
-    in_file = epoch(token_rows(long_source, tokenizer, "train", limit=1000)).tolist()
-    assert set(map(tuple, in_file)) <= set(map(tuple, epoch(token_rows(long_source, tokenizer, "train")).tolist()))
+    found = epoch(token_rows(long_source, tokenizer, "train", limit=1000)).tolist()
+    assert set(map(tuple, found)) <= set(map(tuple, epoch(token_rows(long_source, tokenizer, "train")).tolist()))
 
 
 def test_similar_limits_share_a_cache_file(long_source, tokenizer, cache):
@@ -151,7 +157,7 @@ def test_cache_place(monkeypatch, tmp_path):
 
 def test_text_is_tokenised_once(source, tokenizer, cache, monkeypatch):
     before = epoch(token_rows(source, tokenizer, "train"))
-    monkeypatch.setattr(packing, "_token_batches", None)
+    monkeypatch.setattr(packing, "token_stream", None)
     # what a tokenizer was last called with is no part of what it is
     tokenizer.backend_tokenizer.enable_padding()
     tokenizer.backend_tokenizer.enable_truncation(4)
@@ -206,13 +212,13 @@ def test_a_damaged_cache_is_rebuilt_and_said_aloud(source, tokenizer, cache, cap
 
 
 def test_an_interrupted_write_leaves_nothing(source, tokenizer, cache, monkeypatch):
-    original = packing._token_batches
+    original = packing.token_stream
 
     def interrupted(*args):
         yield from original(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packing, "_token_batches", interrupted)
+    monkeypatch.setattr(packing, "token_stream", interrupted)
     with pytest.raises(KeyboardInterrupt):
         token_rows(source, tokenizer, "train")
     assert list(cache.iterdir()) == []

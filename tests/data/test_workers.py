@@ -1,0 +1,142 @@
+"""Tokenising in several processes: the same tokens as in one, and no trace of them afterwards."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from subquad.data import encoding
+from subquad.data.encoding import START, TOKEN, Encoder, token_stream
+from subquad.data.workers import Workers
+from subquad.errors import UserError
+
+DOCUMENTS = [f"document {i} " + "word " * (i * 7 % 50) for i in range(300)]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Batches of a few documents, and other processes after the first of them."""
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(encoding, "ALONE", 1)
+
+
+def tokens(tokenizer, limit=None, jobs=1, documents=DOCUMENTS) -> np.ndarray:
+    return np.concatenate(list(token_stream(Encoder(tokenizer), iter(documents), limit, "a corpus", jobs)))
+
+
+def children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.usefixtures("small")
+def test_the_same_tokens_whatever_the_number_of_processes(tokenizer):
+    one = tokens(tokenizer)
+    before = children()
+    assert np.array_equal(tokens(tokenizer, jobs=2), one)
+    cut = tokens(tokenizer, limit=20_000)
+    assert np.array_equal(tokens(tokenizer, limit=20_000, jobs=2), cut)
+    assert children() == before
+    assert np.array_equal(cut, one[: len(cut)])
+    assert len(cut) >= 20_000 > np.flatnonzero(cut & START)[-1]
+
+
+@pytest.mark.parametrize("characters", [1, 500, 10**6])
+def test_the_same_tokens_however_documents_are_batched(tokenizer, monkeypatch, characters):
+    expected = tokens(tokenizer, limit=5000)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", characters)
+    assert np.array_equal(tokens(tokenizer, limit=5000), expected)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_goes_wrong_while_reading_ends_the_processes(tokenizer):
+    def broken():
+        yield from DOCUMENTS[:200]
+        raise UserError("a.txt: not UTF-8 at byte 5")
+
+    before = children()
+    with pytest.raises(UserError, match="not UTF-8 at byte 5"):
+        tokens(tokenizer, jobs=2, documents=broken())
+    assert children() == before
+
+
+def test_what_goes_wrong_in_a_process_is_told(tokenizer):
+    with Workers(Encoder(tokenizer), 1) as workers:
+        assert list(workers.map([["a"], ["bc"]]))[1].tolist() == [256 | START, *tokenizer("bc")["input_ids"]]
+        with pytest.raises(RuntimeError, match="has no attribute"):
+            list(workers.map([[5]]))
+        (process,) = children()
+        process.kill()
+        with pytest.raises(RuntimeError, match=r"a process that tokenises ended by itself \(status -9\)"):
+            list(workers.map([["a"]]))
+
+
+def test_small_text_starts_no_process(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "Workers", None)
+    assert len(tokens(tokenizer, jobs=2)) == len(tokens(tokenizer, jobs=1))
+
+
+def test_the_encoder_gives_what_the_tokenizer_gives(make_tokenizer):
+    tokenizer = make_tokenizer(eos_token="<|endoftext|>")
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    texts = ["a text", "ünï <|endoftext|> inside", ""]
+    found = Encoder(tokenizer).encode(texts)
+    expected = [token for text in texts for token in [256, *tokenizer(text, add_special_tokens=False)["input_ids"]]]
+    assert (found & TOKEN).tolist() == expected
+    assert np.flatnonzero(found & START).tolist() == [0, 7, len(found) - 1]
+    assert Encoder(make_tokenizer()).encode(["", "x", ""]).tolist() == [make_tokenizer()("x")["input_ids"][0] | START]
+
+
+SCRIPT = """
+import sys, time, types
+root, mode = sys.argv[1:]
+sys.path.insert(0, root)
+for name, path in {"subquad": "subquad", "subquad.data": "subquad/data"}.items():  # not their __init__: no torch
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [f"{root}/{path}"]
+from subquad.data import encoding
+from subquad.data.cache import cached
+from tests.data.conftest import byte_tokenizer
+
+def documents():
+    for i in range(100):
+        if i == 60:
+            print("half", flush=True)
+            time.sleep(60 if mode == "hang" else 0.5)
+        yield f"document {i} " * 10
+
+encoding.BATCH_CHARACTERS, encoding.ALONE = 2000, 1 if mode == "hang" else 1000
+encoder = encoding.Encoder(byte_tokenizer(eos_token="<|endoftext|>"))
+print(cached("key", "a corpus", lambda: encoding.token_stream(encoder, documents(), None, "a corpus", 2)), flush=True)
+"""
+
+
+def start(mode: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[2]), mode]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_kill_leaves_no_half_cache_and_two_at_once_end_well(cache):
+    killed = start("hang")
+    assert killed.stdout.readline() == "half\n", killed.communicate()
+    workers = psutil.Process(killed.pid).children()
+    assert len(workers) == 2
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    psutil.wait_procs(workers, timeout=10)
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert not list(cache.glob("*.tokens"))
+    assert len(list(cache.glob("*.partial"))) == 1
+
+    both = [start("slow") for _ in range(2)]
+    ends = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    (file,) = cache.iterdir()  # what the killed one had left is gone
+    said = sorted((out for out, _ in ends), key=len)
+    # One of them tokenised, the other waited for it.
+    assert said[1] == f"half\n{said[0]}"
+    assert str(file) in said[0]
