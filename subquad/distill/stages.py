@@ -199,7 +199,8 @@ class EndToEndDistillation(Objective):
             batch = {"input_ids": self.write(batch["input_ids"])}
         input_ids = batch["input_ids"]
         where = {} if documents_of(batch) is None else {"position_ids": batch["position_ids"]}
-        given = {"input_ids": input_ids, "next_labels": next_labels(batch), **where}
+        # Not by its own name, which the student's forward would take for itself.
+        given = {"input_ids": input_ids, "next_labels": next_labels(batch), "positions": where.get("position_ids")}
         if self.stage.kl_weight == 0:
             return given
         if self.teacher_head is None:
@@ -218,7 +219,7 @@ class EndToEndDistillation(Objective):
         )
 
     def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
-        labels, positions = targets["next_labels"], targets.get("position_ids")
+        labels, positions = targets["next_labels"], targets["positions"]
         head, teacher_hidden = self.head_of(student), targets.get("teacher_hidden")
         if head is None or "teacher_logits" in targets:
             logits = student(input_ids=input_ids, position_ids=positions, use_cache=False).logits
@@ -241,7 +242,7 @@ class EndToEndDistillation(Objective):
         """For the plain path; None where the teacher has no say."""
         if "teacher_hidden" not in targets:
             return targets.get("teacher_logits")
-        where = {"position_ids": targets["position_ids"]} if "position_ids" in targets else {}
+        where = {} if targets["positions"] is None else {"position_ids": targets["positions"]}
         return self.teacher(input_ids=targets["input_ids"], use_cache=False, **where).logits
 
 
