@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ASSISTANT = "assistant"
+STRANGER = "what-nobody-says-7d1f"
 
 Span = tuple[int, int]
 
@@ -102,30 +103,50 @@ class Template:
     def assistant_spans(self, conversation: Conversation, text: str) -> list[Span]:
         """Where in `text`, the rendered conversation, the assistant writes, each turn with the token that ends it.
 
-        A turn is what the conversation up to it has more than the conversation before it and the prompt for an answer.
-
         Raises:
-            UserError: a template that writes earlier turns otherwise once later ones follow.
+            UserError: a template in which they cannot be told.
         """
-        messages, spans = conversation.messages, []
-        for i, message in enumerate(messages):
+        spans = []
+        for i, message in enumerate(conversation.messages):
             if message["role"] != ASSISTANT:
                 continue
-            before = self._render(messages[:i], conversation.where, prompt=True) if i else ""
-            after = self._render(messages[: i + 1], conversation.where)
-            if not (text.startswith(after) and after.startswith(before)):
+            span = self._by_prefixes(conversation, i, text) or self._by_exchange(conversation, i, text)
+            if span is None:
                 raise UserError(
                     f"{conversation.where}: the chat template can't be split into turns: message {i + 1} is written "
                     "otherwise in the whole conversation; expected a template with {% generation %}, or loss_on: all"
                 )
-            spans.append((len(before), self._end(after, len(before))))
+            spans.append(span)
         return spans
 
-    def _end(self, text: str, start: int) -> int:
-        """The end of a turn without the blank space that only sets the next turn off from its end token."""
-        stripped = text[start:].rstrip()
+    def _by_prefixes(self, conversation: Conversation, i: int, text: str) -> Span | None:
+        """What the conversation up to turn i has more than the one before it with the prompt for an answer; None where
+        the whole does not begin with both."""
+        messages, where = conversation.messages, conversation.where
+        after = self._render(messages[: i + 1], where)
+        if i:
+            before = self._render(messages[:i], where, prompt=True)
+        else:  # no template writes nothing at all
+            prompt = self._render(messages[:1], where, prompt=True).removeprefix(after)
+            before = prompt if after.startswith(prompt) else ""
+        if not (text.startswith(after) and after.startswith(before)):
+            return None
+        # Not the blank space that only sets the next turn off from the token that ends this one.
+        stripped = after[len(before) :].rstrip()
         closed = any(stripped.endswith(token) for token in self._special)
-        return start + len(stripped) if closed else len(text)
+        return len(before), len(before) + len(stripped) if closed else len(after)
+
+    def _by_exchange(self, conversation: Conversation, i: int, text: str) -> Span | None:
+        """What changes where turn i says something else, with the token that ends it: for templates that leave out
+        of earlier turns what the last one keeps, its reasoning; None where more changes than that."""
+        messages, content = conversation.messages, conversation.messages[i]["content"]
+        exchanged = (*messages[:i], {**messages[i], "content": STRANGER}, *messages[i + 1 :])
+        before, found, after = self._render(exchanged, conversation.where).partition(STRANGER)
+        start, end = len(before), len(text) - len(after)
+        if not (found and start <= end and text.startswith(before) and text.endswith(after)):
+            return None
+        ending = next((token for token in self._special if after.startswith(token)), "")
+        return (start, end + len(ending)) if ending and text[start:end].strip() in content else None
 
     @functools.cached_property
     def _special(self) -> list[str]:

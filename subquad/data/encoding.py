@@ -74,6 +74,11 @@ class Encoder:
                     pieces.append(w)
         return np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
 
+    def is_python(self, batch: Sequence[Document]) -> bool:
+        """Whether Python code does most of the work for such a batch."""
+        fast = getattr(self.tokenizer, "backend_tokenizer", None) is not None
+        return not fast or any(isinstance(document, Conversation) for document in batch)
+
     def _written(self, document: Document) -> _Written | np.ndarray | None:
         """A document as text; as tokens where the template gives those itself; None where nothing is to be learned."""
         if isinstance(document, str):
@@ -159,7 +164,11 @@ def token_stream(
 ) -> Iterator[np.ndarray]:
     """The tokens of whole documents, up to the one with which there are `limit` of them, in arrays of any size.
 
-    The same tokens whatever the number of processes; `jobs`: as many as there are processors.
+    The same tokens whatever the number of processes. Plain text is the tokenizer's own threads' work: they keep two
+    processors as busy as processes do, and what is left to Python, 15 ms for a million characters, would keep twenty.
+    Chat templates and tokenizers in Python need processes.
+
+    jobs: how many; None: one for plain text, else as many as there are processors.
     """
     count = 0
 
@@ -173,7 +182,7 @@ def token_stream(
             yield batch
 
     with tqdm(desc=f"tokenising {name}", unit=" tokens", unit_scale=True, delay=3, file=sys.stderr) as progress:
-        for tokens in _in_processes(encoder, batches(), processors() if jobs is None else jobs):
+        for tokens in _in_processes(encoder, batches(), jobs):
             if limit is not None and count + len(tokens) > limit:
                 # The last document is the one that reaches the limit, however the others were batched.
                 starts = np.flatnonzero(tokens & START)
@@ -185,16 +194,20 @@ def token_stream(
                 return
 
 
-def _in_processes(encoder: Encoder, batches: Iterator[list[Document]], jobs: int) -> Iterator[np.ndarray]:
+def _in_processes(encoder: Encoder, batches: Iterator[list[Document]], jobs: int | None) -> Iterator[np.ndarray]:
+    yield from map(encoder.encode, itertools.islice(batches, ALONE))
+    batch = next(batches, None)
+    if batch is None:
+        return
+    batches = itertools.chain([batch], batches)
+    if jobs is None:
+        jobs = processors() if encoder.is_python(batch) else 1
     # A tokenizer of someone else's code may not be importable elsewhere.
     if jobs == 1 or not type(encoder.tokenizer).__module__.startswith("transformers."):
         yield from map(encoder.encode, batches)
         return
-    yield from map(encoder.encode, itertools.islice(batches, ALONE))
-    batch = next(batches, None)
-    if batch is not None:
-        with Workers(encoder, jobs) as workers:
-            yield from workers.map(itertools.chain([batch], batches))
+    with Workers(encoder, jobs) as workers:
+        yield from workers.map(batches)
 
 
 def _take_characters(documents: Iterator[Document], characters: int) -> list[Document]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from subquad.config import Corpus
-from subquad.data import check_corpus, documents, readers, sources, stdlib
+from subquad.data import check_corpus, corpora, documents, readers, sources, stdlib
 from subquad.errors import UserError
 
 PROSE = "First line.\nSecond line.\n\nAnother paragraph, ünï.\n"
@@ -248,6 +248,17 @@ def test_hub_data_set():
     assert refusal("owner/none") == (
         "corpus 'owner/none': not a local file, and the hub gave no such data set (no route to the hub)"
     )
+
+
+@pytest.mark.usefixtures("hub")
+def test_hub_data_set_by_subset_split_and_column():
+    corpus = Corpus(source="owner/any", subset="en", split="test", streaming=False, column="body", valid="owner/any")
+    ((source, part, _),) = sources.parts_of(corpus, "train")
+    assert list(corpora.part_documents(source, part)) == ["other"]
+    prints = {
+        json.dumps(sources.resolve("owner/any", **s).fingerprint()) for s in ({}, {"subset": "en"}, {"split": "x"})
+    }
+    assert len(prints) == 3
 
 
 def test_a_folder_called_datasets_is_not_the_library(here, monkeypatch):

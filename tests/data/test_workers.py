@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from subquad.data import encoding
+from subquad.data.chat import Conversation
 from subquad.data.encoding import START, TOKEN, Encoder, token_stream
 from subquad.data.workers import Workers
 from subquad.errors import UserError
@@ -28,6 +29,10 @@ def tokens(tokenizer, limit=None, jobs=1, documents=DOCUMENTS) -> np.ndarray:
     return np.concatenate(list(token_stream(Encoder(tokenizer), iter(documents), limit, "a corpus", jobs)))
 
 
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+TALKS = [Conversation.create(TALK * (i % 9 + 1), f"talk {i}") for i in range(300)]
+
+
 def children() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
 
@@ -42,6 +47,21 @@ def test_the_same_tokens_whatever_the_number_of_processes(tokenizer):
     assert children() == before
     assert np.array_equal(cut, one[: len(cut)])
     assert len(cut) >= 20_000 > np.flatnonzero(cut & START)[-1]
+
+
+@pytest.mark.usefixtures("small")
+def test_conversations_go_to_processes_by_themselves(tokenizer, monkeypatch):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    encoder = Encoder(tokenizer, "assistant")
+    one = np.concatenate(list(token_stream(encoder, iter(TALKS), None, "a corpus", 1)))
+    started = []
+    monkeypatch.setattr(encoding, "processors", lambda: 2)
+    monkeypatch.setattr(encoding, "Workers", lambda *a: started.append(a[1]) or Workers(*a))
+    found = np.concatenate(list(token_stream(encoder, iter(TALKS), None, "a corpus")))
+    assert np.array_equal(found, one)
+    assert started == [2]
+    tokens(tokenizer, jobs=None)
+    assert started == [2]  # text does not
 
 
 @pytest.mark.parametrize("characters", [1, 500, 10**6])
@@ -99,6 +119,7 @@ for name, path in {"subquad": "subquad", "subquad.data": "subquad/data"}.items()
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [f"{root}/{path}"]
 from subquad.data import encoding
+from subquad.data.chat import Conversation
 from subquad.data.cache import cached
 from tests.data.conftest import byte_tokenizer
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from subquad.distill.losses import distillation_loss, layerwise, matrix_distance, output_distance
+from subquad.distill.alignment import layerwise, matrix_distance, output_distance
+from subquad.distill.losses import distillation_loss, divergence_per_token, divergence_slope
+
+DIVERGENCES = ("forward", "reverse", "jsd")
 
 
 def logits(B=2, T=9, V=17, seed=0, grad=False):
@@ -13,14 +16,32 @@ def logits(B=2, T=9, V=17, seed=0, grad=False):
     return x.requires_grad_() if grad else x
 
 
+def random_labels(B=2, T=9, V=17):
+    return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
+
+
+def kl(p, q):
+    return (p * (p / q).log()).sum().item()
+
+
+def defined(divergence, p, q, beta):
+    """p: the teacher's distribution, q: the student's."""
+    if divergence == "forward":
+        return kl(p, q)
+    if divergence == "reverse":
+        return kl(q, p)
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("ignored", [0, 3])
-def test_distillation_loss_is_its_definition(temperature, ignored):
-    student, teacher = logits(seed=1), logits(seed=2)
-    labels = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(3))
+def test_distillation_loss_is_its_definition(divergence, temperature, ignored):
+    student, teacher, labels = logits(seed=1), logits(seed=2), random_labels()
     labels[0, :ignored] = -100
-    loss, ce, kl = distillation_loss(student, teacher, labels, 0.3, 0.7, temperature)
-    expected_ce, expected_kl, n = 0.0, 0.0, 0
+    loss, ce, far = distillation_loss(student, teacher, labels, 0.3, 0.7, temperature, divergence, beta=0.2)
+    expected_ce, expected_far, n = 0.0, 0.0, 0
     for b in range(2):
         for t in range(8):
             if labels[b, t + 1] == -100:
@@ -29,17 +50,48 @@ def test_distillation_loss_is_its_definition(temperature, ignored):
             expected_ce -= F.log_softmax(student[b, t], -1)[labels[b, t + 1]].item()
             p = F.softmax(teacher[b, t] / temperature, -1)
             q = F.softmax(student[b, t] / temperature, -1)
-            expected_kl += (p * (p / q).log()).sum().item() * temperature**2
-    assert ce.item() == pytest.approx(expected_ce / n, rel=1e-5)
-    assert kl.item() == pytest.approx(expected_kl / n, rel=1e-5)
-    assert loss.item() == pytest.approx((0.3 * expected_ce + 0.7 * expected_kl) / n, rel=1e-5)
+            expected_far += defined(divergence, p, q, 0.2) * temperature**2
+    assert ce.item() == pytest.approx(expected_ce / n, rel=1e-9)
+    assert far.item() == pytest.approx(expected_far / n, rel=1e-9)
+    assert loss.item() == pytest.approx((0.3 * expected_ce + 0.7 * expected_far) / n, rel=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_slope_of_a_divergence_is_its_gradient(divergence, beta):
+    x, log_p = logits(seed=1, grad=True), logits(seed=2).mul(3).log_softmax(-1)
+    log_q = x.mul(3).log_softmax(-1)
+    expected = torch.autograd.grad(divergence_per_token(log_p, log_q, divergence, beta).sum(), x)[0]
+    slope = 3 * divergence_slope(log_p, log_q.detach(), divergence, beta)
+    torch.testing.assert_close(slope, expected, rtol=0, atol=1e-10)
+
+
+def test_jensen_shannon_lies_between_the_two_kl_divergences():
+    """GKD: over beta it goes to the forward KL, over 1 - beta to the reverse one; at 1/2 it is symmetric."""
+    log_p, log_q = logits(seed=1).log_softmax(-1), logits(seed=2).log_softmax(-1)
+    forward, reverse = (divergence_per_token(log_p, log_q, d, 0.5) for d in ("forward", "reverse"))
+    small, large = (divergence_per_token(log_p, log_q, "jsd", beta) for beta in (1e-6, 1 - 1e-6))
+    torch.testing.assert_close(small / 1e-6, forward, rtol=1e-4, atol=0)
+    torch.testing.assert_close(large / 1e-6, reverse, rtol=1e-4, atol=0)
+    swapped = divergence_per_token(log_q, log_p, "jsd", 0.5)
+    torch.testing.assert_close(divergence_per_token(log_p, log_q, "jsd", 0.5), swapped)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_probabilities_that_underflow_do_no_harm(divergence):
+    """Float32: exp(-200) is 0, in p and q alike."""
+    log_p = torch.tensor([[0.0, -200.0, -200.0]]).log_softmax(-1)
+    log_q = torch.tensor([[0.0, -200.0, -5.0]]).log_softmax(-1)
+    for a, b in ((log_p, log_q), (log_q, log_p)):
+        assert divergence_per_token(a, b, divergence, 0.5).isfinite().all()
+        assert divergence_slope(a, b, divergence, 0.5).isfinite().all()
 
 
 def test_distillation_loss_chunks_change_nothing(monkeypatch):
     import subquad.distill.losses as module
 
     student, teacher = logits(seed=1, grad=True), logits(seed=2)
-    labels = torch.randint(0, 17, (2, 9))
+    labels = random_labels()
     results = []
     for chunk in (1, 5, 1024):
         monkeypatch.setattr(module, "CHUNK", chunk)
@@ -50,38 +102,83 @@ def test_distillation_loss_chunks_change_nothing(monkeypatch):
         torch.testing.assert_close(grad, results[0][1], rtol=1e-5, atol=1e-8)
 
 
-def test_distillation_loss_of_a_model_with_itself_is_entropy():
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_model_is_not_far_from_itself(divergence):
     x = logits()
-    labels = torch.randint(0, 17, (2, 9))
-    _, _, kl = distillation_loss(x, x, labels)
-    assert kl.item() == pytest.approx(0.0, abs=1e-7)
+    _, _, far = distillation_loss(x, x, random_labels(), divergence=divergence)
+    assert far.item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_distillation_loss_needs_no_teacher_without_its_weight():
+    student, labels = logits(grad=True), random_labels()
+    loss, ce, far = distillation_loss(student, None, labels, kl_weight=0.0)
+    assert loss.item() == ce.item() == pytest.approx(distillation_loss(student, student, labels)[1].item())
+    assert far.item() == 0
+    with pytest.raises(ValueError, match="teacher_logits"):
+        distillation_loss(student, None, labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"divergence": "backward"}, "'reverse' or 'jsd'"),
+        ({"divergence": "jsd", "beta": 0.0}, "beta: got 0.0"),
+        ({"temperature": 0.0}, "temperature: got 0.0"),
+    ],
+)
+def test_impossible_options_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        distillation_loss(logits(), logits(), random_labels(), **options)
+
+
+def test_another_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="17 logits a token and the teacher 19"):
+        distillation_loss(logits(), logits(V=19), random_labels())
+
+
+def whole(matrix):
+    """A matrix as its rows."""
+    return lambda rows: matrix[:, :, rows]
+
+
+def distance(matrix, target, free, rows=64):
+    return matrix_distance(whole(matrix), whole(target), matrix.shape[-1], free, rows)
 
 
 def test_losses_are_means_over_the_batch():
     student, teacher = logits(B=4, seed=1), logits(B=4, seed=2)
-    labels = torch.randint(0, 17, (4, 9))
-    whole = distillation_loss(student, teacher, labels)[0]
+    labels = random_labels(B=4)
+    together = distillation_loss(student, teacher, labels)[0]
     halves = [distillation_loss(student[i : i + 2], teacher[i : i + 2], labels[i : i + 2])[0] for i in (0, 2)]
-    assert whole.item() == pytest.approx(sum(h.item() for h in halves) / 2, rel=1e-6)
+    assert together.item() == pytest.approx(sum(h.item() for h in halves) / 2, rel=1e-6)
     A, M = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)
     for free in (False, True):
-        halves = [matrix_distance(M[i : i + 2], A[i : i + 2], free) for i in (0, 2)]
-        assert matrix_distance(M, A, free).item() == pytest.approx(sum(h.item() for h in halves) / 2, rel=1e-6)
+        halves = [distance(M[i : i + 2], A[i : i + 2], free) for i in (0, 2)]
+        assert distance(M, A, free).item() == pytest.approx(sum(h.item() for h in halves) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("free", [False, True])
+def test_matrix_distance_in_blocks_of_rows_is_that_of_whole_matrices(rows, free):
+    A, M = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8, requires_grad=True)
+    expected, found = distance(M, A, free), distance(M, A, free, rows)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, M)[0] for x in (found, expected)))
 
 
 def test_matrix_distance():
     A = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
-    assert matrix_distance(A, A, False).item() == 0
-    assert matrix_distance(torch.zeros_like(A), A, False).item() == pytest.approx((1 + 0.5) / 2)
+    assert distance(A, A, False).item() == 0
+    assert distance(torch.zeros_like(A), A, False).item() == pytest.approx((1 + 0.5) / 2)
     # a free scale forgives any positive factor, and a matrix against A is no better than none
-    assert matrix_distance(7 * A, A, True).item() == pytest.approx(0, abs=1e-6)
-    assert matrix_distance(-A, A, True).item() == pytest.approx((1 + 0.5) / 2)
-    assert matrix_distance(torch.zeros_like(A), A, True).item() == pytest.approx((1 + 0.5) / 2)
-    assert matrix_distance(7 * A, A, False).item() > 1
+    assert distance(7 * A, A, True).item() == pytest.approx(0, abs=1e-6)
+    assert distance(-A, A, True).item() == pytest.approx((1 + 0.5) / 2)
+    assert distance(torch.zeros_like(A), A, True).item() == pytest.approx((1 + 0.5) / 2)
+    assert distance(7 * A, A, False).item() > 1
     # the scale is the best one: no other does better
     M = torch.rand_like(A)
-    best = matrix_distance(M, A, True).item()
-    assert all(best <= matrix_distance(s * M, A, False).item() + 1e-7 for s in torch.linspace(0, 3, 61))
+    best = distance(M, A, True).item()
+    assert all(best <= distance(s * M, A, False).item() + 1e-7 for s in torch.linspace(0, 3, 61))
 
 
 def test_output_distance_of_silence_is_one():

@@ -1,0 +1,270 @@
+"""Conversations: the chat template, which tokens count, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from subquad.config import Corpus, load_recipe
+from subquad.data import check_corpus, documents, token_rows
+from subquad.data.chat import Conversation
+from subquad.data.encoding import TOKEN, UNCOUNTED, Encoder
+from subquad.errors import UserError
+
+TURN = "{{ '<|im_start|>' + m['role'] + '\n' }}"
+LOOP = "{% for m in messages %}BODY{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHATML = LOOP.replace("BODY", TURN + "{{ m['content'] + '<|im_end|>\n' }}") + PROMPT
+MARKED = LOOP.replace(
+    "BODY",
+    TURN + "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
+) + PROMPT  # fmt: skip
+PLAIN = LOOP.replace("BODY", "{{ m['role'] + ': ' + m['content'] | trim + '\n\n' }}") + (
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+FORGETFUL = LOOP.replace("BODY", "{{ m['role'] }}: {{ m['content'] if loop.last else m['content'][:1] }}|")
+STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the user begins') }}{% endif %}" + CHATML
+
+TALK = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello <b>"},
+    {"role": "user", "content": "and?\n"},
+    {"role": "assistant", "content": " bye\n"},
+]
+
+
+@pytest.fixture
+def chat_tokenizer(make_tokenizer):
+    def make(template: str | None):
+        tokenizer = make_tokenizer(
+            eos_token="<|im_end|>", bos_token="<|im_start|>", additional_special_tokens=["<|endoftext|>"]
+        )
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture
+def talks(tmp_path):
+    """Conversations as a corpus, held out the same ones."""
+
+    def write(*conversations, name: str = "a.jsonl", **settings) -> Corpus:
+        path = tmp_path / name
+        path.write_text("\n".join(json.dumps({"messages": c}) for c in conversations))
+        return Corpus(**{"source": str(path), "valid": str(path), "context": 8, "chat": True, **settings})
+
+    return write
+
+
+def learned(tokenizer, *conversations, loss_on="assistant") -> tuple[str, str]:
+    """The text of all tokens and of those that count."""
+    found = Encoder(tokenizer, loss_on).encode([Conversation.create(c, "here") for c in conversations])
+    counted = found[(found & UNCOUNTED) == 0]
+    return tokenizer.decode((found & TOKEN).tolist()), tokenizer.decode((counted & TOKEN).tolist())
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["split", "marked"])
+def test_only_the_assistants_turns_count_with_their_ends(chat_tokenizer, template):
+    tokenizer = chat_tokenizer(template)
+    text = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert learned(tokenizer, TALK) == (text, "hello <b><|im_end|> bye\n<|im_end|>")
+    assert learned(tokenizer, TALK, loss_on="all") == (text, text)
+    assert (
+        learned(tokenizer, TALK, TALK[1:3], TALK[1:2])
+        == (  # the last has no assistant
+            text + tokenizer.apply_chat_template(TALK[1:3], tokenize=False),
+            "hello <b><|im_end|> bye\n<|im_end|>hello <b><|im_end|>",
+        )
+    )
+    assert learned(tokenizer, TALK[2:3])[1] == "hello <b><|im_end|>"
+
+
+def test_a_template_without_an_end_token_ends_turns_with_blank_space(chat_tokenizer):
+    text, counted = learned(chat_tokenizer(PLAIN), TALK)
+    assert text == "system: be kind\n\nuser: hi\n\nassistant: hello <b>\n\nuser: and?\n\nassistant: bye\n\n"
+    assert counted == "hello <b>\n\nbye\n\n"
+
+
+def test_a_template_that_cannot_be_split_is_refused(chat_tokenizer):
+    with pytest.raises(UserError) as caught:
+        learned(chat_tokenizer(FORGETFUL), TALK)
+    assert str(caught.value).startswith(
+        "here: the chat template can't be split into turns: message 3 is written otherwise in the whole conversation"
+    )
+    assert learned(chat_tokenizer(FORGETFUL), TALK, loss_on="all")[0].startswith("system: b|user: h|")
+
+
+def test_a_template_that_drops_the_reasoning_of_earlier_turns(chat_tokenizer):
+    said = (
+        "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>' + m['content'] }}"
+        "{% else %}{{ m['content'].split('</think>')[-1] }}{% endif %}"
+    )
+    tokenizer = chat_tokenizer(LOOP.replace("BODY", TURN + said + "{{ '<|im_end|>\n' }}") + PROMPT)
+    talk = [*TALK[:2], {"role": "assistant", "content": "<think>hm</think>hello"}, *TALK[3:]]
+    text, counted = learned(tokenizer, talk)
+    assert "hm" not in text
+    assert counted == "hello<|im_end|><think>\n\n</think> bye\n<|im_end|>"
+
+
+def test_what_the_template_refuses_is_told_with_its_place(chat_tokenizer):
+    for loss_on in ("all", "assistant"):
+        with pytest.raises(UserError, match=r"^here: the chat template refuses this conversation \(the user begins\)$"):
+            learned(chat_tokenizer(STRICT), TALK, loss_on=loss_on)
+
+
+def test_tokens_across_the_border_of_a_turn(make_tokenizer):
+    # A token that begins in the prompt and ends in the answer counts, as transformers counts it.
+    tokenizer = make_tokenizer(eos_token="</s>")
+    tokenizer.add_tokens([": h"])
+    tokenizer.chat_template = PLAIN
+    assert learned(tokenizer, TALK[1:3])[1] == ": hello <b>\n\n"
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def test_rows_of_conversations(talks, chat_tokenizer):
+    tokenizer = chat_tokenizer(CHATML)
+    corpus = talks(TALK, TALK[1:3], context=16, loss_on="assistant")
+    rows = token_rows(corpus, tokenizer, "train")
+    items = [rows._item(row, False) for row in rows._tokens[0]]
+    ids, positions, labels = (
+        torch.cat([item[key] for item in items]).tolist() for key in ("input_ids", "position_ids", "labels")
+    )
+    whole = [tokenizer.apply_chat_template(c, tokenize=False) for c in (TALK, TALK[1:3])]
+    assert tokenizer.decode(ids) == "".join(whole)[: len(tokenizer.decode(ids))]
+    second = len(tokenizer(whole[0], add_special_tokens=False)["input_ids"])
+    expected = [i % 16 for i in range(len(ids))]
+    for i in range(second, min(len(ids), (second // 16 + 1) * 16)):
+        expected[i] = i - second
+    assert positions == expected
+    assert tokenizer.decode([label for label in labels if label != -100]).startswith("hello <b><|im_end|> bye\n")
+    assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
+
+
+def test_labels_of_whole_conversations(talks, chat_tokenizer):
+    tokenizer = chat_tokenizer(CHATML)
+    for documents_, counts in (("separate", False), ("joined", True)):
+        rows = token_rows(talks(*[TALK[1:3]] * 20, documents=documents_), tokenizer, "train")
+        for row in rows:
+            starts = row["input_ids"] == tokenizer.bos_token_id
+            assert ("position_ids" in row) == (documents_ == "separate")
+            first = starts & (row.get("position_ids", torch.ones(8)) == 0)
+            assert torch.equal(row["labels"] == -100, first & torch.tensor(not counts) & starts)
+
+
+def test_another_template_or_loss_is_another_cache(talks, chat_tokenizer, cache):
+    corpus = talks(TALK)
+    token_rows(corpus, chat_tokenizer(CHATML), "train")
+    token_rows(corpus, chat_tokenizer(CHATML), "valid")
+    assert len(list(cache.iterdir())) == 1
+    token_rows(corpus, chat_tokenizer(PLAIN), "train")
+    token_rows(corpus.model_copy(update={"loss_on": "assistant"}), chat_tokenizer(CHATML), "train")
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_text_and_conversations_in_a_mixture(talks, chat_tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("plain text " * 20)
+    chat = talks(*[TALK] * 4)
+    corpus = chat.model_copy(update={"source": {str(tmp_path / "a.txt"): 0.5, chat.source: 0.5}})
+    rows = token_rows(corpus, chat_tokenizer(CHATML), "train")
+    assert all(set(row) == {"input_ids", "position_ids", "labels"} for row in rows)
+
+
+def test_held_out_conversations_are_whole(talks):
+    some = talks(*[[{"role": "user", "content": f"talk {i} " * (i % 7 + 1)}] for i in range(30)]).source
+    train, valid = (list(documents(some, part, column="messages", chat=True)) for part in ("train", "valid"))
+    assert train + valid == list(documents(some, "all", column="messages", chat=True))
+    assert 1 <= len(valid) <= 3
+    many = talks(*[[{"role": "user", "content": f"talk {i}"}] for i in range(1000)]).source
+    train, valid = (list(documents(many, part, column="messages", chat=True)) for part in ("train", "valid"))
+    assert len(train) + len(valid) == 1000
+    assert 20 < len(valid) < 90
+    two = talks(TALK, TALK[:2]).source
+    parts = [len(list(documents(two, part, column="messages", chat=True))) for part in ("train", "valid")]
+    assert parts == [1, 1]
+
+
+# ---------------------------------------------------------------------- in a recipe
+
+
+def test_a_column_of_messages_is_chat_and_the_other_way_round():
+    assert Corpus(source="x", column="messages").chat
+    assert Corpus(source="x", chat=True).column == "messages"
+    assert (Corpus(source="x").chat, Corpus(source="x").column) == (False, "text")
+    named = Corpus(source="x", chat=True, column="talk")
+    assert (named.chat, named.column) == (True, "talk")
+    assert not Corpus(source="x", column="messages", chat=False).chat
+
+
+def test_the_recipe_says_so_too(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("teacher: nano\ncorpus: {source: a.txt}\nstages: {hidden: {tokens: 1000, lr: 1e-3}}\n")
+    recipe = load_recipe(path, ["corpus.chat=true", "corpus.loss_on=assistant"])
+    assert recipe.corpus.column == "messages"
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(path) == recipe
+    path.write_text("teacher: nano\ncorpus: {source: a.txt}\nstages: {hidden: {tokens: 1000, lr: 1e-3}}\n")
+    for change, expected in [
+        ("corpus.loss_on=assistant", "corpus: loss_on: got 'assistant' without chat, expected `chat: true` or"),
+        ("corpus.loss_on=user", "corpus.loss_on: got 'user', expected one of all, assistant"),
+        ("corpus.documents=apart", "corpus.documents: got 'apart', expected one of separate, joined"),
+        ("corpus.chat=yes", "corpus.chat: got 'yes', expected true or false"),
+        ("corpus.colum=x", "unknown key 'corpus.colum'; did you mean 'corpus.column'?"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            load_recipe(path, [change])
+        assert expected in str(caught.value)
+
+
+def test_a_tokenizer_without_a_template_is_refused(talks, chat_tokenizer):
+    with pytest.raises(UserError, match=r"needs a teacher with a chat template, and this tokenizer has none"):
+        token_rows(talks(TALK), chat_tokenizer(None), "train")
+
+
+def test_text_files_hold_no_conversations(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"a.txt' holds no conversations; expected .jsonl or .parquet or a data set"):
+        check_corpus(Corpus(source=str(tmp_path / "a.txt"), chat=True))
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"message": []}, "a.jsonl:2: no conversation under the key 'messages'; found 'message'"),
+        ({"messages": "hi"}, "a.jsonl:2: no conversation; expected a list of messages, found str"),
+        ({"messages": None}, "a.jsonl:2: no conversation; expected a list of messages, found NoneType"),
+        ({"messages": ["hi"]}, "message 1: expected an object with 'role' and 'content', found str"),
+        ({"messages": [TALK[0], {"content": "x"}]}, "a.jsonl:2: message 2: no 'role'; found 'content'"),
+        ({"messages": [{"role": "user"}]}, "a.jsonl:2: message 1: no 'content'; found 'role'"),
+        ({"messages": [{"role": None, "content": "x"}]}, "message 1: no 'role'; found 'content'"),
+        ({"messages": [{"role": 1, "content": "x"}]}, "message 1: 'role' is int, expected text"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "message 1: 'content' is list, expected text"),
+    ],
+)
+def test_bad_records_are_told_with_file_and_line(tmp_path, record, expected):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": TALK}) + "\n" + json.dumps(record))
+    with pytest.raises(UserError) as caught:
+        list(documents(str(path), "all", column="messages", chat=True))
+    assert expected in str(caught.value)
+
+
+def test_the_first_bad_record_shows_in_the_check(tmp_path):
+    Path(tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user"}]}')
+    with pytest.raises(UserError, match=r"a.jsonl:1: message 1: no 'content'"):
+        check_corpus(Corpus(source=str(tmp_path / "a.jsonl"), chat=True))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [[{"role": "user"}]]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: row 1: message 1: no 'content'"):
+        check_corpus(Corpus(source=str(tmp_path / "a.parquet"), column="messages"))
+
+
+def test_calls_of_tools_need_no_content():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    assert Conversation.create([call], "x").messages == ({**call, "content": ""},)

@@ -1,0 +1,153 @@
+"""Compressed files, parquet and the hub: what is read, and how what is damaged or missing is told."""
+
+import gzip
+import importlib.util
+import json
+import lzma
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from subquad.config import Corpus
+from subquad.data import check_corpus, documents, readers
+from subquad.data.chat import Conversation
+from subquad.errors import UserError
+
+PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+TEXTS = ["first ünï", "second\nof two lines", "third"]
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def parquet(name: str = "x.parquet", **columns) -> bytes:
+    pyarrow.parquet.write_table(pyarrow.table(columns), name)
+    content = Path(name).read_bytes()
+    Path(name).unlink()
+    return content
+
+
+def refusal(name: str, content: bytes, **settings) -> str:
+    Path(name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        list(documents(name, "all", **settings))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("packed", PACK)
+def test_every_format_in_every_compression(packed):
+    contents = {
+        "a.txt": "\n<|endoftext|>\n".join(TEXTS).encode(),
+        "a.jsonl": "\n".join(json.dumps({"text": text}) for text in TEXTS).encode(),
+        "a.parquet": parquet(id=[1, 2, 3], text=TEXTS),
+    }
+    for name, content in contents.items():
+        Path(name + packed).write_bytes(PACK[packed](content))
+        assert list(documents(name + packed, "all")) == TEXTS
+    Path("a.md" + packed).write_bytes(PACK[packed](TEXTS[1].encode()))
+    assert list(documents("a.md" + packed, "all")) == [TEXTS[1]]
+    assert len(list(documents(".", "all"))) == 3 * len(TEXTS) + 1
+
+
+def test_frames_of_zst_follow_each_other(monkeypatch):
+    parts = [b"one\n", b"", b"two\n" * 50_000]
+    Path("a.md.zst").write_bytes(b"".join(map(zstandard.compress, parts)))
+    for block in (readers.BLOCK, 7):
+        monkeypatch.setattr(readers, "BLOCK", block)
+        assert list(documents("a.md.zst", "all")) == [b"".join(parts).decode()]
+
+
+def test_carriage_returns_are_no_text():
+    for packed, pack in PACK.items():
+        Path(f"a.txt{packed}").write_bytes(pack(b"\xef\xbb\xbfOne.\r\nTwo.\r\n<|endoftext|>\r\nThree.\r\n"))
+        assert list(documents(f"a.txt{packed}", "all")) == ["One.\nTwo.", "Three."]
+    Path("a.jsonl").write_bytes(b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
+    assert list(documents("a.jsonl", "all")) == ["a", "b"]
+
+
+def test_columns_by_name():
+    Path("a.parquet").write_bytes(parquet(body=["x", "y"], text=["no", "no"]))
+    assert list(documents("a.parquet", "all", column="body")) == ["x", "y"]
+    large = pyarrow.array(["x", "", "y"], pyarrow.large_string()), pyarrow.array(["x", "y", "x"]).dictionary_encode()
+    Path("b.parquet").write_bytes(parquet(large=large[0], coded=large[1]))
+    assert list(documents("b.parquet", "all", column="large")) == ["x", "y"]
+    assert list(documents("b.parquet", "all", column="coded")) == ["x", "y", "x"]
+    Path("a.jsonl").write_text('{"body": "x", "text": 5}')
+    assert list(documents("a.jsonl", "all", column="body")) == ["x"]
+
+
+def test_conversations_in_parquet():
+    # Tables have every key in every row: what is null was not there.
+    talks = [[{**TALK[0], "name": None}, {**TALK[1], "name": "bot"}], []]
+    Path("a.parquet").write_bytes(parquet(messages=talks))
+    (found,) = documents("a.parquet", "all", column="messages", chat=True)
+    assert found == Conversation((TALK[0], {**TALK[1], "name": "bot"}), "a.parquet: row 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt.zst", b"not packed", "a.txt.zst: damaged .zst file, behind byte 0 of its content ("),
+        ("a.txt.zst", zstandard.compress(b"text\n" * 99)[:-3], "a.txt.zst: damaged .zst file, behind byte"),
+        ("a.txt.zst", zstandard.compress(b"good\n\xe9"), "a.txt.zst: not UTF-8 at byte 5 (0xe9); convert it to UTF-8"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 99)[:-30], "a.jsonl.xz: damaged .xz file, behind byte"),
+        ("a.parquet", b"PAR1", "a.parquet: damaged .parquet file, behind row 0 ("),
+        ("a.parquet", b"", "a.parquet: damaged .parquet file, behind row 0 ("),
+        ("a.parquet.gz", b"PAR1", "a.parquet.gz: damaged .gz file, behind row 0 ("),
+    ],
+)
+def test_damage_is_named(name, content, expected):
+    assert refusal(name, content).startswith(expected)
+
+
+def test_damage_within_parquet():
+    whole = parquet(text=[f"{i} " * 50 for i in range(5000)])
+    broken = bytearray(whole)
+    broken[200:4000] = bytes(3800)
+    assert refusal("a.parquet", bytes(broken)).startswith("a.parquet: damaged .parquet file, behind row ")
+    assert refusal("a.parquet", whole[:-100]).startswith("a.parquet: damaged .parquet file, behind row 0 (")
+
+
+def test_what_is_no_text_in_parquet():
+    assert refusal("a.parquet", parquet(body=["x"], id=[1])) == "a.parquet: no column 'text'; found 'body', 'id'"
+    assert (
+        refusal("a.parquet", parquet(text=["x", None]))
+        == "a.parquet: row 2: no text under the key 'text'; found NoneType"
+    )
+    assert refusal("a.parquet", parquet(text=[1])) == "a.parquet: row 1: no text under the key 'text'; found int"
+    array = pyarrow.array([b"ok", b"a\xff"]).view(pyarrow.string())
+    assert refusal("a.parquet", parquet(text=array)) == "a.parquet: row 2: not UTF-8 at its byte 1"
+    Path("a.parquet").write_bytes(parquet(text=pyarrow.array([], pyarrow.string())))
+    with pytest.raises(UserError, match=r"corpus 'a.parquet' is empty; expected text"):
+        check_corpus(Corpus(source="a.parquet"))
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
+def test_a_package_that_is_missing_is_named(name, package, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda m: None if m.split(".")[0] in (package, "compression") else find(m)
+    )
+    message = f"corpus '{name}' needs the package {package}: `pip install \"subquad[data]\"`"
+    assert refusal(name, b"") == message
+    with pytest.raises(UserError) as caught:
+        check_corpus(Corpus(source=name))
+    assert str(caught.value) == message
+
+
+def test_the_standard_librarys_zstandard_serves(monkeypatch):
+    if sys.version_info < (3, 14):
+        pytest.skip("Python 3.14 has compression.zstd")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    Path("a.md.zst").write_bytes(zstandard.compress(b"text"))
+    assert list(documents("a.md.zst", "all")) == ["text"]

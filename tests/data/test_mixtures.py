@@ -1,0 +1,163 @@
+"""Mixtures: shares of any first rows, an order of each source's own, and what is refused."""
+
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from subquad.config import Corpus, load_recipe
+from subquad.data import check_corpus, sources, token_rows
+from subquad.data.mixtures import Turns
+from subquad.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "weights", [[1], [0.7, 0.3], [1, 2], [0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [3, 1, 1, 1, 1, 1], [0.123456, 1e-3, 7]]
+)
+def test_any_first_turns_hold_the_shares_to_within_one(weights):
+    turns = Turns(weights)
+    had = [0] * len(weights)
+    for i in range(1500):
+        part, turn = turns[i]
+        assert turn == had[part]
+        had[part] += 1
+        for k, weight in enumerate(weights):
+            assert abs(had[k] - (i + 1) * weight / sum(weights)) < 1
+            assert had[k] <= turns.share(k, i + 1) < had[k] + 2
+
+
+def test_turns_are_there_from_anywhere_and_in_another_process():
+    turns = Turns([0.7, 0.2, 0.1])
+    straight = [turns[i] for i in range(100)]
+    assert Turns([7, 2, 1])[99] == straight[99]
+    assert [pickle.loads(pickle.dumps(turns))[i] for i in reversed(range(100))] == straight[::-1]
+    assert Turns([7, 2, 1])[10**15] == (straight[0][0], 7 * 10**14)
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """Three sources of rows that say where they are from: 40 of a, 4 of b, 100 of c."""
+    names = {}
+    for letter, count, weight in (("a", 40, 0.5), ("b", 4, 0.25), ("c", 100, 0.25)):
+        path = tmp_path / f"{letter}.txt"
+        path.write_text("\n<|endoftext|>\n".join(f"{letter}{i:02d}{letter * 4}" for i in range(count)))
+        names[str(path)] = weight
+    return Corpus(source=names, valid=next(iter(names)), context=8)
+
+
+def texts(rows, tokenizer) -> list[str]:
+    return [tokenizer.decode(row["input_ids"][1:].tolist()) for row in rows]
+
+
+def test_rows_of_a_mixture(mixture, tokenizer):
+    rows = token_rows(mixture, tokenizer, "train", seed=5)
+    assert len(rows) == 144
+    found = texts(rows, tokenizer)
+    letters = [text[0] for text in found]
+    for n in range(1, len(found)):
+        counts = Counter(letters[:n])
+        for letter, share in (("a", 0.5), ("b", 0.25), ("c", 0.25)):
+            assert abs(counts[letter] - share * n) < 1
+    for letter, count in (("a", 40), ("b", 4), ("c", 100)):
+        own = [text for text in found if text[0] == letter]
+        epochs = [own[i : i + count] for i in range(0, len(own), count)]
+        assert all(len(set(epoch)) == len(epoch) for epoch in epochs)  # all of its own before it repeats one
+        assert sorted(own[:count]) != own[:count]
+    b = [text for text in found if text[0] == "b"]
+    assert len({tuple(b[i : i + 4]) for i in range(0, 36, 4)}) > 4  # each time in another order
+
+
+def test_a_mixture_is_a_function_of_the_seed_from_any_row(mixture, tokenizer):
+    rows = token_rows(mixture, tokenizer, "train", seed=5)
+    straight = [rows[i]["input_ids"].tolist() for i in range(300)]
+    again = token_rows(mixture, tokenizer, "train", seed=5)
+    assert [again[i]["input_ids"].tolist() for i in reversed(range(300))] == straight[::-1]
+    assert texts(token_rows(mixture, tokenizer, "train", seed=6), tokenizer) != texts(rows, tokenizer)
+    loaded = DataLoader(rows.take(40, start=90), batch_size=4, num_workers=2)
+    assert torch.cat([batch["input_ids"] for batch in loaded]).tolist() == straight[90:130]
+
+
+def test_a_limit_takes_each_share_of_it(mixture, tokenizer):
+    rows = token_rows(mixture, tokenizer, "train", limit=80, seed=1)
+    assert len(rows) == 10
+    found = texts(rows, tokenizer)
+    assert Counter(text[0] for text in found) in ({"a": 5, "b": 3, "c": 2}, {"a": 5, "b": 2, "c": 3})
+    assert all(int(text[1:3]) < {"a": 5, "b": 3, "c": 3}[text[0]] for text in found)
+
+
+def test_without_a_held_out_source_each_gives_its_own(mixture, tokenizer, tmp_path):
+    own = mixture.model_copy(update={"valid": None})
+    train, valid = (set(texts(token_rows(own, tokenizer, split), tokenizer)) for split in ("train", "valid"))
+    assert {text[0] for text in valid} == {"a", "b", "c"}
+    assert not train & valid
+
+
+def test_a_source_that_is_wrong_is_named(mixture, tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("xy")
+    short = mixture.model_copy(update={"source": {**mixture.source, str(tmp_path / "short.txt"): 1.0}})
+    with pytest.raises(UserError, match=r"short.txt' has 3 tokens of training text, too few for one row"):
+        token_rows(short, tokenizer, "train")
+    (tmp_path / "empty.txt").write_text("\n")
+    for name, expected in (("empty.txt", r"empty.txt' is empty"), ("b.tx", "unknown|no such file")):
+        wrong = mixture.model_copy(update={"source": {**mixture.source, str(tmp_path / name): 1.0}})
+        with pytest.raises(UserError, match=expected):
+            check_corpus(wrong)
+
+
+# ---------------------------------------------------------------------- in a recipe
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("teacher: nano\ncorpus: {source: a.txt}\nstages: {hidden: {tokens: 1000, lr: 1e-3}}\n")
+    return lambda change: load_recipe(path, [change])
+
+
+def test_a_mixture_in_a_recipe(recipe, tmp_path):
+    full = "corpus.source={python-stdlib: 1, o/chat: {weight: 2, column: messages, split: train_sft}, b.txt: 3e-1}"
+    loaded = recipe(full)
+    assert loaded.corpus.source["python-stdlib"] == 1
+    assert loaded.corpus.source["o/chat"].split == "train_sft"
+    (tmp_path / "again.yaml").write_text(loaded.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == loaded
+
+
+def test_what_a_share_leaves_open_is_as_in_the_corpus(monkeypatch):
+    monkeypatch.setattr(sources, "resolve", lambda name, **settings: sources.Source(name, "hub", **settings))
+    shares = {"a": 1, "b": {"column": "messages", "subset": "x"}, "c": {"chat": True, "split": "test"}}
+    found = [s for s, _, _ in sources.parts_of(Corpus(source=shares, column="body", streaming=False), "train")]
+    assert [(s.column, s.chat, s.split, s.subset) for s in found] == [
+        ("body", False, "train", None),
+        ("messages", True, "train", "x"),
+        ("messages", True, "test", None),
+    ]
+    assert not any(s.streaming for s in found)
+    chat = sources.parts_of(Corpus(source={"a": 1, "b": {"column": "text"}}, chat=True), "train")
+    assert [(s.column, s.chat) for s, _, _ in chat] == [("messages", True), ("text", False)]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("{a.txt: 0}", "corpus.source: got 0 for 'a.txt', expected a weight above 0"),
+        ("{a.txt: -0.5}", "corpus.source: got -0.5 for 'a.txt', expected a weight above 0"),
+        ("{a.txt: .nan}", "corpus.source: got nan for 'a.txt', expected a weight above 0"),
+        ("{a.txt: .inf}", "corpus.source: got inf for 'a.txt', expected a weight above 0"),
+        ("{a.txt: much}", "corpus.source: got 'much' for 'a.txt', expected a weight above 0"),
+        ("{a.txt: true}", "corpus.source: got true for 'a.txt', expected a weight above 0"),
+        ("{a.txt: {weight: 0}}", "corpus.source: got 0 for weight of 'a.txt', expected a weight above 0"),
+        ("{a.txt: {weigth: 1}}", "corpus.source: unknown key 'weigth' of 'a.txt'; did you mean 'weight'?"),
+        ("{a.txt: {chat: yes}}", "corpus.source: got 'yes' for chat of 'a.txt', expected true or false"),
+        ("{a.txt: {column: 5}}", "corpus.source: got 5 for column of 'a.txt', expected text"),
+        ("{}", "corpus.source: got a mixture without a source, expected names of sources, each with its weight"),
+        ("5", "corpus.source: got 5, expected the name of a source, or names with weights"),
+        ("", "corpus.source: got null, expected the name of a source, or names with weights"),
+    ],
+)
+def test_a_wrong_mixture_is_refused_in_one_line(recipe, change, expected):
+    with pytest.raises(UserError) as caught:
+        recipe(f"corpus.source={change}")
+    assert str(caught.value) == f"--set corpus.source={change}: {expected}"
