@@ -183,7 +183,7 @@ class EndToEndDistillation(Objective):
     def head_of(self, student: SubquadForCausalLM) -> Head | None:
         """The student's head, read once: its weights are the parameters themselves."""
         if self.student_head is None or self.student_head[0] is not student:
-            with torch.no_grad():
+            with torch.autocast(student.device.type, enabled=False):
                 self.student_head = student, read_head(student)
         return self.student_head[1]
 
@@ -224,8 +224,7 @@ class EndToEndDistillation(Objective):
         if head is None or "teacher_logits" in targets:
             logits = student(input_ids=input_ids, position_ids=positions, use_cache=False).logits
             shifted = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=-100)
-            plain = {k: v for k, v in self.options.items() if k not in ("divergence", "beta")}
-            loss, _, _ = distillation_loss(logits, self.teacher_logits(targets), shifted, **plain)
+            loss, _, _ = distillation_loss(logits, self.teacher_logits(targets), shifted, **self.options)
             return StageOutput(loss)
         loss, _, _ = fused_distillation_loss(
             student.backbone(input_ids, positions).flatten(0, 1),
@@ -288,14 +287,10 @@ def spans(documents: Tensor | None, B: int, T: int) -> list[tuple[slice, slice]]
 
 
 def next_labels(batch: Batch) -> Tensor:
-    """`[B, T]`: the token that each position predicts, -100 where that does not count: at a row's end, where labels say
-    so, and where another document begins."""
+    """`[B, T]`: the token that each position predicts, -100 where that does not count: at a row's end, and where labels
+    say so (`subquad.data` leaves out what another document would have to predict)."""
     labels = batch.get("labels", batch["input_ids"])
-    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    if "position_ids" in batch:
-        other = torch.nn.functional.pad(batch["position_ids"][:, 1:] == 0, (0, 1), value=True)
-        shifted = shifted.masked_fill(other, -100)
-    return shifted
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def with_mask(recording: Recording, mask: Tensor | None) -> tuple[tuple, dict[str, Any]]:

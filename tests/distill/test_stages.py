@@ -125,7 +125,8 @@ def test_packed_documents_are_learned_as_each_alone(mixer, stage, teacher):
     objective = make(stage, teacher, calibration)
 
     def measured(ids, lengths):
-        batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        batch = {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
         with torch.no_grad():
             return student(objective=objective, **objective.targets(batch)).loss.item(), objective.count(batch).item()
 
