@@ -1,6 +1,7 @@
 """The command line: `subquad --help` is its map. The only place that prints."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -9,11 +10,15 @@ from typing import Any
 
 from subquad.errors import UserError
 
+CALIBRATION = 2048
+"""Tokens of text that `linearize --calibrate` reads."""
+
 MAP = """\
 Turn a pretrained Transformer into a subquadratic language model, and see what that keeps, costs and wins.
 
   teach      distill    one student, from a recipe
              study      all students of a recipe with lists, and a table of them
+             recipe     a recipe with every default written out, or the schema of all
   make       linearize  a fresh student, not yet taught
   look       mixers     what can stand in the place of attention
              inspect    a saved student: its layers, options, parameters, and what it holds a sequence
@@ -72,6 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="put over the recipe: stages.hidden.lr=1e-3"
         )
+    command = add("recipe", run_recipe, "Print a recipe with every default written out, after checking it.")
+    command.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="put over the recipe")
+    command.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for an editor")
     command = add("linearize", run_linearize, "Replace a teacher's attention and save the student, not yet taught.")
     command.add_argument("teacher", metavar="TEACHER")
     command.add_argument("--mixer", help="one of `subquad mixers`, for every layer; gated_deltanet if nothing is said")
@@ -80,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--output", "-o", required=True, metavar="DIR", help="a new directory")
     command.add_argument("--no-copy", action="store_true", help="do not copy the teacher's q, k, v and o")
+    command.add_argument(
+        "--calibrate", metavar="CORPUS", help="a source of text by which gates, activations and scales are set"
+    )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the mixer")
     add("mixers", run_mixers, "List the mixers, their sources and their options.")
@@ -143,7 +155,22 @@ def run_study(args: argparse.Namespace) -> None:
     print(f"\n{format_table(rows)}\n\nStudents and results.json are in {args.output}")
 
 
+def run_recipe(args: argparse.Namespace) -> None:
+    from subquad.config import load_study, schema
+
+    if args.schema:
+        print(json.dumps(schema(), indent=2))
+    elif args.recipe is None:
+        raise UserError("no recipe given; expected a YAML file, or --schema")
+    else:
+        print("\n---\n".join(recipe.to_yaml().rstrip() for recipe in load_study(args.recipe, args.set)))
+
+
 def run_linearize(args: argparse.Namespace) -> None:
+    import torch
+
+    from subquad.config import Corpus
+    from subquad.data import check_corpus, token_rows
     from subquad.modeling.card import write_model_card
     from subquad.modeling.linearize import linearize
     from subquad.modeling.teachers import check_reference, load_teacher
@@ -153,8 +180,16 @@ def run_linearize(args: argparse.Namespace) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {args.output!r} exists and is not empty; expected a new directory")
     check_reference(args.teacher)
+    if args.calibrate is not None:
+        if args.no_copy:
+            raise UserError("--calibrate beside --no-copy; random projections have nothing to be calibrated by")
+        check_corpus(Corpus(source=args.calibrate))
     teacher, tokenizer = load_teacher(args.teacher)
-    student = linearize(teacher, layers=layers, copy_qkv=not args.no_copy, seed=args.seed)
+    tokens = None
+    if args.calibrate is not None:
+        rows = token_rows(Corpus(source=args.calibrate, context=256), tokenizer, "train", limit=CALIBRATION)
+        tokens = torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
+    student = linearize(teacher, layers=layers, copy_qkv=not args.no_copy, calibrate=tokens, seed=args.seed)
     student.save_pretrained(output)
     tokenizer.save_pretrained(output)
     name = Path(args.teacher).name if Path(args.teacher).expanduser().exists() else args.teacher

@@ -241,13 +241,13 @@ class Stage(Section):
     gradient_checkpointing: Switch = False
     """Compute activations again in the backward pass: less memory, more time."""
 
-    @model_validator(mode="after")
-    def _batches_are_whole(self) -> "Stage":
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise UserError(
-                f"micro_batch_size: got {self.micro_batch_size}, expected a divisor of batch_size ({self.batch_size})"
-            )
-        return self
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _batches_are_whole(cls, rows: int | None, info: Any) -> int | None:
+        whole = info.data.get("batch_size", 0)
+        if rows is not None and whole % rows:
+            raise UserError(f"got {rows}, expected a divisor of batch_size ({whole})")
+        return rows
 
 
 class Matrix(Stage):
@@ -313,6 +313,13 @@ class Evaluation(Section):
     keep_best: Switch = False
     """A stage ends with its weights of the lowest held-out loss, not with its last."""
 
+    @field_validator("keep_best")
+    @classmethod
+    def _it_is_measured(cls, best: bool, info: Any) -> bool:
+        if best and info.data.get("every") is None:
+            raise UserError("got true without evaluation.every, expected a number of steps there")
+        return best
+
 
 class Recipe(Section):
     teacher: Text
@@ -337,8 +344,6 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _what_excludes_each_other(self) -> "Recipe":
         every, save = self.evaluation.every, self.checkpoint.every
-        if self.evaluation.keep_best and every is None:
-            raise UserError("evaluation.keep_best without evaluation.every; expected a number of steps there")
         if self.evaluation.keep_best and every is not None and save % every:
             raise UserError(f"checkpoint.every: got {save}, expected a multiple of evaluation.every ({every})")
         stages = [s for s in (self.stages.matrix, self.stages.hidden, self.stages.end_to_end) if s is not None]
@@ -354,6 +359,16 @@ class Recipe(Section):
         """SHA-256 of the resolved recipe: the same for the same content, however it was written."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of recipes, from which editors complete and check: any value may be a list, as in a study."""
+    tree = Recipe.model_json_schema()
+    for section in (tree, *tree["$defs"].values()):
+        for name, value in section.get("properties", {}).items():
+            kept = {key: value.pop(key) for key in ("description", "default", "title") if key in value}
+            section["properties"][name] = {**kept, "anyOf": [value, {"type": "array", "items": value}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree, "title": "Subquad recipe"}
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

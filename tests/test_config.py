@@ -108,7 +108,7 @@ def test_rates_as_people_write_them(write, written, value):
         ("stages.hidden.micro_batch_size=3", "micro_batch_size: got 3, expected a divisor of batch_size (8)"),
         ("stages.hidden.target=layer", "target: got 'layer', expected one of mixer, block"),
         ("stages.hidden.ema=1", "ema: got 1, expected a number less than 1"),
-        ("evaluation.keep_best=true", "evaluation.keep_best without evaluation.every"),
+        ("evaluation.keep_best=true", "evaluation.keep_best: got true without evaluation.every"),
         ("student.layers={default: glaa}", "unknown mixer 'glaa'; did you mean 'gla'?"),
         ("student.layers={}", "an empty plan"),
         (

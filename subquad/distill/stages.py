@@ -183,7 +183,7 @@ class EndToEndDistillation(Objective):
     def head_of(self, student: SubquadForCausalLM) -> Head | None:
         """The student's head, read once: its weights are the parameters themselves."""
         if self.student_head is None or self.student_head[0] is not student:
-            with torch.no_grad():
+            with torch.autocast(student.device.type, enabled=False):
                 self.student_head = student, read_head(student)
         return self.student_head[1]
 
@@ -199,7 +199,8 @@ class EndToEndDistillation(Objective):
             batch = {"input_ids": self.write(batch["input_ids"])}
         input_ids = batch["input_ids"]
         where = {} if documents_of(batch) is None else {"position_ids": batch["position_ids"]}
-        given = {"input_ids": input_ids, "next_labels": next_labels(batch), **where}
+        # Not by its own name, which the student's forward would take for itself.
+        given = {"input_ids": input_ids, "next_labels": next_labels(batch), "positions": where.get("position_ids")}
         if self.stage.kl_weight == 0:
             return given
         if self.teacher_head is None:
@@ -218,13 +219,12 @@ class EndToEndDistillation(Objective):
         )
 
     def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
-        labels, positions = targets["next_labels"], targets.get("position_ids")
+        labels, positions = targets["next_labels"], targets["positions"]
         head, teacher_hidden = self.head_of(student), targets.get("teacher_hidden")
         if head is None or "teacher_logits" in targets:
             logits = student(input_ids=input_ids, position_ids=positions, use_cache=False).logits
             shifted = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=-100)
-            plain = {k: v for k, v in self.options.items() if k not in ("divergence", "beta")}
-            loss, _, _ = distillation_loss(logits, self.teacher_logits(targets), shifted, **plain)
+            loss, _, _ = distillation_loss(logits, self.teacher_logits(targets), shifted, **self.options)
             return StageOutput(loss)
         loss, _, _ = fused_distillation_loss(
             student.backbone(input_ids, positions).flatten(0, 1),
@@ -241,7 +241,7 @@ class EndToEndDistillation(Objective):
         """For the plain path; None where the teacher has no say."""
         if "teacher_hidden" not in targets:
             return targets.get("teacher_logits")
-        where = {"position_ids": targets["position_ids"]} if "position_ids" in targets else {}
+        where = {} if targets["positions"] is None else {"position_ids": targets["positions"]}
         return self.teacher(input_ids=targets["input_ids"], use_cache=False, **where).logits
 
 
@@ -287,14 +287,10 @@ def spans(documents: Tensor | None, B: int, T: int) -> list[tuple[slice, slice]]
 
 
 def next_labels(batch: Batch) -> Tensor:
-    """`[B, T]`: the token that each position predicts, -100 where that does not count: at a row's end, where labels say
-    so, and where another document begins."""
+    """`[B, T]`: the token that each position predicts, -100 where that does not count: at a row's end, and where labels
+    say so (`subquad.data` leaves out what another document would have to predict)."""
     labels = batch.get("labels", batch["input_ids"])
-    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    if "position_ids" in batch:
-        other = torch.nn.functional.pad(batch["position_ids"][:, 1:] == 0, (0, 1), value=True)
-        shifted = shifted.masked_fill(other, -100)
-    return shifted
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def with_mask(recording: Recording, mask: Tensor | None) -> tuple[tuple, dict[str, Any]]:

@@ -110,7 +110,7 @@ class StageTrainer(Trainer):
         if layers is not None:
             bad = [i for i, value in enumerate(layers.tolist()) if not math.isfinite(value)]
         else:
-            bad = not_finite(self.student, targets["input_ids"], targets.get("position_ids"))
+            bad = not_finite(self.student, targets["input_ids"], targets.get("positions"))
         where = f"layer {bad[0]}" if bad else "the head or the loss itself"
         raise UserError(
             f"stage {self.run.objective.name}, step {self.state.global_step + 1}: the loss is not finite, from {where} "

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import subquad
 from subquad import mixers
 from subquad.config import EndToEnd, Hidden, Matrix
-from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing
+from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, keeps_apart
 
 STAGES = ("matrix", "hidden", "end_to_end")
 
@@ -96,6 +96,52 @@ def test_the_control_with_copied_weights_has_nothing_to_learn(teacher):
         assert student(objective=objective, **objective.targets({"input_ids": ids})).loss.item() == pytest.approx(
             0, abs=1e-6
         )
+
+
+@pytest.mark.parametrize("mixer", mixers.names())
+def test_stage_1_in_blocks_of_rows_is_the_same(mixer, teacher):
+    ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(3))
+    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", calibration=ids).requires_grad_(True)
+    found = []
+    for rows in (1024, 7):
+        objective = MatrixMixing(teacher, Matrix(tokens=1, lr=1.0, rows=rows))
+        student.zero_grad()
+        loss = student(objective=objective, **objective.targets({"input_ids": ids})).loss
+        loss.backward()
+        found.append((loss.item(), [p.grad.clone() for p in objective.trained(student)]))
+    (whole, grads), (blocks, block_grads) = found
+    assert blocks == pytest.approx(whole, rel=1e-5)
+    for a, b in zip(grads, block_grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-6 + 1e-4 * a.abs().max().item())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("mixer", ["gla", "gated_deltanet", "xlstm", "softmax"])
+def test_packed_documents_are_learned_as_each_alone(mixer, stage, teacher):
+    """Two documents in a row, kept apart by their positions: the loss is the mean over the tokens of each alone."""
+    a, b = torch.randint(3, 64, (1, 9)), torch.randint(3, 64, (1, 15))
+    calibration = torch.randint(3, 64, (2, 12))
+    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", calibration=calibration)
+    objective = make(stage, teacher, calibration)
+
+    def measured(ids, lengths):
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        batch = {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+        with torch.no_grad():
+            return student(objective=objective, **objective.targets(batch)).loss.item(), objective.count(batch).item()
+
+    packed, count = measured(torch.cat([a, b], dim=1), (9, 15))
+    (first, n), (second, m) = measured(a, (9,)), measured(b, (15,))
+    assert count == n + m
+    assert packed == pytest.approx((n * first + m * second) / (n + m), rel=2e-4)
+
+
+def test_a_teacher_that_keeps_documents_apart_is_told_from_one_that_does_not(teacher):
+    assert keeps_apart(teacher)
+    forgetful = LlamaForCausalLM(teacher.config).eval()
+    whole = forgetful.base_model.forward
+    forgetful.base_model.forward = lambda position_ids=None, **kwargs: whole(**kwargs)
+    assert not keeps_apart(forgetful)
 
 
 def test_stage_1_of_a_batch_is_the_mean_of_its_rows(teacher):
