@@ -8,7 +8,7 @@ what was missing.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -152,6 +152,8 @@ def read_site(index: int, path: str, call: Call, config: Any) -> AttentionSite:
             "something is added to it or done with it inside, which a mixer in its place would leave out"
         )
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
+    if kv_heads == heads:  # some repeat them before attention does
+        kv_heads = undo_repeat(sources, heads)
     projections = {name: call.module.get_submodule(source.projection) for name, source in sources.items()}
     layout = HeadLayout(
         hidden_size=call.hidden_states.shape[-1],
@@ -167,6 +169,17 @@ def read_site(index: int, path: str, call: Call, config: Any) -> AttentionSite:
         returns=len(call.output) if isinstance(call.output, tuple) else 0,
     )
     return AttentionSite(index, path, call.module, layout, sources, output)
+
+
+def undo_repeat(sources: dict[str, Source], heads: int) -> int:
+    """Heads of keys and values without what is repeated for each head of a group, in `sources` too."""
+    rows = {name: sources[name].rows.view(heads, -1) for name in ("k", "v")}
+    for kv_heads in (n for n in range(1, heads) if heads % n == 0):
+        one = {name: r[:: heads // kv_heads] for name, r in rows.items()}
+        if all(torch.equal(r.repeat_interleave(heads // kv_heads, 0), rows[n]) for n, r in one.items()):
+            sources.update({name: replace(sources[name], rows=r.flatten()) for name, r in one.items()})
+            return kv_heads
+    return heads
 
 
 def adds_to_scores(call: Call) -> bool:

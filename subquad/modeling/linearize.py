@@ -97,7 +97,7 @@ def linearize(
 
 def check_teacher(teacher: PreTrainedModel) -> None:
     """UserError where its attention can be read, but a student of it would not load, or not pad."""
-    known = AutoModelForCausalLM._model_mapping.get(type(teacher.config), ())  # type: ignore[attr-defined]
+    known: Any = AutoModelForCausalLM._model_mapping.get(type(teacher.config), ())  # type: ignore[attr-defined]
     if not isinstance(teacher, known):
         raise UserError(
             f"{type(teacher).__name__} cannot be linearized: AutoModelForCausalLM makes none from its "
@@ -105,6 +105,20 @@ def check_teacher(teacher: PreTrainedModel) -> None:
         )
     with evaluating(teacher):
         check_positions_are_heard(teacher)
+        check_cache_changes_nothing(teacher)
+
+
+@torch.no_grad()
+def check_cache_changes_nothing(teacher: PreTrainedModel) -> None:
+    """UserError where layers see something else as soon as there is a cache (Gemma 3n before transformers 5.5, whose
+    layers find each other's keys there): attention was watched without."""
+    tokens = random_tokens(teacher)[:1, :4]
+    without, cached = (teacher(input_ids=tokens, use_cache=use_cache).logits.float() for use_cache in (False, True))
+    if float((without - cached).square().mean()) > 1e-3 * float(without.square().mean()):
+        raise UserError(
+            f"{type(teacher).__name__} cannot be linearized: it gives something else with a cache than without, as "
+            "where layers have no keys and values of their own"
+        )
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def _watched_mask(*args, **kwargs):
     if mask is not None and size is not None:
         # In a window the last token of twice its size sees the second half; in chunks it has just begun the third.
         places = (torch.tensor(n, device=mask.device) for n in (0, 0, 2 * size, size + 1))
-        mask.subquad_window = size, size > 1 and not bool(kwargs["mask_function"](*places))
+        mask.subquad_window = size, size > 1 and not bool(kwargs["mask_function"](*places))  # type: ignore[attr-defined]
     return mask
 
 
@@ -103,7 +103,8 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
 
 
 class WrittenOut(TorchFunctionMode):
-    """Sees softmax(q k^T) v where it is written out, in whichever module is the last of `running`."""
+    """Sees softmax(q k^T) v where it is written out, or given to torch's own function for it, in whichever module is
+    the last of `running`."""
 
     MATMULS = torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm
     SOFTMAXES = torch.softmax, Tensor.softmax, nn.functional.softmax
@@ -116,7 +117,11 @@ class WrittenOut(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in self.SOFTMAXES:
+        if func is nn.functional.scaled_dot_product_attention:
+            q, k, v, mask = (*args, None)[:4]
+            mask = (kwargs or {}).get("attn_mask", mask)
+            _calls.append(Call(self.running[-1], q, k, v, out.transpose(1, 2), mask))
+        elif func in self.SOFTMAXES:
             self.probabilities = out if self.scored is not None else None
         elif func in self.MATMULS and self.probabilities is not None and same(args[0], self.probabilities):
             given = (*self.scored, args[1], out, self.probabilities)  # type: ignore[misc]
