@@ -29,7 +29,7 @@ from subquad.ops.checks import work_dtype
 from subquad.ops.functions import FirstDerivative, LoopedFunction
 from subquad.ops.memory import Workspace
 from subquad.ops.scalar import Levels, ScalarFrame, decay_levels
-from subquad.ops.segments import MATRICES, Layout, Segment, StateScan, Tokens
+from subquad.ops.segments import Layout, Segment, StateScan, Tokens
 from subquad.ops.tree import tokens
 from subquad.ops.updates import Kept, additive_backward, additive_forward, delta_backward, delta_forward
 
@@ -69,7 +69,7 @@ class Plan:
 
 def run(inputs: Inputs, layout: Layout, scale: float, eps: float | None = None) -> tuple[Tensor, Tensor]:
     """o [B, T, H, V] and the final states [sequences, BH, K, V], with a normaliser V + 1."""
-    if layout.BH > 2 * MATRICES and layout.B > 1:
+    if layout.BH > 2 * layout.matrices and layout.B > 1:
         return _in_batches(inputs, layout, scale, eps)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final, *_ = Chunked.apply(*inputs, Plan(layout, scale, work_dtype(inputs.q), keep, eps))
@@ -78,7 +78,7 @@ def run(inputs: Inputs, layout: Layout, scale: float, eps: float | None = None) 
 
 def _in_batches(inputs: Inputs, layout: Layout, scale: float, eps: float | None) -> tuple[Tensor, Tensor]:
     """A batch so large that one chunk of it leaves the cache, some sequences at a time."""
-    H, size = layout.H, max(1, MATRICES // layout.H)
+    H, size = layout.H, max(1, layout.matrices // layout.H)
     by_head = ("initial", "rows", "columns", "start", "end")  # [..., BH, ...]
     parts = [
         [None] * -(-layout.B // size) if x is None else x.split(size * H, 1) if name in by_head else x.split(size, 0)
@@ -86,7 +86,7 @@ def _in_batches(inputs: Inputs, layout: Layout, scale: float, eps: float | None)
     ]
     results = []
     for part in map(Inputs._make, zip(*parts, strict=True)):
-        results.append(run(part, Layout(part.q.shape[0], layout.T, H, layout.C), scale, eps))
+        results.append(run(part, Layout(part.q.shape[0], layout.T, H, layout.C, layout.matrices), scale, eps))
     outputs, states = zip(*results, strict=True)
     return torch.cat(outputs), torch.cat(states, 1)
 

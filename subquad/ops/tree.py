@@ -75,8 +75,17 @@ class Level:
 class Side:
     """What moves at a level, [P, r, K]; with one row a token, rows and keys at once, [2, P, r, K]."""
 
-    def __init__(self, now: Tensor, was: Tensor, grad: Tensor, product: Tensor, factor: Tensor, d_total: Tensor) -> None:
-        self.now, self.was, self.grad, self.product, self.factor, self.d_total = now, was, grad, product, factor, d_total
+    def __init__(
+        self, now: Tensor, was: Tensor, grad: Tensor, product: Tensor, factor: Tensor, d_total: Tensor
+    ) -> None:
+        self.now, self.was, self.grad, self.product, self.factor, self.d_total = (
+            now,
+            was,
+            grad,
+            product,
+            factor,
+            d_total,
+        )
         self.terms = list(zip(was.unbind(-2), grad.unbind(-2), strict=True)) if was.shape[-2] <= FEW else []
 
     def keep(self) -> None:
