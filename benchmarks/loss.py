@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.distill.fused import CHUNK, Head, fused_distillation_loss
-from subquad.distill.losses import distillation_loss
+from subquad.distill.losses import Divergence, distillation_loss
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -42,7 +42,7 @@ def make_inputs(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype) -
     return h.requires_grad_(), H, W.requires_grad_(), U, torch.randint(vocabulary, (tokens,))
 
 
-def straightforward(inputs: Inputs, divergence: str, chunk: int) -> Tensor:
+def straightforward(inputs: Inputs, divergence: Divergence, chunk: int) -> Tensor:
     h, H, W, U, labels = inputs
     student = F.linear(h, W).float()
     with torch.no_grad():
@@ -59,7 +59,7 @@ def straightforward(inputs: Inputs, divergence: str, chunk: int) -> Tensor:
     return ce + 0.5 * sides[0] + 0.5 * sides[1]
 
 
-def plain(inputs: Inputs, divergence: str, chunk: int) -> Tensor:
+def plain(inputs: Inputs, divergence: Divergence, chunk: int) -> Tensor:
     h, H, W, U, labels = inputs
     with torch.no_grad():
         teacher = F.linear(H, U)
@@ -68,19 +68,19 @@ def plain(inputs: Inputs, divergence: str, chunk: int) -> Tensor:
     return distillation_loss(F.linear(h, W).unsqueeze(0), teacher.unsqueeze(0), shifted, divergence=divergence)[0]
 
 
-def fused(inputs: Inputs, divergence: str, chunk: int) -> Tensor:
+def fused(inputs: Inputs, divergence: Divergence, chunk: int) -> Tensor:
     h, H, W, U, labels = inputs
     return fused_distillation_loss(h, H, labels, Head(W), Head(U), divergence=divergence, chunk=chunk)[0]
 
 
-WAYS: dict[str, Callable[[Inputs, str, int], Tensor]] = {
+WAYS: dict[str, Callable[[Inputs, Divergence, int], Tensor]] = {
     "straightforward": straightforward,
     "plain": plain,
     "fused": fused,
 }
 
 
-def once(way: str, inputs: Inputs, divergence: str, chunk: int) -> float:
+def once(way: str, inputs: Inputs, divergence: Divergence, chunk: int) -> float:
     loss = WAYS[way](inputs, divergence, chunk)
     torch.autograd.grad(loss, [inputs[0], inputs[2]])
     return loss.item()
