@@ -8,7 +8,8 @@ plain: `subquad.distill.losses.distillation_loss` on the same logits, which ever
 fused: `subquad.distill.fused`.
 
 Peak memory: the highest resident size of a fresh process, less what it was before the loss, with inputs in place.
-Time: medians of runs that take turns in one process.
+Time: medians of runs that take turns in one process, by the clock, and of the processor time of all threads, which
+other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -102,17 +103,18 @@ def peak(way: str, options: argparse.Namespace) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def times(options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds."""
+def times(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Median seconds by the clock and of the processor."""
     inputs = make_inputs(options.tokens, options.vocabulary, options.hidden, getattr(torch, options.dtype))
-    seconds: dict[str, list[float]] = {way: [] for way in options.ways}
+    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in options.ways}
     for repeat in range(options.repeats + 1):
         for way, taken in seconds.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             once(way, inputs, options.divergence, options.chunk)
             if repeat:
-                taken.append(time.perf_counter() - start)
-    return {way: statistics.median(taken) for way, taken in seconds.items()}
+                taken.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    medians = {way: [statistics.median(kind) for kind in zip(*taken, strict=True)] for way, taken in seconds.items()}
+    return {way: (clock, processor) for way, (clock, processor) in medians.items()}
 
 
 def parse() -> argparse.Namespace:
@@ -143,11 +145,13 @@ def main() -> None:
     )
     first = options.ways[0]
     rows = []
-    print(f"{'':16s}{'peak MB':>9s}{'ratio':>8s}{'seconds':>9s}{'ratio':>8s}")
+    print(f"{'':16s}{'peak MB':>9s}{'ratio':>8s}{'seconds':>9s}{'ratio':>8s}{'cpu s':>9s}{'ratio':>8s}")
     for way in options.ways:
-        memory, duration = peaks[way] / peaks[first], seconds[way] / seconds[first]
-        print(f"{way:16s}{peaks[way] / 1e6:9.0f}{memory:8.3f}{seconds[way]:9.2f}{duration:8.3f}")
-        rows.append({"way": way, "peak_bytes": peaks[way], "seconds": seconds[way]})
+        figures = (peaks[way] / 1e6, *seconds[way])
+        base = (peaks[first] / 1e6, *seconds[first])
+        print(f"{way:16s}" + "".join(f"{x:9.1f}{x / y:8.3f}" for x, y in zip(figures, base, strict=True)))
+        row = {"way": way, "peak_bytes": peaks[way], "seconds": seconds[way][0], "cpu_seconds": seconds[way][1]}
+        rows.append(row)
     if options.json:
         keys = ("tokens", "vocabulary", "hidden", "divergence", "dtype", "chunk", "repeats")
         about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor()}

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from subquad.distill.losses import (
     Divergence,
+    Pair,
     check_options,
     check_vocabularies,
     divergence_per_token,
@@ -381,16 +382,18 @@ def _terms_(
     capped = None if head.softcap is None else x / head.softcap
     log_q = torch.log_softmax(x, -1, out=x)
     ce = -log_q.gather(1, own).sum()
-    kl, slope = torch.zeros_like(ce), None
+    kl, slope, q = torch.zeros_like(ce), None, None
     if teacher is not None:
         log_p = torch.log_softmax(teacher.div_(temperature) if temperature != 1 else teacher, -1, out=teacher)
-        soft = log_q if temperature == 1 else torch.log_softmax(log_q / temperature, -1)
-        kl = divergence_per_token(log_p, soft, divergence, beta).sum() * temperature**2
-        # the logits are divided by the temperature, the divergence multiplied by its square
-        slope = divergence_slope(log_p, soft, divergence, beta).mul_(kl_weight * temperature)
-    x.exp_().scatter_add_(1, own, torch.full_like(own, -1, dtype=x.dtype)).mul_(ce_weight * head.scale)
+        pair = Pair.of(log_p, log_q if temperature == 1 else torch.log_softmax(log_q / temperature, -1))
+        kl = divergence_per_token(pair, divergence, beta).sum() * temperature**2
+        slope = divergence_slope(pair, divergence, beta)
+        q = pair.q if temperature == 1 else None
+    torch.mul(x.exp_() if q is None else q, ce_weight * head.scale, out=x)
+    x.scatter_add_(1, own, torch.full_like(own, -ce_weight * head.scale, dtype=x.dtype))
     if slope is not None:
-        x.add_(slope, alpha=head.scale)
+        # the logits are divided by the temperature, the divergence multiplied by its square
+        x.add_(slope, alpha=kl_weight * temperature * head.scale)
     if capped is not None:
         x.mul_(capped.square_().neg_().add_(1))
     return ce, kl

@@ -5,7 +5,7 @@ the definition, on logits; `fused.py` computes the same from hidden states.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,21 @@ CHUNK = 1024
 Divergence = Literal["forward", "reverse", "jsd"]
 
 
-def divergence_per_token(log_p: Tensor, log_q: Tensor, divergence: Divergence, beta: float) -> Tensor:
-    """How far the student's distributions q are from the teacher's p: `[N, vocabulary]` logarithms, `[N]` nats.
+class Pair(NamedTuple):
+    """The teacher's distributions p and the student's q, and their logarithms, `[N, vocabulary]`."""
+
+    p: Tensor
+    q: Tensor
+    log_p: Tensor
+    log_q: Tensor
+
+    @classmethod
+    def of(cls, log_p: Tensor, log_q: Tensor) -> "Pair":
+        return cls(log_p.exp(), log_q.exp(), log_p, log_q)
+
+
+def divergence_per_token(pair: Pair, divergence: Divergence, beta: float) -> Tensor:
+    """How far the student is from the teacher, `[N]`, in nats.
 
     forward: KL(p || q), which asks the student to cover all that the teacher may say.
     reverse: KL(q || p), which asks it to say nothing that the teacher would not.
@@ -27,24 +40,25 @@ def divergence_per_token(log_p: Tensor, log_q: Tensor, divergence: Divergence, b
         beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. Divided by beta it becomes the forward
         KL as beta goes to 0; divided by 1 - beta the reverse one as beta goes to 1.
     """
+    p, q, log_p, log_q = pair
     if divergence == "forward":
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
+        return (p * (log_p - log_q)).sum(-1)
     if divergence == "reverse":
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
+        return (q * (log_q - log_p)).sum(-1)
     log_m = _log_mixture(log_p, log_q, beta)
-    return (beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)).sum(-1)
+    return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
 
 
-def divergence_slope(log_p: Tensor, log_q: Tensor, divergence: Divergence, beta: float) -> Tensor:
+def divergence_slope(pair: Pair, divergence: Divergence, beta: float) -> Tensor:
     """Gradient of `divergence_per_token` with respect to logits x of the student, log q = log_softmax(x), in closed
     form, `[N, vocabulary]`.
 
     With g = dD/dq it is q (g - <q, g>), in which a constant in g has no part: g is -p / q for the forward KL,
     log(q / p) for the reverse one, and (1 - beta) log(q / m) for Jensen-Shannon, where the terms of dm/dq cancel.
     """
-    q = log_q.exp()
+    p, q, log_p, log_q = pair
     if divergence == "forward":
-        return q.sub_(log_p.exp())
+        return q - p
     if divergence == "reverse":
         g = log_q - log_p
     else:
@@ -130,5 +144,5 @@ def _chunk_loss(
         return ce, torch.zeros_like(ce)
     log_p = F.log_softmax(teacher.to(dtype) / temperature, dim=-1)
     log_q = F.log_softmax(student / temperature, dim=-1)
-    far = divergence_per_token(log_p, log_q, divergence, beta)
+    far = divergence_per_token(Pair.of(log_p, log_q), divergence, beta)
     return ce, (far * (target != -100)).sum() * temperature**2

@@ -8,7 +8,7 @@ what was missing.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,10 +94,23 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
         )
     if len(calls) != layers or len({id(call.module) for call in calls}) != layers:
         raise UserError(
-            f"{name} cannot be linearized: {len(calls)} attentions in {layers} layers; expected one a layer"
+            f"{name} cannot be linearized: {len(calls)} attentions in {layers} layers; expected one a layer, run once"
         )
+    check_own_keys(name, calls)
     paths = {id(module): path for path, module in model.named_modules()}
     return [read_site(i, paths[id(call.module)], call, model.config) for i, call in enumerate(calls)]
+
+
+def check_own_keys(name: str, calls: list[Call]) -> None:
+    """UserError where a layer attends to the keys and values of another (Gemma 3n): a mixer there has nothing to copy,
+    and nothing of its own to read them from."""
+    for index, call in enumerate(calls):
+        lender = next((i for i in range(index) if same(calls[i].key, call.key)), None)
+        if lender is not None:
+            raise UserError(
+                f"{name} cannot be linearized: layer {index} has no keys and values of its own, it attends to those of "
+                f"layer {lender}"
+            )
 
 
 def random_tokens(model: PreTrainedModel) -> Tensor:
@@ -106,39 +119,12 @@ def random_tokens(model: PreTrainedModel) -> Tensor:
     return torch.randint(vocabulary, (ROWS, TOKENS), generator=generator).to(model.device)
 
 
-@torch.no_grad()
-def find_position_table(model: PreTrainedModel) -> int | None:
-    """Length of the table where `model` looks positions up, None where it has none: among its embeddings, the one
-    that gives the tokens of a row consecutive rows of its weight."""
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
-    looked_up: dict[int, Tensor] = {}
-
-    def keep(table, args, output):
-        looked_up[id(table)] = output
-
-    hooks = [table.register_forward_hook(keep) for table in tables]
-    try:
-        if tables:
-            model(input_ids=random_tokens(model), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for table in tables:
-        rows = looked_up.get(id(table))
-        if rows is None or rows.shape[-2] != TOKENS:
-            continue
-        rows = rows.flatten(0, -2)[:TOKENS]
-        # some leave the first rows to padding
-        first = int((table.weight - rows[0]).abs().sum(-1).argmin())
-        if first + TOKENS <= len(table.weight) and torch.equal(table.weight[first : first + TOKENS], rows):
-            return len(table.weight) - first
-    return None
-
-
 def read_site(index: int, path: str, call: Call, config: Any) -> AttentionSite:
     where = f"layer {index} ({type(call.module).__name__})"
     if getattr(call.module, "is_causal", True) is False:
         raise UserError(f"{where} looks both ways; expected causal attention")
+    if call.chunks:
+        raise UserError(f"{where} cannot be linearized: it attends within chunks of the text, not to all before it")
     if adds_to_scores(call):
         raise UserError(
             f"{where} cannot be linearized: it adds more to its scores than a mask (a position bias such as ALiBi, or "
@@ -166,6 +152,8 @@ def read_site(index: int, path: str, call: Call, config: Any) -> AttentionSite:
             "something is added to it or done with it inside, which a mixer in its place would leave out"
         )
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
+    if kv_heads == heads:  # some repeat them before attention does
+        kv_heads = undo_repeat(sources, heads)
     projections = {name: call.module.get_submodule(source.projection) for name, source in sources.items()}
     layout = HeadLayout(
         hidden_size=call.hidden_states.shape[-1],
@@ -177,16 +165,27 @@ def read_site(index: int, path: str, call: Call, config: Any) -> AttentionSite:
         output_bias=_linear(call.module.get_submodule(output))[1] is not None,
         initializer_range=getattr(config, "initializer_range", None) or 0.02,
         rotary=rotary_style(call, sources["q"]),
-        window=call.options.get("sliding_window"),
+        window=call.window,
         returns=len(call.output) if isinstance(call.output, tuple) else 0,
     )
     return AttentionSite(index, path, call.module, layout, sources, output)
 
 
+def undo_repeat(sources: dict[str, Source], heads: int) -> int:
+    """Heads of keys and values without what is repeated for each head of a group, in `sources` too."""
+    rows = {name: sources[name].rows.view(heads, -1) for name in ("k", "v")}
+    for kv_heads in (n for n in range(1, heads) if heads % n == 0):
+        one = {name: r[:: heads // kv_heads] for name, r in rows.items()}
+        if all(torch.equal(r.repeat_interleave(heads // kv_heads, 0), rows[n]) for n, r in one.items()):
+            sources.update({name: replace(sources[name], rows=r.flatten()) for name, r in one.items()})
+            return kv_heads
+    return heads
+
+
 def adds_to_scores(call: Call) -> bool:
     """Whether scores are anything but (scaled) products of queries and keys, of the last `window` tokens."""
     distance = (torch.arange(TOKENS).unsqueeze(-1) - torch.arange(TOKENS)).to(call.query.device)
-    seen = (distance >= 0) & (distance < (call.options.get("sliding_window") or TOKENS))
+    seen = (distance >= 0) & (distance < (call.window or TOKENS))
     if call.probabilities is not None:
         products = (call.query @ call.key.transpose(-1, -2)).float().masked_fill(~seen, -torch.inf)
         plain = ((products * factor).softmax(-1) for factor in (1.0, call.query.shape[-1] ** -0.5))
@@ -254,8 +253,17 @@ def match(wanted: Tensor, offered: Tensor, factors: list[float]) -> Tensor | Non
     size = wanted.square().mean().sqrt().clamp_min(1e-30)
     for factor in factors:
         near = [torch.cdist(part, offered * factor).min(dim=1) for part in wanted.split(1024)]
-        if all(bool((n.values < TOLERANCE * size).all()) for n in near):
-            return torch.cat([n.indices for n in near])
+        if not all(bool((n.values < TOLERANCE * size).all()) for n in near):
+            continue
+        rows = torch.cat([n.indices for n in near])
+        # Channels that are clipped (OLMo) are alike on a few tokens: those that stand together are theirs.
+        order = torch.arange(len(rows), device=rows.device)
+        block = order + (rows - order).mode().values
+        if bool((block >= 0).all()) and bool((block < len(offered)).all()):
+            errors = (wanted - offered[block] * factor).square().sum(-1).sqrt()
+            if bool((errors < TOLERANCE * size).all()):
+                return block
+        return rows
     return None
 
 

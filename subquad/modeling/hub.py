@@ -1,4 +1,4 @@
-"""The student as a `transformers` model: configuration, class, saving and loading.
+"""The student as a `transformers` model: class, saving and loading.
 
 One class serves every family and every mixer: it holds the teacher's own model class, with attention replaced layer by
 layer as the plan says. Embeddings, MLPs, norms and head are the family's, untouched.
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
@@ -19,68 +20,9 @@ from subquad import mixers
 from subquad.errors import UserError
 from subquad.mixers import HeadLayout, Mixer
 from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
+from subquad.modeling.config import SubquadConfig
 from subquad.modeling.families import AttentionSite
 from subquad.modeling.layers import AttentionLayer, MixerLayer
-
-DELEGATED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "max_position_embeddings",
-    "initializer_range",
-)
-
-
-class SubquadConfig(PreTrainedConfig):
-    """A student's configuration.
-
-    base_config: the teacher's own, unchanged (a dict with its `model_type`, or a configuration object).
-    layers: the plan, one entry a layer: `{"mixer": name, **options}`.
-    attention: where attention stood, one entry a layer: `{"path": name of the module, **HeadLayout}`.
-    positions: length of the base model's table of learned positions; None where it has none.
-    """
-
-    model_type = "subquad"
-
-    def __init__(
-        self,
-        base_config: dict[str, Any] | PreTrainedConfig | None = None,
-        layers: list[dict[str, Any]] | None = None,
-        attention: list[dict[str, Any]] | None = None,
-        positions: int | None = None,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ):
-        if isinstance(base_config, dict):
-            base_config = AutoConfig.for_model(**base_config)
-        self.base_config = base_config
-        self.layers = [dict(layer) for layer in layers or []]
-        self.attention = [dict(place) for place in attention or []]
-        self.positions = positions
-        self.use_cache = use_cache
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
-            if base_config is not None and getattr(base_config, name, None) is not None:
-                kwargs.setdefault(name, getattr(base_config, name))
-        super().__init__(**kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in DELEGATED and self.__dict__.get("base_config") is not None:
-            return getattr(self.base_config, name)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        out = super().to_dict()
-        if isinstance(self.base_config, PreTrainedConfig):
-            out["base_config"] = self.base_config.to_dict()
-        return out
-
-    @property
-    def keeps_attention(self) -> list[bool]:
-        return [layer["mixer"] not in mixers.REGISTRY for layer in self.layers]
 
 
 class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
@@ -99,18 +41,21 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SubquadConfig, base: PreTrainedModel | None = None):
         """`base`: a model of the base configuration whose attention is to be replaced in place; else a fresh one."""
+        config.check()
         super().__init__(config)
         if base is None:
             base = AutoModelForCausalLM.from_config(config.base_config)
         else:
             for module in base.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]  # or `post_init` draws its weights anew
-        if len(config.layers) != len(config.attention):
-            raise UserError(f"the plan names {len(config.layers)} layers; the model has {len(config.attention)}")
         self._blocks: list[MixerLayer | AttentionLayer] = []
         for index, (place, layer) in enumerate(zip(config.attention, config.layers, strict=True)):
             layout = HeadLayout(**{name: value for name, value in place.items() if name != "path"})
-            block = make_block(base.get_submodule(place["path"]), layout, index, layer)
+            try:
+                attention = base.get_submodule(place["path"])
+            except AttributeError as error:
+                raise UserError(f"attention: layer {index}: no module {place['path']!r} in the base model") from error
+            block = make_block(attention, layout, index, layer)
             base.set_submodule(place["path"], block)
             self._blocks.append(block)
         self.base = base
@@ -126,7 +71,10 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         """As in `transformers`, but a checkpoint that does not hold exactly the weights of its plan is a UserError:
         what is missing would be drawn at random, and a part at random is no student."""
         kwargs["ignore_mismatched_sizes"] = True  # so that they are named here
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        try:
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise UserError(f"the weights of this student cannot be read (broken or cut off): {error}") from error
         model, info = loaded
         sizes = [f"{key} {list(found)} for {list(wanted)}" for key, found, wanted in info["mismatched_keys"]]
         kinds = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another size": sizes}
@@ -153,6 +101,12 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.base.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in `transformers`; the new size goes into the base configuration, from which the student is loaded."""
+        embeddings = self.base.resize_token_embeddings(*args, **kwargs)
+        self.config.base_config.get_text_config().vocab_size = self.base.config.get_text_config().vocab_size
+        return embeddings
 
     # ------------------------------------------------------------------ forward
 

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from subquad import mixers
 from subquad.errors import UserError
 from subquad.mixers import Mixer
 from subquad.modeling import calibrate as calibrated
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.modeling.families import AttentionSite, find_attention, find_position_table
+from subquad.modeling.families import AttentionSite, find_attention, random_tokens
 from subquad.modeling.hub import SubquadForCausalLM, plan_config
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.plan import layer_plan, plan_entry
+from subquad.modeling.positions import check_positions_are_heard, find_position_table
 
 
 def linearize(
@@ -55,6 +56,7 @@ def linearize(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         sites = find_attention(teacher)
+        check_teacher(teacher)
         plan = layer_plan(layers or {"default": {"mixer": mixer, **options}}, len(sites))
         base = copy.deepcopy(teacher)
         for attribute in ("hf_quantizer", "quantization_method"):
@@ -89,7 +91,48 @@ def linearize(
         if calibrate is not None:
             with evaluating(teacher):
                 calibrated.calibrate(student, teacher, sites, calibrate)
+        check_student(student, type(teacher).__name__)
     return student.requires_grad_(True).train(teacher.training)
+
+
+def check_teacher(teacher: PreTrainedModel) -> None:
+    """UserError where its attention can be read, but a student of it would not load, or not pad."""
+    known: Any = AutoModelForCausalLM._model_mapping.get(type(teacher.config), ())  # type: ignore[attr-defined]
+    if not isinstance(teacher, known):
+        raise UserError(
+            f"{type(teacher).__name__} cannot be linearized: AutoModelForCausalLM makes none from its "
+            f"{type(teacher.config).__name__}, so that a saved student could not be loaded"
+        )
+    with evaluating(teacher):
+        check_positions_are_heard(teacher)
+        check_cache_changes_nothing(teacher)
+
+
+@torch.no_grad()
+def check_cache_changes_nothing(teacher: PreTrainedModel) -> None:
+    """UserError where layers see something else as soon as there is a cache (Gemma 3n before transformers 5.5, whose
+    layers find each other's keys there): attention was watched without."""
+    tokens = random_tokens(teacher)[:1, :4]
+    without, cached = (teacher(input_ids=tokens, use_cache=use_cache).logits.float() for use_cache in (False, True))
+    if float((without - cached).square().mean()) > 1e-3 * float(without.square().mean()):
+        raise UserError(
+            f"{type(teacher).__name__} cannot be linearized: it gives something else with a cache than without, as "
+            "where layers have no keys and values of their own"
+        )
+
+
+@torch.no_grad()
+def check_student(student: SubquadForCausalLM, name: str) -> None:
+    """UserError where a base model cannot live with a student's cache (it keeps more than attention in it, such as the
+    states of cross-attention, or takes none)."""
+    tokens = random_tokens(student)[:2, :4]
+    try:
+        with evaluating(student):
+            out = student(input_ids=tokens[:, :3], use_cache=True)
+            student(input_ids=tokens[:, 3:], use_cache=True, **{CACHE_ARGUMENT: out[CACHE_ARGUMENT]})
+    except Exception as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{name} cannot be linearized: its student cannot decode with a cache: {why[0]}") from error
 
 
 @torch.no_grad()

@@ -49,6 +49,16 @@ class Call:
         return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
 
     @property
+    def window(self) -> int | None:
+        """Tokens that a query sees: by the mask, which some families leave to say it alone, or as attention is told."""
+        return getattr(self.mask, "subquad_window", (self.options.get("sliding_window"), False))[0]
+
+    @property
+    def chunks(self) -> bool:
+        """Whether what is seen begins anew every `window` tokens."""
+        return getattr(self.mask, "subquad_window", (None, False))[1]
+
+    @property
     def position_embeddings(self) -> tuple[Tensor, Tensor] | None:
         return self.kwargs.get("position_embeddings")
 
@@ -63,8 +73,19 @@ def _watched_attention(module, query, key, value, attention_mask, **options):
     return mixed, None
 
 
+def _watched_mask(*args, **kwargs):
+    """The mask, never left out, with what is known of the window that made it: the text is too short to show it."""
+    size = kwargs.get("local_size")
+    mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    if mask is not None and size is not None:
+        # In a window the last token of twice its size sees the second half; in chunks it has just begun the third.
+        places = (torch.tensor(n, device=mask.device) for n in (0, 0, 2 * size, size + 1))
+        mask.subquad_window = size, size > 1 and not bool(kwargs["mask_function"](*places))  # type: ignore[attr-defined]
+    return mask
+
+
 AttentionInterface.register(WATCHED, _watched_attention)
-AttentionMaskInterface.register(WATCHED, sdpa_mask)
+AttentionMaskInterface.register(WATCHED, _watched_mask)
 
 
 @contextmanager
@@ -82,7 +103,8 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
 
 
 class WrittenOut(TorchFunctionMode):
-    """Sees softmax(q k^T) v where it is written out, in whichever module is the last of `running`."""
+    """Sees softmax(q k^T) v where it is written out, or given to torch's own function for it, in whichever module is
+    the last of `running`."""
 
     MATMULS = torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm
     SOFTMAXES = torch.softmax, Tensor.softmax, nn.functional.softmax
@@ -95,7 +117,11 @@ class WrittenOut(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in self.SOFTMAXES:
+        if func is nn.functional.scaled_dot_product_attention:
+            q, k, v, mask = (*args, None)[:4]
+            mask = (kwargs or {}).get("attn_mask", mask)
+            _calls.append(Call(self.running[-1], q, k, v, out.transpose(1, 2), mask))
+        elif func in self.SOFTMAXES:
             self.probabilities = out if self.scored is not None else None
         elif func in self.MATMULS and self.probabilities is not None and same(args[0], self.probabilities):
             given = (*self.scored, args[1], out, self.probabilities)  # type: ignore[misc]

@@ -13,8 +13,7 @@ with G the gradient of S', Z that of all rows' reads (dO, and under the delta ru
 
     dA, dL = Z U^T        d(P Q), d(P K) = Z S^T        d(E K) = U G^T        d total = sum of G S
 
-Kept for it: the states at chunk starts and, delta rule, U and (I + L)^-1. The rest is recomputed: A too, since reading
-it from memory takes longer.
+Kept for it: the states at chunk starts and, additive, A, or, delta rule, U and (I + L)^-1. The rest is recomputed.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from subquad.ops.functions import FirstDerivative, LoopedFunction
 from subquad.ops.memory import Workspace
 from subquad.ops.scalar import Levels, ScalarFrame, decay_levels
 from subquad.ops.segments import MATRICES, Layout, Segment, StateScan, Tokens
+from subquad.ops.tree import tokens
 from subquad.ops.updates import Kept, additive_backward, additive_forward, delta_backward, delta_forward
 
 
@@ -117,7 +117,7 @@ class Chunked(LoopedFunction):
         for n in layout.empty:
             final[n] = 0 if inputs.initial is None else inputs.initial[n]
         level, slope = (None, None) if normalizer is None else (normalizer.level, normalizer.slope)
-        return o, final, kept.U, kept.inverse, kept.states.slots, level, slope
+        return o, final, kept.A, kept.U, kept.inverse, kept.states.slots, level, slope
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -138,10 +138,10 @@ class ChunkedBackward(FirstDerivative):
 
     @staticmethod
     def forward(do: Tensor | None, d_final: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
-        *tensors, U, inverse, slots, level, slope, o, plan = args
+        *tensors, A, U, inverse, slots, level, slope, o, plan = args
         inputs, layout = Inputs(*tensors), plan.layout
         V, beta = inputs.v.shape[-1], inputs.beta
-        kept = Kept(StateScan.of(layout, slots), U, inverse)
+        kept = Kept(StateScan.of(layout, slots), A, U, inverse)
         work = Workspace(inputs.q, plan.dtype)
         frame = make_frame(plan, inputs, work)
         grads = Gradients(plan, inputs, slots, work)
@@ -149,17 +149,18 @@ class ChunkedBackward(FirstDerivative):
         update = additive_backward if beta is None else delta_backward
         sources, carry = Sources(plan, inputs, work), torch.zeros_like(slots[0])
         for segment in reversed(layout.segments()):
-            raw_rows, raw_keys = sources.rows(segment, "raw ")
+            raw_rows, raw_keys = sources.rows(segment, "raw")
             m, C, R, K = raw_rows.shape
             reads = reading.load(segment, work("reads", m, C, R, slots.shape[-1]))
-            decayed = frame.recompute(segment, raw_rows, raw_keys)
+            decayed = frame.recompute(segment, raw_rows, raw_keys, kept.part(A, segment) if beta is None else None)
             values = sources.values(segment) if beta is None else kept.part(U, segment)
             ends, d_values = update(segment, frame, kept, decayed, reads, d_final, grads.initial, carry, work)
             grads.to_v.store(d_values[..., :V], segment)
             starts, flat = kept.states.starts(segment), reads.view(m, C * R, -1)
             dA = torch.bmm(flat, values.mT, out=work("dA", m, C * R, C)).view(m, C, R, C)
-            d_rows = torch.bmm(flat, starts.flatten(0, 1).mT, out=work("d_rows", m, C * R, K)).view(m, C, R, K)
-            d_keys = torch.bmm(values, ends.flatten(0, 1).mT, out=work("d_keys", m, C, K))
+            d_rows, d_keys = tokens(work, "d_", m, C, R, K)
+            torch.bmm(flat, starts.flatten(0, 1).mT, out=d_rows.view(m, C * R, K))
+            torch.bmm(values, ends.flatten(0, 1).mT, out=d_keys)
             gates = frame.backward(segment, dA, d_rows, d_keys, ends, starts, grads.wants_gates)
             grads.store(segment, d_rows, d_keys, raw_rows, gates)
         return grads.results(d_final)
@@ -177,7 +178,7 @@ class Sources:
     def rows(self, segment: Segment, name: str = "") -> tuple[Tensor, Tensor]:
         """Rows [m, C, R, K] (queries times scale; keys) and keys [m, C, K] (times beta)."""
         m, C, R = segment.n * self.plan.layout.BH, self.plan.layout.C, 1 if self.beta is None else 2
-        rows, keys = self.work(name + "rows", m, C, R, self.K), self.work(name + "keys", m, C, self.K)
+        rows, keys = tokens(self.work, name, m, C, R, self.K)
         self.q.load(segment, rows[:, :, 0], self.plan.scale)
         self.k.load(segment, keys, by=self.beta)
         if R == 2:
@@ -308,5 +309,5 @@ def _allocate(plan: Plan, q: Tensor, V: int, delta: bool) -> Kept:
     m, C = (layout.N if plan.keep else layout.n) * layout.BH, layout.C
     states = StateScan(layout, (q.shape[-1], V), q, dtype, plan.keep)
     if not delta:
-        return Kept(states)
-    return Kept(states, q.new_empty(m, C, V, dtype=dtype), q.new_zeros(m, C * (C + 1), dtype=dtype))
+        return Kept(states, q.new_empty(m, C, C, dtype=dtype))
+    return Kept(states, None, q.new_empty(m, C, V, dtype=dtype), q.new_zeros(m, C * (C + 1), dtype=dtype))

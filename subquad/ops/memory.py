@@ -4,32 +4,47 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+REMEMBERED = 1000  # views at most: sequences of all lengths would leave some of each
+
 
 class Workspace:
-    """Named scratch buffers that live as long as their thread."""
+    """Named scratch buffers, and views of them, that live as long as their thread."""
 
     _pool = threading.local()
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.key = (like.device, dtype)
-        self.buffers: dict = self._pool.__dict__.setdefault("buffers", {})
-        self.views: dict = {}
+        self.buffers, self.views = self._pool.__dict__.setdefault(self.key, ({}, {}))
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """A buffer of this shape with anything in it, one a name and shape."""
         if (view := self.views.get((name, shape))) is not None:
             return view
         size = math.prod(shape)
-        buffer = self.buffers.get((name, *self.key))
+        buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < size:
             device, dtype = self.key
-            buffer = self.buffers[(name, *self.key)] = torch.empty(size, dtype=dtype, device=device)
+            self.views.clear()  # those of the buffer that this one replaces are among them
+            buffer = self.buffers[name] = torch.empty(size, dtype=dtype, device=device)
         view = self.views[(name, shape)] = buffer[:size].view(shape)
         return view
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` derives from buffers, made anew only when some buffer was replaced: a view costs as much as a
+        small op."""
+        if (made := self.views.get(key)) is not None:
+            return made
+        if len(self.views) >= REMEMBERED:
+            self.views.clear()
+        make()  # so that the buffers have their size: what is derived from one that grows later would be stale
+        made = self.views[key] = make()
+        return made
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """Sum of x y over the last axis; `vecdot` would write the products into fresh memory."""

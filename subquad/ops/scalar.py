@@ -16,6 +16,7 @@ from torch import Tensor
 
 from subquad.ops.memory import Workspace
 from subquad.ops.segments import Layout, Segment
+from subquad.ops.tree import tokens
 
 LOG2E = 1 / math.log(2)
 FORGOTTEN = -1000.0  # exp of it is zero even in float64; -inf would make differences of sums NaN
@@ -43,6 +44,8 @@ class ScalarFrame:
         self.layout, self.levels, self.work, self.input_gate = layout, levels, work, input_gate
         self.P = self.E = self.totals = None
         if levels is not None:
+            self.from_here = torch.ones(layout.C, layout.C, dtype=dtype, device=levels.rows.device).triu_()  # i >= t
+            self.after = self.from_here.triu(1)
             self.P = torch.exp2((levels.rows - levels.start).to(dtype)).unsqueeze(-1)
             self.E = torch.exp2((levels.end - levels.columns).to(dtype)).unsqueeze(-1)
             self.totals = torch.exp2((levels.end - levels.start).to(dtype)).unsqueeze(-1)
@@ -85,25 +88,31 @@ class ScalarFrame:
             rows.mul_(P)
             keys.mul_(E)
 
-    def recompute(self, segment: Segment, raw_rows: Tensor, raw_keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the backward pass needs of the forward one: decayed rows and keys, and A."""
+    def recompute(
+        self, segment: Segment, raw_rows: Tensor, raw_keys: Tensor, A: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the backward pass needs of the forward one: decayed rows and keys, and A, if it was not kept."""
         m, C, R, K = raw_rows.shape
         D = self.D = self._decay(segment)
         if D is not None:
             D.tril_()
         self.raw_rows, self.raw_keys = raw_rows, raw_keys
-        flat = torch.bmm(raw_rows.view(m, C * R, K), raw_keys.mT, out=self.work("products", m, C * R, C))
-        self.products = flat.view(m, C, R, C)
-        if D is not None:
-            self.products.mul_(D.unsqueeze(2))
+        if A is not None:
+            self.products = A.unsqueeze(2)
         else:
-            self.products[:, :, 0].tril_()
+            flat = torch.bmm(raw_rows.view(m, C * R, K), raw_keys.mT, out=self.work("products", m, C * R, C))
+            self.products = flat.view(m, C, R, C)
+            if D is not None:
+                self.products.mul_(D.unsqueeze(2))
+            else:
+                self.products[:, :, 0].tril_()
         if self.levels is None:
             self.rows, self.keys = raw_rows, raw_keys
         else:
             P, E = self._factors(segment)
-            self.rows = torch.mul(raw_rows, P, out=self.work("rows", m, C, R, K))
-            self.keys = torch.mul(raw_keys, E, out=self.work("keys", m, C, K))
+            self.rows, self.keys = tokens(self.work, "", m, C, R, K)
+            torch.mul(raw_rows, P, out=self.rows)
+            torch.mul(raw_keys, E, out=self.keys)
         return self.rows, self.keys, self.products[:, :, 0]
 
     def backward(
@@ -140,12 +149,11 @@ class ScalarFrame:
         W = torch.mul(self.products[:, :, 0], dA[:, :, 0], out=self.work("W", m, C, C))
         if dA.shape[2] == 2:
             W.addcmul_(self.products[:, :, 1], dA[:, :, 1])
-        by_row = self.work.dot(self.rows, d_rows).sum(-1)
+        by_row = self.work.dot(self.rows, d_rows)
+        by_row = by_row.sum(-1) if dA.shape[2] == 2 else by_row.squeeze(-1)
         by_key = self.work.dot(self.keys, d_keys)
-        from_here = torch.ones(C, C, dtype=W.dtype, device=W.device).triu_()  # [t, i]: i >= t
-        crossing = torch.matmul(from_here, W, out=self.work("crossing", m, C, C)).tril_(-1).sum(-1)
-        crossing += by_row @ from_here.mT
-        crossing += by_key @ from_here.triu(1)
+        crossing = torch.matmul(self.from_here, W, out=self.work("crossing", m, C, C)).tril_(-1).sum(-1)
+        crossing.addmm_(by_row, self.from_here.mT).addmm_(by_key, self.after)
         total = self.total(segment)
         assert total is not None
         d_total = self.work.dot(d_state.flatten(-2), state.flatten(-2)) * total[..., 0, 0]

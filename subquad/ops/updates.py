@@ -23,11 +23,12 @@ class Kept(NamedTuple):
     """What the forward pass leaves for the backward one; without gradients the same, for one segment at a time."""
 
     states: StateScan
+    A: Tensor | None = None  # [N BH, C, C]; additive
     U: Tensor | None = None  # [N BH, C, V]; delta rule
     inverse: Tensor | None = None  # [N BH, C (C + 1)]; delta rule, see `unit_inverse`
 
     def part(self, x: Tensor | None, segment: Segment) -> Tensor:
-        """The segment's matrices of U or inverse."""
+        """The segment's matrices of A, U or inverse."""
         assert x is not None
         BH = self.states.layout.BH
         return x[self.states.base(segment) * BH :][: segment.n * BH]
@@ -47,7 +48,7 @@ def additive_forward(
     """O [m, C, V]; the states pass from chunk to chunk by one multiplication each."""
     m, C, _, K = rows.shape
     V = values.shape[-1]
-    A = work("A", m, C, C)
+    A = kept.part(kept.A, segment)
     frame.forward(segment, rows, keys, A, None)
     added = torch.bmm(keys.mT, values, out=work("added", m, K, V)).view(segment.n, -1, K, V).unbind(0)
     total = _each(frame.total(segment))

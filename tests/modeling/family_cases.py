@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 from modeling_cases import TEXT, shaken
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import subquad
 from subquad import SubquadForCausalLM
@@ -79,7 +79,32 @@ FAMILIES: dict[str, dict] = {
     "gpt_oss": {**LLAMA, **EXPERTS, "head_dim": 16, "sliding_window": 6},
     "qwen2_moe": {**LLAMA, **EXPERTS},
     "mixtral": {**LLAMA, **EXPERTS, "head_dim": 8},
+    # a window that only the mask tells of; heads that differ from layer to layer; clipped projections; layers without
+    # rotary; and more of nobody's
+    "phimoe": {**LLAMA, **EXPERTS, "sliding_window": 6, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+    "gemma4_text": {
+        **LLAMA,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": 6,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 61,
+    },
+    "olmo": {**LLAMA, "clip_qkv": 0.5},
+    "cohere2": {**LLAMA, "head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "smollm3": {**LLAMA, "num_hidden_layers": 3, "no_rope_layer_interval": 2},
+    "exaone4": {**LLAMA, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "apertus": LLAMA,
+    "hunyuan_v1_dense": {**LLAMA, "head_dim": 8},
+    "nanochat": LLAMA,
+    "seed_oss": {**LLAMA, "head_dim": 12},
+    "vaultgemma": {**LLAMA, "head_dim": 16, "sliding_window": 6},
+    "flex_olmo": {**LLAMA, **EXPERTS},
 }
+FAMILIES = {name: sizes for name, sizes in FAMILIES.items() if name in CONFIG_MAPPING}  # older versions have fewer
+HAVE_EXPERTS = ("gpt_oss", "qwen2_moe", "mixtral", "phimoe", "flex_olmo")
 LEARNED_POSITIONS = ("gpt2", "opt", "biogpt", "gpt_bigcode", "gpt_neo")
 PLANS = {
     "gated_deltanet": {"default": {"mixer": "gated_deltanet", "short_conv": 4}},

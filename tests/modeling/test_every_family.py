@@ -3,7 +3,7 @@ test_generation.py, test_linearize.py, test_saving.py.)"""
 
 import pytest
 import torch
-from family_cases import FAMILIES, LEARNED_POSITIONS, PLANS, build, family, student
+from family_cases import FAMILIES, HAVE_EXPERTS, LEARNED_POSITIONS, PLANS, build, family, student
 from modeling_cases import EIGHT, TEXT, logits, shaken
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import subquad
 from subquad.errors import UserError
-from subquad.modeling.families import attentions, find_attention, find_position_table, record
+from subquad.modeling.families import attentions, find_attention, record
+from subquad.modeling.positions import find_position_table
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 each_plan = pytest.mark.parametrize("plan", PLANS)
@@ -62,7 +63,7 @@ def by_hand(name, attention, x, layout):
 @each_family
 def test_copied_projections_give_what_the_teachers_give(name, ids):
     teacher = build(name)
-    if name not in ("gpt_oss", "qwen2_moe", "mixtral"):  # experts have no kernel for it
+    if name not in HAVE_EXPERTS:  # they have no kernel for it
         teacher.double()
     copied = subquad.linearize(teacher, "gla", calibration=TEXT)
     sites = find_attention(teacher)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from family_cases import build
+from family_cases import FAMILIES, build
 from modeling_cases import TEXT, logits
 from transformers import (
     AutoConfig,
@@ -138,17 +138,37 @@ def test_attention_that_does_more_is_refused(teacher, break_it, message):
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61}
 MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 61}
 GROUPED = {**TINY, "num_key_value_heads": 2, "pad_token_id": 0}
+BART = {
+    "vocab_size": 61,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 40,
+}
+BART |= {"pad_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 64, "decoder_start_token_id": 0}
+GEMMA3N = {**GROUPED, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8, "laurel_rank": 4}
+GEMMA3N |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61, "altup_num_inputs": 2}
+GEMMA3N |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4}
+LLAMA4 = {**GROUPED, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 40, "attention_chunk_size": 8192}
 REFUSED = {
     "bloom": (BLOOM, "BloomForCausalLM cannot be linearized: "),
     "falcon": ({**TINY, "alibi": True}, "it adds more to its scores than a mask"),
-    "mpt": (MPT, "MptForCausalLM cannot be linearized: "),
+    "mpt": (MPT, "Mpt.* cannot be linearized: "),
     "deepseek_v2": (GROUPED, "DeepseekV2.* cannot be linearized: it failed while its attention was watched: The size"),
     "jetmoe": ({**GROUPED, "kv_channels": 8, "num_local_experts": 4}, "its q is not made of channels of a projection"),
     "doge": (GROUPED, "it adds more to its scores than a mask"),
-    "diffllama": (GROUPED, "4 attentions in 2 layers; expected one a layer"),
+    "diffllama": (GROUPED, "4 attentions in 2 layers; expected one a layer|a gate or a norm stands between"),
     "bitnet": (GROUPED, "a gate or a norm stands between"),
     "mamba": (TINY, "its layers keep recurrent states of their own already"),
     "falcon_h1": (GROUPED, "its layers keep recurrent states of their own already"),
+    "lfm2": ({**GROUPED, "layer_types": ["conv", "full_attention"]}, "1 attentions in 2 layers; expected one a layer"),
+    "gpt2": ({**BLOOM, "add_cross_attention": True}, "its student cannot decode with a cache: "),
+    "bart": (BART, "BartForCausalLM cannot be linearized: it does not follow position_ids"),
+    "marian": (BART, "MarianForCausalLM cannot be linearized: it does not follow position_ids"),
+    "gemma3n_text": (GEMMA3N, "ha(s|ve) no keys and values of (its|their) own"),
+    "llama4_text": (LLAMA4, "it attends within chunks of the text"),
+    "emu3": ({"text_config": GROUPED}, "AutoModelForCausalLM makes none from its Emu3TextConfig"),
 }
 
 
@@ -157,8 +177,8 @@ def test_family_that_does_not_fit_is_refused_with_the_reason(family):
     sizes, message = REFUSED[family]
     try:
         teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
-    except ValueError as error:
-        pytest.skip(f"this version of transformers has it not: {error}")
+    except (ValueError, AttributeError) as error:
+        pytest.skip(f"this version of transformers has it not, or broken: {error}")
     with pytest.raises(UserError, match=message) as caught:
         subquad.linearize(teacher, "gla")
     assert "\n" not in str(caught.value)
@@ -182,6 +202,25 @@ def test_attention_that_is_written_out_is_read(family):
         assert torch.equal(student.blocks[0].mixer.k_proj.weight, own.weight)
         assert torch.equal(student.blocks[0].mixer.k_proj.bias, own.bias)
     assert logits(student, TEXT).isfinite().all()
+
+
+@pytest.mark.parametrize("window", [None, 6, 2047])
+@pytest.mark.parametrize("family", ["phimoe", "mistral", "gemma2"])
+def test_window_is_found_also_where_the_text_is_too_short_to_show_it(family, window):
+    """Phi-MoE tells its attention nothing of it: only the mask is made by it."""
+    if family == "gemma2" and window is None:
+        pytest.skip("it always has one")
+    sites = find_attention(build(family, sliding_window=window))
+    assert [site.layout.window for site in sites] == [window, None if family == "gemma2" else window]
+
+
+@pytest.mark.skipif("gemma4_text" not in FAMILIES, reason="this transformers has it not")
+def test_layers_may_differ_in_their_heads():
+    teacher = build("gemma4_text")
+    assert [site.layout.head_dim for site in find_attention(teacher)] == [8, 8, 16]
+    config = subquad.linearize(teacher, "gla", calibration=TEXT).config
+    assert config.hidden_size == 32
+    assert not hasattr(config, "head_dim")
 
 
 def test_a_student_is_no_teacher(teacher):

@@ -202,6 +202,53 @@ def test_plan_of_another_length_is_refused(checkpoint):
         AutoModelForCausalLM.from_pretrained(path)
 
 
+def entry(name, index, **changes):
+    return lambda config: config[name][index].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("layers"), "the plan names 0 layers; the model has 2"),
+        (lambda c: c.pop("attention"), "the plan names 2 layers; the model has 0"),
+        (lambda c: c.update(layers="gla"), "layers: got 'gla', expected a list of mappings"),
+        (lambda c: c.pop("base_config"), "base_config: missing; expected the configuration of the teacher"),
+        (lambda c: c["base_config"].pop("model_type"), "base_config: unknown model_type None"),
+        (lambda c: c["base_config"].update(model_type="nope"), "base_config: unknown model_type 'nope'"),
+        (lambda c: c["layers"][0].pop("mixer"), "layers: 0: unknown mixer None"),
+        (entry("layers", 1, mixer="gal"), "layers: 1: unknown mixer 'gal'; did you mean 'gla'"),
+        (entry("layers", 1, foo=3), "unknown mixer option 'foo'"),
+        (entry("layers", 1, mixer="attention", window="a"), "layers: 1: window: got 'a'"),
+        (entry("layers", 1, mixer="attention", windw=3), "layers: 1: unknown option 'windw' of attention"),
+        (
+            entry("attention", 1, path="model.nothing"),
+            "attention: layer 1: no module 'model.nothing' in the base model",
+        ),
+        (lambda c: c["attention"][0].pop("head_dim"), "attention: layer 0: missing head_dim; expected hidden_size"),
+        (entry("attention", 0, extra=1), "attention: layer 0: unknown extra; expected hidden_size"),
+    ],
+)
+def test_broken_configuration_is_one_line_that_says_where(checkpoint, change, message):
+    path, _ = checkpoint
+    config = json.loads((path / "config.json").read_text())
+    change(config)
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message) as caught:
+        AutoModelForCausalLM.from_pretrained(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [lambda whole: whole[: len(whole) // 2], lambda whole: b"xx" * 90], ids=["cut", "x"]
+)
+def test_broken_weights_are_told(checkpoint, content):
+    path, _ = checkpoint
+    file = path / "model.safetensors"
+    file.write_bytes(content(file.read_bytes()))
+    with pytest.raises(UserError, match="the weights of this student cannot be read"):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
 def test_loading_information_is_given_where_asked_for(checkpoint):
     path, _ = checkpoint
     _, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)

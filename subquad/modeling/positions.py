@@ -1,0 +1,59 @@
+"""How a model knows where a token stands: a table that ends, or something that does not listen."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from subquad.errors import UserError
+from subquad.modeling.families import random_tokens
+from subquad.modeling.watch import TOKENS
+
+
+@torch.no_grad()
+def find_position_table(model: PreTrainedModel) -> int | None:
+    """Length of the table where `model` looks positions up, None where it has none: among its embeddings, the one
+    that gives the tokens of a row consecutive rows of its weight."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    looked_up: dict[int, Tensor] = {}
+
+    def keep(table, args, output):
+        looked_up[id(table)] = output
+
+    hooks = [table.register_forward_hook(keep) for table in tables]
+    try:
+        if tables:
+            model(input_ids=random_tokens(model), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for table in tables:
+        rows = looked_up.get(id(table))
+        if rows is None or rows.shape[-2] != TOKENS:
+            continue
+        rows = rows.flatten(0, -2)[:TOKENS]
+        # some leave the first rows to padding
+        first = int((table.weight - rows[0]).abs().sum(-1).argmin())
+        if first + TOKENS <= len(table.weight) and torch.equal(table.weight[first : first + TOKENS], rows):
+            return len(table.weight) - first
+    return None
+
+
+@torch.no_grad()
+def check_positions_are_heard(model: PreTrainedModel) -> None:
+    """UserError where `model` places tokens by counting them itself (BART): behind padding, and in packed documents,
+    they would stand elsewhere than alone.
+
+    A row of one token, repeated, is the same everywhere to attention; what differs then comes from the places.
+    """
+    tokens = random_tokens(model)[:1, :1].expand(1, TOKENS)
+    counted, told = (
+        model(input_ids=tokens, use_cache=False, **places).logits.float()
+        for places in ({}, {"position_ids": torch.zeros_like(tokens)})
+    )
+    size = counted.square().mean().sqrt()
+    if torch.equal(counted, told) and float((counted - counted[:, :1]).abs().max()) > 1e-3 * float(size):
+        raise UserError(
+            f"{type(model).__name__} cannot be linearized: it does not follow position_ids, so that padding and packed "
+            "documents would move its tokens"
+        )
