@@ -40,20 +40,31 @@ def find_position_table(model: PreTrainedModel) -> int | None:
 
 
 @torch.no_grad()
-def check_positions_are_heard(model: PreTrainedModel) -> None:
+def check_positions_and_cache(model: PreTrainedModel) -> None:
     """UserError where `model` places tokens by counting them itself (BART): behind padding, and in packed documents,
-    they would stand elsewhere than alone.
+    they would stand elsewhere than alone. And where its layers see something else as soon as there is a cache (Gemma 3n
+    before transformers 5.5, whose layers find each other's keys there): attention is watched without.
 
     A row of one token, repeated, is the same everywhere to attention; what differs then comes from the places.
     """
-    tokens = random_tokens(model)[:1, :1].expand(1, TOKENS)
-    counted, told = (
-        model(input_ids=tokens, use_cache=False, **places).logits.float()
-        for places in ({}, {"position_ids": torch.zeros_like(tokens)})
+    name = type(model).__name__
+    tokens = random_tokens(model)[:1, :1].expand(1, 4)
+    counted, told, cached = (
+        model.base_model(input_ids=tokens, **how)[0].float()
+        for how in (
+            {"use_cache": False},
+            {"use_cache": False, "position_ids": torch.zeros_like(tokens)},
+            {"use_cache": True},
+        )
     )
     size = counted.square().mean().sqrt()
     if torch.equal(counted, told) and float((counted - counted[:, :1]).abs().max()) > 1e-3 * float(size):
         raise UserError(
-            f"{type(model).__name__} cannot be linearized: it does not follow position_ids, so that padding and packed "
-            "documents would move its tokens"
+            f"{name} cannot be linearized: it does not follow position_ids, so that padding and packed documents would "
+            "move its tokens"
+        )
+    if float((counted - cached).square().mean().sqrt()) > 3e-2 * float(size):
+        raise UserError(
+            f"{name} cannot be linearized: it gives something else with a cache than without, as where layers have no "
+            "keys and values of their own"
         )

@@ -35,7 +35,7 @@ class ChannelFrame:
             level.multiply()
 
     def forward(self, segment: Segment, rows: Tensor, keys: Tensor, A: Tensor, L: Tensor | None) -> None:
-        m, C, R, K = rows.shape
+        m, _, R, _ = rows.shape
         self._plant(segment, rows.shape)
         A.zero_()
         A.diagonal(0, 1, 2).copy_(self.work.dot(rows[:, :, 0], keys))
@@ -55,7 +55,7 @@ class ChannelFrame:
         m, C, R, K = raw_rows.shape
         self._plant(segment, raw_rows.shape)
         self.raw_rows, self.raw_keys = raw_rows, raw_keys
-        rows, keys = tokens(self.work, "", m, C, R, K)
+        rows, keys = tokens(self.work, "decayed", m, C, R, K)
         fill = A is None
         if A is None:
             A = self.work("A", m, C, C).zero_()
@@ -74,8 +74,7 @@ class ChannelFrame:
     def backward(
         self, segment: Segment, dA: Tensor, d_rows: Tensor, d_keys: Tensor, d_state: Tensor, state: Tensor, gates: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        tree = self.tree
-        m, C, R, K = d_rows.shape
+        tree, (m, _, R, K) = self.tree, d_rows.shape
         if gates:
             torch.mul(self.work.dot(d_state, state).view(m, K), tree.root, out=tree.d_root)
         for level in reversed(tree.levels):

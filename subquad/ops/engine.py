@@ -29,7 +29,7 @@ from subquad.ops.checks import work_dtype
 from subquad.ops.functions import FirstDerivative, LoopedFunction
 from subquad.ops.memory import Workspace
 from subquad.ops.scalar import Levels, ScalarFrame, decay_levels
-from subquad.ops.segments import MATRICES, Layout, Segment, StateScan, Tokens
+from subquad.ops.segments import Layout, Segment, StateScan, Tokens
 from subquad.ops.tree import tokens
 from subquad.ops.updates import Kept, additive_backward, additive_forward, delta_backward, delta_forward
 
@@ -69,7 +69,7 @@ class Plan:
 
 def run(inputs: Inputs, layout: Layout, scale: float, eps: float | None = None) -> tuple[Tensor, Tensor]:
     """o [B, T, H, V] and the final states [sequences, BH, K, V], with a normaliser V + 1."""
-    if layout.BH > 2 * MATRICES and layout.B > 1:
+    if layout.B > 1 and 2 * layout.matrices < layout.BH:
         return _in_batches(inputs, layout, scale, eps)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final, *_ = Chunked.apply(*inputs, Plan(layout, scale, work_dtype(inputs.q), keep, eps))
@@ -78,7 +78,7 @@ def run(inputs: Inputs, layout: Layout, scale: float, eps: float | None = None) 
 
 def _in_batches(inputs: Inputs, layout: Layout, scale: float, eps: float | None) -> tuple[Tensor, Tensor]:
     """A batch so large that one chunk of it leaves the cache, some sequences at a time."""
-    H, size = layout.H, max(1, MATRICES // layout.H)
+    H, size = layout.H, max(1, layout.matrices // layout.H)
     by_head = ("initial", "rows", "columns", "start", "end")  # [..., BH, ...]
     parts = [
         [None] * -(-layout.B // size) if x is None else x.split(size * H, 1) if name in by_head else x.split(size, 0)
@@ -86,7 +86,7 @@ def _in_batches(inputs: Inputs, layout: Layout, scale: float, eps: float | None)
     ]
     results = []
     for part in map(Inputs._make, zip(*parts, strict=True)):
-        results.append(run(part, Layout(part.q.shape[0], layout.T, H, layout.C), scale, eps))
+        results.append(run(part, Layout(part.q.shape[0], layout.T, H, layout.C, layout.matrices), scale, eps))
     outputs, states = zip(*results, strict=True)
     return torch.cat(outputs), torch.cat(states, 1)
 
@@ -158,7 +158,7 @@ class ChunkedBackward(FirstDerivative):
             grads.to_v.store(d_values[..., :V], segment)
             starts, flat = kept.states.starts(segment), reads.view(m, C * R, -1)
             dA = torch.bmm(flat, values.mT, out=work("dA", m, C * R, C)).view(m, C, R, C)
-            d_rows, d_keys = tokens(work, "d_", m, C, R, K)
+            d_rows, d_keys = tokens(work, "gradients", m, C, R, K)
             torch.bmm(flat, starts.flatten(0, 1).mT, out=d_rows.view(m, C * R, K))
             torch.bmm(values, ends.flatten(0, 1).mT, out=d_keys)
             gates = frame.backward(segment, dA, d_rows, d_keys, ends, starts, grads.wants_gates)
@@ -175,7 +175,7 @@ class Sources:
         self.beta = None if inputs.beta is None else Tokens(plan.layout, inputs.beta)
         self.K, self.V = inputs.q.shape[-1], inputs.v.shape[-1]
 
-    def rows(self, segment: Segment, name: str = "") -> tuple[Tensor, Tensor]:
+    def rows(self, segment: Segment, name: str = "decayed") -> tuple[Tensor, Tensor]:
         """Rows [m, C, R, K] (queries times scale; keys) and keys [m, C, K] (times beta)."""
         m, C, R = segment.n * self.plan.layout.BH, self.plan.layout.C, 1 if self.beta is None else 2
         rows, keys = tokens(self.work, name, m, C, R, self.K)

@@ -20,7 +20,8 @@ class Workspace:
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.key = (like.device, dtype)
-        self.buffers, self.views = self._pool.__dict__.setdefault(self.key, ({}, {}))
+        pools: dict = self._pool.__dict__.setdefault("pools", {})
+        self.buffers, self.views = pools.setdefault(self.key, ({}, {}))
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """A buffer of this shape with anything in it, one a name and shape."""

@@ -58,7 +58,7 @@ def mlstm(
     # Gate arithmetic runs in float64 in both forms: m grows to hundreds, and what is exponentiated are differences.
     i, f = input_gate.to(torch.float64), F.logsigmoid(forget_gate.to(torch.float64))
     if form == "chunk":
-        packing = Packing(q, chunk_size, cu_seqlens)
+        packing = Packing(q, v, chunk_size, cu_seqlens)
         q, k, v, f = (packing.pack(x) for x in (q, k, v, f))
         i = packing.pack(i, fill=-torch.inf)
         o, state = _chunk(q, k, v, i, f, initial_state, scale, packing.layout)

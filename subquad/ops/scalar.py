@@ -110,7 +110,7 @@ class ScalarFrame:
             self.rows, self.keys = raw_rows, raw_keys
         else:
             P, E = self._factors(segment)
-            self.rows, self.keys = tokens(self.work, "", m, C, R, K)
+            self.rows, self.keys = tokens(self.work, "decayed", m, C, R, K)
             torch.mul(raw_rows, P, out=self.rows)
             torch.mul(raw_keys, E, out=self.keys)
         return self.rows, self.keys, self.products[:, :, 0]

@@ -16,7 +16,10 @@ from torch import Tensor
 
 CHUNK = 32  # 64 is 5 to 20% slower, 16 more
 SMALLEST = 16  # below, the state's rounding at every chunk would show in float32
-MATRICES = 80  # in a segment: more leave the cache, fewer pay for launches
+# A segment has as many chunk matrices as keep so many numbers at work, 80 of them for heads of 64: more leave the
+# cache (10% slower at twice as many), fewer pay for launches.
+NUMBERS = 1_000_000
+FEWEST, MOST = 8, 160
 
 
 class Segment(NamedTuple):
@@ -27,9 +30,9 @@ class Segment(NamedTuple):
 class Layout:
     """Where the tokens of q-shaped tensors [B, T, H, D] go, and at which chunks documents begin and end."""
 
-    def __init__(self, B: int, T: int, H: int, C: int, bounds: list[int] | None = None) -> None:
+    def __init__(self, B: int, T: int, H: int, C: int, matrices: int, bounds: list[int] | None = None) -> None:
         self.B, self.T, self.H, self.BH = B, T, H, B * H
-        self.C = C
+        self.C, self.matrices = C, matrices
         self.N = -(-T // self.C)
         # `Packing` has made the bounds of documents multiples of C.
         chunks = [0, self.N] if bounds is None else [b // self.C for b in bounds]
@@ -38,7 +41,8 @@ class Layout:
         self.first = {a: n for n, (a, b) in enumerate(self.spans) if a < b}
         self.last = {b - 1: n for n, (a, b) in enumerate(self.spans) if a < b}
         self.empty = [n for n, (a, b) in enumerate(self.spans) if a == b]
-        self.n = max(1, min(self.N, MATRICES // max(1, self.BH)))
+        most = max(1, matrices // max(1, self.BH))
+        self.n = max(1, -(-self.N // max(1, -(-self.N // most))))  # as even as may be
 
     def segments(self) -> list[Segment]:
         return [Segment(c, min(self.n, self.N - c)) for c in range(0, self.N, self.n)]
@@ -93,21 +97,22 @@ class Tokens:
 class Packing:
     """Documents of a packed sequence moved apart, so that each begins with a chunk; nothing to do without documents."""
 
-    def __init__(self, x: Tensor, chunk_size: int | None, cu_seqlens: Tensor | None) -> None:
-        B, T, H, _ = x.shape
+    def __init__(self, q: Tensor, v: Tensor, chunk_size: int | None, cu_seqlens: Tensor | None) -> None:
+        B, T, H, K = q.shape
         self.positions: Tensor | None = None
+        C = chunk_length(T, chunk_size)
+        matrices = chunk_matrices(C, K, v.shape[-1])
         if cu_seqlens is None:
-            self.layout = Layout(B, T, H, chunk_length(T, chunk_size))
+            self.layout = Layout(B, T, H, C, matrices)
             return
         bounds = cu_seqlens.tolist()
-        C = chunk_length(T, chunk_size)
         apart, positions = [0], []
         for start, end in itertools.pairwise(bounds):
             positions.append(torch.arange(apart[-1], apart[-1] + end - start))
             apart.append(apart[-1] + -(-(end - start) // C) * C)
         if apart != bounds:
-            self.positions, self.length = torch.cat(positions).to(x.device), apart[-1]
-        self.layout = Layout(B, apart[-1], H, C, apart)
+            self.positions, self.length = torch.cat(positions).to(q.device), apart[-1]
+        self.layout = Layout(B, apart[-1], H, C, matrices, apart)
 
     def pack(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """[1, T, ...] -> [1, T and padding, ...]"""
@@ -122,6 +127,11 @@ class Packing:
 def chunk_length(T: int, chunk_size: int | None) -> int:
     """A power of two: the requested size, or the default, but no more than the sequence needs."""
     return 1 << (min(max(1, T), max(SMALLEST, chunk_size or CHUNK)) - 1).bit_length()
+
+
+def chunk_matrices(C: int, K: int, V: int) -> int:
+    """In a segment; each has its rows, keys and values with their gradients, and two states."""
+    return max(FEWEST, min(MOST, NUMBERS // (K * V + 2 * C * (K + V))))
 
 
 def _copy(source: Tensor, target: Tensor, factor: float | Tensor) -> None:

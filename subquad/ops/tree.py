@@ -50,15 +50,14 @@ class Level:
             rows, keys = tokens(work, name, m, C, R, K)
             return [rows.view(P, 2, h * R, K)[:, 1], keys.view(P, 2, h, K)[:, 0]]
 
-        now, grads = halves(""), halves("d_")
-        was, products = (list(tokens(work, n, P, h, R, K)) for n in (f"was{level}", "products"))
-        was[0], products[0] = was[0].view(P, h * R, K), products[0].view(P, h * R, K)
+        now, grads = halves("decayed"), halves("gradients")
+        was, products = ([x.view(P, -1, K) for x in tokens(work, n, P, h, R, K)] for n in (f"was{level}", "moved"))
         self.block = work("block", P, h * R, h)
-        self.dots, self.dots_was = Dots(*now, self.block, work), Dots(*was, self.block, work)
+        self.dots, self.dots_was = (Dots(work, rows, keys, self.block) for rows, keys in (now, was))
         self.products = Product(self.block, was[1], products[0]), Product(self.block.mT, was[0], products[1])
-        sides = [now, was, grads, products, factors.unsqueeze(2).unbind(1), d_totals.unbind(1)]
+        sides: list = [now, was, grads, products, factors.unsqueeze(2).unbind(1), d_totals.unbind(1)]
         if R == 1:
-            sides = [[_stack(right, left)] for right, left in sides]
+            sides = [[_stack(*both)] for both in sides]
         self.sides = [Side(*views) for views in zip(*sides, strict=True)]
 
     def multiply(self) -> None:
@@ -75,8 +74,17 @@ class Level:
 class Side:
     """What moves at a level, [P, r, K]; with one row a token, rows and keys at once, [2, P, r, K]."""
 
-    def __init__(self, now: Tensor, was: Tensor, grad: Tensor, product: Tensor, factor: Tensor, d_total: Tensor) -> None:
-        self.now, self.was, self.grad, self.product, self.factor, self.d_total = now, was, grad, product, factor, d_total
+    def __init__(
+        self, now: Tensor, was: Tensor, grad: Tensor, product: Tensor, factor: Tensor, d_total: Tensor
+    ) -> None:
+        self.now, self.was, self.grad, self.product, self.factor, self.d_total = (
+            now,
+            was,
+            grad,
+            product,
+            factor,
+            d_total,
+        )
         self.terms = list(zip(was.unbind(-2), grad.unbind(-2), strict=True)) if was.shape[-2] <= FEW else []
 
     def keep(self) -> None:
@@ -102,7 +110,7 @@ class Side:
 class Dots:
     """block [P, h R, h] = rows keys^T."""
 
-    def __init__(self, rows: Tensor, keys: Tensor, block: Tensor, work: Workspace) -> None:
+    def __init__(self, work: Workspace, rows: Tensor, keys: Tensor, block: Tensor) -> None:
         self.x, self.y, self.block, self.each = rows, keys.mT, block, None
         (P, r, K), h = rows.shape, keys.shape[1]
         if r * h * K < SMALL:
@@ -118,9 +126,9 @@ class Product:
     """out = x y; the smallest term by term, several times as fast as PyTorch's loop for them."""
 
     def __init__(self, x: Tensor, y: Tensor, out: Tensor) -> None:
-        self.x, self.y, self.out, (_, I, J) = x, y, out, x.shape
-        small = I * J * y.shape[2] < SMALL
-        self.terms = [(x[:, :, j : j + 1], y[:, j : j + 1]) for j in range(J)] if small else []
+        self.x, self.y, self.out = x, y, out
+        small = out[0].numel() * x.shape[2] < SMALL
+        self.terms = [(x[:, :, j : j + 1], y[:, j : j + 1]) for j in range(x.shape[2])] if small else []
 
     def run(self) -> None:
         if not self.terms:

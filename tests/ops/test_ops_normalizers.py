@@ -97,7 +97,7 @@ def test_mlstm_from_and_to_states_in_benign_gates(T):
 
 
 def test_mlstm_of_a_large_batch():
-    case = draw_mlstm(40, B=30, H=7, K=8, V=8, state=True)
+    case = draw_mlstm(40, B=50, H=7, K=8, V=8, state=True)
     assert_close(differentiate(run("chunk"), case), differentiate(run("step"), case), 1e-10)
 
 

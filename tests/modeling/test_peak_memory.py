@@ -1,0 +1,73 @@
+"""Memory of a student grows with the text as the text does: peaks of fresh processes, above what they hold before."""
+
+import subprocess
+import sys
+
+import pytest
+from modeling_cases import EIGHT
+
+SHORT, LONG = 32_768, 65_536
+
+PEAK = """
+import sys
+sys.modules["fla"] = None
+import resource
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+import subquad
+
+torch.set_num_threads(1)
+family, mixer, how, T = *sys.argv[1:4], int(sys.argv[4])
+sizes = dict(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+sizes |= dict(num_key_value_heads=2, head_dim=16, pad_token_id=0, max_position_embeddings=T)
+windows = {} if family == "llama" else {"sliding_window": 512}
+config = AutoConfig.for_model(family, **sizes, **windows)
+with torch.no_grad():
+    teacher = AutoModelForCausalLM.from_config(config).eval()
+    student = subquad.linearize(teacher, mixer, calibration=torch.arange(3, 15)[None])
+    ids = torch.randint(3, 61, (1, T))
+    mask = torch.ones_like(ids)
+    mask[:, : T // 4] = how != "padded"
+    given = dict(use_cache=how == "cached", logits_to_keep=1, attention_mask=mask if how == "padded" else None)
+    student(input_ids=ids[:, :512], **(given | {"attention_mask": None}))  # what comes with the first call
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = student(input_ids=ids, **given)
+    assert out.logits.isfinite().all()
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def peak(family: str, mixer: str, how: str, T: int) -> int:
+    """Bytes that a forward of one row of T tokens adds to a process."""
+    run = subprocess.run([sys.executable, "-c", PEAK, family, mixer, how, str(T)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout.split()[-1])
+
+
+def check(family: str, mixer: str, how: str) -> None:
+    short, long = peak(family, mixer, how, SHORT), peak(family, mixer, how, LONG)
+    at = ", ".join(f"{n / 2**20:.0f} MiB at {T:,}" for n, T in ((short, SHORT), (long, LONG)))
+    print(f"{family} {mixer} {how}: {at}: {long / short:.2f}")
+    assert long <= 2.2 * short
+    assert short > 16 * 2**20  # else something else was measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", EIGHT)
+@pytest.mark.parametrize(("family", "how"), [("llama", "uncached"), ("llama", "padded"), ("mistral", "cached")])
+def test_twice_the_text_takes_twice_the_memory(family, how, mixer):
+    check(family, mixer, how)
+
+
+@pytest.mark.slow
+@pytest.mark.sample
+@pytest.mark.parametrize(
+    ("family", "mixer", "how"),
+    [
+        ("gemma2", "gla", "padded"),
+        ("gemma3_text", "xlstm", "uncached"),
+        ("mistral", "gated_deltanet", "padded"),
+    ],
+)
+def test_twice_the_text_takes_twice_the_memory_in_families_with_windows(family, mixer, how):
+    check(family, mixer, how)
