@@ -202,14 +202,13 @@ def run_stage(run: StageRun, student: SubquadForCausalLM) -> None:
         if last is not None:
             trainer.average.load(load_file(last / AVERAGE))
         trainer.add_callback(AverageEachStep(trainer.average, student))
-    if run.stage.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+    switch_checkpointing(student, run.stage.gradient_checkpointing)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.average is not None:
         trainer.average.put_into(student)
     if run.stage.lora is not None:
         merge_lora(student)
-    student.gradient_checkpointing_disable()
+    switch_checkpointing(student, False)
     student.requires_grad_(True)
     student.zero_grad()
 
@@ -270,6 +269,15 @@ def rows_of_a_process(stage: Stage, processes: int) -> tuple[int, int]:
     if share % micro:
         raise UserError(f"micro_batch_size: got {micro}, expected a divisor of the {share} rows of a process in a step")
     return share, micro
+
+
+def switch_checkpointing(student: SubquadForCausalLM, on: bool) -> None:
+    """Gradient checkpointing, by the name that this release of `transformers` has for it."""
+    name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    elif any(getattr(module, "gradient_checkpointing", False) for module in student.modules()):
+        getattr(student, f"{name}_checkpointing_disable")()
 
 
 class AverageEachStep(TrainerCallback):

@@ -18,6 +18,7 @@ from subquad import mixers
 from subquad.config import load_recipe
 from subquad.distill import pipeline, trainer
 from subquad.distill.pipeline import distill
+from subquad.distill.progress import read_jsonl
 from subquad.errors import UserError
 from tests.workshop import tiny_recipe
 
@@ -160,28 +161,30 @@ def test_every_mixer_goes_through_all_stages(mixer, recipe_path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.sample
-def test_killed_at_random_and_run_again_ends_bitwise_the_same(undisturbed, recipe_path, tmp_path):
-    """SIGKILL to the real command, wherever it happens to be, three times."""
+@pytest.mark.parametrize(
+    "stage", [pytest.param(s, marks=pytest.mark.sample if s == "hidden" else ()) for s in pipeline.ORDER]
+)
+def test_killed_at_random_in_a_stage_and_run_again_ends_bitwise_the_same(stage, undisturbed, recipe_path, tmp_path):
+    """SIGKILL to the real command, three times while it is in this stage, wherever it happens to be."""
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "subquad.cli", "distill", str(recipe_path), "--output", str(output)]
-    generator = random.Random(0)
+    generator = random.Random(stage)
+
+    def steps():
+        return [m["step"] for m in read_jsonl(output / "metrics.jsonl") if m["stage"] == stage]
+
     kills = 0
-    while kills < 3:
+    for _ in range(3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        metrics = output / "metrics.jsonl"
-        before = metrics.stat().st_size if metrics.exists() else 0
+        reached = len(steps())
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if metrics.exists() and metrics.stat().st_size != before:
-                time.sleep(generator.uniform(0, 0.5))
-                break
+        while process.poll() is None and len(steps()) <= reached and time.monotonic() < deadline:
             time.sleep(0.01)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
+        time.sleep(generator.uniform(0, 0.3))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
         process.wait()
-        kills += 1
     assert kills
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -190,3 +193,23 @@ def test_killed_at_random_and_run_again_ends_bitwise_the_same(undisturbed, recip
     assert again.returncode == 0
     assert "is finished" in again.stdout
     shutil.rmtree(output)
+
+
+def test_a_kill_in_the_middle_of_a_save_loses_nothing(undisturbed, recipe_path, tmp_path, monkeypatch):
+    """The second checkpoint of a stage is cut off behind its weights: the first is used, and the end is the same."""
+    output, saved = tmp_path / "cut", []
+    save_state = trainer.StageTrainer._save_optimizer_and_scheduler
+
+    def cut(self, folder):
+        saved.append(folder)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        save_state(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.StageTrainer, "_save_optimizer_and_scheduler", cut)
+        with pytest.raises(KeyboardInterrupt):
+            distill(load_recipe(recipe_path), output)
+    assert len(list((output / "checkpoints" / "matrix").glob("checkpoint-*"))) == 2
+    distill(load_recipe(recipe_path), output)
+    assert same(weights(output), weights(undisturbed[0]))

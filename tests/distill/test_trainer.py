@@ -121,8 +121,8 @@ def test_frozen_groups_do_not_move_and_rates_are_their_own(recipe_path, tmp_path
     slow = train(recipe_path, tmp_path / "slow", *only("end_to_end", "groups.copied.lr=1e-9"))
     q = next(name for name in slow if name.endswith("mixer.q_proj.weight"))
     assert 0 < (slow[q] - fresh[q]).abs().max() < 1e-7
+    everything = [f"groups.{name}.frozen=true" for name in ("new", "copied")]
     with pytest.raises(UserError, match="is frozen"):
-        everything = [f"groups.{name}.frozen=true" for name in ("new", "copied")]
         train(recipe_path, tmp_path / "nothing", *only("hidden", *everything))
 
 
