@@ -23,6 +23,7 @@ Turn a pretrained Transformer into a subquadratic language model, and see what t
   look       mixers     what can stand in the place of attention
              inspect    a saved student: its layers, options, parameters, and what it holds a sequence
   use        generate   let a model write on
+  measure    bench      the ops beside their peers on this machine
 
 A recipe's teacher, and MODEL below, may be: nano, smollm2-135m, a directory, a .gguf file, or a hub id.
 """
@@ -104,6 +105,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--chat", action="store_true", help="TEXT is a message; use the model's chat template")
+    command = add("bench", run_bench, "Time the ops beside every peer that is installed, forward and backward.")
+    command.add_argument("what", choices=["ops"], help="what to time: ops")
+    command.add_argument("--sizes", metavar="LIST", help="tokens, or tokens x batch, comma-separated: 2048,512x8")
+    command.add_argument("--only", metavar="LIST", help="names of kinds and peers, comma-separated")
+    command.add_argument("--seconds", type=float, default=60.0, help="about so long a size at most")
+    command.add_argument("--json", metavar="FILE", help="write all figures there")
+    command.add_argument("--no-memory", action="store_true", help="skip peak memory, a process for each kind and size")
     return parser
 
 
@@ -278,6 +286,22 @@ def run_generate(args: argparse.Namespace) -> None:
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.tokens, pad_token_id=pad, **sampling
     )
     print(tokenizer.decode(out[0, len(fed) if args.chat else 0 :], skip_special_tokens=True))
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    from subquad.ops import report
+
+    try:
+        sizes, names = report.parse_sizes(args.sizes or report.SIZES), report.parse_names(args.only)
+    except ValueError as error:
+        raise UserError(error) from None
+    if not args.seconds > 0:
+        raise UserError(f"--seconds: got {args.seconds}, expected more than 0")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json: the directory of {args.json!r} does not exist; expected a file in one that does")
+    done = report.run(sizes, names, args.seconds, not args.no_memory, lambda text: print(text, flush=True))
+    if args.json:
+        Path(args.json).write_text(json.dumps(done.as_dict(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,16 @@ class Row:
     samples: int
     share_of_matmul_rate: float | None = None
 
-    def as_dict(self) -> dict:
-        return asdict(self)
+
+@dataclass
+class Token:
+    """One decoded token: microseconds; how many remain when states have 4 x 4 numbers, so that Python and the launching
+    of ops are all there is; and how many times as long SDPA takes."""
+
+    name: str
+    microseconds: float
+    launches: float | None
+    ratio: float
 
 
 def kinds() -> dict[str, Callable[[dict], tuple]]:
@@ -246,28 +254,35 @@ def measure(size: Size, names: list[str] | None = None, seconds: float = 60.0) -
     return rows, missing
 
 
-def measure_decode(size: Size, context: int = 8192) -> dict[str, float]:
-    """Microseconds of one token: each kind from its state, and SDPA over a key/value cache of `context` tokens."""
-    B, H, K, V = size.B, size.H, size.K, size.V
-    a = {name: x.detach() for name, x in arguments(Size(1, B, H, K, V)).items()}
-    cache = torch.randn(2, B, H, context, K)
-    q, S = a["q"].transpose(1, 2), torch.zeros(B, H, K, V)
+def measure_decode(size: Size, context: int = 8192) -> list[Token]:
+    """One token: each kind from its state, in place, and SDPA over a key/value cache of `context` tokens."""
+    calls = {name: (call, _decoding(Size(1, size.B, size.H, 4, 4))[name]) for name, call in _decoding(size).items()}
+    cache = torch.randn(2, size.B, size.H, context, size.K)
+    q = torch.randn(size.B, size.H, 1, size.K)
+    flat: dict[str, Call] = {"sdpa": lambda: F.scaled_dot_product_attention(q, cache[0], cache[1])}
+    for name, (call, small) in calls.items():
+        flat |= {name: call, f"launches of {name}": small}
+    with torch.no_grad():
+        times = {n: 1e3 * statistics.median(x) for n, x in interleaved(flat, samples=200, seconds=30.0).items()}
+    tokens = [Token(n, times[n], times[f"launches of {n}"], times["sdpa"] / times[n]) for n in calls]
+    return [*tokens, Token(f"sdpa over {context}", times["sdpa"], None, 1.0)]
+
+
+def _decoding(size: Size) -> dict[str, Call]:
+    a = {name: x.detach() for name, x in arguments(Size(1, size.B, size.H, size.K, size.V)).items()}
+    S = torch.zeros(size.B, size.H, size.K, size.V)
 
     def step(k: str, log_decay: str | None, beta: str | None) -> Call:
         decay, strength = (None if name is None else a[name] for name in (log_decay, beta))
         return lambda: ops.step(a["q"], a[k], a["v"], decay, strength, initial_state=S, inplace=True)
 
-    calls: dict[str, Call] = {
+    return {
         "none": step("k", None, None),
         "scalar": step("k", "scalar", None),
         "channel": step("k", "channel", None),
         "gated_delta": step("unit_k", "scalar", "beta"),
         "kda": step("unit_k", "channel", "beta"),
-        f"sdpa over {context}": lambda: F.scaled_dot_product_attention(q, cache[0], cache[1]),
     }
-    with torch.no_grad():
-        times = interleaved(calls, samples=200, seconds=30.0)
-    return {name: 1e3 * statistics.median(x) for name, x in times.items()}
 
 
 def peak_memory(kind: str, size: Size) -> int:
