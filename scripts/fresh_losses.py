@@ -1,4 +1,4 @@
-"""The loss of a freshly linearized student, nothing taught yet: copied, not copied, and with attention removed.
+"""The loss of a freshly linearized student, nothing taught yet: random, copied, calibrated; and without attention.
 
     python scripts/fresh_losses.py nano
     python scripts/fresh_losses.py smollm2-135m --corpus books.valid.txt
@@ -7,6 +7,7 @@ Prints the table of docs/mixers.md, in nats on held-out text.
 """
 
 import argparse
+import time
 
 import torch
 
@@ -40,20 +41,28 @@ def main() -> None:
     parser.add_argument("--corpus", default="python-stdlib", help="a source of text; its held-out part is used")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--calibrate", type=int, default=2048, help="tokens of calibration")
+    parser.add_argument("--mixers", nargs="+", default=list(mixers.REGISTRY))
     args = parser.parse_args()
     teacher, tokenizer = subquad.load_teacher(args.teacher)
     corpus = Corpus(source=args.corpus, context=args.context)
     held_out = token_rows(corpus, tokenizer, "valid", limit=args.rows * args.context)
     rows = torch.stack([held_out[i]["input_ids"] for i in range(args.rows)])
-    calibration = token_rows(corpus, tokenizer, "train", limit=2**16)[0]["input_ids"][None]
+    text = token_rows(corpus, tokenizer, "train", limit=2**16)
+    calibration = torch.stack([text[i]["input_ids"] for i in range(max(1, args.calibrate // args.context))])
     print(f"teacher {loss(teacher, rows):.2f}, attention removed {without_attention(teacher, rows):.2f}\n")
-    print("| mixer | copied | not copied |\n|---|---|---|")
-    for name in mixers.REGISTRY:
+    print("| mixer | random | copied | calibrated | seconds |\n|---|---|---|---|---|")
+    for name in args.mixers:
         values = [
             loss(subquad.linearize(teacher, name, copy_qkv=copy, calibration=calibration).eval(), rows)
-            for copy in (True, False)
+            for copy in (False, True)
         ]
-        print(f"| `{name}` | {values[0]:.2f} | {values[1]:.2f} |", flush=True)
+        start = time.perf_counter()
+        student = subquad.linearize(teacher, name, calibrate=calibration).eval()
+        seconds = time.perf_counter() - start
+        print(
+            f"| `{name}` | {values[0]:.2f} | {values[1]:.2f} | {loss(student, rows):.2f} | {seconds:.0f} |", flush=True
+        )
 
 
 if __name__ == "__main__":
