@@ -72,8 +72,33 @@ def run(inputs: Inputs, layout: Layout, scale: float, eps: float | None = None) 
     if layout.B > 1 and 2 * layout.matrices < layout.BH:
         return _in_batches(inputs, layout, scale, eps)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    o, final, *_ = Chunked.apply(*inputs, Plan(layout, scale, work_dtype(inputs.q), keep, eps))
+    plan = Plan(layout, scale, work_dtype(inputs.q), keep, eps)
+    if torch.compiler.is_compiling():
+        from subquad.ops import compiled
+
+        return compiled.run(inputs, plan)
+    o, final, *_ = Chunked.apply(*inputs, plan)
     return o, final
+
+
+def empty_results(inputs: Inputs, plan: Plan) -> tuple[Tensor | None, ...]:
+    """What `Chunked` returns, not yet computed: o, the final states, and what is kept: A, U, the inverse, states, and
+    of a normaliser its level and slope."""
+    q, v, layout, C = inputs.q, inputs.v, plan.layout, plan.layout.C
+    K, V = q.shape[-1], v.shape[-1] + (plan.eps is not None)
+    kept_chunks = layout.N if plan.keep else layout.n
+    m = kept_chunks * layout.BH
+    made: dict[str, Any] = {"dtype": plan.dtype}
+    A = U = inverse = level = slope = None
+    if inputs.beta is None:
+        A = q.new_empty(m, C, C, **made)
+    else:
+        U, inverse = q.new_empty(m, C, V, **made), q.new_zeros(m, C * (C + 1), **made)
+    if plan.eps is not None:
+        level, slope = (q.new_ones(q.shape[:3], **made) for _ in range(2))
+    final = q.new_empty(layout.sequences, layout.BH, K, V, **made)
+    slots = q.new_empty(kept_chunks + 1, layout.BH, K, V, **made)
+    return q.new_empty(v.shape), final, A, U, inverse, slots, level, slope
 
 
 def _in_batches(inputs: Inputs, layout: Layout, scale: float, eps: float | None) -> tuple[Tensor, Tensor]:
@@ -97,14 +122,13 @@ class Chunked(LoopedFunction):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
         inputs, plan = Inputs(*args[:-1]), args[-1]
-        q, v, layout = inputs.q, inputs.v, plan.layout
-        work = Workspace(q, plan.dtype)
+        layout, work = plan.layout, Workspace(inputs.q, plan.dtype)
         frame = make_frame(plan, inputs, work)
-        V = v.shape[-1] + (plan.eps is not None)
-        o = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-        final = torch.empty(layout.sequences, layout.BH, q.shape[-1], V, dtype=plan.dtype, device=q.device)
-        normalizer = None if plan.eps is None else Normalizer(plan, inputs)
-        kept = _allocate(plan, q, V, inputs.beta is not None)
+        results = empty_results(inputs, plan)
+        o, final, A, U, inverse, slots, level, slope = results
+        assert o is not None and final is not None and slots is not None  # noqa: PT018
+        kept = Kept(StateScan(layout, slots, plan.keep), A, U, inverse)
+        normalizer = None if level is None or slope is None else Normalizer(plan, inputs.floor, level, slope)
         update = additive_forward if inputs.beta is None else delta_forward
         sources, target = Sources(plan, inputs, work), Tokens(layout, o)
         for segment in layout.segments():
@@ -116,8 +140,7 @@ class Chunked(LoopedFunction):
             target.store(reads, segment)
         for n in layout.empty:
             final[n] = 0 if inputs.initial is None else inputs.initial[n]
-        level, slope = (None, None) if normalizer is None else (normalizer.level, normalizer.slope)
-        return o, final, kept.A, kept.U, kept.inverse, kept.states.slots, level, slope
+        return results
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -141,7 +164,7 @@ class ChunkedBackward(FirstDerivative):
         *tensors, A, U, inverse, slots, level, slope, o, plan = args
         inputs, layout = Inputs(*tensors), plan.layout
         V, beta = inputs.v.shape[-1], inputs.beta
-        kept = Kept(StateScan.of(layout, slots), A, U, inverse)
+        kept = Kept(StateScan(layout, slots, True), A, U, inverse)
         work = Workspace(inputs.q, plan.dtype)
         frame = make_frame(plan, inputs, work)
         grads = Gradients(plan, inputs, slots, work)
@@ -199,12 +222,10 @@ class Sources:
 class Normalizer:
     """Divides reads [m, C, V + 1] and remembers by what, level, and its derivative by the last channel, slope."""
 
-    def __init__(self, plan: Plan, inputs: Inputs) -> None:
+    def __init__(self, plan: Plan, floor: Tensor | None, level: Tensor, slope: Tensor) -> None:
         assert plan.eps is not None
-        self.eps, self.floor = plan.eps, None if inputs.floor is None else Tokens(plan.layout, inputs.floor)
-        shape = inputs.q.shape[:3]
-        self.level, self.slope = (torch.ones(shape, dtype=plan.dtype, device=inputs.q.device) for _ in range(2))
-        self.to_level, self.to_slope = Tokens(plan.layout, self.level), Tokens(plan.layout, self.slope)
+        self.eps, self.floor = plan.eps, None if floor is None else Tokens(plan.layout, floor)
+        self.to_level, self.to_slope = Tokens(plan.layout, level), Tokens(plan.layout, slope)
 
     def divide(self, reads: Tensor, segment: Segment) -> Tensor:
         m, C, _ = reads.shape
@@ -302,12 +323,3 @@ def make_frame(plan: Plan, inputs: Inputs, work: Workspace) -> ScalarFrame | Cha
     elif log_decay is not None:
         levels = decay_levels(plan.layout, log_decay)
     return ScalarFrame(plan.layout, levels, work, plan.dtype, inputs.input_gate is not None)
-
-
-def _allocate(plan: Plan, q: Tensor, V: int, delta: bool) -> Kept:
-    layout, dtype = plan.layout, plan.dtype
-    m, C = (layout.N if plan.keep else layout.n) * layout.BH, layout.C
-    states = StateScan(layout, (q.shape[-1], V), q, dtype, plan.keep)
-    if not delta:
-        return Kept(states, q.new_empty(m, C, C, dtype=dtype))
-    return Kept(states, None, q.new_empty(m, C, V, dtype=dtype), q.new_zeros(m, C * (C + 1), dtype=dtype))

@@ -32,7 +32,7 @@ class Layout:
 
     def __init__(self, B: int, T: int, H: int, C: int, matrices: int, bounds: list[int] | None = None) -> None:
         self.B, self.T, self.H, self.BH = B, T, H, B * H
-        self.C, self.matrices = C, matrices
+        self.C, self.matrices, self.bounds = C, matrices, bounds
         self.N = -(-T // self.C)
         # `Packing` has made the bounds of documents multiples of C.
         chunks = [0, self.N] if bounds is None else [b // self.C for b in bounds]
@@ -148,18 +148,10 @@ def _copy(source: Tensor, target: Tensor, factor: float | Tensor) -> None:
 class StateScan:
     """The order in which states pass from chunk to chunk, forward and backward, starting anew at each document."""
 
-    def __init__(self, layout: Layout, shape: tuple[int, int], like: Tensor, dtype: torch.dtype, keep: bool) -> None:
-        self.layout, self.keep = layout, keep
-        slots = (layout.N if keep else layout.n) + 1
-        self.slots = torch.empty(slots, layout.BH, *shape, dtype=dtype, device=like.device)
-        self.each = self.slots.unbind(0)
-
-    @classmethod
-    def of(cls, layout: Layout, slots: Tensor) -> StateScan:
-        """The scan whose forward pass kept these states."""
-        scan = cls.__new__(cls)
-        scan.layout, scan.keep, scan.slots, scan.each = layout, True, slots, slots.unbind(0)
-        return scan
+    def __init__(self, layout: Layout, slots: Tensor, keep: bool) -> None:
+        """`slots`, [chunks + 1, BH, K, V], holds the states of all chunks, or if none is kept of one segment."""
+        self.layout, self.slots, self.keep = layout, slots, keep
+        self.each = slots.unbind(0)
 
     def base(self, segment: Segment) -> int:
         """The slot of the segment's first chunk."""

@@ -1,5 +1,10 @@
-"""Memory of a student grows with the text as the text does: peaks of fresh processes, above what they hold before."""
+"""Memory of a student grows with the text as the text does: peaks of fresh processes, above what they hold before.
 
+The C library keeps tensors of some megabytes for later, in a heap with holes; whether it does depends on what was freed
+before, and it alone makes peaks of such small students differ by half from run to run. It is told not to.
+"""
+
+import os
 import subprocess
 import sys
 
@@ -39,7 +44,9 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 def peak(family: str, mixer: str, how: str, T: int) -> int:
     """Bytes that a forward of one row of T tokens adds to a process."""
-    run = subprocess.run([sys.executable, "-c", PEAK, family, mixer, how, str(T)], capture_output=True, text=True)
+    command = [sys.executable, "-c", PEAK, family, mixer, how, str(T)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return int(run.stdout.split()[-1])
 

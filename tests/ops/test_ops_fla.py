@@ -25,7 +25,7 @@ def missing():
 
 def interpreted(*arguments):
     if missing():
-        pytest.skip(f"needs {' and '.join(missing())}: pip install triton==3.9.0 fla-core==0.6.0")
+        pytest.skip(f"needs {' and '.join(missing())}: pip install triton fla-core==0.6.0")
     script = Path(__file__).with_name("fla_interpreted.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(
@@ -33,6 +33,13 @@ def interpreted(*arguments):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.sample
+def test_a_chunk_and_a_step_kernel_in_the_interpreter():
+    worst = interpreted("scalar", "delta", "chunk", "packed") | interpreted("channel", "additive", "step", "batch")
+    assert max(worst.values()) < 1e-5, worst
 
 
 @pytest.mark.slow

@@ -198,6 +198,31 @@ def test_mlstm_in_bfloat16():
     assert error(o, want) < 1e-2
 
 
+@pytest.mark.parametrize("op", ["mlstm", "normalized"])
+def test_gradients_of_half_precision_inputs(op):
+    case = draw_mlstm(100, low=-2, high=2)
+    case["q"], case["k"] = case["q"].abs(), case["k"].abs()
+    if op == "normalized":
+        del case["input_gate"], case["forget_gate"]
+    case = {n: x.bfloat16().double() for n, x in case.items()}
+
+    def in_half(**args):
+        half = {n: x.bfloat16() for n, x in args.items()}
+        return getattr(ops, op)(**half)[0].float(), args["q"].new_zeros(0)
+
+    def by_step(**args):
+        return getattr(ops, op)(**args, form="step")[0], args["q"].new_zeros(0)
+
+    assert_close(differentiate(in_half, case, torch.float32), differentiate(by_step, case), 1e-2)
+
+
+@pytest.mark.parametrize("K", [128, 256])
+def test_wide_heads_with_a_normaliser(K):
+    case = draw_mlstm(70, K=K, V=K, low=-2.0, high=2.0)
+    case["q"], case["k"] = case["q"].abs(), case["k"].abs()
+    assert_close(differentiate(run("chunk"), case, torch.float32), differentiate(run("step"), case), 1e-6)
+
+
 @pytest.mark.parametrize("decay", ["none", "fixed", "scalar", "channel"])
 @pytest.mark.parametrize("T", [1, 65, 200])
 def test_normalized_divides_by_the_sum_of_keys(decay, T):

@@ -6,8 +6,27 @@ from ops_cases import KIND_IDS, KINDS, assert_close, definition, differentiate, 
 from torch.utils.checkpoint import checkpoint
 
 from subquad import ops
+from subquad.ops import compiled
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+
+
+@kinds
+@pytest.mark.parametrize("normalizer", [False, True], ids=["plain", "normalizer"])
+def test_the_operation_of_a_compiled_graph_is_what_it_says(kind, normalizer):
+    """Its schema and its fake results; whole graphs are compiled in the slow tests."""
+    case = {n: x if x is None else x.float() for n, x in draw(kind, T=70, state=False).items()}
+    gate = case["log_decay"]
+    gate = gate.expand(1, 70, 2) if kind[0] == "fixed" else gate
+    given = [case["q"], case["k"], case["v"], gate, case["beta"], None, None]
+    eps = 1e-3 if normalizer and not kind[1] else None
+    arguments = (*given, *[None] * 5, [1, 70, 2, 32, 80], None, 0.25, True, eps)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(compiled.forward, arguments, test_utils=tests)
+    o, final, *kept = compiled.forward(*arguments)
+    needed = [x is not None for x in given]
+    backward = (torch.ones_like(o), final, *arguments[:12], *kept, o, *arguments[12:], needed)
+    torch.library.opcheck(compiled.backward, backward, test_utils=tests)
 
 
 @pytest.mark.slow
@@ -15,10 +34,22 @@ kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
 def test_compiled_functions_give_the_same(kind):
     case = draw(kind, T=70)
     for op in (ops.chunk, ops.step):
-        compiled = torch.compile(lambda op=op, **args: op(**args), backend="aot_eager")
+        compiled = torch.compile(lambda op=op, **args: op(**args), backend="aot_eager", fullgraph=True)
         short = case if op is ops.chunk else draw(kind, T=3)
         tolerance = 1e-6 if op is ops.chunk else 1e-5
         assert_close(differentiate(compiled, short, torch.float32), definition(short), tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.sample
+@pytest.mark.parametrize("name", ["mlstm", "normalized", "short_conv", "matrix"])
+def test_compiled_losses_give_the_same(name):
+    functions, q = losses()
+    compiled = torch.compile(functions[name], backend="aot_eager")
+    want, got = (q.clone().requires_grad_() for _ in range(2))
+    functions[name](want).backward()
+    compiled(got).backward()
+    assert error(got.grad, want.grad) < 1e-12
 
 
 def losses():
