@@ -298,8 +298,12 @@ class Mixer(nn.Module):
         """Everything that the core takes, by the names of the op's arguments, and the convolutions' states."""
         H = self.layout.num_heads
         flat = {name: p(x) for name, p in self.projections().items() if name != "o"}
+        kernels = self.kernels()
         convs: list[Tensor] = []
-        for name, kernel in self.kernels().items():
+        if kernels and state is not None and x.shape[1] == 1 and keep is None:
+            convs = convolve_token(flat, kernels, state[: len(kernels)])
+            kernels = {}
+        for name, kernel in kernels.items():
             before = None if state is None else state[len(convs)]
             if keep is not None:
                 flat[name], after = convolve_past_padding(flat[name], kernel, keep, before)
@@ -340,6 +344,18 @@ class Mixer(nn.Module):
             return None
         g = self.g_proj(x).unflatten(-1, (self.layout.num_heads, -1))
         return F.silu(g) if self.options.output_gate == "swish" else torch.sigmoid(g)
+
+
+def convolve_token(flat: dict[str, Tensor], kernels: dict[str, nn.Parameter], states: State) -> list[Tensor]:
+    """`ops.short_conv` of one token, all convolutions as one: changes `flat: [B, 1, D]` by name, returns their states
+    `[B, W - 1, D]`. While decoding, a call costs more than what it computes."""
+    before, now = torch.cat(states, dim=-1), torch.cat([flat[name] for name in kernels], dim=-1)
+    window = torch.cat([before, now], dim=1)
+    taps = torch.cat(list(kernels.values())).T
+    mixed = (widen(window) * widen(taps)).sum(1, keepdim=True).to(window.dtype)
+    sizes = [flat[name].shape[-1] for name in kernels]
+    flat.update(zip(kernels, mixed.split(sizes, dim=-1), strict=True))
+    return list(window[:, 1:].split(sizes, dim=-1))
 
 
 def convolve_past_padding(x: Tensor, kernel: Tensor, keep: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,8 @@ class MixerLayer(Block):
         documents = None
         if attention_mask is not None and attention_mask.shape[-1]:
             documents = attention_mask[:, 0, 0, -T:]
+            if T == 1 and bool(documents.all()):  # the padding of a batch that is decoded lies behind it
+                documents = None
         cache = self.cache_of(args, kwargs)
         layer = None if cache is None else cache.layers[self.index]
         if layer is not None and not isinstance(layer, StateLayer):

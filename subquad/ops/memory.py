@@ -20,7 +20,8 @@ class Workspace:
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.key = (like.device, dtype)
-        pools: dict = self._pool.__dict__.setdefault("pools", {})
+        # A compiled graph would take what is left from another call for an input of its own.
+        pools: dict = {} if torch.compiler.is_compiling() else self._pool.__dict__.setdefault("pools", {})
         self.buffers, self.views = pools.setdefault(self.key, ({}, {}))
 
     def __call__(self, name: str, *shape: int) -> Tensor:

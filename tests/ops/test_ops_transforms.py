@@ -32,6 +32,7 @@ def test_the_operation_of_a_compiled_graph_is_what_it_says(kind, normalizer):
 @pytest.mark.slow
 @kinds
 def test_compiled_functions_give_the_same(kind):
+    torch.compiler.reset()
     case = draw(kind, T=70)
     for op in (ops.chunk, ops.step):
         compiled = torch.compile(lambda op=op, **args: op(**args), backend="aot_eager", fullgraph=True)
@@ -50,6 +51,22 @@ def test_compiled_losses_give_the_same(name):
     functions[name](want).backward()
     compiled(got).backward()
     assert error(got.grad, want.grad) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.sample
+def test_compiled_convolutions_of_several_lengths_and_eager_ones_between():
+    def loss(x, weight):
+        return ops.short_conv(x, weight, activation="silu")[0].square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager")
+    for T in (40, 90, 20, 90):
+        gen = torch.Generator().manual_seed(T)
+        x, weight = (torch.randn(*shape, generator=gen).double() for shape in ((2, T, 16), (16, 4)))
+        want, got = (x.clone().requires_grad_() for _ in range(2))
+        loss(want, weight).backward()
+        compiled(got, weight).backward()
+        assert error(got.grad, want.grad) < 1e-12
 
 
 def losses():
