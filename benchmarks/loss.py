@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from subquad.distill.fused import CHUNK, Head, fused_distillation_loss
 from subquad.distill.losses import Divergence, distillation_loss
+from subquad.ops.bench import peak_rss
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -91,9 +91,9 @@ def peak_here(way: str, options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype)
     once(way, make_inputs(8, 64, 16, dtype), options.divergence, options.chunk)  # libraries load, threads start
     inputs = make_inputs(options.tokens, options.vocabulary, options.hidden, dtype)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_rss()
     once(way, inputs, options.divergence, options.chunk)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return peak_rss() - before
 
 
 def peak(way: str, options: argparse.Namespace) -> int:

@@ -288,17 +288,29 @@ def _decoding(size: Size) -> dict[str, Call]:
 def peak_memory(kind: str, size: Size) -> int:
     """Bytes by which one forward and backward pass raises the peak of a fresh process."""
     program = (
-        "import resource, sys\n"
         "from subquad.ops import bench\n"
         f"size, function = bench.{size!r}, bench.kinds()[{kind!r}]\n"
         "bench.forward_backward(function, bench.arguments(bench.Size(64)))()\n"
         "a = bench.arguments(size)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = bench.peak_rss()\n"
         "bench.forward_backward(function, a)\n"
-        "print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
+        "print(bench.peak_rss() - before)\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return int(result.stdout.split()[-1])
+
+
+def peak_rss() -> int:
+    """Bytes of memory that this process has held at most. On Linux the kernel's figure for its own memory: `ru_maxrss`
+    begins with what the process held that started it."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def machine() -> dict[str, str | int]:

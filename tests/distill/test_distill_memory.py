@@ -7,7 +7,8 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, sys, torch, subquad
+import sys, torch, subquad
+from subquad.ops.bench import peak_rss
 from subquad.config import EndToEnd, Matrix
 from subquad.distill.stages import EndToEndDistillation, MatrixMixing
 torch.set_num_threads(2)
@@ -28,10 +29,10 @@ def step(length):
     assert loss.isfinite()
     student.zero_grad()
 step(64)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_rss()
 step(length)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(1024 * after, 1024 * (after - before))
+after = peak_rss()
+print(after, after - before)
 """
 
 

@@ -16,10 +16,10 @@ SHORT, LONG = 32_768, 65_536
 PEAK = """
 import sys
 sys.modules["fla"] = None
-import resource
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 import subquad
+from subquad.ops.bench import peak_rss
 
 torch.set_num_threads(1)
 family, mixer, how, T = *sys.argv[1:4], int(sys.argv[4])
@@ -35,10 +35,10 @@ with torch.no_grad():
     mask[:, : T // 4] = how != "padded"
     given = dict(use_cache=how == "cached", logits_to_keep=1, attention_mask=mask if how == "padded" else None)
     student(input_ids=ids[:, :512], **(given | {"attention_mask": None}))  # what comes with the first call
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_rss()
     out = student(input_ids=ids, **given)
     assert out.logits.isfinite().all()
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(peak_rss() - before)
 """
 
 

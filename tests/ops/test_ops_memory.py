@@ -12,11 +12,12 @@ from subquad import ops
 from subquad.ops.memory import REMEMBERED, Workspace
 
 ROWS_OF_A_LONG_MATRIX = """
-import resource, sys
+import sys
 sys.path[:0] = ["tests/ops"]
 import torch
 from ops_cases import KINDS, draw
 from subquad import ops
+from subquad.ops.bench import peak_rss
 
 def run(T):
     for kind in KINDS:
@@ -25,9 +26,9 @@ def run(T):
             assert ops.matrix(**case, rows=slice(T - 128, T)).shape == (1, 4, 128, T)
 
 run(256)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_rss()
 run(4096)
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(peak_rss() - before)
 """
 
 
