@@ -16,6 +16,8 @@ from torch import Tensor
 
 from subquad import ops
 from subquad.errors import UserError, nearest
+from subquad.mixers.conv import convolve_past_padding, convolve_token
+from subquad.mixers.norms import head_norm, qk_normed
 from subquad.mixers.rotary import rotate
 
 State = tuple[Tensor, ...]
@@ -49,6 +51,10 @@ class HeadLayout:
     """One of `mixers.rotary.STYLES`; None where positions are not turned into queries and keys in a known way."""
     window: int | None = None
     """Tokens that a query sees, itself included; None: all before it."""
+    qk_norm: str | None = None
+    """The norm of queries and keys before they turn: "rms" or "layer", over each "-head" or "-all"; None: none, or none
+    that can be kept."""
+    qk_norm_eps: float = 1e-6
     returns: int = 2
     """Length of the tuple that the attention returns; 0 where it returns its output alone."""
 
@@ -63,6 +69,8 @@ class Options:
     """Width of the causal depthwise convolution on q, k and v; 0 for none. It starts as the identity."""
     rotary: bool = False
     """Keep the teacher's rotary embedding on queries and keys."""
+    qk_norm: bool = False
+    """Keep the teacher's norm of queries and keys, with its weights; before the rotary embedding."""
     output_norm: bool = True
     """RMS norm of each head's output, with a weight per channel."""
     output_gate: str = "swish"
@@ -142,6 +150,13 @@ class Mixer(nn.Module):
             if self.has_key_projection:
                 self.k_conv = nn.Parameter(torch.empty(H * K, self.options.short_conv))
             self.v_conv = nn.Parameter(torch.empty(H * V, self.options.short_conv))
+        if self.options.qk_norm:
+            if layout.qk_norm is None:
+                raise UserError("qk_norm: the teacher has no norm of queries and keys, or none that can be kept")
+            for part in ("q", "k") if self.has_key_projection else ("q",):
+                setattr(self, f"{part}_norm", nn.Parameter(torch.empty(H, K)))
+                if layout.qk_norm.startswith("layer"):
+                    setattr(self, f"{part}_norm_bias", nn.Parameter(torch.empty(H, K)))
         if self.options.output_norm:
             self.o_norm = nn.Parameter(torch.empty(H, V))
         if self.options.output_gate != "none":
@@ -186,6 +201,8 @@ class Mixer(nn.Module):
         for kernel in self.kernels().values():
             nn.init.zeros_(kernel)
             kernel[:, -1] = 1.0
+        for name, parameter in self.qk_norms().items():
+            nn.init.constant_(parameter, float(not name.endswith("bias")))
         if self.options.output_gate != "none":
             nn.init.zeros_(self.g_proj.weight)
             nn.init.constant_(self.g_proj.bias, GATES[self.options.output_gate] or 0.0)
@@ -208,6 +225,11 @@ class Mixer(nn.Module):
     def kernels(self) -> dict[str, nn.Parameter]:
         """The short convolutions."""
         return {n: getattr(self, f"{n}_conv") for n in ("q", "k", "v") if hasattr(self, f"{n}_conv")}
+
+    def qk_norms(self) -> dict[str, nn.Parameter]:
+        """Weights and biases of the teacher's norms of queries and keys, `[H, K]`, by name, where they are kept."""
+        names = ("q_norm", "q_norm_bias", "k_norm", "k_norm_bias")
+        return {name: getattr(self, name) for name in names if name in self._parameters}
 
     # ------------------------------------------------------------------ the three ways to run
 
@@ -313,6 +335,9 @@ class Mixer(nn.Module):
         core = {name: t.unflatten(-1, (H, -1)) for name, t in flat.items()}
         for name in ("q", "k"):
             if name in core:
+                if self.options.qk_norm:
+                    norm = getattr(self, f"{name}_norm"), getattr(self, f"{name}_norm_bias", None)
+                    core[name] = qk_normed(core[name], self.layout.qk_norm or "", self.layout.qk_norm_eps, *norm)
                 core[name] = self.feature(core[name], position_embeddings)
         core.update(self.gates(x, core))
         if keep is not None:
@@ -346,52 +371,9 @@ class Mixer(nn.Module):
         return F.silu(g) if self.options.output_gate == "swish" else torch.sigmoid(g)
 
 
-def convolve_token(flat: dict[str, Tensor], kernels: dict[str, nn.Parameter], states: State) -> list[Tensor]:
-    """`ops.short_conv` of one token, all convolutions as one: changes `flat: [B, 1, D]` by name, returns their states
-    `[B, W - 1, D]`. While decoding, a call costs more than what it computes."""
-    before, now = torch.cat(states, dim=-1), torch.cat([flat[name] for name in kernels], dim=-1)
-    window = torch.cat([before, now], dim=1)
-    taps = torch.cat(list(kernels.values())).T
-    mixed = (widen(window) * widen(taps)).sum(1, keepdim=True).to(window.dtype)
-    sizes = [flat[name].shape[-1] for name in kernels]
-    flat.update(zip(kernels, mixed.split(sizes, dim=-1), strict=True))
-    return list(window[:, 1:].split(sizes, dim=-1))
-
-
-def convolve_past_padding(x: Tensor, kernel: Tensor, keep: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`ops.short_conv` as if padding did not exist: it is moved in front of the state, so that the first token behind
-    it sees the last tokens before it. `x: [B, T, D]`, `keep: [B, T, 1]`; what comes out at padding has no meaning."""
-    W = kernel.shape[1] - 1
-    if before is None:
-        before = x.new_zeros(x.shape[0], W, x.shape[2])
-    kept = F.pad(keep[..., 0], (W, 0), value=True)
-    order = kept.long().argsort(dim=1, stable=True)
-    inputs = torch.cat([before, x], dim=1) * F.pad(keep, (0, 0, W, 0), value=True)
-    inputs = inputs.gather(1, order.unsqueeze(-1).expand_as(inputs))
-    y, after = ops.short_conv(inputs[:, W:], kernel, initial_state=inputs[:, :W].contiguous())
-    back = (order.argsort(dim=1)[:, W:] - W).clamp_min(0)
-    return y.gather(1, back.unsqueeze(-1).expand_as(y)), after
-
-
-def widen(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 where it is that: for decays and norms, which bfloat16 is too coarse for."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def activate(x: Tensor, kind: str) -> Tensor:
     if kind == "silu":
         return F.silu(x)
     if kind == "elu1":
         return F.elu(x) + 1
     return F.relu(x) if kind == "relu" else x
-
-
-def head_norm(o: Tensor, weight: Tensor | float, eps: float = 1e-8) -> Tensor:
-    """RMS norm over the channels of each head, in float32 at least. `eps` lies far below the square of the smallest
-    output of a fresh student, about 1e-7 in a first layer."""
-    wide = widen(o)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(o.dtype) * weight
-
-
-def l2_norm(x: Tensor) -> Tensor:
-    return F.normalize(widen(x), dim=-1, eps=1e-6).to(x.dtype)

@@ -14,7 +14,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from subquad.errors import UserError
-from subquad.mixers.base import Mixer, Options, l2_norm
+from subquad.mixers.base import Mixer, Options
+from subquad.mixers.norms import l2_norm
 
 
 @dataclass(frozen=True)

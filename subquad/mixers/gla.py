@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.errors import UserError
-from subquad.mixers.base import HALF_LIVES, Mixer, Options, half_life_decay, widen
+from subquad.mixers.base import HALF_LIVES, Mixer, Options, half_life_decay
+from subquad.mixers.norms import widen
 
 TEMPERATURE = 16.0
 """tau of the paper: it keeps decays near one where the gate's logits are near zero."""

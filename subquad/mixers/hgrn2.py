@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.errors import UserError
-from subquad.mixers.base import LONGEST_HALF_LIVES, Mixer, Options, widen
+from subquad.mixers.base import LONGEST_HALF_LIVES, Mixer, Options
+from subquad.mixers.norms import widen
 
 
 @dataclass(frozen=True)

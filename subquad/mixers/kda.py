@@ -13,8 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus, widen
+from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
 from subquad.mixers.deltanet import DeltaNet, DeltaNetOptions
+from subquad.mixers.norms import widen
 
 
 @dataclass(frozen=True)

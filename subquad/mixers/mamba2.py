@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.errors import UserError, nearest
-from subquad.mixers.base import HALF_LIVES, Mixer, Options, half_life_decay, inverse_softplus, widen
+from subquad.mixers.base import HALF_LIVES, Mixer, Options, half_life_decay, inverse_softplus
+from subquad.mixers.norms import widen
 
 
 @dataclass(frozen=True)

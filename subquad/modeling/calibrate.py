@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from subquad.errors import UserError
 from subquad.mixers import Mixer
-from subquad.mixers.base import head_norm
+from subquad.mixers.norms import head_norm
 from subquad.modeling.families import AttentionSite, Recording, attentions, listen
 from subquad.modeling.hub import SubquadForCausalLM
 from subquad.modeling.layers import MixerLayer

@@ -8,7 +8,7 @@ what was missing.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from subquad.errors import UserError
 from subquad.mixers import HeadLayout
 from subquad.mixers.rotary import STYLES, rotate
+from subquad.modeling.norms import Norm, read_norm
 from subquad.modeling.watch import ROWS, TOKENS, Call, same, watch
 
 TOLERANCE = 2e-2
@@ -47,6 +48,8 @@ class AttentionSite:
     sources: dict[str, Source]
     output: str
     """Name of the output projection inside the module."""
+    norms: dict[str, Norm] = field(default_factory=dict)
+    """Those of q and k, where a mixer can keep them."""
 
     def projection(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Weight `[out, in]` and bias of "q", "k", "v" or "o"; k and v with a grouped head repeated for each of its
@@ -60,6 +63,12 @@ class AttentionSite:
             weight = self._per_query_head(weight)
             bias = None if bias is None else self._per_query_head(bias)
         return weight, bias
+
+    def norm(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias `[num_heads, head_dim]` of the norm of "q" or "k"."""
+        _, _, weight, bias = self.norms[name]
+        groups = self.layout.num_heads // len(weight)
+        return weight.repeat_interleave(groups, 0), None if bias is None else bias.repeat_interleave(groups, 0)
 
     def _per_query_head(self, rows: Tensor) -> Tensor:
         groups = self.layout.num_heads // self.layout.num_kv_heads
@@ -155,6 +164,7 @@ def read_site(index: int, path: str, call: Call, config: Any) -> AttentionSite:
     if kv_heads == heads:  # some repeat them before attention does
         kv_heads = undo_repeat(sources, heads)
     projections = {name: call.module.get_submodule(source.projection) for name, source in sources.items()}
+    norms = read_norms(call, sources)
     layout = HeadLayout(
         hidden_size=call.hidden_states.shape[-1],
         num_heads=heads,
@@ -166,9 +176,22 @@ def read_site(index: int, path: str, call: Call, config: Any) -> AttentionSite:
         initializer_range=getattr(config, "initializer_range", None) or 0.02,
         rotary=rotary_style(call, sources["q"]),
         window=call.window,
+        qk_norm=norms["q"][0] if norms else None,
+        qk_norm_eps=norms["q"][1] if norms else 1e-6,
         returns=len(call.output) if isinstance(call.output, tuple) else 0,
     )
-    return AttentionSite(index, path, call.module, layout, sources, output)
+    return AttentionSite(index, path, call.module, layout, sources, output, norms)
+
+
+def read_norms(call: Call, sources: dict[str, Source]) -> dict[str, Norm]:
+    """Those of queries and keys; empty unless both have one, of the same kind."""
+    found = {}
+    for name, values in (("q", call.query), ("k", call.key)):
+        norm = sources[name].norm
+        read = None if norm is None else read_norm(call.module.get_submodule(norm), *call.parts[norm], values.shape[1])
+        if read is not None:
+            found[name] = read
+    return found if len(found) == 2 and found["q"][0] == found["k"][0] else {}
 
 
 def undo_repeat(sources: dict[str, Source], heads: int) -> int:

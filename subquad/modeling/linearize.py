@@ -123,12 +123,18 @@ def check_student(student: SubquadForCausalLM, name: str) -> None:
 
 @torch.no_grad()
 def copy_projections(site: AttentionSite, mixer: Mixer) -> None:
-    """The teacher's q, k, v and o into the mixer's, grouped heads expanded. A mixer without a key takes none."""
+    """The teacher's q, k, v and o into the mixer's, grouped heads expanded, and its norms of q and k where they are
+    kept. A mixer without a key takes none."""
     for name, projection in mixer.projections().items():
         weight, bias = site.projection(name)
         projection.weight.copy_(weight)
         if bias is not None:
             projection.bias.copy_(bias)
+    kept = mixer.qk_norms()
+    for name in {key[0] for key in kept}:
+        for part, values in zip(("", "_bias"), site.norm(name), strict=True):
+            if values is not None:
+                kept[f"{name}_norm{part}"].copy_(values)
 
 
 @torch.no_grad()

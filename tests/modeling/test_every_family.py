@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import subquad
 from subquad.errors import UserError
-from subquad.modeling.families import attentions, find_attention, record
+from subquad.modeling.families import attentions, find_attention, random_tokens, record
 from subquad.modeling.positions import find_position_table
+from subquad.modeling.watch import watch
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 each_plan = pytest.mark.parametrize("plan", PLANS)
@@ -234,3 +235,50 @@ def test_short_position_table_is_not_overrun_when_linearizing():
     assert subquad.linearize(teacher, "gla").config.positions == 20
     with pytest.raises(UserError, match="calibration: got 21 tokens a row; the teacher has 20 learned positions"):
         subquad.linearize(teacher, "gla", calibration=torch.ones(1, 21, dtype=torch.long))
+
+
+# ---------------------------------------------------------------------- norms of queries and keys
+
+NORMED = {
+    "qwen3": "rms-head",
+    "olmo2": "rms-all",
+    "gemma3_text": "rms-head",
+    "persimmon": "layer-head",
+    "exaone4": "rms-head",
+    "apertus": "rms-head",
+    "gemma4_text": "rms-head",
+    "flex_olmo": "rms-all",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in NORMED])
+def test_kept_norms_give_what_the_teachers_give(name):
+    teacher = build(name)
+    kept = subquad.linearize(teacher, "retnet", qk_norm=True, rotary=False, qk_activation="none", calibration=TEXT)
+    for site, call, block in zip(
+        find_attention(teacher), watch(teacher, random_tokens(teacher)), kept.blocks, strict=True
+    ):
+        assert site.layout.qk_norm == NORMED[name]
+        core, _ = block.mixer.core_inputs(call.hidden_states, None, None, None)
+        groups = site.layout.num_heads // site.layout.num_kv_heads
+        # at the first token rotary turns nothing
+        for part, values, repeats in (("q", call.query, 1), ("k", call.key, groups)):
+            wanted = values.repeat_interleave(repeats, 1)[:, :, 0]
+            assert near(core[part][:, 0], wanted, 1e-4), part
+
+
+@pytest.mark.parametrize("name", ["qwen3", "olmo2", "persimmon"])
+def test_student_with_kept_norms_decodes_pads_and_loads(name, ids, tmp_path):
+    plan = {"default": {"mixer": "gated_deltanet", "qk_norm": True}, "1": {"mixer": "retnet", "qk_norm": True}}
+    model = shaken(subquad.linearize(family(name), layers=plan, calibration=TEXT))
+    full = logits(model, ids, use_cache=False)
+    cache = model.new_cache()
+    pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split([5, 1, 11], 1)]
+    assert near(torch.cat(pieces, 1), full)
+    model.save_pretrained(tmp_path)
+    assert near(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), full, 1e-5)
+
+
+def test_norms_that_are_not_there_cannot_be_kept():
+    with pytest.raises(UserError, match="qk_norm: the teacher has no norm of queries and keys"):
+        subquad.linearize(family("llama"), "gla", qk_norm=True, calibration=TEXT)
