@@ -43,6 +43,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         """`base`: a model of the base configuration whose attention is to be replaced in place; else a fresh one."""
         config.check()
         super().__init__(config)
+        fresh = base is None
         if base is None:
             base = AutoModelForCausalLM.from_config(config.base_config)
         else:
@@ -60,6 +61,10 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             self._blocks.append(block)
         self.base = base
         self.post_init()
+        if fresh:  # `post_init` gives the projections within a mixer the family's start
+            for block in self._blocks:
+                if isinstance(block, MixerLayer):
+                    block.mixer.reset_parameters()
 
     @property
     def blocks(self) -> list[MixerLayer | AttentionLayer]:
@@ -278,7 +283,9 @@ def make_block(
     if name not in mixers.REGISTRY:
         return AttentionLayer(attention, layout, index, **options)
     reference = next(attention.parameters())
-    return MixerLayer(mixers.create(name, layout, **options).to(reference.device, reference.dtype), index)
+    with torch.device("meta"):  # or it would draw weights that are drawn, copied or loaded later
+        mixer = mixers.create(name, layout, **options)
+    return MixerLayer(mixer.to(reference.dtype).to_empty(device=reference.device), index)
 
 
 def plan_config(

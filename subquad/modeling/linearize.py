@@ -191,7 +191,8 @@ def sample_tokens(teacher: PreTrainedModel, rows: int = 16, length: int = 24, se
         while tokens.shape[1] < length:
             out = teacher(input_ids=fed, use_cache=True, **{CACHE_ARGUMENT: cache})
             cache = out[CACHE_ARGUMENT]
-            probabilities = out.logits[:, -1].float().softmax(-1).cpu()
-            fed = torch.multinomial(probabilities, 1, generator=generator).to(teacher.device)
+            below = out.logits[:, -1].float().softmax(-1).cpu().double().cumsum(-1)
+            drawn = torch.rand(rows, 1, generator=generator, dtype=torch.float64) * below[:, -1:]
+            fed = torch.searchsorted(below, drawn, right=True).clamp_max(vocab - 1).to(teacher.device)
             tokens = torch.cat([tokens, fed], dim=1)
     return tokens

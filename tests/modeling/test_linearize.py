@@ -8,7 +8,7 @@ from modeling_cases import ALL, EIGHT, TEXT, checksum, logits
 from transformers import AutoModelForCausalLM
 
 import subquad
-from subquad import mixers
+from subquad import SubquadForCausalLM, mixers
 from subquad.errors import UserError
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.linearize import sample_tokens
@@ -229,3 +229,15 @@ def test_teacher_that_hangs_on_a_quantizer_linearizes_and_saves(make_teacher, id
 def test_student_in_training_has_the_teachers_mode(teacher):
     assert not subquad.linearize(teacher, "gla").training
     assert subquad.linearize(teacher.train(), "gla").training
+
+
+@pytest.mark.parametrize("build", [SubquadForCausalLM, AutoModelForCausalLM.from_config], ids=["class", "auto"])
+@pytest.mark.parametrize("mixer", EIGHT)
+def test_model_made_from_a_configuration_stands_at_the_neutral_start(teacher, mixer, build):
+    student = subquad.linearize(teacher, mixer, copy_qkv=False, calibration=TEXT)
+    fresh = dict(build(student.config).named_parameters())
+    assert all(parameter.isfinite().all() for parameter in fresh.values())
+    drawn = ("_proj.weight", "decay_down.weight", "o_norm")
+    for name, parameter in student.named_parameters():
+        if ".mixer." in name and not name.endswith(drawn):
+            assert torch.equal(fresh[name], parameter), name
