@@ -23,7 +23,8 @@ Turn a pretrained Transformer into a subquadratic language model, and see what t
   look       mixers     what can stand in the place of attention
              inspect    a saved student: its layers, options, parameters, and what it holds a sequence
   use        generate   let a model write on
-  measure    bench      the ops beside their peers on this machine
+  measure    eval       what students kept of their teacher, what they lost, and what they cost
+             bench      the ops beside their peers on this machine
 
 A recipe's teacher, and MODEL below, may be: nano, smollm2-135m, a directory, a .gguf file, or a hub id.
 """
@@ -105,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--chat", action="store_true", help="TEXT is a message; use the model's chat template")
+    add_eval(add("eval", run_eval, "Measure models beside their teacher: quality, long context and cost."))
     command = add("bench", run_bench, "Time the ops beside every peer that is installed, forward and backward.")
     command.add_argument("what", choices=["ops"], help="what to time: ops")
     command.add_argument("--sizes", metavar="LIST", help="tokens, or tokens x batch, comma-separated: 2048,512x8")
@@ -115,6 +117,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_eval(command: argparse.ArgumentParser) -> None:
+    command.add_argument("models", metavar="MODEL", nargs="+", help="students, or any models")
+    command.add_argument(
+        "--teacher", metavar="T", help="what they are compared with; else as the student's recipe says"
+    )
+    command.add_argument(
+        "--suite",
+        default="quick",
+        metavar="LIST",
+        help="quick, full, or parts: language, zero-shot, generation, long, efficiency; comma-separated",
+    )
+    command.add_argument("--output", "-o", metavar="DIR", help="for results.json; run again, it is continued")
+    command.add_argument(
+        "--corpus",
+        metavar="SOURCE",
+        help="text to be read, all of it; else what the student's recipe held out, or python-stdlib's held-out files",
+    )
+    command.add_argument("--data", metavar="DIR", help="items of benchmarks, NAME.jsonl or NAME.jsonl.gz")
+    command.add_argument("--tasks", metavar="LIST", help="names of such files, or of lm-eval's tasks; all of --data")
+    command.add_argument("--include-path", metavar="DIR", help="task definitions of lm-eval's own kind")
+    command.add_argument("--limit", type=int, metavar="N", help="items of a task")
+    command.add_argument("--lengths", metavar="LIST", help="tokens of context, for long and efficiency: 512,1024,2048")
+    command.add_argument("--json", action="store_true", help="print results as JSON, not as a table")
+
+
 def quiet_libraries() -> None:
     """Our own messages on stdout, bare; of the libraries only what is wrong."""
     handler = logging.StreamHandler(sys.stdout)
@@ -122,6 +149,8 @@ def quiet_libraries() -> None:
     logger = logging.getLogger("subquad")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
+    for name in ("torchao", "torch.utils._pytree"):  # warn of what they lack whenever they are imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -286,6 +315,39 @@ def run_generate(args: argparse.Namespace) -> None:
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.tokens, pad_token_id=pad, **sampling
     )
     print(tokenizer.decode(out[0, len(fed) if args.chat else 0 :], skip_special_tokens=True))
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from subquad.evaluate import command
+
+    if args.json:  # nothing else on stdout
+        logging.getLogger("subquad").handlers[0].setStream(sys.stderr)  # type: ignore[attr-defined]
+    results = command.run(
+        args.models,
+        teacher=args.teacher,
+        suites=names_in(args.suite),
+        output=args.output,
+        corpus=args.corpus,
+        data=args.data,
+        tasks=None if args.tasks is None else names_in(args.tasks),
+        include=args.include_path,
+        limit=args.limit,
+        lengths=None if args.lengths is None else [number_in(n, "--lengths") for n in names_in(args.lengths)],
+    )
+    print(json.dumps(results.as_dict(), indent=2) if args.json else results.table())
+    if args.output:
+        print(f"\nAll rows are in {Path(args.output) / 'results.json'}", file=sys.stderr if args.json else sys.stdout)
+
+
+def names_in(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def number_in(text: str, option: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{option}: got {text!r}, expected a whole number") from None
 
 
 def run_bench(args: argparse.Namespace) -> None:

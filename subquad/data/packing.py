@@ -4,13 +4,14 @@ Knows nothing of models.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -139,6 +140,12 @@ class RowRange(Dataset):
         if not 0 <= index < self.count:
             raise IndexError(f"row {index} of {self.count}")
         return self.rows[self.start + index]
+
+
+def next_labels(batch: Mapping[str, Tensor]) -> Tensor:
+    """`[B, T]`: the token that each position predicts, -100 where that does not count: at a row's end, and where labels
+    say so."""
+    return F.pad(batch.get("labels", batch["input_ids"])[:, 1:], (0, 1), value=IGNORED)
 
 
 def token_rows(

@@ -8,9 +8,7 @@ import json
 import logging
 import math
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.config import EndToEnd, Hidden, Matrix, Recipe, Stage
@@ -35,6 +33,7 @@ from subquad.evaluate.quality import compare, recovered_share, unigram_loss
 from subquad.modeling.hub import SubquadForCausalLM
 from subquad.modeling.linearize import linearize
 from subquad.modeling.teachers import Loaded, check_reference, load_teacher
+from subquad.papers import versions, write_json, write_text
 
 logger = logging.getLogger(__name__)
 CALIBRATION_TOKENS = 1024
@@ -74,9 +73,10 @@ class Materials:
             valid=token_rows(recipe.corpus, tokenizer, "valid", limit=recipe.evaluation.tokens + context, seed=0),
         )
 
-    def held_out(self, recipe: Recipe, rows_a_batch: int = 4) -> list[Tensor]:
+    def held_out(self, recipe: Recipe, rows_a_batch: int = 4) -> list[dict[str, Tensor]]:
         """The batches on which students are measured: the same for every student and seed."""
-        return list(first_rows(self.valid, min(held_out_rows(recipe), len(self.valid))).split(rows_a_batch))
+        rows = self.valid.take(min(held_out_rows(recipe), len(self.valid)))
+        return list(DataLoader(rows, batch_size=rows_a_batch))
 
     def sample(self, recipe: Recipe, tokens: int) -> Tensor:
         """About so many tokens of the training text, `[rows, context]`."""
@@ -176,7 +176,7 @@ def examine(recipe: Recipe, output: Path) -> dict[str, Any] | None:
 
 
 def start(
-    recipe: Recipe, output: Path, materials: Materials, held_out: list[Tensor]
+    recipe: Recipe, output: Path, materials: Materials, held_out: list[dict[str, Tensor]]
 ) -> tuple[SubquadForCausalLM, set[str], float]:
     """The student as far as finished stages brought it, those stages, and the seconds that they took."""
     folder = output / "checkpoints"
@@ -252,7 +252,7 @@ def measure(
     output: Path,
     student: SubquadForCausalLM,
     materials: Materials,
-    held_out: list[Tensor],
+    held_out: list[dict[str, Tensor]],
     tokens: int,
     seconds: float,
 ) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def measure(
     quality = compare(student, materials.teacher, held_out)
     some = first_rows(materials.train, max(1, UNIGRAM_TOKENS // recipe.corpus.context))
     unigram = unigram_loss(some, held_out, student.config.vocab_size)
-    speed = decode_speed(student, held_out[0][:1])
+    speed = decode_speed(student, held_out[0]["input_ids"][:1])
     initial = json.loads((output / "checkpoints" / "initial.json").read_text())
     return {
         "mixer": recipe.student.name,
@@ -281,32 +281,6 @@ def measure(
     }
 
 
-def versions() -> dict[str, Any]:
-    """The head of every result: what measured it, and on what."""
-    from subquad import __version__
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    packages = {
-        "subquad": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    return {"versions": packages, "commit": git_commit(), "device": device}
-
-
-def git_commit() -> str | None:
-    """Of the checkout that this package runs from; None where it is installed from elsewhere."""
-    where = Path(__file__).resolve().parents[2]
-    if not (where / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
 def save_atomically(student: SubquadForCausalLM, target: Path, done: dict[str, Any]) -> None:
     """Saves into a directory beside `target` and moves it there whole."""
     work = target.with_name(target.name + ".part")
@@ -315,13 +289,3 @@ def save_atomically(student: SubquadForCausalLM, target: Path, done: dict[str, A
     write_json(work / "done.json", done)
     shutil.rmtree(target, ignore_errors=True)
     work.rename(target)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)

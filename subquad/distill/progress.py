@@ -52,11 +52,12 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics=None, **kwargs: Any
     ):
         if metrics and state.is_world_process_zero:
-            self._report(state, held_out_loss=metrics["eval_loss"])
+            self._report(state, held_out_loss=metrics["eval_loss"], text_loss=metrics["eval_text_loss"])
 
     def _report(self, state: TrainerState, **values: Any) -> None:
         tokens = state.global_step * self.tokens_per_step
-        self.report({"step": state.global_step, "tokens": tokens, **values})
+        seconds = round(time.perf_counter() - self.start, 2)
+        self.report({"step": state.global_step, "tokens": tokens, "seconds": seconds, **values})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.bar is not None:

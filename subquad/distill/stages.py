@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from subquad.config import EndToEnd, Hidden, Matrix
+from subquad.data.packing import next_labels
 from subquad.distill.alignment import layerwise, matrix_distance, output_distance
 from subquad.distill.fused import Head, fused_distillation_loss, read_head
 from subquad.distill.losses import distillation_loss
@@ -284,13 +285,6 @@ def spans(documents: Tensor | None, B: int, T: int) -> list[tuple[slice, slice]]
                 found.append((slice(b, b + 1), slice(begin, t)))
                 begin = t
     return found
-
-
-def next_labels(batch: Batch) -> Tensor:
-    """`[B, T]`: the token that each position predicts, -100 where that does not count: at a row's end, and where labels
-    say so (`subquad.data` leaves out what another document would have to predict)."""
-    labels = batch.get("labels", batch["input_ids"])
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def with_mask(recording: Recording, mask: Tensor | None) -> tuple[tuple, dict[str, Any]]:

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subquad.config import Recipe, Stage
+from subquad.data.packing import IGNORED, next_labels
 from subquad.distill.parameters import Average, add_lora, merge_lora, parameter_groups
 from subquad.distill.progress import Progress
 from subquad.distill.stages import Batch, Objective
@@ -118,10 +119,24 @@ class StageTrainer(Trainer):
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Of held-out text only the loss."""
+        """Of held-out text the stage's loss, and that of the student as a language model."""
+        batch = self._prepare_inputs(inputs)
+        labels, count = batch.get("labels", batch["input_ids"]), (next_labels(batch) != IGNORED).sum()
         with torch.no_grad():
-            loss = self.objective_loss(model, self._prepare_inputs(inputs))
+            loss = self.objective_loss(model, batch)
+            given = {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids")}
+            with self.autocast():
+                text = model(**given, labels=labels, use_cache=False).loss
+        self.text_loss += torch.stack([text.double().nan_to_num() * count, count.double()]).cpu()
         return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        self.text_loss = torch.zeros(2, dtype=torch.float64)
+        out = super().evaluation_loop(*args, **kwargs)
+        total = self.text_loss
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.gather(total.to(self.args.device)[None]).sum(0).cpu()
+        return out._replace(metrics={**(out.metrics or {}), "eval_text_loss": float(total[0] / total[1])})
 
     # ------------------------------------------------------------------ what learns, in which order
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from subquad.config import Recipe, run_name
 from subquad.data import check_corpus
-from subquad.distill.pipeline import distill, examine, versions, write_json
+from subquad.distill.pipeline import distill, examine
 from subquad.errors import UserError
 from subquad.modeling.teachers import Loaded, check_reference, load_teacher
+from subquad.papers import versions, write_json
 
 logger = logging.getLogger(__name__)
 

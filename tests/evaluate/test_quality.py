@@ -9,7 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import subquad
 from subquad.evaluate.efficiency import cache_bytes, decode_speed
-from subquad.evaluate.quality import compare, recovered_share, unigram_loss
+from subquad.evaluate.quality import compare, language_rows, recovered_share, token_sums, unigram_loss
+from subquad.evaluate.results import one
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return subquad.load_teacher("nano")
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +55,55 @@ def test_perplexity_is_the_reference(teacher):
                     losses.append(-q[t, row[t + 1]].item())
                     kls.append((p[t].exp() * (p[t] - q[t])).sum().item())
                     same.append(q[t].argmax() == p[t].argmax())
-    assert out["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    assert out["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-4)
+    assert out["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
+    assert out["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-5)
     assert out["top1_agreement"] == pytest.approx(sum(map(float, same)) / len(same))
     assert out["kl"] > 0.01
+
+
+def test_rows_of_a_model_beside_itself_and_of_an_untrained_student(teacher):
+    rows = [torch.randint(0, 50, (6, 20))]
+    itself = language_rows("text", token_sums(teacher, teacher, rows), unigram=10.0)
+    student = language_rows("text", token_sums(subquad.linearize(teacher, "gla"), teacher, rows), unigram=10.0)
+    for metric, of_itself in (("kl", 0), ("top1_agreement", 1), ("top5_agreement", 1), ("recovered_share", 1)):
+        row = one(itself, metric=metric)
+        assert row.value == row.low == row.high == of_itself, metric
+        assert abs(one(student, metric=metric).value - of_itself) > 0.01, metric
+    assert one(itself, metric="perplexity").n == 6 * 19
+    row = one(student, metric="perplexity")
+    assert row.low < row.value < row.high
+
+
+def test_labels_that_do_not_count_and_documents_that_stand_apart(teacher):
+    ids = torch.randint(0, 50, (2, 12))
+    labels = ids.clone()
+    labels[:, 5:8] = -100
+    positions = torch.cat([torch.arange(6), torch.arange(6)]).expand(2, -1)
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    sums = token_sums(teacher, None, [batch])
+    alone = [token_sums(teacher, None, [ids[:, :6]]), token_sums(teacher, None, [ids[:, 6:]])]
+    assert sums[:, 0].tolist() == [8, 8]
+    # first document: tokens 1 to 4 are predicted; second: 8 to 11
+    expected = []
+    with torch.no_grad():
+        for row in ids:
+            for part, counted in ((row[:6], range(1, 5)), (row[6:], range(2, 6))):
+                log_q = F.log_softmax(teacher(part[None]).logits[0].double(), -1)
+                expected.append(-sum(log_q[t - 1, part[t]] for t in counted))
+    assert sums[:, 1].sum().item() == pytest.approx(float(sum(expected)), rel=1e-5)
+    assert alone[0][0, 0] == 5
+
+
+def test_bits_per_byte_count_the_text_that_was_predicted(nano):
+    model, tokenizer = nano
+    text = "def naïve(x):\n    return x\n"
+    ids = torch.tensor([tokenizer(text).input_ids])
+    sums = token_sums(model, None, [ids], tokenizer)
+    first = len(tokenizer.decode(ids[0, :1]).encode())
+    assert sums[0, 2] == len(text.encode()) - first
+    bits = one(language_rows("text", sums), metric="bits_per_byte").value
+    loss = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert bits == pytest.approx(loss / math.log(2) / (len(text.encode()) - first), rel=1e-5)
 
 
 def test_compare_leaves_the_training_mode_alone(teacher):

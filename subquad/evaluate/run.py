@@ -1,0 +1,118 @@
+"""An evaluation: models side by side, part after part; finished parts are kept, so that an interrupted one goes on.
+
+    rows = evaluate([Subject("gla", student, tokenizer)], Subject("nano", teacher, tokenizer), QUICK, "DIR")
+
+DIR holds `results.json` (a head and rows in long form), written anew after each part, and `parts/`, a file for each
+finished part, named after everything on which it depends.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from subquad.errors import UserError
+from subquad.evaluate.plan import Evaluation, Part, Subject
+from subquad.evaluate.results import Row
+from subquad.evaluate.suites import Settings
+from subquad.modeling.teachers import check_reference, load_teacher, resolve
+from subquad.papers import versions, write_json
+
+logger = logging.getLogger(__name__)
+
+
+def load_subject(reference: str, name: str | None = None) -> Subject:
+    """A model to be measured, by whatever names a teacher: nano, smollm2-135m, a directory (a student), a .gguf file, a
+    hub id. Its name is that of its directory or file, unless given.
+
+    Raises:
+        UserError: nothing by that name.
+    """
+    check_reference(reference)
+    path = resolve(reference)
+    model, tokenizer = load_teacher(reference)
+    files = [] if path is None else [path] if path.is_file() else sorted(path.iterdir())
+    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if _decides(file)]
+    own = Path(reference).expanduser()
+    found = name or (own.resolve().name if own.exists() else reference)
+    return Subject(found, model, tokenizer, (reference, *seen))
+
+
+def _decides(file: Path) -> bool:
+    return file.suffix in (".safetensors", ".gguf") or file.name in ("config.json", "tokenizer.json")
+
+
+@dataclass
+class Finished:
+    """Outcomes of parts, kept in a directory (None: only in memory)."""
+
+    directory: Path | None
+    done: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def load(self, part: Part) -> bool:
+        """Takes an outcome from the directory; False where there is none that can be read."""
+        if self.directory is None:
+            return False
+        try:
+            self.done[part.name] = json.loads((self.directory / f"{part.key}.json").read_text())["outcome"]
+        except (OSError, ValueError, KeyError):
+            return False
+        return True
+
+    def run(self, part: Part) -> None:
+        """Computes and keeps an outcome; of a UserError only the message."""
+        try:
+            self.done[part.name] = part.compute()
+        except UserError as error:
+            self.failed[part.name] = str(error)
+            return
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(self.directory / f"{part.key}.json", {"part": part.name, "outcome": self.done[part.name]})
+
+
+def evaluate(
+    subjects: Sequence[Subject],
+    teacher: Subject | None,
+    settings: Settings,
+    output: str | Path | None = None,
+    recipe: Any = None,
+) -> tuple[list[Row], dict[str, str]]:
+    """Measures models beside their teacher; returns all rows, and of parts that failed why, by name.
+
+    output: a directory; parts that it holds already are not computed again. None: nothing is written.
+    recipe: written into the head of `results.json`.
+
+    Raises:
+        UserError: models that cannot be compared; before anything is measured.
+    """
+    whole = Evaluation(subjects, teacher, settings)
+    place = None if output is None else Path(output)
+    finished = Finished(None if place is None else place / "parts")
+    plan = whole.plan()
+    todo = [part for part in plan if not finished.load(part)]
+    if len(todo) < len(plan):
+        logger.info("%d of %d parts are finished already", len(plan) - len(todo), len(plan))
+    for number, part in enumerate(todo, 1):
+        logger.info("[%d/%d] %s", number, len(todo), part.name)
+        finished.run(part)
+        if part.name in finished.failed:
+            logger.warning("%s failed: %s", part.name, finished.failed[part.name])
+        if place is not None:
+            _write(place, whole, finished, recipe, len(plan))
+    if place is not None:
+        _write(place, whole, finished, recipe, len(plan))
+    return whole.rows(finished.done), finished.failed
+
+
+def _write(place: Path, whole: Evaluation, finished: Finished, recipe: Any, planned: int) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    head = {
+        **versions(),
+        "recipe": recipe,
+        "parts": {"planned": planned, "finished": len(finished.done), "failed": finished.failed},
+    }
+    write_json(place / "results.json", {**head, "rows": [row.as_dict() for row in whole.rows(finished.done)]})

@@ -1,0 +1,85 @@
+"""What an evaluation consists of, and how much of it a suite asks for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from subquad.config import Corpus
+from subquad.errors import UserError, nearest
+from subquad.evaluate.harness import Task
+from subquad.evaluate.long_context import LENGTHS
+
+PARTS = ("language", "zero-shot", "generation", "long", "efficiency")
+SUITES = ("quick", "full", *PARTS)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Amounts of a full evaluation; what a caller leaves out stays as it is here."""
+
+    parts: tuple[str, ...] = PARTS
+    corpus: Corpus = field(default_factory=lambda: Corpus(source="python-stdlib"))
+    """Its held-out text is read, in rows of `corpus.context` tokens."""
+    tokens: int = 131_072
+    """Held-out tokens for perplexity and divergence."""
+    tasks: tuple[Task, ...] = ()
+    include: Path | None = None
+    """Task definitions of lm-eval's own kind."""
+    limit: int | None = None
+    """Items of a task."""
+    batch_size: int = 16
+    prompts: int = 64
+    """Rows of held-out text that are continued."""
+    prompt: int = 64
+    """Tokens of each."""
+    generated: int = 256
+    """Tokens written behind each."""
+    words: int = 500
+    """Items of a last-word task that are answered by generation."""
+    lengths: tuple[int, ...] = LENGTHS
+    """Tokens of context for perplexity."""
+    documents: int = 4
+    """Documents of the longest length."""
+    cost_lengths: tuple[int, ...] = LENGTHS
+    """Tokens of a prefill that is timed."""
+    batches: tuple[int, ...] = (1, 8)
+    repeats: int = 3
+    seconds: float = 60.0
+    """About the longest prefill that is timed."""
+    cheaper: bool = True
+    """Measure the teacher in int8 and with a sliding window as well."""
+    window: int = 512
+    """Tokens of that window."""
+
+
+QUICK = Settings(
+    tokens=8192,
+    limit=100,
+    prompts=8,
+    generated=64,
+    words=50,
+    lengths=LENGTHS[:4],
+    documents=2,
+    cost_lengths=(512, 2048),
+    batches=(1,),
+    repeats=2,
+    seconds=5.0,
+    cheaper=False,
+)
+
+
+def settings_of(suites: Sequence[str]) -> Settings:
+    """What suites ask for: `quick` is a little of everything, `full` all of it, a part's name all of that part.
+
+    Raises:
+        UserError: an unknown name, or `quick` beside others.
+    """
+    for name in suites:
+        if name not in SUITES:
+            raise UserError(f"unknown suite {name!r}{nearest(name, SUITES)}")
+    if not suites or ("quick" in suites and len(suites) > 1):
+        raise UserError(f"suites: got {', '.join(suites) or 'none'}; expected quick alone, or some of full and parts")
+    if suites[0] == "quick":
+        return QUICK
+    parts = PARTS if "full" in suites else tuple(part for part in PARTS if part in suites)
+    return replace(Settings(), parts=parts)

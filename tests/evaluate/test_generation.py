@@ -1,0 +1,77 @@
+"""Greedy continuations against `generate`, and counts of what repeats against cases counted by hand."""
+
+import pytest
+import torch
+
+import subquad
+from subquad.evaluate.generation import (
+    agreement_rows,
+    common_prefix,
+    continuations,
+    first_word,
+    last_word_scores,
+    repeated_share,
+    repetition_rows,
+)
+from subquad.evaluate.results import one
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "gated_deltanet", "xlstm"])
+def test_continuations_are_those_of_generate(make_teacher, mixer):
+    teacher = make_teacher("qwen3")
+    model = teacher if mixer == "softmax" else subquad.linearize(teacher, mixer).eval()
+    prompts = torch.randint(3, 61, (5, 7))
+    found = continuations(model, prompts, 9, rows_a_batch=2)
+    expected = model.generate(prompts, do_sample=False, max_new_tokens=9, min_new_tokens=9, eos_token_id=60)
+    free = (found != 60).all(1)  # `generate` forbids the end of a text, which does not stop ours
+    assert free.any()
+    assert torch.equal(found[free], expected[free, 7:])
+    assert model.training is False
+
+
+def test_common_prefix_and_agreement():
+    a = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [9, 2, 3, 4]])
+    b = torch.tensor([[1, 2, 3, 4], [1, 2, 0, 4], [1, 2, 3, 4]])
+    assert common_prefix(a, b).tolist() == [4, 2, 0]
+    rows = agreement_rows("text", a, b, lengths=(2, 4, 256))
+    assert one(rows, metric="common_prefix").value == 2
+    assert one(rows, metric="same_continuation", length=2).value == pytest.approx(2 / 3)
+    assert one(rows, metric="same_continuation", length=4).value == pytest.approx(1 / 3)
+    assert len(rows) == 3
+
+
+def test_what_goes_round_in_circles_is_degenerate():
+    circle = torch.tensor([[1, 2, 3] * 10])
+    straight = torch.arange(30)[None]
+    assert repeated_share(circle).item() == pytest.approx(1 - 3 / 27)
+    assert repeated_share(straight).item() == 0
+    assert repeated_share(straight[:, :3]).item() == 0
+    rows = repetition_rows("text", torch.cat([circle, straight]))
+    assert one(rows, metric="degenerate").value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [(' "Signs," he said', "Signs"), ("signs", "signs"), ("  ", ""), ("it's so", "it's"), ("—no", "no")],
+)
+def test_first_word(text, word):
+    assert first_word(text) == word
+
+
+def test_last_words_of_rows_of_several_lengths_are_those_of_each_alone():
+    model, tokenizer = subquad.load_teacher("nano")
+    student = subquad.linearize(model, "gla").eval()
+    contexts = [
+        "def main(argv=None):\n    ",
+        "import",
+        "class Foo(object):\n    def __init__(self, x):\n        self.x =",
+    ]
+    for who in (model, student):
+        alone = []
+        for text in contexts:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            out = who.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)
+            alone.append(first_word(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
+        assert last_word_scores(who, tokenizer, list(zip(contexts, alone, strict=True))).tolist() == [1, 1, 1]
+        wrong = [(text, word + "x") for text, word in zip(contexts, alone, strict=True)]
+        assert last_word_scores(who, tokenizer, wrong).tolist() == [0, 0, 0]
