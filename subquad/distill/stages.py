@@ -182,11 +182,13 @@ class EndToEndDistillation(Objective):
         self.student_head: tuple[SubquadForCausalLM, Head | None] | None = None
 
     def head_of(self, student: SubquadForCausalLM) -> Head | None:
-        """The student's head, read once: its weights are the parameters themselves."""
+        """The student's head, whose kind is read once; its weights are the parameters as they are now (sharding puts
+        others in their place)."""
         if self.student_head is None or self.student_head[0] is not student:
             with torch.autocast(student.device.type, enabled=False):
                 self.student_head = student, read_head(student)
-        return self.student_head[1]
+        head, output = self.student_head[1], student.get_output_embeddings()
+        return None if head is None else head._replace(weight=output.weight, bias=getattr(output, "bias", None))  # type: ignore[union-attr,arg-type]
 
     def trained(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
         return list(student.parameters())
