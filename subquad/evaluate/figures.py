@@ -55,13 +55,15 @@ def matrices_figure(beside: Mapping[tuple[int, int], tuple[Tensor, Tensor]], tit
             shares[torch.ones_like(shares, dtype=torch.bool).triu(1)] = torch.nan
             norm = LogNorm(FAINTEST, 1.0)
             shown = axes.imshow(shares.numpy(), cmap=colours, norm=norm, interpolation="nearest")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator(4, integer=True))
             if row == 0:
                 axes.set_title(f"layer {layer}, head {head}", fontsize=9)
             else:
                 axes.set_xlabel("token attended to")
             if column == 0:
                 axes.set_ylabel(f"{who}\ntoken that attends")
-    figure.colorbar(shown, ax=panels, label="share of the row", shrink=0.8)
+    figure.colorbar(shown, ax=panels, label="share of the row", shrink=0.8, extend="min")
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -74,6 +76,7 @@ def decay_figure(half_lives: Sequence[Tensor | None], title: str) -> Figure:
     figure = Figure(figsize=(1.8 + 0.8 * len(half_lives), 3.6), layout="constrained")
     axes = figure.subplots()
     for index, layer in enumerate(half_lives):
+        axes.axvline(index + 0.5, color="0.85", linewidth=0.6)
         if layer is None:
             axes.axvspan(index - 0.45, index + 0.45, color="0.92")
             continue
@@ -85,6 +88,10 @@ def decay_figure(half_lives: Sequence[Tensor | None], title: str) -> Figure:
             axes.plot([x], [channels.median().item()], "_", color=COLOURS[1], markersize=8, markeredgewidth=2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e6 else f"{value:.0e}")
+    # Named once, whichever layers there are.
+    axes.plot([], [], ".", color=COLOURS[0], markersize=4, label="a channel")
+    axes.plot([], [], "_", color=COLOURS[1], markersize=8, markeredgewidth=2, label="median of a head")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(xlabel="layer (its heads side by side; grey: no decay)", ylabel="half-life (tokens)", title=title)
     axes.set_xticks(range(len(half_lives)))
     axes.set_xlim(-0.6, len(half_lives) - 0.4)
@@ -109,9 +116,16 @@ def recall_figure(rows: Sequence[Row], title: str, metric: str = "acc") -> Figur
         axes.set_title(task, fontsize=9)
     for axes in panels[len(tasks) :]:
         axes.set_axis_off()
-    figure.colorbar(shown, ax=panels, label=metric.replace("_", " "), shrink=0.8)
+    figure.colorbar(shown, ax=panels, label=label(rows, metric), shrink=0.8)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def label(rows: Sequence[Row], metric: str) -> str:
+    """The name of a metric, with what guessing gives, where that is known and one number."""
+    chance = {row.value for row in select(rows, metric="chance")}
+    name = metric.replace("_", " ")
+    return f"{name} (chance: {chance.pop():g})" if metric == "acc" and len(chance) == 1 else name
 
 
 def heat_map(axes: Any, rows: Sequence[Row]) -> Any:

@@ -242,16 +242,18 @@ def noise(source: Source, count: int, but: Sequence[int]) -> list[int]:
 
 
 def copying(source: Source, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
-    """A sequence of random tokens twice, and the last of its second time are asked for (arXiv 2402.01032). There is
-    one place, so that `depths` say only how many there are."""
+    """A sequence of random tokens twice, and the last of its second time are asked for (arXiv 2402.01032); distractors
+    are the same tokens in another order. There is one place, so that `depths` say only how many there are."""
     check_room(length, 5 * COPIED, "copy")
     size, odd = divmod(length + COPIED, 2)
     for _ in range(items * len(depths)):
-        sequence = noise(source, size, [])
+        sequence = [*noise(source, size - COPIED, []), *source.tokens(COPIED)]
         whole = [*noise(source, odd, []), *sequence, *sequence]
         answer = sequence[-COPIED:]
-        places = source.rng.sample(range(size - COPIED), DISTRACTORS)
-        others = [sequence[place : place + COPIED] for place in places]
+        others: list[list[int]] = []
+        while len(others) < DISTRACTORS:
+            other = source.rng.sample(answer, COPIED)
+            others += [other] if other not in (answer, *others) else []
         yield item(whole[: length - 1], question(whole[length - 1 : length], answer, others, None))
 
 

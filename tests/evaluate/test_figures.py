@@ -38,11 +38,11 @@ def test_matrices_show_the_share_of_each_row():
 def test_decays_show_every_channel_and_the_median_of_each_head():
     layers = [torch.tensor([[1.0, 2, 4], [8, 8, 64]]), None, torch.tensor([16.0, 32.0])]
     (axes,) = decay_figure(layers, "decays").axes
-    drawn = [
-        line.get_ydata().tolist() if hasattr(line.get_ydata(), "tolist") else line.get_ydata() for line in axes.lines
-    ]
+    points = [line for line in axes.lines if line.get_marker() != "None" and len(line.get_xdata())]
+    drawn = [list(line.get_ydata()) for line in points]
     assert drawn == [[1, 2, 4], [2], [8, 8, 64], [8], [16], [32]]
-    assert [round(float(line.get_xdata()[0])) for line in axes.lines] == [0, 0, 0, 0, 2, 2]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["a channel", "median of a head"]
+    assert [round(float(line.get_xdata()[0])) for line in points] == [0, 0, 0, 0, 2, 2]
     assert axes.get_yscale() == "log"
     assert "tokens" in axes.get_ylabel()
     with pytest.raises(UserError, match="no layer has a decay"):
@@ -60,6 +60,7 @@ def test_recall_shows_a_cell_for_each_length_and_depth():
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["0", "0.5", "1"]
     assert figure.axes[2].images[0].get_array().tolist() == [[0.75]]
     assert "0.75" in [t.get_text() for t in figure.axes[2].texts]
+    assert figure.axes[-1].get_ylabel() == "acc (chance: 0.25)"
     with pytest.raises(UserError, match="no rows with metric 'f1'"):
         recall_figure(RECALL, "student", metric="f1")
 

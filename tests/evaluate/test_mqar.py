@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from subquad.errors import UserError
-from subquad.evaluate.mqar import Setting, accuracy, build, mqar_rows, sequences, train
+from subquad.evaluate.mqar import ALIKE, Setting, accuracy, build, mqar_rows, sequences, train
 
 TINY = Setting(pairs=3, vocabulary=12, width=16, heads=2, layers=1, steps=2, batch=4)
 
@@ -35,7 +35,8 @@ def test_models_hold_nothing_of_a_teacher_and_the_same_every_time():
     one, same = build("deltanet", TINY), build("deltanet", TINY)
     mixer = one.blocks[0].mixer
     assert (mixer.o_norm == 1).all()
-    assert mixer.q_conv.shape[-1] == TINY.short_conv
+    assert mixer.q_conv.shape[-1] == 4
+    assert {name: getattr(mixer.options, name) for name in ALIKE} == ALIKE
     assert mixer.layout.num_heads * mixer.layout.head_dim**2 == TINY.state
     for a, b in zip(one.parameters(), same.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -54,8 +55,22 @@ def test_rows_name_mixer_and_state():
     assert all(0 <= row.value <= 1 and row.n == 256 * 3 for row in found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("delta", "additive"),
+    [pytest.param("deltanet", "gla", marks=pytest.mark.sample), ("gated_deltanet", "mamba2")],
+)
+def test_the_delta_rule_recalls_more_than_addition_at_equal_state(delta, additive):
+    """As published (arXiv 2406.06484, section 5.1): as many keys as a head has directions, which addition confuses."""
+    found = {row.model: row for row in mqar_rows([delta, additive], heads=[4])}
+    print({name: f"{row.value:.3f} +- {row.stderr:.3f}" for name, row in found.items()})
+    assert found[delta].task == found[additive].task == "mqar_state_256"
+    assert found[additive].value > 0.125  # it has learned that the answer is one of the values told
+    assert found[delta].value > found[additive].value + 0.1
+
+
 def test_mistakes_are_said():
-    with pytest.raises(UserError, match="heads: got 3 for a width of 64; expected heads of an even size"):
+    with pytest.raises(UserError, match="heads: got 3 for a width of 32; expected heads of an even size"):
         Setting(heads=3)
     with pytest.raises(UserError, match="pairs: got 70 for a vocabulary of 128; expected 1 to 64"):
         Setting(pairs=70, vocabulary=128)
