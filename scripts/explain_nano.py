@@ -73,11 +73,13 @@ def explain(args: argparse.Namespace) -> list[Row]:
     found = of(
         "teacher", None, diagnostics_rows(teacher, texts) + recall_rows(teacher, tokenizer, haystack, items=args.items)
     )
+    results = [json.loads((run / "result.json").read_text())["row"] for run in runs]
+    told_apart = len({result["mixer"] for result in results}) == len(runs)
     recovered = {}
-    for run in runs:
-        result, begun = json.loads((run / "result.json").read_text())["row"], time.perf_counter()
+    for run, result in zip(runs, results, strict=True):
+        begun = time.perf_counter()
         student, _ = subquad.load_teacher(run)
-        name = result["mixer"] if len({r.name.split("-")[0] for r in runs}) == len(runs) else run.name
+        name = result["mixer"] if told_apart else run.name
         recovered[name] = result["recovered_share"]
         rows = diagnostics_rows(student, texts, teacher) + ablation_rows(student, texts)
         rows += recall_rows(student, tokenizer, haystack, items=args.items)

@@ -1,7 +1,7 @@
 """Pictures of what the diagnostics found, as SVG and PNG. Takes numbers, knows nothing of models.
 
-Amounts are in viridis, series in the colours of Okabe and Ito with a marker each: both are told apart without colour
-vision, and in print.
+Amounts are in viridis, series in the colours of Okabe and Ito (grey for their yellow) with a marker each: both are told
+apart without colour vision, and in print.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from subquad.errors import UserError
 from subquad.evaluate.matrices import attended
 from subquad.evaluate.results import Row, select
 
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"
 MARKERS = "o", "s", "^", "D", "v", "P", "X", "*"
 FAINTEST = 1e-3
 """Share of a row below which entries of a matrix look alike."""
@@ -158,7 +158,8 @@ def layers_figure(series: Mapping[str, Sequence[Row]], metric: str, title: str) 
         if not found:
             raise UserError(f"no rows of {name!r} have metric {metric!r} by layer")
         points = sorted((row.layer, row.value) for row in found if row.layer is not None)
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        colour = COLOURS[number % len(COLOURS)]
+        marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
         axes.plot(*zip(*points, strict=True), marker, ls="-", color=colour, label=name, linewidth=1.2, markersize=4)
     axes.set(xlabel="layer", ylabel=metric, title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

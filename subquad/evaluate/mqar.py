@@ -11,8 +11,8 @@ alone, at equal width and nearly equal parameters. From two heads to eight, K go
 there are pairs to half as many, so that what is added without being told apart interferes. The vocabulary is small,
 because a row of the embedding must first be learned for each token, which tells no mixers apart; values are drawn anew
 for every row, so that none is learned by heart. Weights start at a standard deviation of width^-1/2: at Llama's 0.02
-nothing is learned in a minute. One learning rate serves all mixers: of 5e-3, 1e-2 and 2e-2, the one that taught DeltaNet
-and GLA most in 400 steps.
+nothing is learned in a minute. One learning rate serves all mixers: of 5e-3, 1e-2 and 2e-2, the one that taught
+DeltaNet and GLA most in 400 steps.
 """
 
 from collections.abc import Sequence

@@ -79,6 +79,12 @@ def test_a_metric_by_layer_is_a_line_a_model():
         layers_figure({"gla": rows}, "overlap", "students")
 
 
+def test_many_models_are_told_apart():
+    rows = [Row(task="states", metric="cka", value=1 - i / 10, layer=i) for i in range(2)]
+    (axes,) = layers_figure({str(number): rows for number in range(11)}, "cka", "students").axes
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 11
+
+
 def test_files_are_the_same_every_time(tmp_path):
     first, second = (save(matrices(), tmp_path / name) for name in ("first.v1", "second.v1"))
     assert [path.name for path in first] == ["first.v1.svg", "first.v1.png"]
