@@ -20,7 +20,7 @@ from subquad.data.packing import next_labels
 from subquad.distill.alignment import layerwise, matrix_distance, output_distance
 from subquad.distill.fused import Head, fused_distillation_loss, read_head
 from subquad.distill.losses import distillation_loss
-from subquad.modeling.attention_matrix import attention_rows, cut_arguments
+from subquad.modeling.attention_matrix import attention_rows, cut_arguments, with_mask
 from subquad.modeling.families import AttentionSite, Recording, attentions, find_attention, layer_path, record
 from subquad.modeling.hub import SubquadForCausalLM
 
@@ -137,7 +137,7 @@ class HiddenAlignment(Alignment):
 
     def __init__(self, teacher: PreTrainedModel, stage: Hidden, calibration: Tensor):
         super().__init__(teacher)
-        self.paths = [layer_path(site) for site in self.sites] if stage.target == "block" else None
+        self.paths = [layer_path(site.path) for site in self.sites] if stage.target == "block" else None
         if self.paths is not None:
             self.watched = [(teacher.get_submodule(path), None) for path in self.paths]
         recordings = record(teacher, self.watched, calibration.to(teacher.device))
@@ -155,8 +155,9 @@ class HiddenAlignment(Alignment):
         self, student: SubquadForCausalLM, index: int, recording: Recording, documents: Tensor | None
     ) -> Tensor:
         mask = None if documents is None else documents[:, None, None, :]
-        args, kwargs = with_mask(recording, mask)
-        given = self.modules(student)[index](*args, **kwargs)
+        module = self.modules(student)[index]
+        args, kwargs = with_mask(module, recording.args, recording.kwargs, mask)
+        given = module(*args, **kwargs)
         output = given[0] if isinstance(given, tuple) else given
         return output_distance(output, recording.output, self.powers[index])
 
@@ -287,16 +288,3 @@ def spans(documents: Tensor | None, B: int, T: int) -> list[tuple[slice, slice]]
                 found.append((slice(b, b + 1), slice(begin, t)))
                 begin = t
     return found
-
-
-def with_mask(recording: Recording, mask: Tensor | None) -> tuple[tuple, dict[str, Any]]:
-    """What a family handed over, with our mask in the place of its own."""
-    T = recording.hidden_states.shape[1]
-
-    def is_mask(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() == 4 and value.shape[-2:] == (T, T)
-
-    kwargs = {name: mask if is_mask(value) else value for name, value in recording.kwargs.items()}
-    if any(is_mask(value) for value in recording.args):
-        return tuple(mask if is_mask(value) else value for value in recording.args), kwargs
-    return recording.args, {**kwargs, "attention_mask": mask}

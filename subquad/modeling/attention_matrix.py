@@ -5,6 +5,7 @@ the queries of the rows that are asked for; a family in which that is not the sa
 builds a causal mask of its own, or writes its attention out) gives the whole, of which the rows are taken.
 """
 
+import inspect
 import sys
 from typing import Any
 
@@ -69,6 +70,23 @@ def cut_arguments(args: tuple, kwargs: dict[str, Any], tokens: slice, row: slice
     """A family's arguments for some tokens (and rows) of a batch."""
     T = hidden_states_of(args, kwargs).shape[1]
     return cut_tokens(args, T, tokens, row), {n: cut_tokens(value, T, tokens, row) for n, value in kwargs.items()}
+
+
+def with_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any], mask: Tensor | None) -> tuple[tuple, dict]:
+    """What a family hands to a layer or its attention, `module`, with our mask in the place of its own."""
+    T = hidden_states_of(args, kwargs).shape[1]
+
+    def is_mask(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() == 4 and value.shape[-2:] in ((T, T), (1, T), (1, 0))
+
+    # One that was handed over by place may have been None: all tokens are real, and attention knows that it is causal.
+    taken = inspect.signature(module.forward).parameters.values()
+    by_place = [parameter.name for parameter in taken if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    found = {name: mask if is_mask(value) else value for name, value in kwargs.items()}
+    placed = [by_place[i : i + 1] == ["attention_mask"] or is_mask(value) for i, value in enumerate(args)]
+    if any(placed):
+        return tuple(mask if here else value for here, value in zip(placed, args, strict=True)), found
+    return args, {**found, "attention_mask": mask}
 
 
 def _mask(x: Tensor, window: int | None, sinks: int, rows: slice) -> Tensor:

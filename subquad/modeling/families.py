@@ -332,9 +332,9 @@ class Recording:
         return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
 
 
-def layer_path(site: AttentionSite) -> str:
-    """The module of the decoder layer in which an attention stands: the member of a list of layers."""
-    parts = site.path.split(".")
+def layer_path(path: str) -> str:
+    """The decoder layer in which the attention at `path` stands: the member of a list of layers."""
+    parts = path.split(".")
     last = max(i for i, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: last + 1])
 

@@ -1,0 +1,165 @@
+"""What the students of a study keep of their teacher inside, and whether that says how much they recovered.
+
+    make demo
+    python scripts/explain_nano.py demo --output explained
+    python scripts/explain_nano.py --mqar
+
+The first form looks into every student of a study: diagnostics and recall of each, pictures, and Spearman's rank
+correlation of each diagnostic with the recovered share. The second trains the small models of `mqar.py`. Both print the
+tables of docs/explain.md.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+import subquad
+from subquad import mixers
+from subquad.config import Corpus
+from subquad.data import token_rows
+from subquad.evaluate import figures
+from subquad.evaluate.ablations import ablation_rows
+from subquad.evaluate.correlation import rank_correlation
+from subquad.evaluate.decays import half_lives
+from subquad.evaluate.diagnostics import diagnostics_rows, matrices_beside
+from subquad.evaluate.mqar import Setting, mqar_rows
+from subquad.evaluate.recall import recall_rows
+from subquad.evaluate.recall_tasks import TASKS
+from subquad.evaluate.results import Row, of, select
+
+COLUMNS = (
+    *("overlap", "frobenius", "row_cosine", "cka", "cosine", "mixer_error", "swap_kl"),
+    *("memory_length", "half_life", "entropy", "diversity"),
+)
+HEADS = ((0, 0), (2, 1), (5, 3))
+"""Layer and head of the matrices that are drawn."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", type=Path, help="directory of finished runs, as `make demo` makes it")
+    parser.add_argument("--output", type=Path, help="directory for rows.json and pictures")
+    parser.add_argument("--rows", type=int, default=4, help="held-out texts that the diagnostics look at")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--items", type=int, default=8, help="recall questions for each length and depth")
+    parser.add_argument("--mqar", action="store_true", help="train the small models too")
+    args = parser.parse_args()
+    if args.study is None and not args.mqar:
+        parser.error("give the directory of a study, or --mqar")
+    rows = explain(args) if args.study else []
+    if args.mqar:
+        rows += associations()
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "rows.json").write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
+
+
+def explain(args: argparse.Namespace) -> list[Row]:
+    """Everything about the students of a study, printed."""
+    runs = sorted(path.parent for path in args.study.glob("*/result.json"))
+    if not runs:
+        raise SystemExit(f"{args.study}: no finished runs (directories with result.json)")
+    recipe = yaml.safe_load((runs[0] / "recipe.yaml").read_text())
+    teacher, tokenizer = subquad.load_teacher(recipe["teacher"])
+    corpus = Corpus(source=recipe["corpus"]["source"], context=args.context)
+    held_out = token_rows(corpus, tokenizer, "valid", limit=2**16)
+    texts = torch.stack([held_out[i]["input_ids"] for i in range(args.rows)])
+    haystack = torch.cat([held_out[i]["input_ids"] for i in range(args.rows, min(len(held_out), args.rows + 32))])
+    found = of(
+        "teacher", None, diagnostics_rows(teacher, texts) + recall_rows(teacher, tokenizer, haystack, items=args.items)
+    )
+    results = [json.loads((run / "result.json").read_text())["row"] for run in runs]
+    told_apart = len({result["mixer"] for result in results}) == len(runs)
+    recovered = {}
+    for run, result in zip(runs, results, strict=True):
+        begun = time.perf_counter()
+        student, _ = subquad.load_teacher(run)
+        name = result["mixer"] if told_apart else run.name
+        recovered[name] = result["recovered_share"]
+        rows = diagnostics_rows(student, texts, teacher) + ablation_rows(student, texts)
+        rows += recall_rows(student, tokenizer, haystack, items=args.items)
+        rows.append(Row(task="quality", metric="recovered_share", value=recovered[name]))
+        found += of(name, "teacher", rows)
+        if args.output:
+            draw(args.output, name, student, teacher, texts, rows)
+        print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
+    if args.output:
+        series = {name: select(found, model=name) for name in recovered}
+        figures.save(figures.layers_figure(series, "cka", "teacher and student, hidden states"), args.output / "cka")
+    print("\n" + table(("recovered_share", *COLUMNS), found, ["teacher", *recovered]))
+    print("\n" + recall_table(found, ["teacher", *recovered]))
+    print("\n" + correlations(found, {n: r for n, r in recovered.items() if n != mixers.SOFTMAX}))
+    return found
+
+
+def draw(output: Path, name: str, student, teacher, texts: torch.Tensor, rows: list[Row]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    heads = {}
+    for layer, head in HEADS:
+        M, A = matrices_beside(student, teacher, texts[0, :96], layer)
+        heads[layer, head] = M[head], A[head]
+    figures.save(figures.matrices_figure(heads, f"{name} and its teacher"), output / f"matrices-{name}")
+    figures.save(figures.recall_figure(rows, name), output / f"recall-{name}")
+    spectrum = half_lives(student, texts)
+    if any(layer is not None for layer in spectrum):
+        figures.save(figures.decay_figure(spectrum, name), output / f"decays-{name}")
+
+
+def whole(rows: list[Row], model: str, metric: str) -> float | None:
+    """The number that stands for a model: over all layers and heads, or the mean over recall tasks at each length."""
+    found = [r.value for r in select(rows, model=model, metric=metric, layer=None, head=None, depth=None)]
+    return statistics.fmean(found) if found else None
+
+
+def table(columns: tuple[str, ...], rows: list[Row], models: list[str]) -> str:
+    lines = [f"| | {' | '.join(c.replace('_', ' ') for c in columns)} |", f"|---{'|---' * len(columns)}|"]
+    for model in models:
+        values = [whole(rows, model, column) for column in columns]
+        lines.append(f"| `{model}` | {' | '.join('' if v is None else f'{v:.3g}' for v in values)} |")
+    return "\n".join(lines)
+
+
+def recall_table(rows: list[Row], models: list[str]) -> str:
+    """Accuracy by likelihood, and how much of it greedy decoding writes, over all lengths and depths."""
+    lines = [f"| | {' | '.join(TASKS)} |", f"|---{'|---' * len(TASKS)}|"]
+    for model in models:
+        cells = []
+        for task in TASKS:
+            own = select(rows, model=model, task=task, depth=None)
+            cells.append(" / ".join(f"{whole(own, model, metric):.2f}" for metric in ("acc", "acc_generated")))
+        lines.append(f"| `{model}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def correlations(rows: list[Row], recovered: dict[str, float]) -> str:
+    """Of each diagnostic with the recovered share, over those students that have it."""
+    lines = ["| | students | rank correlation with the recovered share | 95% interval |", "|---|---|---|---|"]
+    for metric in (*COLUMNS, "acc", "acc_generated"):
+        pairs = [
+            (value, share) for name, share in recovered.items() if (value := whole(rows, name, metric)) is not None
+        ]
+        if len(pairs) >= 4:
+            rho, low, high = rank_correlation(*zip(*pairs, strict=True))
+            lines.append(f"| {metric.replace('_', ' ')} | {len(pairs)} | {rho:.2f} | {low:.2f} to {high:.2f} |")
+    return "\n".join(lines)
+
+
+def associations() -> list[Row]:
+    """MQAR by mixer and state, printed as it comes."""
+    heads, found = (2, 4, 8), []
+    states = [Setting(heads=count).state for count in heads]
+    print(f"| mixer | {' | '.join(f'{state}' for state in states)} |\n|---{'|---' * len(heads)}|", flush=True)
+    for name in mixers.names():
+        rows = mqar_rows([name], heads)
+        found += rows
+        print(f"| `{name}` | {' | '.join(f'{row.value:.1%}' for row in rows)} |", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Models made by hand, whose inside and whose answers are known."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from subquad.modeling.cache import CACHE_ARGUMENT
+
+PREVIOUS, UNIFORM = 0, 1
+"""Heads of `previous_and_uniform`."""
+
+
+def previous_and_uniform(vocabulary: int = 40, layers: int = 2) -> LlamaForCausalLM:
+    """A random Llama whose head 0 attends to the previous token alone, and whose head 1 to all alike.
+
+    Queries and keys are biases, and noise too small to matter. A rotary pair turns by one radian a token: a query
+    turned back by one radian meets the key of the token before it, and a scale of 1e4 leaves nothing for the others
+    (for texts below 40 tokens).
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        attention_bias=True,
+        initializer_range=0.3,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            for projection in (attention.q_proj, attention.k_proj):
+                projection.weight.mul_(1e-4)
+                projection.bias.zero_()
+            attention.q_proj.bias[0], attention.q_proj.bias[4] = 1e4 * math.cos(1), -1e4 * math.sin(1)
+            attention.k_proj.bias[0] = 1.0
+    return model
+
+
+def previous_matrix(T: int) -> Tensor:
+    """`[T, T]`; the first token has but itself."""
+    M = torch.zeros(T, T)
+    M[range(1, T), range(T - 1)] = 1.0
+    M[0, 0] = 1.0
+    return M
+
+
+def uniform_matrix(T: int) -> Tensor:
+    return torch.ones(T, T).tril() / torch.arange(1, T + 1).unsqueeze(-1)
+
+
+class Text:
+    """A cache that is the text itself."""
+
+    def __init__(self, ids: Tensor):
+        self.ids = ids
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.ids = self.ids.repeat_interleave(repeats, dim=0)
+
+
+class Copier(PreTrainedModel):
+    """Says what followed the longest earlier match of the text's end; token 0 where there is none."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, vocabulary: int):
+        super().__init__(PretrainedConfig())
+        self.vocabulary = vocabulary
+        self.anything = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: Tensor, use_cache: bool = True, **kwargs) -> CausalLMOutputWithPast:
+        held = kwargs.get(CACHE_ARGUMENT)
+        text = input_ids if held is None else torch.cat([held.ids, input_ids], dim=1)
+        said = torch.stack([self.follow(row) for row in text])[:, -input_ids.shape[1] :]
+        logits = 10 * F.one_hot(said, self.vocabulary).float()
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_ARGUMENT: Text(text)})
+
+    def follow(self, row: Tensor) -> Tensor:
+        """What is said behind each token."""
+        matched = torch.zeros(len(row), dtype=torch.long)  # length of the common end of row[: j + 1] and row[: t + 1]
+        said = torch.zeros(len(row), dtype=torch.long)
+        for t in range(len(row)):
+            matched = torch.where(row == row[t], F.pad(matched, (1, 0))[:-1] + 1, 0)
+            if t and matched[:t].any():
+                said[t] = row[matched[:t].argmax() + 1]
+        return said

@@ -1,0 +1,37 @@
+"""Rank correlation against values known by hand, and an interval that covers."""
+
+import numpy as np
+import pytest
+
+from subquad.errors import UserError
+from subquad.evaluate.correlation import rank_correlation, ranks, spearman
+
+
+def test_ranks_share_their_places_where_tied():
+    assert ranks(np.array([30.0, 10, 20, 20])).tolist() == [4, 1, 2.5, 2.5]
+
+
+def test_spearman_of_known_orders():
+    x = np.arange(5.0)
+    assert spearman(x, np.exp(x)) == pytest.approx(1)
+    assert spearman(x, -(x**3)) == pytest.approx(-1)
+    # 1 - 6 sum d^2 / n (n^2 - 1) with d = 0, 1, 1, 1, 1
+    assert spearman(x, np.array([0.0, 2, 1, 4, 3])) == pytest.approx(1 - 6 * 4 / (5 * 24))
+
+
+def test_the_interval_holds_the_value_and_is_wider_for_fewer():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=100)
+    y = x + rng.normal(size=100)
+    rho, low, high = rank_correlation(x, y)
+    assert low < rho < high
+    assert (rho, low, high) == rank_correlation(x, y)
+    _, few_low, few_high = rank_correlation(x[:8], y[:8])
+    assert few_high - few_low > 2 * (high - low)
+
+
+def test_what_says_nothing_is_refused():
+    with pytest.raises(UserError, match="got 2 and 2 values, expected as many, at least 3"):
+        rank_correlation([1, 2], [1, 2])
+    with pytest.raises(UserError, match="all values are the same"):
+        rank_correlation([1, 1, 1], [1, 2, 3])
