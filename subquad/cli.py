@@ -107,10 +107,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--chat", action="store_true", help="TEXT is a message; use the model's chat template")
     add_eval(add("eval", run_eval, "Measure models beside their teacher: quality, long context and cost."))
-    command = add("bench", run_bench, "Time the ops beside every peer that is installed, forward and backward.")
-    command.add_argument("what", choices=["ops"], help="what to time: ops")
+    command = add("bench", run_bench, "Time the ops beside every peer that is installed, or see what memories hold.")
+    command.add_argument(
+        "what", choices=["ops", "mqar"], help="ops: forward and backward; mqar: small students of each mixer, recalling"
+    )
     command.add_argument("--sizes", metavar="LIST", help="tokens, or tokens x batch, comma-separated: 2048,512x8")
-    command.add_argument("--only", metavar="LIST", help="names of kinds and peers, comma-separated")
+    command.add_argument("--only", metavar="LIST", help="names of kinds and peers, or of mixers, comma-separated")
     command.add_argument("--seconds", type=float, default=60.0, help="about so long a size at most")
     command.add_argument("--json", metavar="FILE", help="write all figures there")
     command.add_argument("--no-memory", action="store_true", help="skip peak memory, a process for each kind and size")
@@ -126,7 +128,7 @@ def add_eval(command: argparse.ArgumentParser) -> None:
         "--suite",
         default="quick",
         metavar="LIST",
-        help="quick, full, or parts: language, zero-shot, generation, long, efficiency; comma-separated",
+        help="quick, full, recall, diagnostics, or parts of full: language, zero-shot, generation, long, efficiency",
     )
     command.add_argument("--output", "-o", metavar="DIR", help="for results.json; run again, it is continued")
     command.add_argument(
@@ -138,7 +140,8 @@ def add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tasks", metavar="LIST", help="names of such files, or of lm-eval's tasks; all of --data")
     command.add_argument("--include-path", metavar="DIR", help="task definitions of lm-eval's own kind")
     command.add_argument("--limit", type=int, metavar="N", help="items of a task")
-    command.add_argument("--lengths", metavar="LIST", help="tokens of context, for long and efficiency: 512,1024,2048")
+    command.add_argument("--lengths", metavar="LIST", help="tokens of context of long, efficiency and recall: 512,1024")
+    command.add_argument("--figures", action="store_true", help="draw pictures into DIR/figures, SVG and PNG")
     command.add_argument("--json", action="store_true", help="print results as JSON, not as a table")
 
 
@@ -333,6 +336,7 @@ def run_eval(args: argparse.Namespace) -> None:
         include=args.include_path,
         limit=args.limit,
         lengths=None if args.lengths is None else [number_in(n, "--lengths") for n in names_in(args.lengths)],
+        figures=args.figures,
     )
     print(json.dumps(results.as_dict(), indent=2) if args.json else results.table())
     if args.output:
@@ -351,6 +355,11 @@ def number_in(text: str, option: str) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> None:
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json: the directory of {args.json!r} does not exist; expected a file in one that does")
+    if args.what == "mqar":
+        run_mqar(args)
+        return
     from subquad.ops import report
 
     try:
@@ -359,11 +368,23 @@ def run_bench(args: argparse.Namespace) -> None:
         raise UserError(error) from None
     if not args.seconds > 0:
         raise UserError(f"--seconds: got {args.seconds}, expected more than 0")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json: the directory of {args.json!r} does not exist; expected a file in one that does")
     done = report.run(sizes, names, args.seconds, not args.no_memory, lambda text: print(text, flush=True))
     if args.json:
         Path(args.json).write_text(json.dumps(done.as_dict(), indent=1) + "\n")
+
+
+def run_mqar(args: argparse.Namespace) -> None:
+    """Multi-query associative recall, learned from nothing by two layers of each mixer, about a minute a line."""
+    from subquad import mixers
+    from subquad.evaluate.mqar import mqar_rows
+
+    rows = []
+    for name in names_in(args.only) if args.only else list(mixers.REGISTRY):
+        for row in mqar_rows([name]):
+            print(f"{row.model:18} {row.task:16} {row.value:.1%} of {row.n}", flush=True)
+            rows.append(row.as_dict())
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def run(
     include: str | None = None,
     limit: int | None = None,
     lengths: Sequence[int] | None = None,
+    figures: bool = False,
 ) -> Results:
     """Measures models by name; see `subquad eval --help`.
 
@@ -61,12 +62,15 @@ def run(
     settings = settings_of(suites)
     if lengths is not None:
         check_lengths(lengths)
-        settings = replace(settings, lengths=tuple(lengths), cost_lengths=tuple(lengths))
+        many = tuple(lengths)
+        settings = replace(settings, lengths=many, cost_lengths=many, recall_lengths=many)
     if limit is not None:
         if limit < 1:
             raise UserError(f"limit: got {limit}, expected at least 1")
         settings = replace(settings, limit=limit)
     place = check_output(output)
+    if figures and place is None:
+        raise UserError("figures without an output directory; expected --output DIR too")
     teacher = teacher or (None if recipe is None else recipe.teacher)
     for reference in [*models, *([teacher] if teacher is not None else [])]:
         check_reference(reference)
@@ -79,7 +83,7 @@ def run(
     if teacher is not None:
         beside = replace(subjects[0], name=f"{teacher} (teacher)") if same else load_subject(teacher)
     source = None if recipe is None else recipe.model_dump(mode="json")
-    rows, failed = evaluate(subjects, beside, settings, place, source)
+    rows, failed = evaluate(subjects, beside, settings, place, source, figures)
     return Results(rows, failed, {**versions(), "recipe": source})
 
 

@@ -17,11 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.data import RowRange, token_rows
 from subquad.errors import UserError
 from subquad.evaluate import generation, long_context, statistics
+from subquad.evaluate.ablations import ablation_rows
 from subquad.evaluate.cheaper import SINKS, int8_teacher, windowed_teacher
+from subquad.evaluate.diagnostics import diagnostics_rows
 from subquad.evaluate.efficiency import TASK as COST
 from subquad.evaluate.efficiency import efficiency_rows
 from subquad.evaluate.harness import Task, TaskResult, spread, zero_shot
 from subquad.evaluate.quality import language_rows, token_sums, unigram_loss
+from subquad.evaluate.recall import recall_rows
 from subquad.evaluate.recovery import TaskScores, recovery_rows, summary_rows
 from subquad.evaluate.results import Row, of
 from subquad.evaluate.suites import Settings
@@ -96,6 +99,8 @@ class Evaluation:
             "generation": self._generation,
             "long": self._long,
             "efficiency": self._efficiency,
+            "recall": self._recall,
+            "diagnostics": self._diagnostics,
         }
         return [part for name in self.settings.parts for part in makers[name]()]
 
@@ -132,9 +137,8 @@ class Evaluation:
         depends = (s.corpus.model_dump(mode="json"), s.prompts, s.prompt, s.generated)
 
         def write(subject: Subject) -> list[list[int]]:
-            rows = self._rows(subject, s.prompts * s.corpus.context)
-            prompts = torch.stack([rows[i]["input_ids"] for i in range(min(s.prompts, len(rows)))])
-            return generation.continuations(subject.model, prompts[:, : s.prompt], s.generated).tolist()
+            prompts = self._sample(subject, s.prompts * s.corpus.context)[: s.prompts, : s.prompt]
+            return generation.continuations(subject.model, prompts, s.generated).tolist()
 
         def words(subject: Subject, task: Task) -> list[float]:
             items = task.items()
@@ -175,6 +179,34 @@ class Evaluation:
         who = [(subject.name, subject.identity) for subject in self.all]
         return [Part(COST, (who, s.cost_lengths, s.batches, s.repeats, s.seconds), cost)]
 
+    def _recall(self) -> list[Part]:
+        s = self.settings
+
+        def ask(subject: Subject) -> list[dict[str, Any]]:
+            haystack = self._sample(subject, 4 * max(s.recall_lengths)).flatten()
+            rows = recall_rows(
+                subject.model, subject.tokenizer, haystack, lengths=s.recall_lengths, items=s.recall_items
+            )
+            return [row.as_dict() for row in rows]
+
+        depends = (s.corpus.model_dump(mode="json"), s.recall_lengths, s.recall_items)
+        return [self._part("recall", subject, depends, partial(ask, subject)) for subject in self.all]
+
+    def _diagnostics(self) -> list[Part]:
+        """A student beside its teacher; the teacher beside itself, which is what a perfect student would show."""
+        s = self.settings
+
+        def look(subject: Subject) -> list[dict[str, Any]]:
+            texts = self.texts(subject)
+            teacher = None if self.teacher is None else self.teacher.model
+            rows = diagnostics_rows(subject.model, texts, teacher) + ablation_rows(subject.model, texts)
+            return [row.as_dict() for row in rows]
+
+        depends = (s.corpus.model_dump(mode="json"), s.texts, s.text)
+        return [
+            self._part("diagnostics", subject, depends, partial(look, subject), self.teacher) for subject in self.all
+        ]
+
     def _part(
         self, name: str, subject: Subject, depends: tuple, compute: Callable[[], Any], beside: Subject | None = None
     ) -> Part:
@@ -190,6 +222,16 @@ class Evaluation:
             self._text[key] = token_rows(s.corpus, subject.tokenizer, "valid", limit=tokens or s.tokens)
         rows = self._text[key]
         return rows.take(len(rows))
+
+    def _sample(self, subject: Subject, tokens: int) -> Tensor:
+        """Rows of held-out text with about so many tokens, `[rows, context]`."""
+        rows = self._rows(subject, tokens)
+        return torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
+
+    def texts(self, subject: Subject) -> Tensor:
+        """The texts through which a model's inside is looked at, `[texts, at most text]`."""
+        s = self.settings
+        return self._sample(subject, s.texts * s.corpus.context)[: s.texts, : s.text]
 
     def _documents(self, subject: Subject, tokens: int) -> Tensor:
         key = f"{subject.tokenizer.name_or_path} documents"
@@ -215,7 +257,11 @@ class Evaluation:
                 *self._language_rows(subject, done),
                 *self._task_rows(subject, done),
                 *self._generation_rows(subject, done),
-                *[Row.from_dict(row) for row in done.get(f"long context: {subject.name}", [])],
+                *[
+                    Row.from_dict(row)
+                    for part in ("long context", "recall", "diagnostics")
+                    for row in done.get(f"{part}: {subject.name}", [])
+                ],
                 *[Row.from_dict(row) for row in done.get(COST, {}).get(subject.name, [])],
             ]
             found += of(subject.name, None if self.teacher is None else self.teacher.name, rows)

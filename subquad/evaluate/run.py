@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.errors import UserError
+from subquad.evaluate.pictures import draw
 from subquad.evaluate.plan import Evaluation, Part, Subject
 from subquad.evaluate.results import Row
 from subquad.evaluate.suites import Settings
@@ -80,11 +81,13 @@ def evaluate(
     settings: Settings,
     output: str | Path | None = None,
     recipe: Any = None,
+    figures: bool = False,
 ) -> tuple[list[Row], dict[str, str]]:
     """Measures models beside their teacher; returns all rows, and of parts that failed why, by name.
 
     output: a directory; parts that it holds already are not computed again. None: nothing is written.
     recipe: written into the head of `results.json`.
+    figures: draw pictures, SVG and PNG, into `figures/` of that directory.
 
     Raises:
         UserError: models that cannot be compared; before anything is measured.
@@ -105,7 +108,12 @@ def evaluate(
             _write(place, whole, finished, recipe, len(plan))
     if place is not None:
         _write(place, whole, finished, recipe, len(plan))
-    return whole.rows(finished.done), finished.failed
+    rows = whole.rows(finished.done)
+    if place is not None and figures:
+        models = [(subject.name, subject.model) for subject in whole.students]
+        beside = None if teacher is None else teacher.model
+        draw(models, beside, whole.texts(subjects[0]), rows, place / "figures")
+    return rows, finished.failed
 
 
 def _write(place: Path, whole: Evaluation, finished: Finished, recipe: Any, planned: int) -> None:

@@ -10,7 +10,8 @@ from subquad.evaluate.harness import Task
 from subquad.evaluate.long_context import LENGTHS
 
 PARTS = ("language", "zero-shot", "generation", "long", "efficiency")
-SUITES = ("quick", "full", *PARTS)
+EXPLAINING = ("recall", "diagnostics")
+SUITES = ("quick", "full", *PARTS, *EXPLAINING)
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,18 @@ class Settings:
     repeats: int = 3
     seconds: float = 60.0
     """About the longest prefill that is timed."""
-    cheaper: bool = True
+    cheaper: bool = False
     """Measure the teacher in int8 and with a sliding window as well."""
     window: int = 512
     """Tokens of that window."""
+    recall_lengths: tuple[int, ...] = (128, 256, 512)
+    """Tokens of context in which something is to be found."""
+    recall_items: int = 8
+    """Questions for each of these lengths and each depth."""
+    texts: int = 4
+    """Rows of held-out text through which a model's inside is looked at."""
+    text: int = 256
+    """Tokens of each."""
 
 
 QUICK = Settings(
@@ -64,12 +73,12 @@ QUICK = Settings(
     batches=(1,),
     repeats=2,
     seconds=5.0,
-    cheaper=False,
 )
 
 
 def settings_of(suites: Sequence[str]) -> Settings:
-    """What suites ask for: `quick` is a little of everything, `full` all of it, a part's name all of that part.
+    """What suites ask for: `quick` is a little of `PARTS`, `full` all of them, cheaper teachers besides, a part's name all
+    of that part. `recall` and `diagnostics` explain rather than measure, and have to be asked for.
 
     Raises:
         UserError: an unknown name, or `quick` beside others.
@@ -81,5 +90,6 @@ def settings_of(suites: Sequence[str]) -> Settings:
         raise UserError(f"suites: got {', '.join(suites) or 'none'}; expected quick alone, or some of full and parts")
     if suites[0] == "quick":
         return QUICK
-    parts = PARTS if "full" in suites else tuple(part for part in PARTS if part in suites)
-    return replace(Settings(), parts=parts)
+    wanted = {*suites, *(PARTS if "full" in suites else ())}
+    parts = tuple(part for part in (*PARTS, *EXPLAINING) if part in wanted)
+    return replace(Settings(), parts=parts, cheaper="full" in suites)

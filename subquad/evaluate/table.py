@@ -14,10 +14,12 @@ HIDDEN = ("loss", "teacher_above_chance", "difference", "recovered_share_above_c
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """A table for each task: `perplexity 23.1 ±0.4` stands for a value and its standard error."""
+    """A table for each task: `perplexity 23.1 ±0.4` stands for a value and its standard error. What belongs to one
+    layer, head or depth is in the rows only."""
     texts = []
-    for task in dict.fromkeys(row.task for row in rows):
-        own = [row for row in rows if row.task == task and row.metric not in HIDDEN]
+    whole = [row for row in rows if row.layer is None and row.depth is None and not row.metric.startswith("mass_")]
+    for task in dict.fromkeys(row.task for row in whole):
+        own = [row for row in whole if row.task == task and row.metric not in HIDDEN]
         if own:
             texts.append(f"{task}\n{one_table(own)}")
     return "\n\n".join(texts)

@@ -69,6 +69,26 @@ def test_a_quick_evaluation_on_disk(shop, tmp_path, capsys):
     assert "student" in shown
 
 
+def test_recall_diagnostics_and_pictures(shop, tmp_path, capsys):
+    (shop / "long.txt").write_text((shop / "text.txt").read_text() * 2)
+    args = ["eval", str(shop / "student"), "--teacher", str(shop / "teacher"), "--corpus", str(shop / "long.txt")]
+    args += ["--suite", "recall,diagnostics", "--lengths", "96", "--output", str(tmp_path / "out"), "--figures"]
+    assert cli.main(args) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["parts"]["failed"] == {}
+    rows = [Row.from_dict(row) for row in results["rows"]]
+    of_teacher = select(rows, model="teacher", layer=None, head=None)
+    assert one(of_teacher, metric="overlap").value == 1
+    of_student = select(rows, model="student", layer=None, head=None)
+    assert one(of_student, metric="overlap").value < 0.99
+    assert select(rows, model="student", task="needle_number", metric="acc")
+    assert select(rows, model="student", task="without_layer", metric="loss", layer=1)
+    drawn = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    expected = {"student-matrices", "student-decays", "student-recall", "teacher-recall", "cka"}
+    assert drawn == {f"{name}.{kind}" for name in expected for kind in ("svg", "png")}
+    assert "overlap" in capsys.readouterr().out
+
+
 def test_json_is_all_that_stands_on_stdout(shop, capsys):
     assert cli.main(arguments(shop, "--suite", "language", "--json")) == 0
     found = json.loads(capsys.readouterr().out)
@@ -101,7 +121,7 @@ def test_finished_parts_are_not_computed_again(shop, tmp_path, monkeypatch, caps
 
 
 def test_a_model_that_changed_is_measured_anew(shop, tmp_path):
-    settings = QUICK.__class__(parts=("language",), tokens=64, cheaper=False)
+    settings = QUICK.__class__(parts=("language",), tokens=64)
     teacher, tokenizer = subquad.load_teacher(shop / "teacher")
     from dataclasses import replace
 
@@ -139,6 +159,7 @@ MISTAKES = {
     "lengths": (["--lengths", "8,x"], "--lengths: got 'x'"),
     "limit": (["--limit", "0"], "limit: got 0"),
     "corpus": (["--corpus", "nothing.txt"], "nothing.txt"),
+    "figures": (["--figures"], "expected --output DIR too"),
     "tasks without their part": (["--suite", "long", "--tasks", "last"], "expected zero-shot or generation too"),
 }
 
