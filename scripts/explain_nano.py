@@ -143,9 +143,14 @@ def correlations(rows: list[Row], recovered: dict[str, float]) -> str:
         pairs = [
             (value, share) for name, share in recovered.items() if (value := whole(rows, name, metric)) is not None
         ]
-        if len(pairs) >= 4:
-            rho, low, high = rank_correlation(*zip(*pairs, strict=True))
-            lines.append(f"| {metric.replace('_', ' ')} | {len(pairs)} | {rho:.2f} | {low:.2f} to {high:.2f} |")
+        if len(pairs) < 4:
+            continue
+        values, shares = zip(*pairs, strict=True)
+        if len(set(values)) == 1:
+            lines.append(f"| {metric.replace('_', ' ')} | {len(pairs)} | all the same: {values[0]:.3g} | |")
+            continue
+        rho, low, high = rank_correlation(values, shares)
+        lines.append(f"| {metric.replace('_', ' ')} | {len(pairs)} | {rho:.2f} | {low:.2f} to {high:.2f} |")
     return "\n".join(lines)
 
 

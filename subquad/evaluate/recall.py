@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.errors import UserError, nearest
-from subquad.evaluate.recall_tasks import TASKS, Item, Question, Source
+from subquad.evaluate.recall_tasks import TASKS, Item, Question, Source, make
 from subquad.evaluate.results import Row
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.hub import SubquadForCausalLM
@@ -81,7 +81,7 @@ def recall_rows(
     with evaluating(model):
         for task, length in itertools.product(tasks, lengths):
             source = Source(tokenizer, haystack, random.Random(f"{seed} {task} {length}"))
-            found += summary(task, length, list(answers(model, TASKS[task](source, length, depths, items))))
+            found += summary(task, length, list(answers(model, make(task, source, length, depths, items))))
     return found
 
 

@@ -8,7 +8,7 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -66,6 +66,13 @@ class Source:
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    @cached_property
+    def start(self) -> list[int]:
+        """What this tokenizer puts in front of every text: often a beginning-of-text token, often nothing."""
+        whole, plain = self.tokenizer("a").input_ids, self.encode("a")
+        found = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return list(whole[:found])
 
     @cached_property
     def ordinary(self) -> list[int]:
@@ -255,6 +262,12 @@ def copying(source: Source, length: int, depths: Sequence[float], items: int) ->
             other = source.rng.sample(answer, COPIED)
             others += [other] if other not in (answer, *others) else []
         yield item(whole[: length - 1], question(whole[length - 1 : length], answer, others, None))
+
+
+def make(task: str, source: Source, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+    """The items of a task; what stands in front of every text counts as part of the length."""
+    for made in TASKS[task](source, length - len(source.start), depths, items):
+        yield replace(made, context=torch.cat([made.context.new_tensor(source.start), made.context]))
 
 
 TASKS: dict[str, Task] = {

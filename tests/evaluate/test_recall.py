@@ -1,17 +1,19 @@
 """Recall: a model that copies solves it, one that cannot read is at chance, and items are what they say."""
 
+import copy
 import random
 
 import pytest
 import torch
 from handmade import Copier
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
-from workshop import sentences, tiny_teacher
+from workshop import EOS, sentences, tiny_teacher
 
 import subquad
 from subquad.errors import UserError
 from subquad.evaluate.recall import answers, ask, recall_rows
-from subquad.evaluate.recall_tasks import COPIED, TASKS, Item, Question, Source
+from subquad.evaluate.recall_tasks import COPIED, TASKS, Item, Question, Source, make
 from subquad.evaluate.results import one, select
 from subquad.modeling.linearize import evaluating
 
@@ -37,7 +39,7 @@ def reader(tmp_path_factory):
 
 
 def made(task, tokenizer, haystack, length=LENGTH, depths=DEPTHS, items=3, seed=0) -> list[Item]:
-    return list(TASKS[task](Source(tokenizer, haystack, random.Random(seed)), length, depths, items))
+    return list(make(task, Source(tokenizer, haystack, random.Random(seed)), length, depths, items))
 
 
 # ---------------------------------------------------------------------- items
@@ -49,6 +51,19 @@ def test_prompts_have_exactly_the_length_that_was_asked_for(task, tokenizer, hay
     items = made(task, tokenizer, haystack, length)
     assert {len(item.context) + len(q.ask) for item in items for q in item.questions} == {length}
     assert sum(len(item.questions) for item in items) == 3 * len(DEPTHS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_prompt_begins_as_the_tokenizer_begins_every_text(task, tokenizer, haystack):
+    """Llama's and Gemma's do with a token that their models cannot do without."""
+    begun = copy.deepcopy(tokenizer)
+    template = TemplateProcessing(single=f"{EOS} $A {EOS}", special_tokens=[(EOS, begun.bos_token_id)])
+    begun._tokenizer.post_processor = template
+    for made_with, start in ((tokenizer, []), (begun, [begun.bos_token_id])):
+        for item in made(task, made_with, haystack):
+            assert item.context.tolist()[: len(start)] == start
+            assert begun.bos_token_id not in item.context.tolist()[len(start) :]
+            assert {len(item.context) + len(question.ask) for question in item.questions} == {LENGTH}
 
 
 @pytest.mark.parametrize("task", WITH_DEPTH)
