@@ -58,6 +58,11 @@ def uniform_matrix(T: int) -> Tensor:
     return torch.ones(T, T).tril() / torch.arange(1, T + 1).unsqueeze(-1)
 
 
+def made_heads(T: int) -> Tensor:
+    """The matrices of `previous_and_uniform`, `[2, T, T]`."""
+    return torch.stack([previous_matrix(T), uniform_matrix(T)])
+
+
 class Text:
     """A cache that is the text itself."""
 

@@ -1,4 +1,4 @@
-"""Diagnostics against cases with known answers: made matrices, a head of the previous token, decays of known length."""
+"""Diagnostics of models whose answers are known: heads made by hand, decays of known length, one layer that differs."""
 
 import math
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from handmade import PREVIOUS, UNIFORM, previous_and_uniform, previous_matrix, uniform_matrix
+from handmade import PREVIOUS, UNIFORM, made_heads, previous_and_uniform
 
 import subquad
 from subquad.errors import UserError
@@ -19,207 +19,14 @@ from subquad.evaluate.diagnostics import (
     matrices_beside,
     profile_rows,
 )
-from subquad.evaluate.matrices import Comparison, Profile, distance_bins, sums_by_distance, top_weights
 from subquad.evaluate.origins import divergence, error_rows, origin_rows, swap_rows
 from subquad.evaluate.quality import compare
 from subquad.evaluate.results import one, select
 from subquad.evaluate.stack import Stack, stacks
-from subquad.evaluate.states import Likeness, state_rows
+from subquad.evaluate.states import state_rows
 
-CPU = torch.device("cpu")
 TEXT = torch.arange(3, 15)[None]
 T = 24
-
-
-def random_matrix(heads: int = 3, length: int = T, seed: int = 0) -> torch.Tensor:
-    return torch.randn(heads, length, length, generator=torch.Generator().manual_seed(seed)).tril()
-
-
-def profile(M: torch.Tensor, block: int = 1000) -> Profile:
-    found = Profile(len(M), M.shape[-1], CPU)
-    for first in range(0, M.shape[-1], block):
-        found.add(M[:, first : first + block], first)
-    return found
-
-
-def comparison(M: torch.Tensor, A: torch.Tensor, top: int = 4, block: int = 1000) -> Comparison:
-    found = Comparison(len(M), top, CPU)
-    for first in range(0, M.shape[-1], block):
-        found.add(M[:, first : first + block], A[:, first : first + block], first)
-    return found
-
-
-def made_heads() -> torch.Tensor:
-    return torch.stack([previous_matrix(T), uniform_matrix(T)])
-
-
-# ---------------------------------------------------------------------- of made matrices
-
-
-def test_entropy_of_known_heads():
-    entropy = profile(made_heads()).entropy()
-    assert entropy[PREVIOUS] == 0
-    assert entropy[UNIFORM].item() == pytest.approx(sum(math.log(i + 1) for i in range(T)) / T, rel=1e-6)
-
-
-def test_signs_and_scales_of_rows_do_not_change_what_is_attended():
-    M = random_matrix()
-    scale = torch.randn(3, T, 1, generator=torch.Generator().manual_seed(1))
-    for name in ("entropy", "memory_length", "mass"):
-        torch.testing.assert_close(
-            getattr(profile(M * scale), name)(), getattr(profile(M), name)(), rtol=1e-5, atol=1e-6
-        )
-
-
-def test_mass_by_distance_of_known_heads():
-    mass = profile(made_heads()).mass()
-    assert mass[PREVIOUS].tolist() == [0, 1, *[0] * (T - 2)]
-    late = range(T // 2, T)
-    expected = [sum(1 / (i + 1) for i in late if i >= d) / len(late) for d in range(T)]
-    assert mass[UNIFORM].tolist() == pytest.approx(expected, rel=1e-6)
-
-
-def test_memory_length_of_known_heads():
-    assert profile(made_heads()).memory_length()[PREVIOUS] == 1.5  # all of it between distance 1 and 2
-    assert profile(torch.eye(T)[None]).memory_length()[0] == 0.5
-
-
-@pytest.mark.parametrize("half_life", [3.0, 16.0])
-def test_memory_length_of_a_decay_is_its_half_life(half_life):
-    distance = torch.arange(400.0).unsqueeze(-1) - torch.arange(400.0)
-    M = torch.exp2(-distance / half_life).tril()[None]
-    assert profile(M).memory_length().item() == pytest.approx(half_life, rel=0.02)
-
-
-def test_sums_by_distance_are_those_of_the_diagonals():
-    M = random_matrix(heads=2, length=9)
-    expected = torch.stack([torch.stack([m.diagonal(-d).sum() for d in range(9)]) for m in M])
-    torch.testing.assert_close(sums_by_distance(M, 0), expected)
-    parts = sums_by_distance(M[:, :4], 0) + sums_by_distance(M[:, 4:], 4)
-    torch.testing.assert_close(parts, expected)
-
-
-def test_distance_bins_hold_every_distance_once():
-    for length in (1, 2, 9, 64):
-        distances = [d for low, high in distance_bins(length) for d in range(low, high + 1)]
-        assert distances == list(range(length))
-    assert distance_bins(9) == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 8)]
-
-
-def test_diversity_of_known_heads():
-    M = random_matrix(heads=1)
-    assert profile(torch.cat([M, 3 * M])).diversity() == pytest.approx(0, abs=1e-6)
-    assert profile(torch.stack([torch.eye(T), previous_matrix(T).tril(-1)])).diversity() == 1
-    heads = made_heads().double()
-    cosine = (heads[0] * heads[1]).sum() / heads[0].norm() / heads[1].norm()
-    assert profile(made_heads()).diversity() == pytest.approx((1 - cosine.item()) ** 0.5, rel=1e-6)
-    assert profile(M).diversity() is None
-
-
-def test_a_matrix_compared_with_itself():
-    A = random_matrix().softmax(-1).tril()
-    found = comparison(A, A)
-    assert found.overlap().tolist() == [1, 1, 1]
-    assert found.frobenius().tolist() == [0, 0, 0]
-    torch.testing.assert_close(found.row_cosine(), torch.ones(3, dtype=torch.float64))
-
-
-def test_ties_do_not_keep_a_matrix_from_overlapping_with_itself():
-    assert comparison(made_heads(), made_heads()).overlap().tolist() == [1, 1]
-
-
-def test_overlap_is_the_share_of_the_mass_on_the_tokens_that_both_choose():
-    A, M = random_matrix(seed=1).softmax(-1).tril(), random_matrix(seed=2)
-    shares = []
-    for a, m in zip(A[0], M[0], strict=True):
-        seen = int((a != 0).sum())
-        if seen > 4:
-            theirs = set(a[:seen].topk(4).indices.tolist())
-            both = theirs & set(m[:seen].abs().topk(4).indices.tolist())
-            shares.append((a[list(both)].sum() / a[list(theirs)].sum()).item())
-    assert comparison(M, A).overlap()[0].item() == pytest.approx(sum(shares) / len(shares), rel=1e-6)
-    assert len(shares) == T - 4
-
-
-def test_one_that_attends_to_all_alike_overlaps_by_chance():
-    A, M = previous_matrix(T)[None], uniform_matrix(T)[None]
-    found = comparison(M, A)
-    assert found.overlap().item() == pytest.approx(found.chance())
-    assert found.chance() == pytest.approx(sum(4 / (i + 1) for i in range(4, T)) / (T - 4))
-    # its mass lies on one token, which is among the four of one that sees the last four
-    band = torch.ones(T, T).tril().triu(-3)[None]
-    assert comparison(band, A).overlap().item() == 1
-    assert comparison(torch.eye(T)[None], A).overlap().item() == pytest.approx(
-        sum(3 / i for i in range(4, T)) / (T - 4)  # the first place is taken, three are left for the other i
-    )
-
-
-def test_top_weights_share_the_last_places():
-    seen = torch.ones(1, 5, dtype=torch.bool)
-    assert top_weights(torch.tensor([[[5.0, 1, 3, 1, 1]]]), seen, 3).tolist() == [
-        [[1, *[pytest.approx(1 / 3)], 1, *[pytest.approx(1 / 3)] * 2]]
-    ]
-    seen = torch.tensor([[True, True, True, False, False]])
-    assert top_weights(torch.zeros(1, 1, 5), seen, 2)[0, 0].tolist() == [pytest.approx(2 / 3)] * 3 + [0, 0]
-
-
-def test_frobenius_takes_the_best_scale_out():
-    A, M = random_matrix(seed=1), random_matrix(seed=2) + random_matrix(seed=1)
-    found = comparison(M, A).frobenius()
-    for h in range(3):
-        m, a = M[h].double(), A[h].double()
-        best = min(((a - s * m).norm() / a.norm()).item() for s in torch.linspace(0, 2, 4001).tolist())
-        assert found[h].item() == pytest.approx(best, rel=1e-5)
-    assert comparison(3 * A, A).frobenius().max() < 1e-7
-    assert comparison(-A, A).frobenius().tolist() == [1, 1, 1]  # no scale below zero
-
-
-def test_row_cosine_is_the_mean_over_rows():
-    A, M = random_matrix(seed=1), random_matrix(seed=2)
-    expected = torch.nn.functional.cosine_similarity(M.double(), A.double(), dim=-1).mean(-1)
-    torch.testing.assert_close(comparison(M, A).row_cosine(), expected)
-
-
-@pytest.mark.parametrize("block", [1, 5, 16, 23])
-def test_blocks_of_rows_do_not_change_anything(block):
-    M, A = random_matrix(seed=1), random_matrix(seed=2)
-    for name in ("entropy", "memory_length", "mass"):
-        torch.testing.assert_close(
-            getattr(profile(M, block), name)(), getattr(profile(M), name)(), rtol=1e-12, atol=1e-12
-        )
-    assert profile(M, block).diversity() == pytest.approx(profile(M).diversity(), rel=1e-12)
-    for name in ("overlap", "frobenius", "row_cosine"):
-        whole, parts = comparison(M, A), comparison(M, A, block=block)
-        torch.testing.assert_close(getattr(parts, name)(), getattr(whole, name)(), rtol=1e-12, atol=1e-12)
-        assert parts.chance() == pytest.approx(whole.chance())
-
-
-# ---------------------------------------------------------------------- of states
-
-
-def test_cka_is_the_definition_by_kernels():
-    generator = torch.Generator().manual_seed(0)
-    X, Y = (torch.randn(30, 5, generator=generator) @ torch.randn(5, 5, generator=generator) + 4 for _ in range(2))
-    found = Likeness(5, CPU)
-    for x, y in zip(X.split(7), Y.split(7), strict=True):
-        found.add(x, y)
-    X, Y = (Z.double() - Z.double().mean(0) for Z in (X, Y))
-    K, L = X @ X.T, Y @ Y.T
-    assert found.cka() == pytest.approx(((K * L).sum() / (K * K).sum().sqrt() / (L * L).sum().sqrt()).item(), rel=1e-9)
-    assert 0.05 < found.cka() < 0.95
-
-
-def test_cka_does_not_see_rotations_and_the_cosine_does():
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(200, 6, generator=generator).double()
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator).double()).Q
-    found = Likeness(6, CPU)
-    found.add(X, 3 * X @ turn + 1)
-    assert found.cka() == pytest.approx(1, abs=1e-9)
-    assert abs(found.cosine()) < 0.8
-    other = Likeness(6, CPU)
-    other.add(X, torch.randn(200, 6, generator=generator))
-    assert other.cka() < 0.3
 
 
 # ---------------------------------------------------------------------- of models
@@ -247,14 +54,16 @@ def test_heads_of_a_made_model(made, rows):
     expected = sum(math.log(i + 1) for i in range(T)) / T
     assert of_head(found, "entropy", UNIFORM) == pytest.approx([expected] * 2, rel=1e-5)
     assert one(found, metric="entropy", layer=None, head=None).value == pytest.approx(expected / 2, rel=1e-4)
-    assert one(found, metric="diversity", layer=1).value == pytest.approx(profile(made_heads()).diversity(), rel=1e-4)
+    heads = made_heads(T)
+    cosine = ((heads[0] * heads[1]).sum() / heads[0].norm() / heads[1].norm()).item()
+    assert one(found, metric="diversity", layer=1).value == pytest.approx((1 - cosine) ** 0.5, rel=1e-4)
     assert {row.n for row in found} == {2 * T}
 
 
 def test_what_is_drawn_are_the_matrices(made, rows):
     student = subquad.linearize(made, "retnet", calibration=TEXT)
     M, A = matrices_beside(student, made, rows[0], 1)
-    torch.testing.assert_close(A, made_heads(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(A, made_heads(T), atol=1e-5, rtol=1e-5)
     assert M.shape == A.shape
     with pytest.raises(UserError, match="layer: got 2, expected 0 to 1"):
         matrices_beside(student, made, rows[0], 2)
