@@ -77,7 +77,7 @@ QUICK = Settings(
 
 
 def settings_of(suites: Sequence[str]) -> Settings:
-    """What suites ask for: `quick` is a little of `PARTS`, `full` all of them, cheaper teachers besides, a part's name all
+    """What suites ask for: `quick` is a little of `PARTS`, `full` all of them and cheaper teachers, a part's name all
     of that part. `recall` and `diagnostics` explain rather than measure, and have to be asked for.
 
     Raises:

@@ -72,7 +72,7 @@ def test_a_quick_evaluation_on_disk(shop, tmp_path, capsys):
 def test_recall_diagnostics_and_pictures(shop, tmp_path, capsys):
     (shop / "long.txt").write_text((shop / "text.txt").read_text() * 2)
     args = ["eval", str(shop / "student"), "--teacher", str(shop / "teacher"), "--corpus", str(shop / "long.txt")]
-    args += ["--suite", "recall,diagnostics", "--lengths", "96", "--output", str(tmp_path / "out"), "--figures"]
+    args += ["--suite", "recall,diagnostics", "--lengths", "128", "--output", str(tmp_path / "out"), "--figures"]
     assert cli.main(args) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["parts"]["failed"] == {}
