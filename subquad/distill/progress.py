@@ -27,7 +27,7 @@ class Progress(TrainerCallback):
             unit_scale=True,
             dynamic_ncols=True,
             leave=False,
-            disable=not state.is_world_process_zero,
+            disable=None if state.is_world_process_zero else True,  # None: only on a terminal
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
