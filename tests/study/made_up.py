@@ -47,8 +47,8 @@ def recipes(mixers=tuple(GOODNESS), sets=STAGE_SETS, copies=(True, False), seeds
 
 def finish(run: Run) -> None:
     """Leaves what a finished run leaves, but for weights."""
-    draw = random.Random(run.recipe.digest())
     mixer, stages = run.recipe.student.mixer, [s for s in ORDER if getattr(run.recipe.stages, s)]
+    draw = random.Random(f"{mixer} {stages} {run.recipe.student.copy_qkv} {run.recipe.seed}")
     kl = GOODNESS[mixer] * (1 + 0.35 * (3 - len(stages))) * (1 if run.recipe.student.copy_qkv else 1.6)
     kl *= 1 + draw.gauss(0, 0.03)
     loss = TEACHER_LOSS + kl
