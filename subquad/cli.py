@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.errors import UserError
+from subquad.quiet import quiet_libraries
 
 CALIBRATION = 2048
 """Tokens of text that `linearize --calibrate` reads."""
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    quiet_libraries()
+    set_up_messages()
     try:
         return args.run(args) or 0
     except UserError as error:
@@ -162,19 +163,14 @@ def add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print results as JSON, not as a table")
 
 
-def quiet_libraries() -> None:
+def set_up_messages() -> None:
     """Our own messages on stdout, bare; of the libraries only what is wrong."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("subquad")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
-    for name in ("torchao", "torch.utils._pytree"):  # warn of what they lack whenever they are imported
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
 
 
 def run_distill(args: argparse.Namespace) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from subquad.errors import UserError
+from subquad.quiet import quiet_libraries
 from subquad.study.board import DEATHS, Board
-from subquad.study.processes import be_quiet
 from subquad.study.work import Task, Teachers, attempt
 
 PASSED_ON = ("SUBQUAD_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
@@ -92,7 +92,7 @@ def run_remotely(task: Task, directory: Path, settings: dict[str, str], threads:
         raise UserError(f"this machine does not see {directory} and {shared}; expected directories that all share")
     os.environ.update(settings)
     os.chdir(directory)
-    be_quiet()
+    quiet_libraries()
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
     attempt(task, teachers)

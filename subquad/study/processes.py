@@ -7,8 +7,6 @@ checkpoint, and the study nothing else.
 import contextlib
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -19,6 +17,7 @@ import torch
 from subquad.study.board import Board
 from subquad.study.lock import StudyLock
 from subquad.study.work import Task, Teachers, attempt, environment
+from subquad.study.worker import work
 
 Changed = Callable[[], None]
 
@@ -103,37 +102,3 @@ def gpu_of(slot: int) -> dict[str, str]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(i) for i in range(torch.cuda.device_count())] if chosen is None else chosen.split(",")
     return {"CUDA_VISIBLE_DEVICES": names[slot % len(names)]} if names and torch.cuda.device_count() else {}
-
-
-def work(connection: Connection, lock: StudyLock, threads: int) -> None:
-    """A worker: takes tasks until its study ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its workers itself
-    end_with_parent()
-    be_quiet()
-    torch.set_num_threads(threads)
-    teachers = Teachers()
-    while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            return
-        attempt(task, teachers)
-        connection.send("ended")
-
-
-def end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch(sentinel: int = parent.sentinel) -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def be_quiet() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
