@@ -15,7 +15,7 @@ from subquad.config import Recipe
 from subquad.data import check_corpus
 from subquad.distill.pipeline import stage_keys, stage_tokens
 from subquad.distill.shared import SharedStages
-from subquad.errors import UserError
+from subquad.errors import UserError, nearest
 from subquad.modeling.teachers import check_reference
 from subquad.study.board import Board
 from subquad.study.evaluation import check_suites, evaluate_study
@@ -61,22 +61,12 @@ def run_study(
             work in `output`.
     """
     output = Path(output)
-    if jobs < 1:
-        raise UserError(f"jobs: got {jobs}, expected at least 1")
-    if suites:
-        check_suites(suites)
-    if engine == "ray":
-        from subquad.study.cluster import import_ray, run_on_cluster
-
-        import_ray()
+    check(recipes, jobs, engine, suites)
     runs = find_runs(recipes, output)
-    for recipe in recipes:
-        check_reference(recipe.teacher)
-        check_corpus(recipe.corpus)
     with StudyLock(output) as lock:
         shared = shared_stages(runs, output)
         board = Board(Task(run, shared) for run in runs if run.state != "finished")
-        live = Live(runs, shared, lambda: [task.run for task in list(board.running)], say, jobs, interval)
+        live = Live(runs, shared, lambda: under_way(board, engine), say, jobs, interval)
 
         def changed() -> None:
             if live.changed():
@@ -85,18 +75,47 @@ def run_study(
         write_results(output, runs)
         shared.forget(needed(runs))
         with live.ticking():
-            if engine == "ray":
-                run_on_cluster(board, jobs, changed)
-            elif jobs == 1:
-                run_here(board, changed)
-            else:
-                run_in_processes(board, jobs, lock, changed)
+            run_all(board, jobs, engine, lock, changed)
         shared.forget(needed(runs))
         if suites:
             for name, why in evaluate_study(runs, output, suites).items():
                 say(f"{name} failed: {why}")
             write_results(output, runs)
         return table_rows(runs)
+
+
+def check(recipes: Sequence[Recipe], jobs: int, engine: str, suites: Sequence[str]) -> None:
+    """UserError for what can be told before anything is loaded or written."""
+    if jobs < 1:
+        raise UserError(f"jobs: got {jobs}, expected at least 1")
+    if engine not in ENGINES:
+        raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
+    if engine == "ray":
+        from subquad.study.cluster import import_ray
+
+        import_ray()
+    if suites:
+        check_suites(suites)
+    for recipe in recipes:
+        check_reference(recipe.teacher)
+        check_corpus(recipe.corpus)
+
+
+def run_all(board: Board, jobs: int, engine: str, lock: StudyLock, changed: Callable[[], None]) -> None:
+    if engine == "ray":
+        from subquad.study.cluster import run_on_cluster
+
+        run_on_cluster(board, jobs, changed)
+    elif jobs == 1:
+        run_here(board, changed)
+    else:
+        run_in_processes(board, jobs, lock, changed)
+
+
+def under_way(board: Board, engine: str) -> list[Run]:
+    """Of those that Ray has, the ones that it has started."""
+    given = [task.run for task in list(board.running)]
+    return [run for run in given if run.state == "unfinished"] if engine == "ray" else given
 
 
 def shared_stages(runs: Sequence[Run], output: Path) -> SharedStages:

@@ -23,9 +23,9 @@ BY_LAYER = {
     "overlap": "overlap with the attention",
     "cka": "CKA with the teacher",
     "diversity": "diversity of heads",
-    "head_diversity": "diversity of heads",
-    "effective_memory_length": "memory, tokens",
     "memory_length": "memory, tokens",
+    "half_life": "half-life, tokens",
+    "mixer_error": "error of the mixer's output",
 }
 MOST = 12
 """Heat maps of one kind."""

@@ -85,12 +85,17 @@ def find_runs(recipes: Sequence[Recipe], output: Path) -> list[Run]:
     return runs
 
 
+def run_directories(output: Path) -> set[str]:
+    """Names of all directories of runs, also of recipes that the study no longer has."""
+    return {path.parent.name for path in output.glob(f"*/{RECIPE}")}
+
+
 def all_runs(output: Path) -> list[Run]:
-    """Every run below `output`, also of recipes that the study no longer has."""
+    """The runs of those directories."""
     found = []
-    for path in sorted(output.glob(f"*/{RECIPE}")):
+    for name in sorted(run_directories(output)):
         try:
-            found.append(Run(load_recipe(path), path.parent))
+            found.append(Run(load_recipe(output / name / RECIPE), output / name))
         except UserError:  # of another version
             continue
     return found

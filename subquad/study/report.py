@@ -20,7 +20,7 @@ from subquad.study import figures, measured
 from subquad.study.diagram import layers_of, student_figure
 from subquad.study.findings import notes, summary
 from subquad.study.measured import Who
-from subquad.study.places import Run, all_runs
+from subquad.study.places import Run, run_directories
 from subquad.study.results import evaluation_rows, read_study
 from subquad.study.seeds import Group, best, groups, labels
 from subquad.study.style import RULES, data_uri, save
@@ -60,7 +60,7 @@ def write_report(directory: Path, page: Path | None = None) -> Path:
         report = Report(runs, evaluation_rows(directory), folder)
         parts = report.sections()
     write_tables(report.tables, folder)
-    others = len({run.name for run in all_runs(directory)} - {run.name for run in runs})
+    others = len(run_directories(directory) - {run.name for run in runs})
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files("subquad.study").joinpath("page.html").read_text(encoding="utf-8")
     )
@@ -104,8 +104,7 @@ class Report:
 
     def __init__(self, runs: Sequence[Run], rows: Sequence[Row], folder: Path):
         self.runs, self.folder = list(runs), folder
-        known = {run.name for run in runs}
-        strangers = {run.name for run in all_runs(folder.parent)} - known
+        strangers = run_directories(folder.parent) - {run.name for run in runs}
         self.rows = [row for row in rows if row.model not in strangers]
         self.groups = groups(runs)
         self.labels = labels(self.groups)

@@ -15,7 +15,7 @@ from subquad.distill.shared import ORDER
 from subquad.errors import UserError
 from subquad.evaluate.results import Row
 from subquad.papers import versions, write_json
-from subquad.study.places import RECIPE, Run, find_runs, read
+from subquad.study.places import Run, find_runs, read, run_directories
 
 RESULTS, DATABASE = "results.json", "results.sqlite"
 TASK = "held-out text"
@@ -40,7 +40,6 @@ RUN_COLUMNS = (
 )
 ROW_FIELDS = tuple(field.name for field in fields(Row) if field.name != "model")
 ROW_COLUMNS = ("run", "source", *ROW_FIELDS)
-TEXT = ("run", "source", "task", "metric", "teacher")
 
 
 def stage_names(recipe: Recipe) -> list[str]:
@@ -73,8 +72,8 @@ def write_database(path: Path, runs: Sequence[Run], rows: Sequence[Row]) -> None
         base.execute(f"CREATE TABLE rows ({', '.join(_typed(name) for name in ROW_COLUMNS)})")
         base.executemany(_insert("runs", RUN_COLUMNS), [run_record(run) for run in runs])
         own = [record for run in runs for record in own_records(run)]
-        names = {run.name for run in runs}
-        known = [row for row in rows if row.model in names or row.model not in _all_runs(path.parent)]
+        strangers = run_directories(path.parent) - {run.name for run in runs}
+        known = [row for row in rows if row.model not in strangers]
         others = [(row.model, "evaluation", *(getattr(row, name) for name in ROW_FIELDS)) for row in known]
         base.executemany(_insert("rows", ROW_COLUMNS), own + others)
     base.close()
@@ -89,10 +88,6 @@ def _typed(name: str) -> str:
 
 def _insert(table: str, columns: Sequence[str]) -> str:
     return f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})"
-
-
-def _all_runs(output: Path) -> set[str]:
-    return {path.parent.name for path in output.glob(f"*/{RECIPE}")}
 
 
 def run_record(run: Run) -> tuple[Any, ...]:

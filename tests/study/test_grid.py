@@ -203,6 +203,18 @@ def test_what_is_wrong_is_told_before_anything_is_loaded(study_recipe, tmp_path,
         run_study(recipes, tmp_path / "s", engine="ray")
 
 
+def test_tensorboard_gets_every_run(study_recipe, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    short = ["stages.matrix=null", "stages.end_to_end=null", "stages.hidden.tokens=192", "report_to=tensorboard"]
+    for row in run_study(load_study(study_recipe, [*short, "seed=[0,1]"]), tmp_path):
+        events = EventAccumulator(str(tmp_path / row["run"] / "tensorboard" / "hidden"))
+        events.Reload()
+        logged = [r["loss"] for r in read_jsonl(tmp_path / row["run"] / "metrics.jsonl")]
+        assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)
+
+
 # ---------------------------------------------------------------------- the lock
 
 HOLD = """
