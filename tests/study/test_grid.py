@@ -18,6 +18,7 @@ from subquad.distill.shared import SharedStages
 from subquad.errors import UserError
 from subquad.study import lock, processes, work
 from subquad.study.board import DEATHS, Board
+from subquad.study.cluster import share
 from subquad.study.grid import describe_plan, run_study, shared_stages
 from subquad.study.lock import StudyLock
 from subquad.study.places import find_runs
@@ -283,6 +284,20 @@ def test_cores_are_divided(monkeypatch):
     assert [processes.threads_each(jobs) for jobs in (1, 2, 3, 16)] == [8, 4, 2, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert processes.threads_each(2) == 2
+
+
+def test_a_runs_share_of_a_cluster():
+    def machine(alive=True, **resources):
+        return {"Alive": alive, "Resources": resources}
+
+    plain = [machine(CPU=16), machine(CPU=8), machine(CPU=0), machine(alive=False, CPU=1)]
+    assert share(plain, 1) == {"num_cpus": 8}
+    assert share(plain, 3) == {"num_cpus": 2}
+    assert share(plain, 100) == {"num_cpus": 1}
+    assert share([*plain, machine(CPU=16, GPU=8)], 1) == {"num_cpus": 1, "num_gpus": 1}
+    assert share([machine(CPU=16, GPU=2)], 4) == {"num_cpus": 1, "num_gpus": 0.5}
+    with pytest.raises(UserError, match="no machine with a CPU"):
+        share([machine(CPU=0)], 1)
 
 
 @pytest.mark.slow

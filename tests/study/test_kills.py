@@ -90,6 +90,7 @@ def test_on_a_cluster_that_loses_a_machine_it_ends_with_the_same_table(
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else its workers starve beside whatever else runs here
     recipes = load_study(study_recipe, TWELVE)
     # The head runs nothing: without a core of its own it only knows of the others.
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -97,7 +98,7 @@ def test_on_a_cluster_that_loses_a_machine_it_ends_with_the_same_table(
         doomed, _ = (cluster.add_node(num_cpus=1) for _ in range(2))
         cluster.wait_for_nodes()
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        ray.init(address=cluster.address, log_to_driver=False)
+        ray.init(log_to_driver=False)
         lost = []
 
         def lose(line: str) -> None:
