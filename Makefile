@@ -16,6 +16,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(VENV) -m subquad.cli study recipes/nano.yaml --output demo
+	$(VENV) -m subquad.cli report demo
 
 test: lint
 	$(VENV) -m pytest -m "not slow"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.errors import UserError
+from subquad.quiet import quiet_libraries
 
 CALIBRATION = 2048
 """Tokens of text that `linearize --calibrate` reads."""
@@ -24,6 +25,7 @@ Turn a pretrained Transformer into a subquadratic language model, and see what t
              inspect    a saved student: its layers, options, parameters, and what it holds a sequence
   use        generate   let a model write on
   measure    eval       what students kept of their teacher, what they lost, and what they cost
+             report     a study on one page: tables, curves, what the best student keeps and costs
              bench      the ops beside their peers on this machine
 
 A recipe's teacher, and MODEL below, may be: nano, smollm2-135m, a directory, a .gguf file, or a hub id.
@@ -37,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    quiet_libraries()
+    set_up_messages()
     try:
-        args.run(args)
+        return args.run(args) or 0
     except UserError as error:
         print(f"subquad: {error}", file=sys.stderr)
         return 2
@@ -49,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    return 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,6 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="put over the recipe: stages.hidden.lr=1e-3"
         )
+        if name == "study":
+            add_study(command)
+    command = add("report", run_report, "Draw a study: one page that needs no network, figures as SVG and PDF, tables.")
+    command.add_argument("directory", metavar="DIR", help="of a study")
+    command.add_argument("--output", "-o", metavar="FILE", help="the page; DIR/report.html unless given")
     command = add("recipe", run_recipe, "Print a recipe with every default written out, after checking it.")
     command.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="put over the recipe")
@@ -119,6 +125,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_study(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once on a machine, in processes")
+    command.add_argument(
+        "--engine", choices=["local", "ray"], default="local", help="ray: on the machines of the cluster at RAY_ADDRESS"
+    )
+    command.add_argument(
+        "--evaluate", metavar="LIST", help="suites of `subquad eval` for all finished students, into DIR/evaluation"
+    )
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--dry-run", action="store_true", help="say what there is to do and how long it takes; do nothing"
+    )
+    instead.add_argument("--show", action="store_true", help="print the table of what is there; do nothing")
+
+
 def add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("models", metavar="MODEL", nargs="+", help="students, or any models")
     command.add_argument(
@@ -145,19 +166,14 @@ def add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print results as JSON, not as a table")
 
 
-def quiet_libraries() -> None:
+def set_up_messages() -> None:
     """Our own messages on stdout, bare; of the libraries only what is wrong."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("subquad")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
-    for name in ("torchao", "torch.utils._pytree"):  # warn of what they lack whenever they are imported
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
 
 
 def run_distill(args: argparse.Namespace) -> None:
@@ -172,27 +188,42 @@ def run_distill(args: argparse.Namespace) -> None:
     print(f'\nThe student is in {args.output}; try: subquad generate {args.output} "Once upon a time"')
 
 
-def run_study(args: argparse.Namespace) -> None:
+def run_study(args: argparse.Namespace) -> int:
     from subquad.config import load_study
 
     recipes = load_study(args.recipe, args.set)
-    from subquad.study.grid import run_study
-    from subquad.study.table import format_table
+    from subquad.study.grid import describe_plan, run_study
+    from subquad.study.places import find_runs
+    from subquad.study.table import format_study
 
-    total = len(recipes)
-    count = 0
+    output = Path(args.output)
+    if args.dry_run:
+        print(describe_plan(recipes, output, args.jobs))
+        return 0
+    if not args.show:
+        suites = names_in(args.evaluate or "")
+        run_study(recipes, output, jobs=args.jobs, engine=args.engine, suites=suites, say=say)
+        print()
+    runs = find_runs(recipes, output)
+    print(format_study(runs))
+    if not args.show:
+        print(f"\nStudents, results.json and results.sqlite are in {output}; try: subquad report {output}")
+    return int(any(run.state == "failed" for run in runs))
 
-    def on_row(row) -> None:
-        nonlocal count
-        count += 1
-        print(
-            f"[{count}/{total}] {row['run']}: perplexity {row['perplexity']:.2f} (teacher "
-            f"{row['teacher_perplexity']:.2f}), recovered {row['recovered_share']:.1%}, {row['seconds']:.0f} s",
-            flush=True,
-        )
 
-    rows = run_study(recipes, args.output, on_row)
-    print(f"\n{format_table(rows)}\n\nStudents and results.json are in {args.output}")
+def say(line: str) -> None:
+    """Above a progress bar, where there is one."""
+    from tqdm.auto import tqdm
+
+    with tqdm.external_write_mode():
+        print(line, flush=True)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from subquad.study.report import write_report
+
+    page = write_report(Path(args.directory), None if args.output is None else Path(args.output))
+    print(f"{page}\nFigures (SVG, PDF) and tables (CSV, LaTeX) are in {Path(args.directory) / 'report'}")
 
 
 def run_recipe(args: argparse.Namespace) -> None:

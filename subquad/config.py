@@ -398,15 +398,22 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
 
 def run_name(recipe: Recipe, recipes: Sequence[Recipe]) -> str:
     """The directory of a student within a study: its mixer, and behind it the keys in which the study's students of
-    this mixer differ, as in `gla-copy_qkv=false-seed=1`."""
+    this mixer differ, as in `gla-copy_qkv=false-seed=1`; what a stage or the options hold only where that is needed."""
+    mine = recipe.model_dump(mode="json")
     variants = [r.model_dump(mode="json") for r in recipes if r.student.name == recipe.student.name]
+    short = _shallow(mine, variants)
+    rivals = [variant for variant in variants if _shallow(variant, variants) == short]
     parts = [recipe.student.name]
-    for path, value in _differences(recipe.model_dump(mode="json"), variants):
+    for path, value in [*short, *(found for found in _differences(mine, rivals) if len(found[0]) > 2)]:
         text = json.dumps(value) if not isinstance(value, str) else value
         parts.append(f"{'.'.join(path[1:] or path)}={text}")
     name = "-".join(parts)
     safe = re.sub(r"[^A-Za-z0-9._=+-]+", "_", name)[:100]
     return name if safe == name else f"{safe}-{recipe.digest()[:8]}"
+
+
+def _shallow(mine: Any, variants: list[Any]) -> list[tuple[tuple[str, ...], Any]]:
+    return [found for found in _differences(mine, variants) if len(found[0]) <= 2]
 
 
 def _differences(mine: Any, all_values: list[Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

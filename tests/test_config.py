@@ -318,6 +318,10 @@ def test_an_error_in_a_list_names_its_own_line(write):
             ["gla-matrix=off", "gla-matrix=on-matrix.tokens=1", "gla-matrix=on-matrix.tokens=2"],
         ),
         (["student.options=[{}, {half_life: 32}]"], ["gla", "gla-options.half_life=32"]),
+        (
+            ["stages=[{matrix: {tokens: 1, lr: 1}, hidden: {tokens: 1, lr: 1}}, {hidden: {tokens: 2, lr: 1}}]"],
+            ["gla-matrix=on", "gla-matrix=off"],
+        ),
     ],
 )
 def test_run_names(write, overrides, names):
@@ -355,6 +359,11 @@ def test_shipped_recipes():
     later = ("kda", "hgrn2")
     assert [run_name(recipe, study) for recipe in study] == [m for m in mixers.names() if m not in later]
     assert all(recipe.student.copy_qkv == (recipe.student.mixer != "softmax") for recipe in study)
+    nano, paper = (load_study(RECIPES / f"{name}-grid.yaml") for name in ("nano", "paper"))
+    assert (len(nano), len(paper)) == (8 * 3 * 2, 8 * 3 * 2 + 3)
+    assert run_name(nano[0], nano) == "linear_attention-copy_qkv=true-matrix=on-hidden=on"
+    budgets = {sum(s.tokens for s in (r.stages.matrix, r.stages.hidden, r.stages.end_to_end) if s) for r in paper}
+    assert budgets == {3_000_000_000}
     recipe = load_recipe(RECIPES / "smollm2-135m.yaml")
     assert (recipe.teacher, recipe.student.mixer) == ("smollm2-135m", "gated_deltanet")
     assert (recipe.stages.hidden.lr, recipe.stages.hidden.groups.copied.lr) == (2e-3, 5e-4)

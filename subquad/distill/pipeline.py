@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.config import EndToEnd, Hidden, Matrix, Recipe, Stage
 from subquad.data import TokenRows, check_corpus, token_rows
 from subquad.distill.progress import append_jsonl, draw_curves, read_jsonl
+from subquad.distill.shared import ORDER, SharedStages, stage_key, write_lines
 from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, Objective, keeps_apart
 from subquad.distill.trainer import StageRun, newest_checkpoint, run_stage, total_steps
 from subquad.errors import UserError
@@ -38,7 +39,6 @@ from subquad.papers import versions, write_json, write_text
 logger = logging.getLogger(__name__)
 CALIBRATION_TOKENS = 1024
 UNIGRAM_TOKENS = 200_000
-ORDER = ("matrix", "hidden", "end_to_end")
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Materials:
                 f"teacher {recipe.teacher!r} lets documents in one row see each other, whatever their positions; "
                 "expected corpus.documents: joined"
             )
-        tokens = max(UNIGRAM_TOKENS, sum(total_steps(s, context) * s.batch_size * context for _, s in stages(recipe)))
+        tokens = epoch_tokens(recipe)
         return cls(
             teacher,
             tokenizer,
@@ -97,10 +97,33 @@ def stages(recipe: Recipe) -> list[tuple[str, Stage]]:
     return [(name, stage) for name in ORDER if (stage := getattr(recipe.stages, name)) is not None]
 
 
-def distill(recipe: Recipe, output: str | os.PathLike, loaded: Loaded | None = None) -> dict[str, Any]:
+def stage_tokens(recipe: Recipe) -> dict[str, int]:
+    """The tokens that each stage reads, in whole steps."""
+    context = recipe.corpus.context
+    return {name: total_steps(stage, context) * stage.batch_size * context for name, stage in stages(recipe)}
+
+
+def epoch_tokens(recipe: Recipe) -> int:
+    """The most tokens of the corpus that a run goes through before it begins anew."""
+    return max(UNIGRAM_TOKENS, sum(stage_tokens(recipe).values()))
+
+
+def stage_keys(recipe: Recipe) -> dict[str, str]:
+    """What tells of each stage, by name, whether another run has it too."""
+    return {name: stage_key(recipe, name, epoch_tokens(recipe)) for name, _ in stages(recipe)}
+
+
+def distill(
+    recipe: Recipe,
+    output: str | os.PathLike,
+    loaded: Loaded | None = None,
+    shared: SharedStages | None = None,
+) -> dict[str, Any]:
     """Runs a recipe in the directory `output` and returns its row of results (also where it was finished before).
 
     loaded: the recipe's teacher and tokenizer, where they are at hand.
+    shared: finished stages of other runs, from which this one takes what it has in common with them, and to which it
+        gives.
 
     Raises:
         UserError: the directory holds something else, or the run of another recipe.
@@ -118,6 +141,8 @@ def distill(recipe: Recipe, output: str | os.PathLike, loaded: Loaded | None = N
         if first:
             output.mkdir(parents=True, exist_ok=True)
             write_text(output / "recipe.yaml", recipe.to_yaml())
+            if shared is not None:
+                shared.put(stage_keys(recipe), output)
     held_out = materials.held_out(recipe)
     student, done, spent = start(recipe, output, materials, held_out)
     offset = 0
@@ -131,6 +156,8 @@ def distill(recipe: Recipe, output: str | os.PathLike, loaded: Loaded | None = N
                 if first:
                     save_atomically(student, output / "checkpoints" / f"{name}-done", {"seconds": spent})
                     shutil.rmtree(output / "checkpoints" / name, ignore_errors=True)
+                    if shared is not None:
+                        shared.keep(stage_keys(recipe)[name], name, output)
         offset += count
     row = measure(recipe, output, student, materials, held_out, offset * recipe.corpus.context, spent)
     with on_first_process() as first:
@@ -180,8 +207,10 @@ def start(
 ) -> tuple[SubquadForCausalLM, set[str], float]:
     """The student as far as finished stages brought it, those stages, and the seconds that they took."""
     folder = output / "checkpoints"
-    done = [name for name, _ in stages(recipe) if (folder / f"{name}-done" / "done.json").exists()]
-    if done:
+    names = [name for name, _ in stages(recipe)]
+    reached = [i + 1 for i, name in enumerate(names) if (folder / f"{name}-done" / "done.json").exists()]
+    if reached:
+        done = names[: max(reached)]
         last = folder / f"{done[-1]}-done"
         logger.info("%s: resuming after stage %s", output, done[-1])
         student = SubquadForCausalLM.from_pretrained(last)
@@ -224,7 +253,7 @@ def train_stage(
     with on_first_process() as first:
         if first and metrics.exists():
             kept = [row for row in read_jsonl(metrics) if row["stage"] != name or row["step"] <= reached]
-            write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            write_lines(metrics, kept)
     count = total_steps(stage, recipe.corpus.context) * stage.batch_size
     run = StageRun(
         recipe,

@@ -8,6 +8,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from subquad.errors import UserError
 
 
 class Progress(TrainerCallback):
@@ -27,7 +30,7 @@ class Progress(TrainerCallback):
             unit_scale=True,
             dynamic_ncols=True,
             leave=False,
-            disable=not state.is_world_process_zero,
+            disable=None if state.is_world_process_zero else True,  # None: only on a terminal
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -62,6 +65,21 @@ class Progress(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.bar is not None:
             self.bar.close()
+
+
+def tensorboard(directory: Path) -> TrainerCallback:
+    """Curves that stay with a run; what the Trainer writes by itself lies among checkpoints, and goes with them.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "report_to: tensorboard is not installed; pip install tensorboard, or report elsewhere"
+        ) from None
+    return TensorBoardCallback(SummaryWriter(str(directory)))
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from subquad.config import Recipe, Stage
 from subquad.data.packing import IGNORED, next_labels
 from subquad.distill.parameters import Average, add_lora, merge_lora, parameter_groups
-from subquad.distill.progress import Progress
+from subquad.distill.progress import Progress, tensorboard
 from subquad.distill.stages import Batch, Objective
 from subquad.errors import UserError
 from subquad.modeling.hub import SubquadForCausalLM
@@ -208,7 +208,7 @@ def run_stage(run: StageRun, student: SubquadForCausalLM) -> None:
         args=training_arguments(run),
         train_dataset=run.rows,
         eval_dataset=run.held_out,
-        callbacks=[Progress(run.stage.batch_size * run.recipe.corpus.context, run.report, label(run))],
+        callbacks=callbacks(run),
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
@@ -228,8 +228,16 @@ def run_stage(run: StageRun, student: SubquadForCausalLM) -> None:
     student.zero_grad()
 
 
+def callbacks(run: StageRun) -> list[TrainerCallback]:
+    found: list[TrainerCallback] = [Progress(run.stage.batch_size * run.recipe.corpus.context, run.report, label(run))]
+    if run.recipe.report_to == "tensorboard" and PartialState().is_main_process:
+        found.append(tensorboard(run.directory.parents[1] / "tensorboard" / run.objective.name))
+    return found
+
+
 def label(run: StageRun) -> str:
-    return f"{run.recipe.student.name} {run.objective.name}"
+    """The run, by its directory, and the stage."""
+    return f"{run.directory.parents[1].name} {run.objective.name}"
 
 
 def training_arguments(run: StageRun) -> TrainingArguments:
@@ -240,7 +248,7 @@ def training_arguments(run: StageRun) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(run.directory),
         run_name=label(run),
-        report_to=recipe.report_to,
+        report_to="none" if recipe.report_to == "tensorboard" else recipe.report_to,
         disable_tqdm=True,
         logging_strategy="steps",
         logging_steps=max(1, min(10, steps // 20)),

@@ -1,51 +1,160 @@
-"""A study: every student of a recipe with lists, one after the other in one process, and their rows in one file."""
+"""A study: every student of a recipe with lists, each once, and their results in one place.
 
-import logging
+    rows = run_study(load_study("recipes/nano.yaml"), "demo")
+
+Which runs there are and what is left of them is read from the directory; a study that was cut off, or whose recipe has
+changed, does what is missing.
+"""
+
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from subquad.config import Recipe, run_name
+from subquad.config import Recipe
 from subquad.data import check_corpus
-from subquad.distill.pipeline import distill, examine
-from subquad.errors import UserError
-from subquad.modeling.teachers import Loaded, check_reference, load_teacher
-from subquad.papers import versions, write_json
+from subquad.distill.pipeline import stage_keys, stage_tokens
+from subquad.distill.shared import SharedStages
+from subquad.errors import UserError, nearest
+from subquad.modeling.teachers import check_reference
+from subquad.study.board import Board
+from subquad.study.evaluation import check_suites, evaluate_study
+from subquad.study.live import INTERVAL, Live
+from subquad.study.lock import StudyLock
+from subquad.study.pace import Left, Speeds, amount, expected, speeds, spoken, what_is_left
+from subquad.study.places import Run, all_runs, find_runs
+from subquad.study.processes import run_here, run_in_processes
+from subquad.study.results import table_rows, write_results
+from subquad.study.work import Task
 
-logger = logging.getLogger(__name__)
+ENGINES = ("local", "ray")
+STAGES = ".stages"
 
 
 def run_study(
     recipes: Sequence[Recipe],
     output: str | os.PathLike,
-    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    *,
+    jobs: int = 1,
+    engine: str = "local",
+    suites: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+    interval: float = INTERVAL,
 ) -> list[dict[str, Any]]:
-    """Distils every recipe into a directory of its own below `output`, skipping finished ones and resuming others.
+    """Distils every recipe into a directory of its own below `output`; finished runs are left as they are, others go on
+    from their last checkpoint, and failed ones are tried again. Whatever goes wrong with one stays in its `error.json`
+    and does not stop the others.
 
-    After each student `results.json` is written anew: a head (`versions`, `device`, `recipe`) and `rows`, one a
-    student.
-    `on_row` is called with each row as soon as it is there.
+    After each run `results.json` and `results.sqlite` are written anew.
+
+    Args:
+        jobs: runs at once on a machine.
+        engine: `local`, or `ray`: on all machines of the cluster at `RAY_ADDRESS`.
+        suites: of `subquad eval`; all finished students are measured by them at the end.
+        say: is called with a line whenever there is something to tell, at least every `interval` seconds.
+
+    Returns:
+        A row of results for each finished run.
 
     Raises:
-        UserError: a directory below `output` holds the run of another recipe; told before anything is loaded.
+        UserError: what is wrong with teachers, corpora, suites or options, before anything is loaded; another study at
+            work in `output`.
     """
     output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {str(output)!r} is a file; expected a directory")
-    places = [output / run_name(recipe, recipes) for recipe in recipes]
-    finished = [examine(recipe, place) for recipe, place in zip(recipes, places, strict=True)]
+    check(recipes, jobs, engine, suites)
+    runs = find_runs(recipes, output)
+    with StudyLock(output) as lock:
+        shared = shared_stages(runs, output)
+        board = Board(Task(run, shared) for run in runs if run.state != "finished")
+        live = Live(runs, shared, lambda: under_way(board, engine), say, jobs, interval)
+
+        def changed() -> None:
+            if live.changed():
+                write_results(output, runs)
+
+        write_results(output, runs)
+        shared.forget(needed(runs))
+        with live.ticking():
+            run_all(board, jobs, engine, lock, changed)
+        shared.forget(needed(runs))
+        if suites:
+            for name, why in evaluate_study(runs, output, suites).items():
+                say(f"{name} failed: {why}")
+            write_results(output, runs)
+        return table_rows(runs)
+
+
+def check(recipes: Sequence[Recipe], jobs: int, engine: str, suites: Sequence[str]) -> None:
+    """UserError for what can be told before anything is loaded or written."""
+    if jobs < 1:
+        raise UserError(f"jobs: got {jobs}, expected at least 1")
+    if engine not in ENGINES:
+        raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
+    if engine == "ray":
+        from subquad.study.cluster import import_ray
+
+        import_ray()
+    if suites:
+        check_suites(suites)
     for recipe in recipes:
         check_reference(recipe.teacher)
         check_corpus(recipe.corpus)
-    loaded: dict[str, Loaded] = {}
-    rows: list[dict[str, Any]] = []
-    for recipe, place, known in zip(recipes, places, finished, strict=True):
-        if known is None and recipe.teacher not in loaded:
-            loaded[recipe.teacher] = load_teacher(recipe.teacher)
-        row = known or distill(recipe, place, loaded[recipe.teacher])
-        rows.append({"run": place.name, **row})
-        on_row(rows[-1])
-        head = {**versions(), "recipe": [r.model_dump(mode="json") for r in recipes]}
-        write_json(output / "results.json", {**head, "rows": rows})
-    return rows
+
+
+def run_all(board: Board, jobs: int, engine: str, lock: StudyLock, changed: Callable[[], None]) -> None:
+    if engine == "ray":
+        from subquad.study.cluster import run_on_cluster
+
+        run_on_cluster(board, jobs, changed)
+    elif jobs == 1:
+        run_here(board, changed)
+    else:
+        run_in_processes(board, jobs, lock, changed)
+
+
+def under_way(board: Board, engine: str) -> list[Run]:
+    """Of those that Ray has, the ones that it has started."""
+    given = [task.run for task in list(board.running)]
+    return [run for run in given if run.state == "unfinished"] if engine == "ray" else given
+
+
+def shared_stages(runs: Sequence[Run], output: Path) -> SharedStages:
+    return SharedStages.among(output / STAGES, [stage_keys(run.recipe).values() for run in runs])
+
+
+def needed(runs: Iterable[Run]) -> set[str]:
+    """Keys of the stages of runs that have not ended."""
+    return {key for run in runs if run.state != "finished" for key in stage_keys(run.recipe).values()}
+
+
+def describe_plan(recipes: Sequence[Recipe], output: str | os.PathLike, jobs: int = 1) -> str:
+    """What a study would do: its runs, the tokens that are left to each, and how long that takes as far as runs in the
+    directory have shown."""
+    runs = find_runs(recipes, Path(output))
+    left = what_is_left(runs, shared_stages(runs, Path(output)))
+    known = speeds(all_runs(Path(output)))
+    cells = [["run", "state", "tokens", "left", "expected"]]
+    for one in left:
+        seconds = one.seconds(known)
+        whole, rest = sum(stage_tokens(one.run.recipe).values()), sum(one.tokens.values())
+        time = "" if not rest else "unknown" if seconds is None else spoken(seconds)
+        cells.append([one.run.name, one.run.state, amount(whole), amount(rest) if rest else "", time])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    todo = sum(one.run.state != "finished" for one in left)
+    tokens = sum(sum(one.tokens.values()) for one in left)
+    return "\n".join(
+        [*lines, "", f"{len(runs)} runs, {todo} to do, {amount(tokens)} tokens; {told(left, known, jobs)}"]
+    )
+
+
+def told(left: Sequence[Left], known: Speeds, jobs: int) -> str:
+    """The expected time in words, with what it rests on."""
+    seconds = expected(left, known, jobs)
+    if seconds is None:
+        return "time unknown: no run here has shown the speed of every stage"
+    if not seconds:
+        return "nothing is left to train"
+    guessed = any((one.run.recipe.student.name, stage) not in known for one in left for stage in one.tokens)
+    others = ", for some mixers that of others" if guessed else ""
+    return f"about {spoken(seconds)} of training at the speed that runs here have shown{others}"

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from subquad.study.places import Run
+from subquad.study.results import table_rows
+
 COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("mixer", "mixer", str),
     ("parameters", "params", lambda n: f"{n / 1e6:.2f}M"),
@@ -28,3 +31,20 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def format_study(runs: Sequence[Run]) -> str:
+    """The table of the finished runs; below it what became of the others."""
+    rows = table_rows(runs)
+    lines = [format_table(rows)] if rows else ["no run is finished yet"]
+    failed = [run for run in runs if run.state == "failed"]
+    waiting = sum(run.state in ("new", "unfinished") for run in runs)
+    for run in failed:
+        error = run.error() or {}
+        message = str(error.get("message", "")).partition("\n")[0]
+        lines.append(f"{run.name} failed: {error.get('type')}: {message} (all of it in {run.place / 'error.json'})")
+    if failed:
+        lines.append(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
+    if waiting:
+        lines.append(f"{waiting} of {len(runs)} runs are not finished; the same command goes on with them")
+    return "\n".join(lines)

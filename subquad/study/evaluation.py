@@ -1,0 +1,33 @@
+"""Measures the finished students of a study beside their teacher, as `subquad eval` does."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from subquad.evaluate import command
+from subquad.evaluate.suites import settings_of
+from subquad.study.places import Run
+
+logger = logging.getLogger(__name__)
+
+
+def check_suites(suites: Sequence[str]) -> None:
+    """UserError where there is no such suite; before anything is trained."""
+    settings_of(suites)
+
+
+def evaluate_study(runs: Sequence[Run], output: Path, suites: Sequence[str]) -> dict[str, str]:
+    """Puts rows into `output`/evaluation; with several teachers or corpora, into one directory for each. What is
+    measured already is not measured again. Returns of parts that failed why, by name."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.state == "finished":
+            groups.setdefault(f"{run.recipe.teacher} {run.recipe.corpus.model_dump_json()}", []).append(run)
+    failed = {}
+    for number, group in enumerate(groups.values(), 1):
+        place = output / ("evaluation" if number == 1 else f"evaluation-{number}")
+        logger.info("measuring %d students beside %s", len(group), group[0].recipe.teacher)
+        models = [str(run.place) for run in group]
+        found = command.run(models, teacher=group[0].recipe.teacher, suites=suites, output=str(place))
+        failed.update(found.failed)
+    return failed

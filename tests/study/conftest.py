@@ -1,0 +1,14 @@
+"""A tiny teacher, its text and a recipe for all tests of studies."""
+
+import pytest
+from workshop import tiny_recipe
+
+
+@pytest.fixture(scope="session")
+def study_recipe(tmp_path_factory):
+    return tiny_recipe(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,0 +1,130 @@
+"""A study on disk that nobody ran: what a report is drawn from, with numbers made up for it."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+from subquad.config import Recipe
+from subquad.distill.shared import ORDER
+from subquad.study.places import Run, find_runs
+from subquad.study.results import write_results
+
+GOODNESS = {
+    "linear_attention": 1.2,
+    "retnet": 1.0,
+    "mamba2": 0.6,
+    "gla": 0.55,
+    "metala": 0.7,
+    "deltanet": 0.75,
+    "gated_deltanet": 0.4,
+    "xlstm": 0.45,
+    "softmax": 2.0,
+}
+TEACHER_LOSS, UNIGRAM_LOSS = 3.1, 6.9
+STAGE_SETS = (("matrix", "hidden", "end_to_end"), ("hidden", "end_to_end"), ("end_to_end",))
+LAYERS, HEADS = 6, 4
+
+
+def recipes(mixers=tuple(GOODNESS), sets=STAGE_SETS, copies=(True, False), seeds=(0, 1, 2)) -> list[Recipe]:
+    stage = {"tokens": 16384, "lr": 1e-3}
+    return [
+        Recipe.model_validate(
+            {
+                "teacher": "nano",
+                "corpus": {"source": "python-stdlib"},
+                "student": {"mixer": mixer, "copy_qkv": copy and mixer != "softmax"},
+                "stages": dict.fromkeys(stages, stage),
+                "seed": seed,
+            }
+        )
+        for mixer in mixers
+        for stages in sets
+        for copy in (copies if mixer != "softmax" else copies[:1])
+        for seed in seeds
+    ]
+
+
+def finish(run: Run) -> None:
+    """Leaves what a finished run leaves, but for weights."""
+    mixer, stages = run.recipe.student.mixer, [s for s in ORDER if getattr(run.recipe.stages, s)]
+    draw = random.Random(f"{mixer} {stages} {run.recipe.student.copy_qkv} {run.recipe.seed}")
+    kl = GOODNESS[mixer] * (1 + 0.35 * (3 - len(stages))) * (1 if run.recipe.student.copy_qkv else 1.6)
+    kl *= 1 + draw.gauss(0, 0.03)
+    loss = TEACHER_LOSS + kl
+    row = {
+        "mixer": mixer,
+        "copy_qkv": run.recipe.student.copy_qkv,
+        "seed": run.recipe.seed,
+        "parameters": 3_600_000,
+        "tokens": 16384 * len(stages),
+        "perplexity": math.exp(loss),
+        "teacher_perplexity": math.exp(TEACHER_LOSS),
+        "unigram_perplexity": math.exp(UNIGRAM_LOSS),
+        "initial_perplexity": math.exp(loss + 0.6),
+        "initial_kl": kl + 0.6,
+        "kl": kl,
+        "top1_agreement": math.exp(-kl),
+        "recovered_share": (UNIGRAM_LOSS - loss) / (UNIGRAM_LOSS - TEACHER_LOSS),
+        "seconds": 60 * draw.uniform(0.8, 1.2),
+        "decode_tokens_per_second": 200 * draw.uniform(0.7, 1.3) / (1 + GOODNESS[mixer]),
+        "state_bytes": 150_000,
+    }
+    run.place.mkdir(parents=True, exist_ok=True)
+    (run.place / "recipe.yaml").write_text(run.recipe.to_yaml())
+    layers = [{"mixer": "attention" if mixer == "softmax" else mixer}] * LAYERS
+    (run.place / "config.json").write_text(json.dumps({"layers": layers}))
+    head = {"versions": {"subquad": "0.1.0", "torch": "2"}, "commit": "0" * 40, "device": "cpu, 1 threads"}
+    (run.place / "result.json").write_text(json.dumps({"digest": run.recipe.digest(), **head, "row": row}))
+    with (run.place / "metrics.jsonl").open("w") as file:
+        for stage in stages:
+            for step in range(1, 33):
+                value = (1 + kl) * (0.4 + 0.6 * math.exp(-step / 10)) * (1 + draw.gauss(0, 0.02))
+                own = {"stage": stage, "step": step, "tokens": step * 512, "loss": value, "tokens_per_second": 800.0}
+                file.write(json.dumps(own) + "\n")
+
+
+def study(output: Path, wanted: list[Recipe], failing: int | None = None, evaluated: bool = True) -> list[Run]:
+    """All runs of `wanted` below `output`, finished, but for the one by the number `failing`."""
+    runs = find_runs(wanted, output)
+    for number, run in enumerate(runs):
+        if number == failing:
+            run.fail("UserError", "stage hidden, step 3: the loss is <not> finite", "Traceback\n  where & why")
+        else:
+            finish(run)
+    if evaluated:
+        evaluation(output, [run for run in runs if run.state == "finished"])
+    write_results(output, runs)
+    return runs
+
+
+def evaluation(output: Path, runs: list[Run]) -> None:
+    rows = []
+    for name, kl, student in [("nano", 0.0, False)] + [(r.name, GOODNESS[r.recipe.student.mixer], True) for r in runs]:
+        about = {"model": name, "teacher": "nano", "n": 100}
+        for length in (512, 1024, 2048, 4096):
+            cost = 0.004 + (0 if student else 2e-6 * length)
+            cells = {
+                "seconds_per_token": cost,
+                "prefill_seconds": length * 1e-4 * (1 if student else 1 + length / 4096),
+                "cache_bytes": 150_000 if student else 1728 * length,
+                "peak_bytes": 1e6 + 2000.0 * length,
+            }
+            rows += [{**about, "task": "cost", "metric": m, "value": v, "length": length} for m, v in cells.items()]
+            far = math.exp(3.2 + kl - 0.05 * math.log(length))
+            rows.append(
+                {**about, "task": "text", "metric": "perplexity", "value": far, "stderr": 0.1, "length": length}
+            )
+            for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
+                acc = max(0.0, 1 - kl * length / 4096 * (1.2 - depth))
+                rows.append(
+                    {**about, "task": "needle", "metric": "acc", "value": acc, "length": length, "depth": depth}
+                )
+        for layer in range(LAYERS if student else 0):
+            for head in range(HEADS):
+                value = 1 / (1 + kl + 0.1 * layer + 0.05 * head)
+                where = {"layer": layer, "head": head, "task": "matrices"}
+                rows.append({**about, **where, "metric": "overlap", "value": value})
+            rows.append({**about, "task": "states", "metric": "cka", "layer": layer, "value": 1 - 0.05 * kl * layer})
+    (output / "evaluation").mkdir()
+    (output / "evaluation" / "results.json").write_text(json.dumps({"versions": {}, "rows": rows}))
