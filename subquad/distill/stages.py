@@ -136,7 +136,7 @@ class HiddenAlignment(Alignment):
 
     def __init__(self, teacher: PreTrainedModel, stage: Hidden, calibration: Tensor):
         super().__init__(teacher)
-        self.paths = [layer_path(site) for site in self.sites] if stage.target == "block" else None
+        self.paths = [layer_path(site.path) for site in self.sites] if stage.target == "block" else None
         if self.paths is not None:
             self.watched = [(teacher.get_submodule(path), None) for path in self.paths]
         recordings = record(teacher, self.watched, calibration.to(teacher.device))
