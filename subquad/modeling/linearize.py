@@ -15,7 +15,7 @@ from subquad.errors import UserError
 from subquad.mixers import Mixer
 from subquad.modeling import calibrate as calibrated
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.modeling.exportable import restrict
+from subquad.modeling.exportable import restrict, set_epsilon
 from subquad.modeling.families import AttentionSite, Recording, attentions, find_attention, listen, random_tokens
 from subquad.modeling.hub import SubquadForCausalLM, plan_config
 from subquad.modeling.layers import AttentionLayer, MixerLayer
@@ -66,9 +66,10 @@ def linearize(
         sites = find_attention(teacher)
         check_teacher(teacher)
         plan = layer_plan(layers or {"default": {"mixer": mixer, **options}}, len(sites))
-        if export is not None:
-            plan = restrict(plan, sites, teacher, export)
         base = copy.deepcopy(teacher)
+        if export is not None:
+            plan, eps = restrict(plan, sites, teacher, export)
+            set_epsilon(base, eps)
         for attribute in ("hf_quantizer", "quantization_method"):
             if hasattr(base, attribute):
                 delattr(base, attribute)

@@ -22,8 +22,8 @@ LAYOUT = HeadLayout(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bia
 def test_the_plan_says_what_the_layers_are():
     student = subquad.linearize(teacher_of("llama"), layers=REGULAR, calibration=TEXT, export="qwen3_5")
     mixer, attention = student.config.layers[:2]
-    assert attention == {"mixer": "attention", "qk_norm": 1e-6}
-    assert mixer["norm_eps"] == 1e-6
+    assert attention == {"mixer": "attention", "qk_norm": 1e-8}
+    assert mixer["norm_eps"] == student.config.base_config.rms_norm_eps == 1e-8
     assert mixer["v_activation"] == mixer["qk_activation"] == "silu"
     assert mixer["biases"] is mixer["rotary"] is False
     of_qwen3 = subquad.linearize(teacher_of("qwen3"), layers=REGULAR, calibration=TEXT, export="qwen3_5")
@@ -84,6 +84,15 @@ def test_the_constant_direction_is_the_same_from_few_tokens_and_from_many_channe
     x = torch.randn(10, 30, generator=torch.Generator().manual_seed(0)) + 1
     repeated = x.repeat(4, 1)  # more tokens than channels: solved the other way, to the same end
     assert torch.allclose(constant_direction(x), constant_direction(repeated), atol=1e-5)
+
+
+def test_the_norms_of_the_layers_have_the_mixers_epsilon_and_the_teachers_keep_theirs():
+    teacher = teacher_of("qwen3", rms_norm_eps=1e-5)
+    student = subquad.linearize(teacher, layers=REGULAR, calibration=TEXT, export="qwen3_5")
+    assert {m.variance_epsilon for m in student.modules() if hasattr(m, "variance_epsilon")} == {1e-8}
+    assert {m.variance_epsilon for m in teacher.modules() if hasattr(m, "variance_epsilon")} == {1e-5}
+    assert teacher.config.rms_norm_eps == 1e-5
+    assert to_qwen3_5(student).config.rms_norm_eps == 1e-8
 
 
 @pytest.mark.parametrize("layers", [PURE, IRREGULAR], ids=["pure", "hybrid"])
