@@ -73,8 +73,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
 
 def meet(directory):
-    ids, padded, mask = torch.load(directory + "/given.pt")
-    model = AutoModelForCausalLM.from_pretrained(directory + "/served", dtype=torch.float32)
+    ids, padded, mask, dtype = torch.load(directory + "/given.pt")
+    model = AutoModelForCausalLM.from_pretrained(directory + "/served", dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(directory + "/served")
     assert type(model).__name__ == "Qwen3_5ForCausalLM", type(model)
     with torch.no_grad():
@@ -96,12 +96,12 @@ for directory in sys.argv[1:]:
 """
 
 
-def meet_elsewhere(given: dict[Path, tuple[Tensor, Tensor, Tensor]]) -> list[tuple]:
+def meet_elsewhere(given: dict[Path, tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype = torch.float32) -> list[tuple]:
     """What the models in `directory / "served"` give in a process that has neither subquad nor fla, for (ids, padded
     ids, their mask): logits of the ids at once and with a cache, of the padded batch, greedy continuations of both, and
     the tokens of a sentence."""
     for directory, tensors in given.items():
-        torch.save(tensors, directory / "given.pt")
+        torch.save((*tensors, dtype), directory / "given.pt")
     run = subprocess.run([sys.executable, "-c", ELSEWHERE, *given], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return [torch.load(directory / "out.pt") for directory in given]
