@@ -24,6 +24,7 @@ Turn a pretrained Transformer into a subquadratic language model, and see what t
   look       mixers     what can stand in the place of attention
              inspect    a saved student: its layers, options, parameters, and what it holds a sequence
   use        generate   let a model write on
+             export     a student as a model for transformers, vLLM, SGLang or llama.cpp
   measure    eval       what students kept of their teacher, what they lost, and what they cost
              report     a study on one page: tables, curves, what the best student keeps and costs
              bench      the ops beside their peers on this machine
@@ -102,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the mixer")
+    command.add_argument("--export", choices=["qwen3_5"], help="keep within what `subquad export` can write")
     add("mixers", run_mixers, "List the mixers, their sources and their options.")
     command = add("inspect", run_inspect, "Say what a saved student is and what it holds a sequence.")
     command.add_argument("directory", metavar="DIR", help="a saved student")
@@ -112,6 +114,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--chat", action="store_true", help="TEXT is a message; use the model's chat template")
+    command = add("export", run_export, "Write a student as a model that runs where Subquad is not installed.")
+    command.add_argument("directory", metavar="DIR", help="a saved student")
+    command.add_argument("--format", required=True, choices=["qwen3_5", "gguf"], help="a directory, or a file")
+    command.add_argument("--output", "-o", required=True, metavar="OUT", help="a new directory or file")
+    command.add_argument("--type", choices=["f32", "f16", "q8_0"], help="of the numbers in a GGUF file; f16 if unsaid")
     add_eval(add("eval", run_eval, "Measure models beside their teacher: quality, long context and cost."))
     command = add("bench", run_bench, "Time the ops beside every peer that is installed, or see what memories hold.")
     command.add_argument(
@@ -260,7 +267,8 @@ def run_linearize(args: argparse.Namespace) -> None:
     if args.calibrate is not None:
         rows = token_rows(Corpus(source=args.calibrate, context=256), tokenizer, "train", limit=CALIBRATION)
         tokens = torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
-    student = linearize(teacher, layers=layers, copy_qkv=not args.no_copy, calibrate=tokens, seed=args.seed)
+    given = {"copy_qkv": not args.no_copy, "calibrate": tokens, "seed": args.seed, "export": args.export}
+    student = linearize(teacher, layers=layers, **given)
     student.save_pretrained(output)
     tokenizer.save_pretrained(output)
     name = Path(args.teacher).name if Path(args.teacher).expanduser().exists() else args.teacher
@@ -302,6 +310,12 @@ def run_inspect(args: argparse.Namespace) -> None:
     from subquad.modeling.summary import read_config, summary
 
     print(summary(read_config(args.directory)))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from subquad.export import export
+
+    print(export(args.directory, args.output, args.format, args.type))
 
 
 def run_mixers(args: argparse.Namespace) -> None:

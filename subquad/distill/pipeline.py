@@ -225,6 +225,7 @@ def start(
         calibration=materials.sample(recipe, CALIBRATION_TOKENS),
         calibrate=materials.sample(recipe, spec.calibrate) if spec.calibrate and spec.copy_qkv else None,
         seed=recipe.seed,
+        export=spec.export,
         **spec.options,
     )
     seconds = time.perf_counter() - before

@@ -21,6 +21,7 @@ from subquad.mixers.norms import head_norm, qk_normed
 from subquad.mixers.rotary import rotate
 
 State = tuple[Tensor, ...]
+Knobs = tuple[tuple[str, tuple[float, ...]], ...]
 HALF_LIVES = 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0
 LONGEST_HALF_LIVES = HALF_LIVES[3:]
 ACTIVATIONS = ("silu", "elu1", "relu", "none")
@@ -127,7 +128,9 @@ class Mixer(nn.Module):
     Options: ClassVar[type[Options]] = Options
     has_key_projection: ClassVar[bool] = True
     gate_before_norm: ClassVar[bool] = False
-    KNOBS: ClassVar[tuple[tuple[str, tuple[float, ...]], ...]] = ()
+    norm_eps: float = 1e-8
+    """Of the output norm: see `head_norm`."""
+    KNOBS: Knobs = ()
     """What fresh gates can be set to, head by head, and the values that calibration tries: `half_life` is set by
     `set_half_life(values: [H])`."""
     BEHIND_MATRIX: ClassVar[frozenset[str]] = frozenset(
@@ -139,12 +142,14 @@ class Mixer(nn.Module):
         super().__init__()
         self.layout = layout
         self.options = self.Options.create(options)
+        self.has_biases: bool = getattr(self.options, "biases", True)
         H, K, V, D = layout.num_heads, layout.head_dim, layout.value_dim, layout.hidden_size
-        self.q_proj = nn.Linear(D, H * K, bias=layout.qkv_bias)
+        qkv_bias, output_bias = layout.qkv_bias and self.has_biases, layout.output_bias and self.has_biases
+        self.q_proj = nn.Linear(D, H * K, bias=qkv_bias)
         if self.has_key_projection:
-            self.k_proj = nn.Linear(D, H * K, bias=layout.qkv_bias)
-        self.v_proj = nn.Linear(D, H * V, bias=layout.qkv_bias)
-        self.o_proj = nn.Linear(H * V, D, bias=layout.output_bias)
+            self.k_proj = nn.Linear(D, H * K, bias=qkv_bias)
+        self.v_proj = nn.Linear(D, H * V, bias=qkv_bias)
+        self.o_proj = nn.Linear(H * V, D, bias=output_bias)
         if self.options.short_conv:
             self.q_conv = nn.Parameter(torch.empty(H * K, self.options.short_conv))
             if self.has_key_projection:
@@ -160,7 +165,7 @@ class Mixer(nn.Module):
         if self.options.output_norm:
             self.o_norm = nn.Parameter(torch.empty(H, V))
         if self.options.output_gate != "none":
-            self.g_proj = nn.Linear(D, H * V, bias=True)
+            self.g_proj = nn.Linear(D, H * V, bias=self.has_biases)
         self.build()
         self.reset_parameters()
 
@@ -180,6 +185,10 @@ class Mixer(nn.Module):
         """What the core takes beside `core`'s q, k, v, from `x: [B, T, hidden]`; may also give q, k or v anew.
         Padding is masked afterwards, in one place."""
         return {}
+
+    def value(self, v: Tensor) -> Tensor:
+        """Values `[B, T, H, V]` on their way from the convolution into the core."""
+        return v
 
     def core_scale(self) -> float | None:
         """Scale of the core; None is `head_dim ** -0.5`."""
@@ -205,7 +214,8 @@ class Mixer(nn.Module):
             nn.init.constant_(parameter, float(not name.endswith("bias")))
         if self.options.output_gate != "none":
             nn.init.zeros_(self.g_proj.weight)
-            nn.init.constant_(self.g_proj.bias, GATES[self.options.output_gate] or 0.0)
+            if self.has_biases:
+                nn.init.constant_(self.g_proj.bias, GATES[self.options.output_gate] or 0.0)
         self.set_output_scale(torch.ones(self.layout.num_heads))
         self.reset_gates()
 
@@ -216,6 +226,11 @@ class Mixer(nn.Module):
             fresh = 0.5 if self.options.output_gate == "sigmoid" and not self.gate_before_norm else 1.0
             rms = rms if rms.dim() == 2 else rms.unsqueeze(-1)
             self.o_norm.copy_((rms / fresh).to(self.o_norm).expand_as(self.o_norm))
+
+    def start_at(self, rms: Tensor, x: Tensor) -> None:
+        """A fresh mixer in the place of an attention whose heads give values of root mean square `rms: [H]`, and that
+        is given tokens such as `x: [tokens, hidden]`."""
+        self.set_output_scale(rms)
 
     def projections(self) -> dict[str, nn.Linear]:
         """The projections that a teacher's attention has too, by its names."""
@@ -333,6 +348,7 @@ class Mixer(nn.Module):
                 flat[name], after = ops.short_conv(flat[name], kernel, initial_state=before, cu_seqlens=cu_seqlens)
             convs.append(after)
         core = {name: t.unflatten(-1, (H, -1)) for name, t in flat.items()}
+        core["v"] = self.value(core["v"])
         for name in ("q", "k"):
             if name in core:
                 if self.options.qk_norm:
@@ -359,7 +375,7 @@ class Mixer(nn.Module):
         if gate is not None and self.gate_before_norm:
             o = o * gate
         if self.options.output_norm:
-            o = head_norm(o, self.o_norm)
+            o = head_norm(o, self.o_norm, self.norm_eps)
         if gate is not None and not self.gate_before_norm:
             o = o * gate
         return self.o_proj(o.flatten(-2))

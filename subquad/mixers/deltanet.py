@@ -7,14 +7,13 @@ content is written over it.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from subquad.errors import UserError
-from subquad.mixers.base import Mixer, Options
+from subquad.mixers.base import Knobs, Mixer, Options
 from subquad.mixers.norms import l2_norm
 
 
@@ -34,11 +33,11 @@ class DeltaNetOptions(Options):
 class DeltaNet(Mixer):
     name = "deltanet"
     Options = DeltaNetOptions
-    KNOBS: ClassVar[tuple[tuple[str, tuple[float, ...]], ...]] = (("write_strength", (0.03, 0.06, 0.12, 0.25, 0.5)),)
+    KNOBS: Knobs = (("write_strength", (0.03, 0.06, 0.12, 0.25, 0.5)),)
     options: DeltaNetOptions
 
     def build(self) -> None:
-        self.b_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads)
+        self.b_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads, bias=self.has_biases)
 
     def reset_gates(self) -> None:
         nn.init.zeros_(self.b_proj.weight)

@@ -4,7 +4,6 @@ S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T       o_t = S_t^T q_t / sqrt(K)       g
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.errors import UserError
-from subquad.mixers.base import HALF_LIVES, Mixer, Options, half_life_decay
+from subquad.mixers.base import HALF_LIVES, Knobs, Mixer, Options, half_life_decay
 from subquad.mixers.norms import widen
 
 TEMPERATURE = 16.0
@@ -34,7 +33,7 @@ class GLA(Mixer):
     name = "gla"
     Options = GLAOptions
     options: GLAOptions
-    KNOBS: ClassVar[tuple[tuple[str, tuple[float, ...]], ...]] = (("half_life", HALF_LIVES),)
+    KNOBS: Knobs = (("half_life", HALF_LIVES),)
 
     def build(self) -> None:
         H, K = self.layout.num_heads, self.layout.head_dim

@@ -1,8 +1,10 @@
 """The norms of mixers, and of a teacher's queries and keys."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+RIDGE = 0.03
+"""Of `constant_direction`, over the mean square of a channel."""
 
 
 def widen(x: Tensor) -> Tensor:
@@ -27,4 +29,17 @@ def qk_normed(x: Tensor, kind: str, eps: float, weight: Tensor | float = 1.0, bi
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    return F.normalize(widen(x), dim=-1, eps=1e-6).to(x.dtype)
+    """`x / sqrt(|x|^2 + 1e-6)`, as `fla` and Qwen3.5 have it."""
+    wide = widen(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def constant_direction(x: Tensor) -> Tensor:
+    """u `[D]` with x u as near to 1 as it comes for tokens `x: [n, D]`, by ridge regression: what stands in for a bias
+    where there is none. Hidden states behind a norm have means far from zero, so that it comes near."""
+    x = x.double()
+    tall = x.shape[0] > x.shape[1]
+    gram = x.T @ x if tall else x @ x.T
+    gram.diagonal().add_(RIDGE * len(x) * x.square().mean())
+    u = torch.linalg.solve(gram, x.sum(0)) if tall else x.T @ torch.linalg.solve(gram, x.new_ones(len(x)))
+    return u.float()

@@ -59,6 +59,7 @@ class Candidate:
 def calibrate_layer(mixer: Mixer, site: AttentionSite, recording: Recording, entry: dict[str, Any]) -> dict[str, Any]:
     """Calibrates one fresh mixer in place; returns the options that were chosen beyond those of its plan's `entry`."""
     scene = Scene(mixer, site, recording)
+    mixer.start_at(scene.target.square().mean((0, 1, 3)).sqrt(), scene.x)
     fixed = mixer.options
     candidates = []
     for options in open_choices(mixer, recording, entry):
@@ -108,7 +109,10 @@ class Scene:
         o = self.mixer.core_output(self.x, self.positions).float()
         scale = o.new_ones(o.shape[2:])
         if self.mixer.options.output_norm:
-            o = head_norm(o, 1.0)
+            o = head_norm(o, 1.0, self.mixer.norm_eps)
+            gate = self.mixer.gate(self.x)
+            if gate is not None and self.mixer.options.output_gate == "swish" and not self.mixer.has_biases:
+                o = o * gate  # which stands near one, not at it
             scale = (o * self.target).sum((0, 1)) / o.square().sum((0, 1)).clamp_min(1e-12)
         rest = (self.target - scale * o).flatten(0, 1)  # [tokens, H, V]
         return torch.einsum("thv,hvw,thw->h", rest, self.metric, rest), scale

@@ -54,15 +54,19 @@ class AttentionSite:
     def projection(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Weight `[out, in]` and bias of "q", "k", "v" or "o"; k and v with a grouped head repeated for each of its
         query heads, in the order of the query heads."""
-        if name == "o":
-            return _linear(self.module.get_submodule(self.output))
-        source = self.sources[name]
-        weight, bias = _linear(self.module.get_submodule(source.projection))
-        weight, bias = weight[source.rows], None if bias is None else bias[source.rows]
+        weight, bias = self.own_projection(name)
         if name in ("k", "v"):
             weight = self._per_query_head(weight)
             bias = None if bias is None else self._per_query_head(bias)
         return weight, bias
+
+    def own_projection(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The same, a grouped head of k or v once."""
+        if name == "o":
+            return _linear(self.module.get_submodule(self.output))
+        source = self.sources[name]
+        weight, bias = _linear(self.module.get_submodule(source.projection))
+        return weight[source.rows], None if bias is None else bias[source.rows]
 
     def norm(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Weight and bias `[num_heads, head_dim]` of the norm of "q" or "k"."""
@@ -333,7 +337,7 @@ class Recording:
 
 
 def layer_path(path: str) -> str:
-    """The decoder layer in which the attention at `path` stands: the member of a list of layers."""
+    """The module of the decoder layer in which the attention at `path` stands: the member of a list of layers."""
     parts = path.split(".")
     last = max(i for i, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: last + 1])

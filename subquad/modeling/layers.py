@@ -13,7 +13,9 @@ import torch.nn as nn
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from subquad.errors import UserError
 from subquad.mixers import HeadLayout, Mixer
+from subquad.mixers.norms import head_norm
 from subquad.modeling.attention_matrix import attention_rows, hidden_states_of
 from subquad.modeling.cache import CACHE_ARGUMENT, StateLayer, SubquadCache, WindowLayer
 from subquad.modeling.masks import added_mask, describe_columns
@@ -89,20 +91,69 @@ class MixerLayer(Block):
         return [p for projection in self.mixer.projections().values() for p in projection.parameters()]
 
 
+class NormedProjection(nn.Module):
+    """A projection of queries or keys and, behind it, an RMS norm over each head that a teacher without one is given:
+    its weight `[K]` is shared by the heads, as in Qwen3."""
+
+    def __init__(self, projection: nn.Linear, head_dim: int, eps: float):
+        super().__init__()
+        self.projection, self.norm = projection, HeadNorm(head_dim, eps).to(projection.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.projection(x).unflatten(-1, (-1, len(self.norm.weight)))).flatten(-2)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm over the last axis, of which each entry is a head's channel."""
+
+    def __init__(self, head_dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(head_dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return head_norm(x, self.weight, self.eps)
+
+
 class AttentionLayer(Block):
     """The family's own attention, kept: it gets the mask that it expects, built here from ours.
 
     window: tokens that a query sees, itself included, where that is fewer than the teacher's; sinks: first tokens of
-        each document that it sees besides (arXiv 2309.17453).
+        each document that it sees besides (arXiv 2309.17453); qk_norm: epsilon of a norm of queries and keys that the
+        family does not have.
     """
 
     matrix_scale_is_free = False
 
-    def __init__(self, attention: nn.Module, layout: HeadLayout, index: int, window: int | None = None, sinks: int = 0):
+    def __init__(
+        self,
+        attention: nn.Module,
+        layout: HeadLayout,
+        index: int,
+        window: int | None = None,
+        sinks: int = 0,
+        qk_norm: float | None = None,
+    ):
         super().__init__(layout, index)
         self.attention = attention
         windows = [w for w in (window, layout.window) if w is not None]
         self.window, self.sinks = min(windows, default=None), sinks
+        if qk_norm is not None:
+            self.add_norms(qk_norm)
+
+    def add_norms(self, eps: float) -> None:
+        projections = {name: getattr(self.attention, name, None) for name in ("q_proj", "k_proj")}
+        if self.layout.qk_norm is not None or not all(isinstance(p, nn.Linear) for p in projections.values()):
+            raise UserError(
+                f"qk_norm: {type(self.attention).__name__} of layer {self.index} has such a norm, or no q_proj and "
+                "k_proj of its own that could be given one; leave qk_norm out"
+            )
+        for name, projection in projections.items():
+            setattr(self.attention, name, NormedProjection(projection, self.layout.head_dim, eps))  # type: ignore[arg-type]
+
+    def added_norms(self) -> dict[str, nn.Parameter]:
+        """Weights `[K]` of the norms of "q" and "k" that the family does not have."""
+        found = {name: getattr(self.attention, f"{name}_proj", None) for name in ("q", "k")}
+        return {name: p.norm.weight for name, p in found.items() if isinstance(p, NormedProjection)}
 
     def new_cache_layer(self) -> StateLayer | DynamicLayer:
         return DynamicLayer() if self.window is None else WindowLayer(self.window, self.sinks)
@@ -141,5 +192,6 @@ class AttentionLayer(Block):
         return list(self.attention.parameters())
 
     def copied_parameters(self) -> list[nn.Parameter]:
-        """All of them: they are the teacher's own."""
-        return list(self.attention.parameters())
+        """All but a norm that was added: they are the teacher's own."""
+        added = {id(p) for p in self.added_norms().values()}
+        return [p for p in self.attention.parameters() if id(p) not in added]

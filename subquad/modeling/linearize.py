@@ -1,11 +1,12 @@
 """From a teacher to a student: attention out, mixers in, what the teacher knows copied."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -14,11 +15,15 @@ from subquad.errors import UserError
 from subquad.mixers import Mixer
 from subquad.modeling import calibrate as calibrated
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.modeling.families import AttentionSite, find_attention, random_tokens
+from subquad.modeling.exportable import restrict, set_epsilon
+from subquad.modeling.families import AttentionSite, Recording, attentions, find_attention, listen, random_tokens
 from subquad.modeling.hub import SubquadForCausalLM, plan_config
-from subquad.modeling.layers import MixerLayer
+from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.plan import layer_plan, plan_entry
 from subquad.modeling.positions import check_positions_and_cache, find_position_table
+
+INPUTS = 1024
+"""Tokens of a layer's input that are kept while its attention is heard."""
 
 
 def linearize(
@@ -29,6 +34,7 @@ def linearize(
     calibration: Tensor | None = None,
     calibrate: Tensor | None = None,
     seed: int = 0,
+    export: str | None = None,
     **options: Any,
 ) -> SubquadForCausalLM:
     """A student of `teacher` in which every attention is replaced by `mixer`. The teacher is left untouched.
@@ -44,10 +50,12 @@ def linearize(
             scales are chosen, in closed form, to follow the teacher's attention (see `calibrate.py`); options that are
             given stay as they are.
         seed: of everything drawn at random.
+        export: "qwen3_5" keeps the student within what Qwen3.5 computes, so that it can be exported (docs/serving.md).
         options: of the mixer (`subquad.mixers.get(name).Options`).
 
     Raises:
-        UserError: unknown mixer or option; a teacher whose attention cannot be read (it says what was missing).
+        UserError: unknown mixer or option; a teacher whose attention cannot be read (it says what was missing); with
+            `export`, a teacher or a plan that cannot go there.
     """
     if layers is None:
         plan_entry({"mixer": mixer, **options}, "mixer")
@@ -59,6 +67,9 @@ def linearize(
         check_teacher(teacher)
         plan = layer_plan(layers or {"default": {"mixer": mixer, **options}}, len(sites))
         base = copy.deepcopy(teacher)
+        if export is not None:
+            plan, eps = restrict(plan, sites, teacher, export)
+            set_epsilon(base, eps)
         for attribute in ("hf_quantizer", "quantization_method"):
             if hasattr(base, attribute):
                 delattr(base, attribute)
@@ -70,24 +81,19 @@ def linearize(
             student.generation_config.cache_implementation = None  # a student has a cache of its own
         if calibrate is not None:
             calibration = calibrate[:1]  # the scales are found anew
-        if calibration is None:
-            with head_scales(sites) as heard:  # while it writes, so that it need not read that again
-                sample_tokens(teacher, length=min(24, positions or 24))
-            scales = heard()
-        elif positions is not None and calibration.shape[1] > positions:
+        if calibration is not None and positions is not None and calibration.shape[1] > positions:
             raise UserError(
                 f"calibration: got {calibration.shape[1]} tokens a row; the teacher has {positions} learned positions"
             )
-        else:
-            scales = attention_scales(teacher, sites, calibration)
-        for site, block, scale in zip(sites, student.blocks, scales, strict=True):
-            if isinstance(block, MixerLayer):
-                block.mixer.reset_parameters()
-                block.mixer.set_output_scale(scale)
-                if copy_qkv:
-                    copy_projections(site, block.mixer)
-            elif not copy_qkv and plan[block.index]["mixer"] == mixers.SOFTMAX:
-                block.attention.apply(student.base._init_weights)
+        with hear(teacher, sites) as heard:
+            if calibration is None:  # while it writes, so that it need not read that again
+                sample_tokens(teacher, length=min(24, positions or 24))
+            else:
+                teacher.base_model(input_ids=calibration.to(teacher.device), use_cache=False)
+        for site, block, ear in zip(sites, student.blocks, heard, strict=True):
+            start(site, block, ear, copy_qkv)
+            if not copy_qkv and plan[block.index]["mixer"] == mixers.SOFTMAX:
+                block.attention.apply(student.base._init_weights)  # type: ignore[union-attr]
         if calibrate is not None:
             with evaluating(teacher):
                 calibrated.calibrate(student, teacher, sites, calibrate)
@@ -128,7 +134,7 @@ def copy_projections(site: AttentionSite, mixer: Mixer) -> None:
     for name, projection in mixer.projections().items():
         weight, bias = site.projection(name)
         projection.weight.copy_(weight)
-        if bias is not None:
+        if bias is not None and mixer.has_biases:
             projection.bias.copy_(bias)
     kept = mixer.qk_norms()
     for name in {key[0] for key in kept}:
@@ -137,35 +143,50 @@ def copy_projections(site: AttentionSite, mixer: Mixer) -> None:
                 kept[f"{name}_norm{part}"].copy_(values)
 
 
-@torch.no_grad()
-def attention_scales(teacher: PreTrainedModel, sites: list[AttentionSite], tokens: Tensor) -> list[Tensor]:
-    """Root mean square of each head's attention output (before the output projection) on tokens `[B, T]`, `[H]` a
-    layer."""
-    with evaluating(teacher), head_scales(sites) as scales:
-        teacher.base_model(input_ids=tokens.to(teacher.device), use_cache=False)
-    return scales()
+class Heard:
+    """What is known of one attention at work: the scale of its heads' outputs, and tokens that it was given."""
+
+    def __init__(self, site: AttentionSite):
+        self.layout = site.layout
+        self.squares: list[Tensor] = []
+        self.inputs: list[Tensor] = []
+
+    def add(self, recording: Recording) -> None:
+        assert recording.heads is not None
+        heads = recording.heads.float().reshape(-1, self.layout.num_heads, self.layout.value_dim)
+        self.squares.append(heads.square().mean(-1))
+        if sum(map(len, self.inputs)) < INPUTS:
+            self.inputs.append(recording.hidden_states.reshape(-1, self.layout.hidden_size))
+
+    def scale(self) -> Tensor:
+        """Root mean square of each head's output, `[H]`."""
+        return torch.cat(self.squares).mean(0).sqrt()
+
+    def tokens(self) -> Tensor:
+        """`[tokens, hidden]`, no more than `INPUTS`."""
+        return torch.cat(self.inputs)[:INPUTS]
 
 
 @contextmanager
-def head_scales(sites: list[AttentionSite]) -> Iterator[Callable[[], list[Tensor]]]:
-    """Hears the attention of `sites` at work; gives a function that says the scale of each head so far."""
-    sums = [torch.zeros(site.layout.num_heads, device=next(site.module.parameters()).device) for site in sites]
-    counts = [0 for _ in sites]
+def hear(teacher: PreTrainedModel, sites: list[AttentionSite]) -> Iterator[list[Heard]]:
+    """Hears the attentions of `sites` while `teacher` works."""
+    heard = [Heard(site) for site in sites]
+    with evaluating(teacher), torch.no_grad(), listen(attentions(sites), lambda i, seen: heard[i].add(seen)):
+        yield heard
 
-    def add(index: int, heads: Tensor) -> None:
-        squares = heads.float().reshape(-1, sites[index].layout.num_heads, sites[index].layout.value_dim).square()
-        sums[index] += squares.sum((0, 2))
-        counts[index] += squares.shape[0] * squares.shape[2]
 
-    hooks = [
-        site.module.get_submodule(site.output).register_forward_pre_hook(lambda _, args, i=i: add(i, args[0]))
-        for i, site in enumerate(sites)
-    ]
-    try:
-        yield lambda: [(total / count).sqrt() for total, count in zip(sums, counts, strict=True)]
-    finally:
-        for hook in hooks:
-            hook.remove()
+@torch.no_grad()
+def start(site: AttentionSite, block: MixerLayer | AttentionLayer, heard: Heard, copy_qkv: bool) -> None:
+    """Gives what stands in the place of one attention its start."""
+    if isinstance(block, MixerLayer):
+        block.mixer.reset_parameters()
+        block.mixer.start_at(heard.scale(), heard.tokens())
+        if copy_qkv:
+            copy_projections(site, block.mixer)
+        return
+    for name, norm in block.added_norms().items():
+        weight, _ = site.own_projection(name)
+        norm.fill_(F.linear(heard.tokens().float(), weight.float()).square().mean().sqrt().item())
 
 
 @contextmanager

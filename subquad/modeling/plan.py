@@ -16,8 +16,9 @@ def layer_plan(layers: Mapping[str, Entry], count: int) -> list[dict[str, Any]]:
     """One `{"mixer": name, **options}` a layer.
 
     layers: `{"default": entry, "0,8,16": entry, "2-5": entry}`; an entry is a mixer's name, "attention", or a mapping
-        with `mixer` and its options; those of attention are `window` and `sinks`, in tokens. Layers are counted from
-        0; without a default every layer must be named, once.
+        with `mixer` and its options; those of attention are `window` and `sinks`, in tokens, and `qk_norm`, the epsilon
+        of a norm of queries and keys that the teacher has not. Layers are counted from 0; without a default every layer
+        must be named, once.
 
     Raises:
         UserError: unknown mixer or option, a layer that there is not, named twice, or left out.
@@ -68,17 +69,22 @@ def plan_entry(entry: Entry, where: str) -> dict[str, Any]:
     if name in mixers.REGISTRY:
         mixers.get(name).Options.create(options)
     elif name == ATTENTION:
-        check_window(options, where)
+        check_attention(options, where)
     elif options:
         raise UserError(f"{where}: {name} takes no options; got {', '.join(options)}")
     return entry
 
 
-def check_window(options: Mapping[str, Any], where: str) -> None:
-    """The options of attention: a window of at least one token, and sinks only beside a window."""
+def check_attention(options: Mapping[str, Any], where: str) -> None:
+    """The options of attention: a window of at least one token, sinks only beside a window, an epsilon."""
+    known = ("window", "sinks", "qk_norm")
     for name, value in options.items():
-        if name not in ("window", "sinks"):
-            raise UserError(f"{where}: unknown option {name!r} of attention{nearest(name, ('window', 'sinks'))}")
+        if name not in known:
+            raise UserError(f"{where}: unknown option {name!r} of attention{nearest(name, known)}")
+        if name == "qk_norm":
+            if not isinstance(value, float) or not 0 < value < 1:
+                raise UserError(f"{where}: qk_norm: got {value!r}, expected its epsilon, such as 1.0e-6")
+            continue
         least = 1 if name == "window" else 0
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(f"{where}: {name}: got {value!r}, expected a whole number of tokens, at least {least}")

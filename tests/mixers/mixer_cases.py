@@ -28,7 +28,11 @@ OWN_VALUES: dict[str, tuple[dict, ...]] = {
     "gla": ({"decay_rank": 3},),
     "metala": ({"decay_rank": 3},),
     "deltanet": ({"write_strength": 0.5},),
-    "gated_deltanet": ({"write_strength": 0.5},),
+    "gated_deltanet": (
+        {"write_strength": 0.5},
+        {"v_activation": "silu", "biases": False, "norm_eps": 1e-5},
+        {"v_activation": "silu", "short_conv": 0},
+    ),
     "kda": ({"write_strength": 0.5},),
     "hgrn2": ({"lower_bound": 0.3},),
 }

@@ -21,6 +21,7 @@ CASES = [
     ("metala", {"short_conv": 4}),
     ("deltanet", {}),
     ("gated_deltanet", {"rotary": True}),
+    ("gated_deltanet", {"v_activation": "silu", "biases": False, "norm_eps": 1e-3}),
     ("xlstm", {}),
     ("xlstm", {"output_gate": "none", "output_norm": False}),
 ]
@@ -75,10 +76,12 @@ def written_out(mixer, x, cos, sin):
         y = {"silu": lambda z: z / (1 + torch.exp(-z)), "elu1": lambda z: torch.where(z > 0, z + 1, z.exp())}.get(
             options.qk_activation, lambda z: z.clamp_min(0) if options.qk_activation == "relu" else z
         )(y)
-        return y / y.norm(dim=-1, keepdim=True) if "deltanet" in mixer.name else y
+        return y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() if "deltanet" in mixer.name else y
 
     decay, beta, write = gate_values(mixer, x, H)
     q, v = feature(projected("q")) / math.sqrt(K), projected("v")
+    if getattr(options, "v_activation", "none") == "silu":
+        v = v / (1 + torch.exp(-v))
     k = 1 - decay.expand(T, H, K) if mixer.name == "metala" else feature(projected("k"))
     outputs = []
     S, n = torch.zeros(H, K, v.shape[-1], dtype=x.dtype), torch.zeros(H, K, dtype=x.dtype)
@@ -103,12 +106,13 @@ def written_out(mixer, x, cos, sin):
 def read_out(mixer, own, x, o):
     gate = torch.ones_like(o)
     if mixer.options.output_gate != "none":
-        g = F.linear(x, own["g_proj.weight"], own["g_proj.bias"]).unflatten(-1, (o.shape[1], -1))
+        g = F.linear(x, own["g_proj.weight"], own.get("g_proj.bias")).unflatten(-1, (o.shape[1], -1))
         gate = torch.sigmoid(g) * (g if mixer.options.output_gate == "swish" else 1)
     before, behind = (gate, 1) if mixer.name == "mamba2" else (1, gate)
     o = o * before
     if mixer.options.output_norm:
-        o = o / (o.square().mean(-1, keepdim=True) + 1e-8).sqrt() * own["o_norm"]
+        eps = getattr(mixer.options, "norm_eps", 1e-8)
+        o = o / (o.square().mean(-1, keepdim=True) + eps).sqrt() * own["o_norm"]
     return F.linear((o * behind).flatten(-2), own["o_proj.weight"], own.get("o_proj.bias"))
 
 

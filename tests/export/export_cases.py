@@ -1,0 +1,115 @@
+"""Students that can leave, of tiny teachers, no parameter of whose mixers is neutral; and a process to meet them in."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import subquad
+from subquad import SubquadForCausalLM
+from tests import workshop
+from tests.modeling.modeling_cases import TEXT, shaken
+
+PURE = {"default": "gated_deltanet"}
+REGULAR = {"default": "gated_deltanet", "1,3": "attention"}
+IRREGULAR = {"default": "gated_deltanet", "0,3": "attention"}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def teacher_of(family: str, seed: int = 0, **changes):
+    """A random teacher, every weight of which is drawn, norms about one."""
+    sizes = {name: value for name, value in {**SIZES, **changes}.items() if value is not None}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                drawn = torch.randn_like(parameter)
+                parameter.copy_(0.25 * drawn if parameter.dim() > 1 else 0.1 * drawn + ("norm" in name))
+    return model.eval()
+
+
+def student_of(family: str = "llama", layers: dict | None = None, **changes) -> SubquadForCausalLM:
+    teacher = teacher_of(family, **changes)
+    return shaken(subquad.linearize(teacher, layers=layers or PURE, calibration=TEXT, export="qwen3_5"))
+
+
+def saved_student(directory: Path, layers: dict | None = None, **changes) -> Path:
+    """A student with a tokenizer, on disk."""
+    workshop.tiny_teacher(directory / "teacher", **{"num_hidden_layers": 4, "head_dim": 32, **changes})
+    teacher, tokenizer = subquad.load_teacher(directory / "teacher")
+    student = shaken(subquad.linearize(teacher, layers=layers or PURE, calibration=TEXT, export="qwen3_5"))
+    student.save_pretrained(directory / "student")
+    tokenizer.save_pretrained(directory / "student")
+    return directory / "student"
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    assert found.isfinite().all()
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+ELSEWHERE = """
+import sys
+sys.modules["subquad"] = sys.modules["fla"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+
+def meet(directory):
+    ids, padded, mask, dtype = torch.load(directory + "/given.pt")
+    model = AutoModelForCausalLM.from_pretrained(directory + "/served", dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(directory + "/served")
+    assert type(model).__name__ == "Qwen3_5ForCausalLM", type(model)
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        cache, steps = None, []
+        for piece in ids.split([5] + [1] * (ids.shape[1] - 5), dim=1):
+            result = model(input_ids=piece, use_cache=True, past_key_values=cache)
+            cache = result["cache"] if "cache" in result else result["past_key_values"]
+            steps.append(result.logits)
+        batch = model(input_ids=padded, attention_mask=mask).logits
+    greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    written = model.generate(ids[:1, :6], **greedy)
+    batched = model.generate(padded, attention_mask=mask, **greedy)
+    found = whole, torch.cat(steps, 1), batch, written, batched, tokenizer("The old fox.").input_ids
+    torch.save(found, directory + "/out.pt")
+
+for directory in sys.argv[1:]:
+    meet(directory)
+"""
+
+
+def meet_elsewhere(given: dict[Path, tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype = torch.float32) -> list[tuple]:
+    """What the models in `directory / "served"` give in a process that has neither subquad nor fla, for (ids, padded
+    ids, their mask): logits of the ids at once and with a cache, of the padded batch, greedy continuations of both, and
+    the tokens of a sentence."""
+    for directory, tensors in given.items():
+        torch.save((*tensors, dtype), directory / "given.pt")
+    run = subprocess.run([sys.executable, "-c", ELSEWHERE, *given], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return [torch.load(directory / "out.pt") for directory in given]
+
+
+def left_padded(ids: Tensor, lengths: list[int], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows of `ids` cut to `lengths`, padded on their left."""
+    padded, mask = torch.full_like(ids, pad), torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        padded[row, -length:], mask[row, -length:] = ids[row, :length], 1
+    return padded, mask

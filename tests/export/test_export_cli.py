@@ -1,0 +1,57 @@
+"""`subquad linearize --export` and `subquad export` from end to end."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import subquad
+from subquad.cli import main
+from tests import workshop
+from tests.modeling.modeling_cases import logits
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cli")
+    workshop.tiny_teacher(directory / "teacher", num_hidden_layers=3)
+    plan = ["--layers", "{default: gated_deltanet, 2: attention}"]
+    assert (
+        main(["linearize", str(directory / "teacher"), *plan, "--export", "qwen3_5", "-o", str(directory / "s")]) == 0
+    )
+    return directory / "s"
+
+
+def test_from_teacher_to_a_model_for_others(student, tmp_path, capsys):
+    assert json.loads((student / "config.json").read_text())["layers"][2] == {"mixer": "attention", "qk_norm": 1e-8}
+    assert main(["export", str(student), "--format", "qwen3_5", "-o", str(tmp_path / "served")]) == 0
+    out = capsys.readouterr().out
+    assert "parameters as qwen3_5 in" in out
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
+    ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(logits(served, ids), logits(subquad.load_teacher(student)[0], ids), atol=1e-4)
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    assert config["model_type"] == "qwen3_5_text"
+    assert config["architectures"] == ["Qwen3_5ForCausalLM"]
+    assert main(["export", str(student), "--format", "gguf", "--type", "q8_0", "-o", str(tmp_path / "s.gguf")]) == 0
+    assert (tmp_path / "s.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_mistakes_are_one_line_and_write_nothing(student, tmp_path, capsys):
+    directory = student.parent / "teacher"
+    cases = {
+        "is a llama model; expected a student": [str(directory), "-o", str(tmp_path / "x")],
+        "there is no directory": [str(student), "-o", str(tmp_path / "no" / "x")],
+        "exists; expected a new directory": [str(student), "-o", str(tmp_path)],
+    }
+    for message, argv in cases.items():
+        assert main(["export", "--format", "qwen3_5", *argv]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+    assert main(["linearize", str(directory), "--mixer", "gla", "--export", "qwen3_5", "-o", str(tmp_path / "x")]) == 2
+    assert "gla cannot be exported" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", str(student), "--format", "onnx", "-o", str(tmp_path / "x")])
+    assert list(tmp_path.iterdir()) == []

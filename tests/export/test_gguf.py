@@ -1,0 +1,211 @@
+"""A student as a GGUF file: read back tensor by tensor and by transformers, and run by llama.cpp."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from export_cases import IRREGULAR, PURE, REGULAR, relative, saved_student, student_of
+from llama_cpp import log_probabilities, needs_llama_cpp, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import subquad
+from subquad.errors import UserError
+from subquad.export import export, to_qwen3_5
+from subquad.export.gguf_tokenizer import cut_name, vocabulary
+from tests.modeling.modeling_cases import logits
+
+PRECISION = {"f32": 1e-5, "f16": 1e-2, "q8_0": 0.2}
+"""Random weights make much of little: a trained student's logits move less."""
+SENTENCE = "The old fox sees the small river.\n\nThe  red stone 123 is near."
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory):
+    """Directories of saved students by the name of their plan, and of their GGUF files."""
+    made = {}
+    for name, layers in (("pure", PURE), ("regular", REGULAR), ("irregular", IRREGULAR)):
+        directory = tmp_path_factory.mktemp(name)
+        saved_student(directory, layers)
+        export(directory / "student", directory / "student.gguf", "gguf", "f32")
+        made[name] = directory
+    return made
+
+
+def read(path):
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    return fields, tensors, {t.name: t.tensor_type.name for t in reader.tensors}
+
+
+@pytest.mark.parametrize("plan", ["pure", "regular", "irregular"])
+def test_every_tensor_is_in_the_file_as_llama_cpp_keeps_it(plan, students):
+    directory = students[plan]
+    student, _ = subquad.load_teacher(directory / "student")
+    weights = {name: t.numpy() for name, t in to_qwen3_5(student).state_dict().items()}
+    fields, tensors, _ = read(directory / "student.gguf")
+    linear = next(i for i, keep in enumerate(student.config.keeps_attention) if not keep)
+    of = f"model.layers.{linear}.linear_attn."
+    assert np.allclose(tensors[f"blk.{linear}.ssm_a"], -np.exp(weights[of + "A_log"]), rtol=1e-6)
+    assert np.array_equal(tensors[f"blk.{linear}.ssm_dt.bias"], weights[of + "dt_bias"])
+    assert np.array_equal(tensors[f"blk.{linear}.ssm_conv1d.weight"], weights[of + "conv1d.weight"][:, 0])
+    assert np.array_equal(tensors[f"blk.{linear}.ssm_norm.weight"], weights[of + "norm.weight"])
+    assert np.array_equal(tensors[f"blk.{linear}.attn_qkv.weight"], weights[of + "in_proj_qkv.weight"])
+    assert np.allclose(tensors["output_norm.weight"], weights["model.norm.weight"] + 1)
+    assert np.array_equal(tensors["token_embd.weight"], weights["model.embed_tokens.weight"])
+    assert len(tensors) == len(weights)
+    assert sum(t.size for t in tensors.values()) == sum(w.size for w in weights.values())
+    assert fields["general.architecture"] == "qwen35"
+    placement = [fields.get("qwen35.full_attention_interval"), fields.get("qwen35.attention.recurrent_layers")]
+    expected = {"pure": [5, None], "regular": [2, None], "irregular": [None, [False, True, True, False]]}
+    assert placement == expected[plan]
+
+
+@pytest.mark.parametrize("kind", PRECISION)
+@pytest.mark.parametrize("plan", ["pure", "regular"])
+def test_transformers_reads_it_back_to_the_same_logits(plan, kind, students):
+    directory = students[plan]
+    student, tokenizer = subquad.load_teacher(directory / "student")
+    if not (directory / f"{kind}.gguf").exists():
+        export(directory / "student", directory / f"{kind}.gguf", "gguf", kind)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, gguf_file=f"{kind}.gguf", dtype=torch.float32).eval()
+    assert type(loaded).__name__ == "Qwen3_5ForCausalLM"
+    ids = torch.randint(3, 300, (2, 50), generator=torch.Generator().manual_seed(3))
+    assert relative(logits(loaded, ids), logits(student, ids)) < PRECISION[kind]
+    back = AutoTokenizer.from_pretrained(directory, gguf_file=f"{kind}.gguf")
+    assert back(SENTENCE).input_ids == tokenizer(SENTENCE).input_ids
+    assert back.eos_token_id == tokenizer.eos_token_id
+
+
+def test_what_is_small_and_decides_much_stays_in_float32(students):
+    directory = students["regular"]
+    export(directory / "student", directory / "small.gguf", "gguf", "q8_0")
+    _, _, kinds = read(directory / "small.gguf")
+    assert kinds["blk.0.attn_qkv.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_down.weight"] == "F16"  # rows of 48 numbers are no whole blocks
+    assert {
+        kinds[f"blk.0.{name}"] for name in ("ssm_a", "ssm_beta.weight", "ssm_conv1d.weight", "attn_norm.weight")
+    } == {"F32"}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("plan", ["pure", "regular", "irregular"])
+def test_llama_cpp_writes_the_same_tokens(plan, students):
+    directory = students[plan]
+    student, tokenizer = subquad.load_teacher(directory / "student")
+    prompt = tokenizer(SENTENCE).input_ids
+    expected = student.generate(
+        torch.tensor([prompt]), max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, len(prompt) :]
+    (answer,) = run(directory / "student.gguf", [prompt], 32)
+    assert answer["tokens"] == expected.tolist()
+    full = logits(student, torch.tensor([[*prompt, *expected]]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+    told = log_probabilities(answer)
+    assert len(told) > 8
+    assert max(abs(found - full[at, expected[at]].item()) for at, found in told) < 1e-4
+
+
+@needs_llama_cpp
+def test_llama_cpp_cuts_text_into_the_same_tokens(students):
+    directory = students["pure"]
+    _, tokenizer = subquad.load_teacher(directory / "student")
+    ids = tokenizer(SENTENCE).input_ids
+    of_text, of_tokens = run(directory / "student.gguf", [SENTENCE, ids], 8)
+    assert of_text["tokens_evaluated"] == len(ids)
+    assert of_text["tokens"] == of_tokens["tokens"]
+
+
+def test_what_llama_cpp_has_no_words_for_is_refused(tmp_path):
+    rope = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 1e4,
+    }
+    saved_student(tmp_path, REGULAR, rope_parameters=rope)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(
+        UserError, match=r"scaled as 'llama3', which llama.cpp's qwen35 does not read; format qwen3_5 can"
+    ):
+        export(tmp_path / "student", tmp_path / "student.gguf", "gguf")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split(expression):
+    cut = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [cut, {**BYTES, "use_regex": False}]}
+
+
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [
+        (BYTES, "gpt-2"),
+        ({"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}, "smollm"),
+        (split(QWEN2), "qwen2"),
+        (split(QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")), "llama-bpe"),
+        (split(QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"\p{L}\p{N}]+", r"\p{L}\p{M}\p{N}]+")), "qwen35"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_llama_cpps_name_for_how_text_is_cut(pre, name):
+    assert cut_name(pre) == name
+
+
+@pytest.mark.parametrize(
+    ("pre", "reason"),
+    [
+        (None, "by nothing"),
+        ({"type": "Metaspace"}, "by Metaspace"),
+        ({**BYTES, "add_prefix_space": True}, "by ByteLevel"),
+        ({"type": "Sequence", "pretokenizers": [{**DIGITS, "individual_digits": False}, BYTES]}, "not known here"),
+        (split("a|b"), "by Split and ByteLevel in a way"),
+    ],
+    ids=lambda value: "",
+)
+def test_another_way_to_cut_is_refused(pre, reason):
+    with pytest.raises(UserError, match=f"cannot be written into a GGUF file: .*{reason}"):
+        cut_name(pre)
+
+
+def test_rows_of_the_embedding_without_a_token_get_one_that_is_never_used():
+    spec = {
+        "model": {"vocab": {"a": 0, "b": 1}},
+        "added_tokens": [
+            {"id": 2, "content": "<s>", "special": True},
+            {"id": 4, "content": "<think>", "special": False},
+        ],
+    }
+    tokens, types = vocabulary(spec, 6)
+    assert tokens == ["a", "b", "<s>", "[UNUSED3]", "<think>", "[UNUSED5]"]
+    assert types == [1, 1, 3, 5, 4, 5]
+    with pytest.raises(UserError, match="has a token 4, but the embedding has 3 rows"):
+        vocabulary(spec, 3)
+
+
+def test_linear_scaling_of_positions_goes_into_the_file(tmp_path):
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
+    saved_student(tmp_path, REGULAR, rope_parameters=rope)
+    export(tmp_path / "student", tmp_path / "student.gguf", "gguf", "f32")
+    fields, _, _ = read(tmp_path / "student.gguf")
+    assert fields["qwen35.rope.scaling.type"] == "linear"
+    assert fields["qwen35.rope.scaling.factor"] == 4.0
+    assert fields["qwen35.rope.freq_base"] == 5000.0
+
+
+def test_values_of_another_size_than_keys_are_refused():
+    student = student_of()
+    model = to_qwen3_5(student)
+    model.config.linear_value_head_dim = 8
+    from subquad.export.gguf import check
+
+    with pytest.raises(UserError, match="its values have 8 channels a head, its keys 16"):
+        check(model.config)
