@@ -7,6 +7,9 @@ behind them, norms less one. See docs/serving.md.
 """
 
 import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -269,9 +272,24 @@ def rope_parameters(base: Any, kept: dict[int, tuple[AttentionSite, Call]], head
     }
 
 
+@contextmanager
+def without_fla() -> Iterator[None]:
+    """Hides `fla` where there is no GPU: `transformers` binds its kernels when a model is imported, and they could not
+    run."""
+    before = {"fla": sys.modules["fla"]} if "fla" in sys.modules else {}
+    if not torch.cuda.is_available():
+        sys.modules["fla"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.modules.pop("fla", None)
+        sys.modules.update(before)
+
+
 def qwen3_5_classes() -> tuple[Any, Any]:
     try:
-        from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+        with without_fla():
+            from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
     except ImportError:
         raise UserError("this version of transformers has no Qwen3.5; expected one that has") from None
     return Qwen3_5TextConfig, Qwen3_5ForCausalLM
