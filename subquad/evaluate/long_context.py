@@ -56,7 +56,10 @@ def long_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, tokens: i
 def position_losses(model: PreTrainedModel, ids: Tensor, piece: int = PIECE, label: str = "") -> Tensor:
     """Loss in nats of each next token of `ids: [N, T]`: `[N, T - 1]`, float32. One row at a time, piece after piece."""
     losses = torch.empty(len(ids), ids.shape[1] - 1)
-    with evaluating(model), tqdm(total=ids.numel(), desc=label, unit="tok", unit_scale=True, leave=False) as bar:
+    with (
+        evaluating(model),
+        tqdm(total=ids.numel(), desc=label, unit="tok", unit_scale=True, leave=False, disable=None) as bar,
+    ):
         for row, into in zip(ids, losses, strict=True):
             cache = None
             for start in range(0, len(row), piece):

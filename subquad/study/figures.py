@@ -40,7 +40,7 @@ def recovered_figure(groups: Sequence[Group]) -> Figure | None:
         filled = paint if group.copied else "white"
         axes.plot(100 * mean.value, place, shapes.get(group.stages, "o"), color=paint, markerfacecolor=filled)
     axes.set_yticks(range(len(mixers)), [name.replace("_", " ") for name in mixers])
-    axes.invert_yaxis()
+    axes.set_ylim(len(mixers) - 0.5, -0.5)
     axes.set_xlabel("recovered, % (0: token frequencies, 100: the teacher)")
     axes.axvline(100, color=TEACHER, linewidth=0.8)
     keys = [Line2D([], [], color="#555555", marker=shapes.get(s, "o"), linestyle="", label=f"stages {s}") for s in sets]
