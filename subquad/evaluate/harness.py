@@ -6,6 +6,7 @@ in one of four simple formats (`FORMATS`), which becomes a task of lm-eval's by 
 
 import functools
 import gzip
+import hashlib
 import importlib.util
 import json
 import logging
@@ -22,6 +23,8 @@ from subquad.errors import UserError, nearest
 from subquad.evaluate.recovery import TaskScores
 from subquad.evaluate.results import Row
 from subquad.modeling.linearize import evaluating
+from subquad.papers import write_text
+from subquad.paths import cache_dir
 
 HUB_TASKS = (
     "lambada_openai",
@@ -94,15 +97,31 @@ class Task:
         return {
             "task": self.name,
             "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(self.file.resolve())}},
+            "dataset_kwargs": {"data_files": {"test": str(self.plain_items())}},
             "test_split": "test",
             **FORMATS[self.keys],
         }
 
+    def plain_items(self) -> Path:
+        """A copy in the cache with nothing but the keys of its format: a key of several types (BLiMP has one)
+        cannot be loaded by lm-eval."""
+        lines = [json.dumps({key: item[key] for key in self.keys}) + "\n" for item in self.items()]
+        text = "".join(lines)
+        copy = cache_dir() / "items" / f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_text(copy, text)
+        return copy
+
     def items(self) -> list[dict[str, Any]]:
-        """The items of a file."""
+        """The items of a file; UserError where one lacks a key of the format."""
         assert self.file is not None, self.name
-        return read_items(self.file)
+        items = read_items(self.file)
+        for number, item in enumerate(items, 1):
+            missing = [key for key in self.keys if not isinstance(item, dict) or key not in item]
+            if missing:
+                raise UserError(f"{self.file}: item {number} lacks {', '.join(missing)}")
+        return items
 
 
 @dataclass(frozen=True)
@@ -258,7 +277,8 @@ def zero_shot(
                 **some,
             )
         except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
+            why = error.__cause__ or error  # `datasets` wraps what went wrong
+            lines = str(why).strip().splitlines() or [type(why).__name__]
             raise UserError(f"task {task.name!r}: lm-eval cannot run it: {lines[0]}") from error
     rows = [row for name, values in found["results"].items() for row in _rows(name, values, found)]
     samples = found["samples"].get(task.name, [])

@@ -46,6 +46,8 @@ def _title(metric: str, length: int | None, batch: int | None) -> str:
 
 
 def _shown(row: Row) -> str:
+    if row.value != row.value:
+        return ""
     show = _format(row.metric)
     error = "" if row.stderr is None or row.stderr != row.stderr else f" ±{show(row.stderr)}"
     return show(row.value) + error
@@ -60,7 +62,7 @@ def _format(metric: str) -> Callable[[float], str]:
         return lambda x: f"{x:.1%}"
     if metric == "extrapolation_point":
         return lambda x: f"{x:,.0f}"
-    return lambda x: f"{x:.3g}" if x < 1 else f"{x:.2f}"
+    return lambda x: f"{x:.2f}" if 1 <= x < 1e5 else f"{x:.3g}"
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> str:

@@ -25,7 +25,8 @@ ITEMS = {
         {"context_options": ["import os", "def f"], "continuation": f"(x{n}):", "gold": n % 2} for n in range(7)
     ],
     "words": [{"context": f"for i in range({n}): print", "continuation": "(i)"} for n in range(8)],
-    "pairs": [{"sentence_good": "def f(x):", "sentence_bad": "def (x f:", "UID": "syntax"} for _ in range(5)],
+    # a key of two types, as BLiMP has one: it is no business of ours
+    "pairs": [{"sentence_good": "def f(x):", "sentence_bad": "def (x f:", "UID": [n, str(n)][n % 2]} for n in range(5)],
 }
 
 
@@ -129,6 +130,9 @@ def test_broken_files_are_named(tmp_path):
         local_tasks(tmp_path)
     (tmp_path / "odd.jsonl").write_text('{"context": "a", "continuation": "b"}\n{"context": \n')
     with pytest.raises(UserError, match=r"odd\.jsonl: line 2 is not JSON"):
+        local_tasks(tmp_path)["odd"].items()
+    (tmp_path / "odd.jsonl").write_text('{"context": "a", "continuation": "b"}\n{"context": "c"}\n')
+    with pytest.raises(UserError, match=r"odd\.jsonl: item 2 lacks continuation"):
         local_tasks(tmp_path)["odd"].items()
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"context": "a"}\n' * 1000)[:40])
     with pytest.raises(UserError, match=r"cut\.jsonl\.gz"):
