@@ -11,11 +11,10 @@ not fit into free memory is left out, and said.
 """
 
 import argparse
-import ctypes
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +25,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import subquad
 from subquad import mixers
-from subquad.evaluate.efficiency import cache_bytes
+from subquad.evaluate.efficiency import cache_bytes, with_peak
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.ops import bench
 
@@ -96,22 +95,6 @@ def free_bytes() -> int:
         return 1024 * next(int(line.split()[1]) for line in info if line.startswith("MemAvailable"))
 
 
-def peak_of(step: Callable[[], Any]) -> int | None:
-    """Bytes by which one call raises what the process holds; None where the system does not tell."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or it takes what was freed before
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-
-    def read(name: str) -> int:
-        return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
-
-    before = read("VmRSS")
-    step()
-    return max(0, read("VmHWM") - before)
-
-
 # ---------------------------------------------------------------------- what is measured
 
 
@@ -150,7 +133,7 @@ def measure(
             "times_faster": fastest[TEACHER] / fastest[name] if name in fastest and fits else None,
             "cache_bytes": held[name],
             "times_smaller": held[TEACHER] / held[name],
-            "step_bytes": peak_of(steps[name]) if name in steps else None,
+            "step_bytes": with_peak(steps[name], torch.device("cpu"))[1] if name in steps else None,
         }
         for name in models
     ]

@@ -22,12 +22,11 @@ import subquad
 from subquad import mixers
 from subquad.config import Corpus
 from subquad.data import token_rows
-from subquad.evaluate import figures
 from subquad.evaluate.ablations import ablation_rows
 from subquad.evaluate.correlation import rank_correlation
-from subquad.evaluate.decays import half_lives
-from subquad.evaluate.diagnostics import diagnostics_rows, matrices_beside
+from subquad.evaluate.diagnostics import diagnostics_rows
 from subquad.evaluate.mqar import Setting, mqar_rows
+from subquad.evaluate.pictures import draw_rows, draw_student
 from subquad.evaluate.recall import recall_rows
 from subquad.evaluate.recall_tasks import TASKS
 from subquad.evaluate.results import Row, of, select
@@ -36,8 +35,6 @@ COLUMNS = (
     *("overlap", "frobenius", "row_cosine", "cka", "cosine", "mixer_error", "swap_kl"),
     *("memory_length", "half_life", "entropy", "diversity"),
 )
-HEADS = ((0, 0), (2, 1), (5, 3))
-"""Layer and head of the matrices that are drawn."""
 
 
 def main() -> None:
@@ -86,28 +83,15 @@ def explain(args: argparse.Namespace) -> list[Row]:
         rows.append(Row(task="quality", metric="recovered_share", value=recovered[name]))
         found += of(name, "teacher", rows)
         if args.output:
-            draw(args.output, name, student, teacher, texts, rows)
+            args.output.mkdir(parents=True, exist_ok=True)
+            draw_student(name, student, teacher, texts, args.output)
         print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
     if args.output:
-        series = {name: select(found, model=name) for name in recovered}
-        figures.save(figures.layers_figure(series, "cka", "teacher and student, hidden states"), args.output / "cka")
+        draw_rows(found, args.output)
     print("\n" + table(("recovered_share", *COLUMNS), found, ["teacher", *recovered]))
     print("\n" + recall_table(found, ["teacher", *recovered]))
     print("\n" + correlations(found, {n: r for n, r in recovered.items() if n != mixers.SOFTMAX}))
     return found
-
-
-def draw(output: Path, name: str, student, teacher, texts: torch.Tensor, rows: list[Row]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    heads = {}
-    for layer, head in HEADS:
-        M, A = matrices_beside(student, teacher, texts[0, :96], layer)
-        heads[layer, head] = M[head], A[head]
-    figures.save(figures.matrices_figure(heads, f"{name} and its teacher"), output / f"matrices-{name}")
-    figures.save(figures.recall_figure(rows, name), output / f"recall-{name}")
-    spectrum = half_lives(student, texts)
-    if any(layer is not None for layer in spectrum):
-        figures.save(figures.decay_figure(spectrum, name), output / f"decays-{name}")
 
 
 def whole(rows: list[Row], model: str, metric: str) -> float | None:

@@ -15,6 +15,7 @@ import subquad
 from subquad import mixers
 from subquad.config import Corpus
 from subquad.data import token_rows
+from subquad.evaluate.ablations import cut
 from subquad.modeling.families import find_attention
 
 
@@ -25,14 +26,8 @@ def loss(model, rows: torch.Tensor) -> float:
 
 def without_attention(teacher, rows: torch.Tensor) -> float:
     """The teacher's loss where the output of every attention is zero."""
-    hooks = [
-        site.module.register_forward_hook(lambda module, args, out: (torch.zeros_like(out[0]), *out[1:]))
-        for site in find_attention(teacher)
-    ]
-    value = loss(teacher, rows)
-    for hook in hooks:
-        hook.remove()
-    return value
+    with cut(site.module for site in find_attention(teacher)):
+        return loss(teacher, rows)
 
 
 def main() -> None:

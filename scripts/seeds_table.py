@@ -8,15 +8,14 @@ A cell with one seed has no interval.
 
 import argparse
 import json
-import statistics
 from collections import defaultdict
 from pathlib import Path
 
 import yaml
 
+from subquad.study.seeds import Mean
+
 STAGES = {"matrix": "1", "hidden": "2", "end_to_end": "3"}
-T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Of Student's distribution at 97.5%, by the number of seeds."""
 
 
 def runs(directory: Path) -> list[dict]:
@@ -29,11 +28,8 @@ def runs(directory: Path) -> list[dict]:
 
 
 def cell(values: list[float]) -> str:
-    middle = statistics.mean(values)
-    if len(values) < 2:
-        return f"{middle:.1f}"
-    half = T_QUANTILES[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{middle:.1f} ± {half:.1f}"
+    mean = Mean.of(values)
+    return f"{mean.value:.1f}" if mean.high is None else f"{mean.value:.1f} ± {mean.high - mean.value:.1f}"
 
 
 def main() -> None:

@@ -200,3 +200,12 @@ def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "subquad.cli", "mixers"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "gated_deltanet" in done.stdout
+
+
+def test_importing_subquad_says_nothing_and_leaves_levels_alone():
+    """Where torchao is installed, importing `transformers` makes it complain of libraries that it cannot load."""
+    program = "import logging, subquad; print(logging.getLogger('torchao').level)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
+    assert "torchao" not in done.stderr
+    assert "_pytree" not in done.stderr

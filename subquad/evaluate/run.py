@@ -2,8 +2,8 @@
 
     rows = evaluate([Subject("gla", student, tokenizer)], Subject("nano", teacher, tokenizer), QUICK, "DIR")
 
-DIR holds `results.json` (a head and rows in long form), written anew after each part, and `parts/`, a file for each
-finished part, named after everything on which it depends.
+DIR holds `parts/`, a file for each finished part, named after everything on which it depends, and `results.json` (a
+head, and rows in long form of what is finished), written at the end and when interrupted.
 """
 
 import json
@@ -99,16 +99,16 @@ def evaluate(
     todo = [part for part in plan if not finished.load(part)]
     if len(todo) < len(plan):
         logger.info("%d of %d parts are finished already", len(plan) - len(todo), len(plan))
-    for number, part in enumerate(todo, 1):
-        logger.info("[%d/%d] %s", number, len(todo), part.name)
-        finished.run(part)
-        if part.name in finished.failed:
-            logger.warning("%s failed: %s", part.name, finished.failed[part.name])
+    try:
+        for number, part in enumerate(todo, 1):
+            logger.info("[%d/%d] %s", number, len(todo), part.name)
+            finished.run(part)
+            if part.name in finished.failed:
+                logger.warning("%s failed: %s", part.name, finished.failed[part.name])
+    finally:  # not after each part: every row with an interval is drawn anew
+        rows = whole.rows(finished.done)
         if place is not None:
-            _write(place, whole, finished, recipe, len(plan))
-    if place is not None:
-        _write(place, whole, finished, recipe, len(plan))
-    rows = whole.rows(finished.done)
+            _write(place, rows, finished, recipe, len(plan))
     if place is not None and figures:
         models = [(subject.name, subject.model) for subject in whole.students]
         beside = None if teacher is None else teacher.model
@@ -116,11 +116,11 @@ def evaluate(
     return rows, finished.failed
 
 
-def _write(place: Path, whole: Evaluation, finished: Finished, recipe: Any, planned: int) -> None:
+def _write(place: Path, rows: Sequence[Row], finished: Finished, recipe: Any, planned: int) -> None:
     place.mkdir(parents=True, exist_ok=True)
     head = {
         **versions(),
         "recipe": recipe,
         "parts": {"planned": planned, "finished": len(finished.done), "failed": finished.failed},
     }
-    write_json(place / "results.json", {**head, "rows": [row.as_dict() for row in whole.rows(finished.done)]})
+    write_json(place / "results.json", {**head, "rows": [row.as_dict() for row in rows]})
