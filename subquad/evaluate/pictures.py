@@ -8,15 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subquad.evaluate.chosen import chosen_matrices
 from subquad.evaluate.decays import half_lives
-from subquad.evaluate.diagnostics import matrices_beside
 from subquad.evaluate.figures import decay_figure, layers_figure, matrices_figure, recall_figure, save
 from subquad.evaluate.recall_tasks import TASKS
 from subquad.evaluate.results import Row, select
-from subquad.evaluate.stack import Stack
-
-TOKENS = 96
-"""Of the text whose matrices are drawn: more are too small to be seen."""
 
 
 def draw_student(
@@ -29,11 +25,7 @@ def draw_student(
     paths = []
     stem = name.replace("/", "-")
     if teacher is not None:
-        layers = sorted({0, (len(Stack(model)) - 1) // 2, len(Stack(model)) - 1})
-        beside = {}
-        for layer in layers:
-            ours, theirs = matrices_beside(model, teacher, texts[0, :TOKENS], layer)
-            beside[layer, 0] = ours[0], theirs[0]
+        beside = chosen_matrices(model, teacher, texts)
         paths += save(matrices_figure(beside, f"{name}: what each token attends to"), directory / f"{stem}-matrices")
     decays = half_lives(model, texts)
     if any(layer is not None for layer in decays):

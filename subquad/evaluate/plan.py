@@ -19,6 +19,7 @@ from subquad.errors import UserError
 from subquad.evaluate import generation, long_context, statistics
 from subquad.evaluate.ablations import ablation_rows
 from subquad.evaluate.cheaper import SINKS, int8_teacher, windowed_teacher
+from subquad.evaluate.chosen import chosen_matrices, pack
 from subquad.evaluate.diagnostics import diagnostics_rows
 from subquad.evaluate.efficiency import TASK as COST
 from subquad.evaluate.efficiency import efficiency_rows
@@ -31,6 +32,8 @@ from subquad.evaluate.suites import Settings
 
 logger = logging.getLogger(__name__)
 UNIGRAM_TOKENS = 200_000
+MATRICES = "matrices"
+"""The parts whose outcomes are matrices to look at, and where they are written."""
 
 
 @dataclass(frozen=True)
@@ -202,9 +205,18 @@ class Evaluation:
             rows = diagnostics_rows(subject.model, texts, teacher) + ablation_rows(subject.model, texts)
             return [row.as_dict() for row in rows]
 
+        def show(subject: Subject, teacher: Subject) -> list[dict[str, Any]]:
+            return pack(chosen_matrices(subject.model, teacher.model, self.texts(subject)))
+
         depends = (s.corpus.model_dump(mode="json"), s.texts, s.text)
-        return [
+        parts = [
             self._part("diagnostics", subject, depends, partial(look, subject), self.teacher) for subject in self.all
+        ]
+        beside = self.teacher
+        if beside is None:
+            return parts
+        return parts + [
+            self._part(MATRICES, subject, depends, partial(show, subject, beside), beside) for subject in self.students
         ]
 
     def _part(

@@ -38,6 +38,11 @@ class Row:
     teacher: str | None = None
     """What it was compared with."""
 
+    @property
+    def subject(self) -> tuple[Any, ...]:
+        """What was measured of whom and where: rows that have it in common are one measurement, taken twice."""
+        return self.model, self.task, self.metric, self.length, self.batch, self.depth, self.layer, self.head
+
     def as_dict(self) -> dict[str, Any]:
         """Without what is None."""
         first = {"model": self.model, "teacher": self.teacher}

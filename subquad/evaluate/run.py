@@ -3,7 +3,8 @@
     rows = evaluate([Subject("gla", student, tokenizer)], Subject("nano", teacher, tokenizer), QUICK, "DIR")
 
 DIR holds `parts/`, a file for each finished part, named after everything on which it depends, and `results.json` (a
-head, and rows in long form of what is finished), written at the end and when interrupted.
+head, and rows in long form of what is finished), written at the end and when interrupted; with diagnostics beside a
+teacher also `matrices/`, a file a student (`chosen.unpack`).
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Any
 
 from subquad.errors import UserError
 from subquad.evaluate.pictures import draw
-from subquad.evaluate.plan import Evaluation, Part, Subject
+from subquad.evaluate.plan import MATRICES, Evaluation, Part, Subject
 from subquad.evaluate.results import Row
 from subquad.evaluate.suites import Settings
 from subquad.modeling.teachers import check_reference, load_teacher, resolve
@@ -109,6 +110,11 @@ def evaluate(
         rows = whole.rows(finished.done)
         if place is not None:
             _write(place, rows, finished, recipe, len(plan))
+            for subject in whole.students:
+                kept = finished.done.get(f"{MATRICES}: {subject.name}")
+                if kept is not None:
+                    (place / MATRICES).mkdir(exist_ok=True)
+                    write_json(place / MATRICES / f"{subject.name.replace('/', '-')}.json", {"heads": kept})
     if place is not None and figures:
         models = [(subject.name, subject.model) for subject in whole.students]
         beside = None if teacher is None else teacher.model

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from subquad.evaluate import command
+from subquad.evaluate.results import Row
 from subquad.evaluate.suites import settings_of
+from subquad.papers import write_json
 from subquad.study.places import Run
+from subquad.study.results import RESULTS
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,11 @@ def evaluate_study(runs: Sequence[Run], output: Path, suites: Sequence[str]) -> 
     for number, group in enumerate(groups.values(), 1):
         place = output / ("evaluation" if number == 1 else f"evaluation-{number}")
         logger.info("measuring %d students beside %s", len(group), group[0].recipe.teacher)
-        models = [str(run.place) for run in group]
-        found = command.run(models, teacher=group[0].recipe.teacher, suites=suites, output=str(place))
-        failed.update(found.failed)
+        rows: dict[tuple, Row] = {}
+        for run in group:  # one in memory at a time; the teacher's parts are kept, and so measured once
+            found = command.run([str(run.place)], teacher=run.recipe.teacher, suites=suites, output=str(place))
+            failed.update(found.failed)
+            for row in found.rows:
+                rows.setdefault(row.subject, row)
+            write_json(place / RESULTS, {**found.head, "rows": [row.as_dict() for row in rows.values()]})
     return failed

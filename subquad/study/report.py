@@ -14,6 +14,8 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
+from subquad.evaluate.chosen import Beside
+from subquad.evaluate.figures import matrices_figure
 from subquad.evaluate.results import Row
 from subquad.papers import write_text
 from subquad.study import figures, measured
@@ -21,7 +23,7 @@ from subquad.study.diagram import layers_of, student_figure
 from subquad.study.findings import notes, summary
 from subquad.study.measured import Who
 from subquad.study.places import Run, run_directories
-from subquad.study.results import evaluation_rows, read_study
+from subquad.study.results import evaluation_rows, kept_matrices, read_study
 from subquad.study.seeds import Group, best, groups, labels
 from subquad.study.style import RULES, data_uri, save
 from subquad.study.tables import Table, evaluation_tables, grid_table, write_tables
@@ -57,7 +59,7 @@ def write_report(directory: Path, page: Path | None = None) -> Path:
     folder.mkdir(parents=True)
     page.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(RULES):
-        report = Report(runs, evaluation_rows(directory), folder)
+        report = Report(runs, evaluation_rows(directory), folder, kept_matrices(directory))
         parts = report.sections()
     write_tables(report.tables, folder)
     others = len(run_directories(directory) - {run.name for run in runs})
@@ -102,8 +104,8 @@ def about(runs: Sequence[Run]) -> list[tuple[str, str]]:
 class Report:
     """The sections of a page, each figure written as it is drawn."""
 
-    def __init__(self, runs: Sequence[Run], rows: Sequence[Row], folder: Path):
-        self.runs, self.folder = list(runs), folder
+    def __init__(self, runs: Sequence[Run], rows: Sequence[Row], folder: Path, matrices: Mapping[str, Beside]):
+        self.runs, self.folder, self.matrices = list(runs), folder, matrices
         strangers = run_directories(folder.parent) - {run.name for run in runs}
         self.rows = [row for row in rows if row.model not in strangers]
         self.groups = groups(runs)
@@ -205,6 +207,11 @@ class Report:
         found = self.draw_all(
             measured.diagnostic_figures(self.rows, self.chosen, self.once), "The best student of each mixer"
         )
+        for one in self.once:
+            if one.name in self.matrices:
+                figure = matrices_figure(self.matrices[one.name], f"{one.label}: what each token attends to")
+                caption = f"{one.label}: its mixing matrices below the teacher's attention, from the same input"
+                found += self.draw(f"matrices-{one.mixer}", figure, caption)
         return [Section("Mixing matrices and states", "", found)] if found else []
 
     def _losses(self) -> Section | None:

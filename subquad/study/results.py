@@ -13,6 +13,8 @@ from typing import Any
 from subquad.config import Recipe
 from subquad.distill.shared import ORDER
 from subquad.errors import UserError
+from subquad.evaluate.chosen import Beside, unpack
+from subquad.evaluate.plan import MATRICES
 from subquad.evaluate.results import Row
 from subquad.papers import versions, write_json
 from subquad.study.places import Run, find_runs, read, run_directories
@@ -132,9 +134,18 @@ def evaluation_rows(output: Path) -> list[Row]:
     for path in sorted(output.glob(f"evaluation*/{RESULTS}")):
         for values in (read(path) or {}).get("rows", []):
             row = Row.from_dict(values)
-            key = (row.model, row.task, row.metric, row.length, row.batch, row.depth, row.layer, row.head)
-            found.setdefault(key, row)
+            found.setdefault(row.subject, row)
     return list(found.values())
+
+
+def kept_matrices(output: Path) -> dict[str, Beside]:
+    """By the name of its run, matrices of a student beside its teacher's."""
+    found = {}
+    for path in sorted(output.glob(f"evaluation*/{MATRICES}/*.json")):
+        kept = read(path)
+        if kept is not None:
+            found[path.stem] = unpack(kept["heads"])
+    return found
 
 
 def read_study(output: Path) -> list[Run]:

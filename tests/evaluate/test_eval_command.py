@@ -10,6 +10,7 @@ import subquad
 from subquad import cli
 from subquad.errors import UserError
 from subquad.evaluate import command, plan
+from subquad.evaluate.chosen import unpack
 from subquad.evaluate.results import Row, one, select
 from subquad.evaluate.run import evaluate, load_subject
 from subquad.evaluate.suites import PARTS, QUICK, Settings, settings_of
@@ -83,6 +84,12 @@ def test_recall_diagnostics_and_pictures(shop, tmp_path, capsys):
     assert one(of_student, metric="overlap").value < 0.99
     assert select(rows, model="student", task="needle_number", metric="acc")
     assert select(rows, model="student", task="without_layer", metric="loss", layer=1)
+    kept = unpack(json.loads((tmp_path / "out" / "matrices" / "student.json").read_text())["heads"])
+    for ours, theirs in kept.values():
+        assert not ours.equal(theirs)
+        for M in (ours, theirs):
+            torch.testing.assert_close(M.sum(-1), torch.ones(len(M)), atol=2e-3, rtol=0)
+            assert M.triu(1).abs().max() == 0
     drawn = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     expected = {"student-matrices", "student-decays", "student-recall", "teacher-recall", "cka"}
     assert drawn == {f"{name}.{kind}" for name in expected for kind in ("svg", "png")}

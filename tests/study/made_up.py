@@ -5,8 +5,12 @@ import math
 import random
 from pathlib import Path
 
+import torch
+
 from subquad.config import Recipe
 from subquad.distill.shared import ORDER
+from subquad.evaluate.chosen import pack
+from subquad.evaluate.matrices import attended
 from subquad.study.places import Run, find_runs
 from subquad.study.results import write_results
 
@@ -126,5 +130,9 @@ def evaluation(output: Path, runs: list[Run]) -> None:
                 where = {"layer": layer, "head": head, "task": "matrices"}
                 rows.append({**about, **where, "metric": "overlap", "value": value})
             rows.append({**about, "task": "states", "metric": "cka", "layer": layer, "value": 1 - 0.05 * kl * layer})
-    (output / "evaluation").mkdir()
+    (output / "evaluation" / "matrices").mkdir(parents=True)
+    for run in runs:
+        ours, theirs = (torch.rand(12, 12).tril() for _ in range(2))
+        kept = {"heads": pack({(layer, 0): (attended(ours), attended(theirs)) for layer in (0, LAYERS - 1)})}
+        (output / "evaluation" / "matrices" / f"{run.name}.json").write_text(json.dumps(kept))
     (output / "evaluation" / "results.json").write_text(json.dumps({"versions": {}, "rows": rows}))

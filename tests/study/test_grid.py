@@ -16,6 +16,8 @@ from subquad.distill import pipeline
 from subquad.distill.progress import read_jsonl
 from subquad.distill.shared import SharedStages
 from subquad.errors import UserError
+from subquad.evaluate import command
+from subquad.evaluate.run import Finished
 from subquad.study import lock, processes, work
 from subquad.study.board import DEATHS, Board
 from subquad.study.cluster import share
@@ -172,6 +174,29 @@ def test_evaluation_joins_the_results(study_recipe, tmp_path, capsys):
     assert {"gla", "teacher"} <= {name for (name,) in models}
     assert main([*argv[:-1], "seed=[0,1]", "--evaluate", "nonsense"]) == 2
     assert "unknown suite 'nonsense'" in capsys.readouterr().err
+
+
+def test_an_evaluation_holds_one_student_at_a_time_and_measures_the_teacher_once(study_recipe, tmp_path, monkeypatch):
+    asked, computed = [], []
+    run, compute = command.run, Finished.run
+
+    def one_by_one(models, **rest):
+        asked.append(len(models))
+        return run(models, **rest)
+
+    def note(self, part):
+        computed.append(part.name)
+        compute(self, part)
+
+    monkeypatch.setattr(command, "run", one_by_one)
+    monkeypatch.setattr(Finished, "run", note)
+    recipes = load_study(study_recipe, [*SHORT, "seed=[0,1]"])
+    run_study(recipes, tmp_path, suites=["language"])
+    assert asked == [1, 1]
+    assert len(computed) == len(set(computed)) == 4  # two students, the teacher, its unigram
+    rows = json.loads((tmp_path / "evaluation" / "results.json").read_text())["rows"]
+    assert len({row["model"] for row in rows}) == 3
+    assert len({(row["model"], row["metric"]) for row in rows}) == len(rows)
 
 
 def test_a_plan_tells_tokens_and_invents_no_time(study_recipe, tmp_path, capsys):

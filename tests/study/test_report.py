@@ -154,6 +154,7 @@ def test_every_figure_is_there_as_svg_and_pdf_and_every_table_as_csv_and_latex(f
         "loss-123-matrix",
         "loss-23-end_to_end",
     } <= pictures
+    assert {"matrices-gla", "matrices-gated_deltanet", "matrices-softmax"} <= pictures
     assert {"grid", "evaluation-cost", "evaluation-text"} <= tables
     with (output / "report" / "grid.csv").open() as file:
         rows = list(csv.DictReader(file))
