@@ -72,8 +72,7 @@ def test_a_step_is_the_same_in_one_piece_or_in_micro_batches(stage, recipe_path,
 
 
 @pytest.mark.slow
-@pytest.mark.sample
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES[:-1], pytest.param(STAGES[-1], marks=pytest.mark.sample)])
 def test_two_processes_end_where_one_does(stage, recipe_path, tmp_path):
     """The same global batch over two gloo processes: every loss goes through the wrapped model's forward."""
     one = train(recipe_path, tmp_path / "one", *only(stage))

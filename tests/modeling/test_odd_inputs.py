@@ -190,8 +190,7 @@ def test_embeddings_can_be_replaced(student, ids):
 
 
 @pytest.mark.slow
-@pytest.mark.sample
-@pytest.mark.parametrize("plan", ["gated_deltanet", "window"])
+@pytest.mark.parametrize("plan", [pytest.param("gated_deltanet", marks=pytest.mark.sample), "window"])
 def test_compiled_student_gives_the_same(ids, plan):
     student = shaken(subquad.linearize(build("llama"), layers=PLANS[plan], calibration=TEXT))
     compiled = torch.compile(student, backend="eager")

@@ -67,11 +67,10 @@ def test_twice_the_text_takes_twice_the_memory(family, how, mixer):
 
 
 @pytest.mark.slow
-@pytest.mark.sample
 @pytest.mark.parametrize(
     ("family", "mixer", "how"),
     [
-        ("gemma2", "gla", "padded"),
+        pytest.param("gemma2", "gla", "padded", marks=pytest.mark.sample),
         ("gemma3_text", "xlstm", "uncached"),
         ("mistral", "gated_deltanet", "padded"),
     ],

@@ -45,7 +45,7 @@ def finished(output: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.sample), 2])
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_killed_three_times_at_random_it_ends_with_the_same_table(jobs, undisturbed, study_recipe, tmp_path):
     output, generator = tmp_path / "killed", random.Random(jobs)
     command = [sys.executable, "-m", "subquad.cli", "study", str(study_recipe), "--output", str(output)]
