@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the mixer")
-    command.add_argument("--export", choices=["qwen3_5"], help="keep within what `subquad export` can write")
+    command.add_argument("--export", choices=["qwen3_5", "bamba"], help="keep within what `subquad export` can write")
     add("mixers", run_mixers, "List the mixers, their sources and their options.")
     command = add("inspect", run_inspect, "Say what a saved student is and what it holds a sequence.")
     command.add_argument("directory", metavar="DIR", help="a saved student")
@@ -116,7 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--chat", action="store_true", help="TEXT is a message; use the model's chat template")
     command = add("export", run_export, "Write a student as a model that runs where Subquad is not installed.")
     command.add_argument("directory", metavar="DIR", help="a saved student")
-    command.add_argument("--format", required=True, choices=["qwen3_5", "gguf"], help="a directory, or a file")
+    formats = ["qwen3_5", "gguf", "bamba"]
+    command.add_argument("--format", required=True, choices=formats, help="a directory; gguf: a file")
     command.add_argument("--output", "-o", required=True, metavar="OUT", help="a new directory or file")
     command.add_argument("--type", choices=["f32", "f16", "q8_0"], help="of the numbers in a GGUF file; f16 if unsaid")
     add_eval(add("eval", run_eval, "Measure models beside their teacher: quality, long context and cost."))

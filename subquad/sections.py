@@ -151,8 +151,8 @@ class Student(Section):
     """Options of the mixer by name, such as `half_life: 64`; calibration leaves them as they are."""
     layers: dict[str, Any] | None = None
     """A plan in place of `mixer` and `options`, such as `{default: gla, "1,3": attention}`."""
-    export: Literal["qwen3_5"] | None = None
-    """Keep the student within what Qwen3.5 computes, so that `subquad export` can write it; null: no bounds."""
+    export: Literal["qwen3_5", "bamba"] | None = None
+    """Keep the student within what Qwen3.5 or Bamba computes, so that it can be exported; null: no bounds."""
 
     @field_validator("mixer")
     @classmethod
@@ -193,12 +193,13 @@ class Student(Section):
     @field_validator("export")
     @classmethod
     def _plan_can_go(cls, export: str | None, info: Any) -> str | None:
-        from subquad.modeling.exportable import check_mixers
+        from subquad.modeling.exportable import check_mixers, find_target
 
         if export is not None:
             layers = info.data.get("layers")
             entries = [info.data.get("mixer", "gated_deltanet")] if layers is None else list(layers.values())
-            check_mixers(entry if isinstance(entry, str) else entry["mixer"] for entry in entries)
+            names = (entry if isinstance(entry, str) else entry["mixer"] for entry in entries)
+            check_mixers(names, find_target(export))
         return export
 
     @property

@@ -2,6 +2,7 @@
 
     export("student", "served", "qwen3_5")          a directory for transformers, vLLM, SGLang
     export("student", "student.gguf", "gguf")       a file for llama.cpp
+    export("student", "served", "bamba")            a directory, of a mamba2 student
 
 Nothing is written before the new model has given the student's logits; what cannot go is refused with the reason.
 """
@@ -14,15 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from subquad.errors import UserError, nearest
+from subquad.export.bamba import to_bamba
 from subquad.export.gguf import TYPES, write_gguf
 from subquad.export.qwen3_5 import to_qwen3_5
 from subquad.modeling.hub import SubquadForCausalLM
 from subquad.modeling.summary import dtype_of, read_config
 from subquad.modeling.teachers import load_teacher
 
-__all__ = ["FORMATS", "TYPES", "export", "to_qwen3_5", "write_gguf"]
+__all__ = ["FORMATS", "TYPES", "export", "to_bamba", "to_qwen3_5", "write_gguf"]
 
-FORMATS = ("qwen3_5", "gguf")
+FORMATS = ("qwen3_5", "gguf", "bamba")
 
 
 def export(directory: str | os.PathLike, output: str | os.PathLike, format: str, type: str | None = None) -> str:
@@ -30,7 +32,7 @@ def export(directory: str | os.PathLike, output: str | os.PathLike, format: str,
     says what was written.
 
     Args:
-        output: a directory for "qwen3_5", a file for "gguf".
+        output: a file for "gguf", a directory for the others.
         format: one of `FORMATS`.
         type: of the numbers in a GGUF file, one of `TYPES`; by default "f16".
 
@@ -48,7 +50,7 @@ def export(directory: str | os.PathLike, output: str | os.PathLike, format: str,
         raise UserError(f"output {str(output)!r} exists; expected a new {'file' if format == 'gguf' else 'directory'}")
     student, tokenizer = load_teacher(directory, dtype_of(read_config(Path(directory))))
     assert isinstance(student, SubquadForCausalLM)
-    model = to_qwen3_5(student)
+    model = to_bamba(student) if format == "bamba" else to_qwen3_5(student)
     with published(output) as part:
         if format == "gguf":
             write_gguf(model, tokenizer, part, type or "f16", name=Path(directory).resolve().name)

@@ -3,7 +3,8 @@
     S_t = exp(g_t) S_{t-1} + k_t v_t^T       o_t = S_t^T q_t / sqrt(K) + D v_t       g_t = -softplus(a_t)
 
 q is Mamba's C, k its B, v its x, all behind the short convolution. `discretization="zoh"` is Mamba-2's own form:
-dt_t = softplus(a_t), g_t = -dt_t exp(A), and k_t scaled by dt_t. The gate goes before the norm, as in Mamba-2.
+dt_t = softplus(a_t), g_t = -dt_t exp(A), and k_t scaled by dt_t. The gate goes before the norm, as in Mamba-2. In that
+form, with `v_activation="silu"` and `biases=False`, it is a layer of Bamba (docs/serving.md).
 """
 
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.errors import UserError, nearest
-from subquad.mixers.base import HALF_LIVES, Mixer, Options, half_life_decay, inverse_softplus
+from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
 from subquad.mixers.norms import widen
+from subquad.mixers.served import Served, ServedOptions
 
 
 @dataclass(frozen=True)
-class Mamba2Options(Options):
+class Mamba2Options(ServedOptions):
     short_conv: int = 4
     discretization: str = "unit"
     """unit: MOHAWK's discrete form; zoh: Mamba-2's, with a step size."""
@@ -32,7 +34,7 @@ class Mamba2Options(Options):
             )
 
 
-class Mamba2(Mixer):
+class Mamba2(Served):
     name = "mamba2"
     Options = Mamba2Options
     options: Mamba2Options
@@ -40,12 +42,14 @@ class Mamba2(Mixer):
     KNOBS = (("half_life", HALF_LIVES),)
 
     def build(self) -> None:
+        super().build()
         self.a_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads)
         self.D = nn.Parameter(torch.empty(self.layout.num_heads))
         if self.options.discretization == "zoh":
             self.A_log = nn.Parameter(torch.empty(self.layout.num_heads))
 
     def reset_gates(self) -> None:
+        super().reset_gates()
         nn.init.zeros_(self.a_proj.weight)
         self.set_half_life(self.per_head(self.options.half_life))
         nn.init.zeros_(self.D)

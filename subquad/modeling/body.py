@@ -59,7 +59,7 @@ def read_body(model: PreTrainedModel, paths: Sequence[str]) -> Body:
     """Reads `model`; `paths` name, layer by layer, its attention or what stands in its place.
 
     Raises:
-        UserError: something in it that Qwen3.5 does not have.
+        UserError: something in it that models of Llama's kind do not have.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -92,10 +92,10 @@ def watched(model: nn.Module) -> Iterator[Seen]:
 
 
 class Misfit(UserError):
-    """Something that Qwen3.5 does not have."""
+    """Something that no target of an export has."""
 
     def __init__(self, reason: str):
-        super().__init__(f"this model cannot be exported to Qwen3.5: {reason}")
+        super().__init__(f"this model cannot be exported: {reason}")
 
 
 class Reader:

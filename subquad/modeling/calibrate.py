@@ -109,10 +109,14 @@ class Scene:
         o = self.mixer.core_output(self.x, self.positions).float()
         scale = o.new_ones(o.shape[2:])
         if self.mixer.options.output_norm:
+            # a gate without a bias stands near one, not at it
+            bent = self.mixer.options.output_gate == "swish" and not self.mixer.has_biases
+            gate = self.mixer.gate(self.x) if bent else None
+            if gate is not None and self.mixer.gate_before_norm:
+                o = o * gate
             o = head_norm(o, 1.0, self.mixer.norm_eps)
-            gate = self.mixer.gate(self.x)
-            if gate is not None and self.mixer.options.output_gate == "swish" and not self.mixer.has_biases:
-                o = o * gate  # which stands near one, not at it
+            if gate is not None and not self.mixer.gate_before_norm:
+                o = o * gate
             scale = (o * self.target).sum((0, 1)) / o.square().sum((0, 1)).clamp_min(1e-12)
         rest = (self.target - scale * o).flatten(0, 1)  # [tokens, H, V]
         return torch.einsum("thv,hvw,thw->h", rest, self.metric, rest), scale

@@ -1,10 +1,11 @@
 """What a student may be made of so that it can leave as a model that others run; `subquad.export` takes it there.
 
-Qwen3.5 is the one target: its linear attention is the gated delta rule, its attention has a norm of queries and keys,
-and its layers are those of Llama. What it computes is in docs/serving.md.
+Two targets are built of Llama's layers and have a mixer of ours: Qwen3.5 the gated delta rule, and attention with a
+norm of queries and keys; Bamba Mamba-2, and Llama's own attention. What they compute is in docs/serving.md.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,12 +17,10 @@ from subquad.modeling.families import AttentionSite
 from subquad.modeling.plan import ATTENTION
 
 EPSILON = 1e-8
-"""Of all norms of a student that is to leave, where its configuration has a word for it: Qwen3.5 has one epsilon for
+"""Of all norms of a student that is to leave, where its configuration has a word for it: its hosts have one epsilon for
 all. The 1e-5 of a Llama, harmless to the norms of its layers, would swallow what comes out of a first layer's mixer
 (SmolLM2: 2.8 nats at the start); they in turn do not feel 1e-8 (KL 2e-7 from the teacher's own logits)."""
-TARGETS = ("qwen3_5",)
-MIXER = "gated_deltanet"
-QWEN3_5_MIXER = {
+SERVED_MIXER = {
     "qk_activation": "silu",
     "v_activation": "silu",
     "rotary": False,
@@ -30,12 +29,44 @@ QWEN3_5_MIXER = {
     "output_gate": "swish",
     "biases": False,
 }
-"""Options of `gated_deltanet` with which it is a layer of Qwen3.5; `norm_eps` is the model's, and the convolution may
-have any width."""
-WHAT_CAN_GO = (
-    "what can go: layers of gated_deltanet as linearize(..., export='qwen3_5') makes them, and layers that keep the "
-    "teacher's whole attention"
-)
+"""Options of a mixer with which it is a layer of a target."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that others run, in what decides whether a student can become one."""
+
+    title: str
+    key: str
+    """How `export` and `--format` call it."""
+    mixer: str
+    options: dict[str, Any]
+    """Of the mixer; `norm_eps` is the model's, and the convolution may have any width."""
+    norms_attention: bool
+    """Whether its attention has a norm of queries and keys."""
+    biased: tuple[str, ...] = ()
+    """Projections of the mixer that may have a bias."""
+
+    @property
+    def what_can_go(self) -> str:
+        return (
+            f"what can go: layers of {self.mixer} as linearize(..., export='{self.key}') makes them, and layers that "
+            "keep the teacher's whole attention"
+        )
+
+    def norm_eps(self, eps: float, layout: HeadLayout) -> float:
+        """The mixer's, where the model's is `eps`. Bamba does not scale queries by 1 / sqrt(K), so that its norm is
+        given numbers sqrt(K) as large."""
+        return eps / layout.head_dim if self.mixer == "mamba2" else eps
+
+
+TARGETS = {
+    target.key: target
+    for target in (
+        Target("Qwen3.5", "qwen3_5", "gated_deltanet", SERVED_MIXER, norms_attention=True),
+        Target("Bamba", "bamba", "mamba2", {**SERVED_MIXER, "discretization": "zoh"}, False, ("a_proj",)),
+    )
+}
 
 
 def restrict(
@@ -47,19 +78,25 @@ def restrict(
     Raises:
         UserError: an unknown target; a teacher, a mixer or an option that cannot go there, with the reason.
     """
-    if target not in TARGETS:
-        raise UserError(f"export: unknown {target!r}{nearest(target, TARGETS)}")
-    check_mixers(entry["mixer"] for entry in plan)
+    host = find_target(target)
+    check_mixers((entry["mixer"] for entry in plan), host)
     eps = read_body(teacher, [site.path for site in sites]).eps
     if hasattr(teacher.config, "rms_norm_eps"):
         eps = min(eps, EPSILON)
     restricted = [
-        restrict_mixer(entry, f"layer {site.index}", eps)
-        if entry["mixer"] == MIXER
-        else restrict_attention(entry, site.layout, f"layer {site.index}", eps)
+        restrict_mixer(entry, f"layer {site.index}", site.layout, eps, host)
+        if entry["mixer"] == host.mixer
+        else restrict_attention(entry, site.layout, f"layer {site.index}", eps, host)
         for entry, site in zip(plan, sites, strict=True)
     ]
     return restricted, eps
+
+
+def find_target(key: str) -> Target:
+    """UserError where there is none."""
+    if key not in TARGETS:
+        raise UserError(f"export: unknown {key!r}{nearest(key, TARGETS)}")
+    return TARGETS[key]
 
 
 def set_epsilon(base: PreTrainedModel, eps: float) -> None:
@@ -73,37 +110,41 @@ def set_epsilon(base: PreTrainedModel, eps: float) -> None:
                 setattr(module, name, eps)
 
 
-def check_mixers(names: Iterable[str]) -> None:
-    """UserError where a plan names a mixer that Qwen3.5 does not have."""
+def check_mixers(names: Iterable[str], host: Target) -> None:
+    """UserError where a plan names a mixer that the target does not have."""
     for name in names:
-        if name not in (MIXER, ATTENTION):
-            raise UserError(f"{name} cannot be exported to Qwen3.5; {WHAT_CAN_GO}")
+        if name not in (host.mixer, ATTENTION):
+            raise UserError(f"{name} cannot be exported to {host.title}; {host.what_can_go}")
 
 
-def restrict_mixer(entry: dict[str, Any], where: str, eps: float) -> dict[str, Any]:
-    wanted = {**QWEN3_5_MIXER, "norm_eps": eps}
+def restrict_mixer(entry: dict[str, Any], where: str, layout: HeadLayout, eps: float, host: Target) -> dict[str, Any]:
+    wanted = {**host.options, "norm_eps": host.norm_eps(eps, layout)}
     for name, value in wanted.items():
         if entry.get(name, value) != value:
             raise UserError(
-                f"{where}: {name}: got {entry[name]!r}, but a layer of Qwen3.5 has {value!r}; leave it out, or leave "
-                "out export"
+                f"{where}: {name}: got {entry[name]!r}, but a layer of {host.title} has {value!r}; leave it out, or "
+                "leave out export"
             )
     return {**entry, **wanted}
 
 
-def restrict_attention(entry: dict[str, Any], layout: HeadLayout, where: str, eps: float) -> dict[str, Any]:
-    wrong = attention_misfit(entry, layout)
+def restrict_attention(
+    entry: dict[str, Any], layout: HeadLayout, where: str, eps: float, host: Target
+) -> dict[str, Any]:
+    wrong = attention_misfit(entry, layout, host)
     if wrong is not None:
-        raise UserError(f"{where}: its attention cannot be exported to Qwen3.5: {wrong}; {WHAT_CAN_GO}")
-    return entry if layout.qk_norm is not None else {**entry, "qk_norm": eps}
+        raise UserError(f"{where}: its attention cannot be exported to {host.title}: {wrong}; {host.what_can_go}")
+    return entry if not host.norms_attention or layout.qk_norm is not None else {**entry, "qk_norm": eps}
 
 
-def attention_misfit(entry: dict[str, Any], layout: HeadLayout) -> str | None:
-    """Why Qwen3.5 has no attention like this, as far as a plan and a layout tell; None where it has."""
+def attention_misfit(entry: dict[str, Any], layout: HeadLayout, host: Target) -> str | None:
+    """Why the target has no attention like this, as far as a plan and a layout tell; None where it has."""
     if entry.get("window") is not None or layout.window is not None:
         return "it sees a window of the last tokens only"
     if layout.qkv_bias or layout.output_bias:
         return "its projections have biases"
+    if not host.norms_attention and (layout.qk_norm is not None or entry.get("qk_norm") is not None):
+        return "it has a norm of queries and keys"
     if layout.qk_norm not in (None, "rms-head"):
         return f"its norm of queries and keys is {layout.qk_norm}, not one over each head"
     if layout.rotary != "half":

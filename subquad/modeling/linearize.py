@@ -50,7 +50,8 @@ def linearize(
             scales are chosen, in closed form, to follow the teacher's attention (see `calibrate.py`); options that are
             given stay as they are.
         seed: of everything drawn at random.
-        export: "qwen3_5" keeps the student within what Qwen3.5 computes, so that it can be exported (docs/serving.md).
+        export: "qwen3_5" or "bamba" keeps the student within what that model computes, so that it can be exported
+            (docs/serving.md).
         options: of the mixer (`subquad.mixers.get(name).Options`).
 
     Raises:

@@ -44,16 +44,18 @@ def teacher_of(family: str, seed: int = 0, **changes):
     return model.eval()
 
 
-def student_of(family: str = "llama", layers: dict | None = None, **changes) -> SubquadForCausalLM:
+def student_of(
+    family: str = "llama", layers: dict | None = None, target: str = "qwen3_5", **changes
+) -> SubquadForCausalLM:
     teacher = teacher_of(family, **changes)
-    return shaken(subquad.linearize(teacher, layers=layers or PURE, calibration=TEXT, export="qwen3_5"))
+    return shaken(subquad.linearize(teacher, layers=layers or PURE, calibration=TEXT, export=target))
 
 
-def saved_student(directory: Path, layers: dict | None = None, **changes) -> Path:
+def saved_student(directory: Path, layers: dict | None = None, target: str = "qwen3_5", **changes) -> Path:
     """A student with a tokenizer, on disk."""
     workshop.tiny_teacher(directory / "teacher", **{"num_hidden_layers": 4, "head_dim": 32, **changes})
     teacher, tokenizer = subquad.load_teacher(directory / "teacher")
-    student = shaken(subquad.linearize(teacher, layers=layers or PURE, calibration=TEXT, export="qwen3_5"))
+    student = shaken(subquad.linearize(teacher, layers=layers or PURE, calibration=TEXT, export=target))
     student.save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")
     return directory / "student"
@@ -76,12 +78,16 @@ def meet(directory):
     ids, padded, mask, dtype = torch.load(directory + "/given.pt")
     model = AutoModelForCausalLM.from_pretrained(directory + "/served", dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(directory + "/served")
-    assert type(model).__name__ == "Qwen3_5ForCausalLM", type(model)
+    assert type(model).__module__.startswith("transformers."), type(model)
     with torch.no_grad():
         whole = model(input_ids=ids).logits
         cache, steps = None, []
         for piece in ids.split([5] + [1] * (ids.shape[1] - 5), dim=1):
-            result = model(input_ids=piece, use_cache=True, past_key_values=cache)
+            seen = sum(step.shape[1] for step in steps)
+            place = torch.arange(seen, seen + piece.shape[1])[None]
+            # a forward of Bamba counts places from zero unless it is told, with a cache too; `generate` tells
+            given = {"position_ids": place} if model.config.model_type == "bamba" else {}
+            result = model(input_ids=piece, use_cache=True, past_key_values=cache, **given)
             cache = result["cache"] if "cache" in result else result["past_key_values"]
             steps.append(result.logits)
         batch = model(input_ids=padded, attention_mask=mask).logits

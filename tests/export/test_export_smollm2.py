@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import subquad
 from subquad.errors import UserError
 from subquad.export import export
-from subquad.export.qwen3_5 import distance, rounding
+from subquad.export.host import distance, rounding
 from subquad.modeling.teachers import smollm2
 from tests.modeling.modeling_cases import logits
 

@@ -1,0 +1,84 @@
+"""A `mamba2` student as a plain Bamba checkpoint (`BambaForCausalLM`), weight for weight.
+
+Bamba is Mamba-2 inside Llama's layers, with Llama's attention wherever it is wanted. Its groups are our heads: each has
+its own B and C (our k and q), and a norm of its own behind the gate. It does not scale what it reads by 1 / sqrt(K),
+which the norm takes back: D grows by sqrt(K), and the norm's epsilon by K (`exportable.Target.norm_eps`). One layer
+that adds nothing stands behind the others where none keeps attention. See docs/serving.md.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from subquad.export.host import Host, Kept, Sizes, Unfit, Weights, classes_named, convert, convolution_weight, rope_of
+from subquad.mixers.mamba2 import Mamba2
+from subquad.modeling.exportable import TARGETS
+from subquad.modeling.families import AttentionSite
+from subquad.modeling.hub import SubquadForCausalLM
+from subquad.modeling.watch import Call
+
+
+def to_bamba(student: SubquadForCausalLM) -> PreTrainedModel:
+    """The same model as `BambaForCausalLM`; see `host.convert`."""
+    return convert(student, Bamba())
+
+
+class Bamba(Host):
+    target = TARGETS["bamba"]
+    final_norm = "model.final_layernorm.weight"
+    mlp = "feed_forward"
+    mlp_norm = "pre_ff_layernorm"
+
+    def classes(self) -> tuple[Any, Any]:
+        return classes_named("BambaConfig", "BambaForCausalLM")
+
+    def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: Kept) -> Any:
+        inner, hidden = sizes.mixer.num_heads * sizes.mixer.value_dim, sizes.common["hidden_size"]
+        if inner % hidden:
+            raise Unfit(f"its mixers have {inner} channels, which is no multiple of its {hidden} hidden ones")
+        return self.classes()[0](
+            **sizes.common,
+            attn_layer_indices=sorted(kept) or [sizes.layers - 1],
+            mamba_n_heads=sizes.mixer.num_heads,
+            mamba_n_groups=sizes.mixer.num_heads,
+            mamba_d_head=sizes.mixer.value_dim,
+            mamba_d_state=sizes.mixer.head_dim,
+            mamba_d_conv=sizes.width,
+            mamba_expand=inner // hidden,
+            mamba_conv_bias=False,
+            mamba_proj_bias=False,
+            rope_parameters=rope_of(student, kept, sizes.heads[2])[0],
+        )
+
+    def mixer(self, mixer: Mamba2, width: int, factor: float) -> Weights:
+        W = {name: projection.weight.detach() for name, projection in mixer.projections().items()}
+        own = {
+            "in_proj.weight": torch.cat([mixer.g_proj.weight, W["v"], W["k"], W["q"], mixer.a_proj.weight]).detach(),
+            "conv1d.weight": convolution_weight(mixer, ("v", "k", "q"), width),
+            "dt_bias": mixer.a_proj.bias.detach(),
+            "A_log": mixer.A_log.detach(),
+            "D": mixer.D.detach() * mixer.layout.head_dim**0.5,
+            "norm.weight": mixer.o_norm.detach().flatten(),
+            "out_proj.weight": W["o"] * factor,
+        }
+        return {f"mamba.{name}": weight for name, weight in own.items()}
+
+    def attention(self, site: AttentionSite, call: Call, factor: float) -> Weights:
+        q, k, v, o = (site.own_projection(name)[0] for name in "qkvo")
+        K = site.layout.head_dim
+        scale = float(call.options.get("scaling") or K**-0.5) * K**0.5
+        return {
+            "self_attn.q_proj.weight": q if abs(scale - 1) < 1e-6 else q * scale,
+            "self_attn.k_proj.weight": k,
+            "self_attn.v_proj.weight": v,
+            "self_attn.o_proj.weight": o * factor,
+        }
+
+    def identity_attention(self, hidden: int, channels: int) -> dict[str, tuple[int, ...]]:
+        return {
+            "self_attn.q_proj.weight": (channels, hidden),
+            "self_attn.k_proj.weight": (channels, hidden),
+            "self_attn.v_proj.weight": (channels, hidden),
+            "self_attn.o_proj.weight": (hidden, channels),
+        }

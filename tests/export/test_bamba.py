@@ -1,0 +1,167 @@
+"""A `mamba2` student as a plain Bamba checkpoint: the same logits where subquad is not installed, or nothing at all."""
+
+import pytest
+import torch
+from export_cases import left_padded, meet_elsewhere, relative, saved_student, student_of, teacher_of
+
+import subquad
+from subquad.cli import main
+from subquad.errors import UserError
+from subquad.export import export, to_bamba
+from subquad.mixers import HeadLayout, create
+from subquad.modeling.calibrate import Scene
+from tests.modeling.modeling_cases import TEXT, logits, shaken
+
+PURE = {"default": "mamba2"}
+HYBRID = {"default": "mamba2", "0,3": "attention"}
+FACTORS = {"embedding_multiplier": 3.0, "logits_scaling": 5.0, "residual_multiplier": 0.3, "head_dim": None}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+CASES = {
+    "llama": ("llama", PURE, {}),
+    "llama-untied": ("llama", PURE, {"tie_word_embeddings": False}),
+    "llama-tied": ("llama", HYBRID, {"tie_word_embeddings": True}),
+    "llama-linear-rope": ("llama", HYBRID, {"rope_parameters": LINEAR}),
+    "qwen2-without-its-biases": ("qwen2", PURE, {"head_dim": None}),
+    "qwen3-without-its-norms": ("qwen3", PURE, {}),
+    "mistral": ("mistral", PURE, {"sliding_window": 6}),
+    "phi3-fused": ("phi3", PURE, {"head_dim": None}),
+    "granite-hybrid": ("granite", HYBRID, {**FACTORS, "attention_multiplier": 0.2}),
+    "no-and-a-narrow-convolution": (
+        "llama",
+        {"default": {"mixer": "mamba2", "short_conv": 0}, "1": {"mixer": "mamba2", "short_conv": 3}},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_new_model_gives_the_students_logits(case):
+    family, layers, changes = CASES[case]
+    student = student_of(family, layers, "bamba", **changes)
+    model = to_bamba(student)
+    ids = torch.randint(3, 61, (3, 70), generator=torch.Generator().manual_seed(1))
+    assert type(model).__name__ == "BambaForCausalLM"
+    assert relative(logits(model, ids), logits(student, ids)) < 1e-5
+    kept = [i for i, keep in enumerate(student.config.keeps_attention) if keep]
+    assert model.config.attn_layer_indices == (kept or [4])
+
+
+def test_the_norms_epsilon_goes_too():
+    """Where it decides: outputs as small as its root."""
+    student = student_of("llama", PURE, "bamba")
+    with torch.no_grad():
+        for block in student.blocks:
+            block.mixer.v_proj.weight.mul_(1e-3)
+    ids = torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(1))
+    expected = logits(student, ids)
+    assert relative(logits(to_bamba(student), ids), expected) < 1e-5
+    for block in student.blocks:
+        block.mixer.norm_eps *= block.layout.head_dim
+    assert relative(logits(student, ids), expected) > 1e-3
+
+
+def test_a_process_without_subquad_gives_the_same(tmp_path):
+    ids = torch.randint(3, 300, (2, 70), generator=torch.Generator().manual_seed(3))
+    padded, mask = left_padded(ids, [70, 41], pad=0)
+    places = [tmp_path / "pure", tmp_path / "hybrid"]
+    for place, layers in zip(places, (PURE, HYBRID), strict=True):
+        assert "bamba" in export(saved_student(place, layers, "bamba"), place / "served", "bamba")
+    found = meet_elsewhere(dict.fromkeys(places, (ids, padded, mask)))
+    for place, (whole, steps, batch, written, batched, tokens) in zip(places, found, strict=True):
+        student, tokenizer = subquad.load_teacher(place / "student")
+        expected = logits(student, ids)
+        assert relative(whole, expected) < 1e-5
+        assert relative(steps, expected) < 1e-5
+        own = logits(student, padded, attention_mask=mask)
+        assert relative(batch[mask.bool()], own[mask.bool()]) < 1e-5
+        greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(written, student.generate(ids[:1, :6], **greedy))
+        assert torch.equal(batched, student.generate(padded, attention_mask=mask, **greedy))
+        assert tokens == tokenizer("The old fox.").input_ids
+
+
+def made_with(**options):
+    return shaken(subquad.linearize(teacher_of("llama"), "mamba2", calibration=TEXT, **options))
+
+
+def hybrid(entry, family="llama", **changes):
+    options = made_with(export="bamba").config.layers[0]
+    return subquad.linearize(teacher_of(family, **changes), layers={"default": options, "1": entry}, calibration=TEXT)
+
+
+REFUSED = {
+    "another mixer": (lambda: student_of(), "layer 0: it is gated_deltanet"),
+    "the freest form": (lambda: made_with(), "layer 0: its v_activation is 'none'"),
+    "another discretization": (
+        lambda: made_with(v_activation="silu", biases=False),
+        "layer 0: its discretization is 'unit', a layer of Bamba has 'zoh'",
+    ),
+    "an epsilon": (
+        lambda: made_with(v_activation="silu", biases=False, discretization="zoh", norm_eps=1e-4),
+        "layer 0: a norm in it has the epsilon 0.0001",
+    ),
+    "a window": (lambda: hybrid({"mixer": "attention", "window": 5}), "layer 1: it sees a window"),
+    "attention with norms": (lambda: hybrid("attention", "qwen3"), "layer 1: it has a norm of queries and keys"),
+    "channels that are no multiple": (
+        lambda: student_of("llama", PURE, "bamba", hidden_size=48),
+        "its mixers have 64 channels, which is no multiple of its 48",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_go_is_refused_with_the_reason_and_nothing_is_written(case, tmp_path, monkeypatch):
+    make, reason = REFUSED[case]
+    student = make()
+    monkeypatch.setattr("subquad.export.read_config", lambda directory: student.config)
+    monkeypatch.setattr("subquad.export.load_teacher", lambda directory, dtype: (student, None))
+    with pytest.raises(UserError, match=f"cannot be exported to Bamba: {reason}") as refused:
+        export("student", tmp_path / "served", "bamba")
+    assert "what can go: layers of mamba2" in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"mixer": "gla"}, "gla cannot be exported to Bamba; what can go: layers of mamba2"),
+        ({"mixer": "mamba2", "rotary": True}, "layer 0: rotary: got True, but a layer of Bamba has False"),
+    ],
+    ids=lambda value: "",
+)
+def test_what_cannot_go_is_refused_at_the_start(how, message):
+    with pytest.raises(UserError, match=message):
+        subquad.linearize(teacher_of("llama"), calibration=TEXT, export="bamba", **how)
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    saved_student(tmp_path, PURE, "bamba")
+    made, served = tmp_path / "made", tmp_path / "served"
+    argv = ["linearize", str(tmp_path / "teacher"), "--mixer", "mamba2", "--export", "bamba", "-o", str(made)]
+    assert main(argv) == 0
+    assert main(["export", str(made), "--format", "bamba", "-o", str(served)]) == 0
+    assert "parameters as bamba in" in capsys.readouterr().out
+    assert main(["export", str(made), "--format", "gguf", "-o", str(tmp_path / "x.gguf")]) == 2
+    assert "it is mamba2; what can go: layers of gated_deltanet" in capsys.readouterr().err
+
+
+def test_calibration_sees_the_gate_where_it_stands():
+    """A gate without a bias is not one: what calibration compares is what the mixer computes, up to scale."""
+    layout = HeadLayout(24, 2, 2, head_dim=8, value_dim=6)
+    generator = torch.Generator().manual_seed(0)
+    mixer = create("mamba2", layout, v_activation="silu", biases=False, discretization="zoh", norm_eps=1e-12)
+    x = torch.randn(1, 40, 24, generator=generator) + torch.randn(24, generator=generator)
+    with torch.no_grad():
+        for projection in mixer.projections().values():
+            projection.weight.mul_(20.0)
+    mixer.start_at(torch.ones(2), x[0])
+    scene = object.__new__(Scene)
+    scene.mixer, scene.x, scene.positions = mixer, x, None
+    with torch.no_grad():
+        core, _ = mixer.core_inputs(x, None, None, None)
+        o = mixer.augment(mixer._run(core, None, None)[0], core) * mixer.gate(x)
+        scene.target = 0.7 * o / o.square().mean(-1, keepdim=True).sqrt()
+        scene.metric = torch.eye(6).expand(2, 6, 6)
+        errors, scale = scene.errors()
+    assert errors.max() < 1e-6
+    torch.testing.assert_close(scale, torch.full_like(scale, 0.7))
