@@ -6,11 +6,13 @@ which the norm takes back: D grows by sqrt(K), and the norm's epsilon by K (`exp
 that adds nothing stands behind the others where none keeps attention. See docs/serving.md.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from subquad.errors import UserError
 from subquad.export.host import Host, Kept, Sizes, Unfit, Weights, classes_named, convert, convolution_weight, rope_of
 from subquad.mixers.mamba2 import Mamba2
 from subquad.modeling.exportable import TARGETS
@@ -24,6 +26,13 @@ def to_bamba(student: SubquadForCausalLM) -> PreTrainedModel:
     return convert(student, Bamba())
 
 
+def has_group_norm() -> bool:
+    """Whether this version of `transformers` norms each group of a Bamba by itself, as Mamba-2 and vLLM do."""
+    from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
+
+    return "group_size" in signature(BambaRMSNormGated.__init__).parameters
+
+
 class Bamba(Host):
     target = TARGETS["bamba"]
     final_norm = "model.final_layernorm.weight"
@@ -31,7 +40,13 @@ class Bamba(Host):
     mlp_norm = "pre_ff_layernorm"
 
     def classes(self) -> tuple[Any, Any]:
-        return classes_named("BambaConfig", "BambaForCausalLM")
+        config, model = classes_named("BambaConfig", "BambaForCausalLM")
+        if not has_group_norm():
+            raise UserError(
+                "Bamba in this version of transformers has one norm for all heads, where a student has one for each; "
+                "expected a later version (5.24 has it)"
+            )
+        return config, model
 
     def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: Kept) -> Any:
         inner, hidden = sizes.mixer.num_heads * sizes.mixer.value_dim, sizes.common["hidden_size"]
