@@ -55,6 +55,7 @@ def matrices_figure(beside: Mapping[tuple[int, int], tuple[Tensor, Tensor]], tit
             shares[torch.ones_like(shares, dtype=torch.bool).triu(1)] = torch.nan
             norm = LogNorm(FAINTEST, 1.0)
             shown = axes.imshow(shares.numpy(), cmap=colours, norm=norm, interpolation="nearest")
+            axes.grid(False)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(4, integer=True))
             if row == 0:
