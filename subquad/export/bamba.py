@@ -54,7 +54,7 @@ class Bamba(Host):
             raise Unfit(f"its mixers have {inner} channels, which is no multiple of its {hidden} hidden ones")
         return self.classes()[0](
             **sizes.common,
-            attn_layer_indices=sorted(kept) or [sizes.layers - 1],
+            attn_layer_indices=sorted(kept) or [sizes.common["num_hidden_layers"] - 1],
             mamba_n_heads=sizes.mixer.num_heads,
             mamba_n_groups=sizes.mixer.num_heads,
             mamba_d_head=sizes.mixer.value_dim,

@@ -44,7 +44,6 @@ class Unfit(Exception):
 class Sizes:
     """What the configuration of every target says."""
 
-    layers: int
     width: int
     """Taps of the short convolutions."""
     mixer: HeadLayout
@@ -224,12 +223,11 @@ def sizes_of(student: SubquadForCausalLM, body: Body, kept: Kept, width: int) ->
     only([(m.num_heads, m.head_dim, m.value_dim) for m in mixers], "mixers")
     found = [(s.layout.num_heads, s.layout.num_kv_heads, s.layout.head_dim) for s, _ in kept.values()]
     heads = only(found or [(1, 1, IDENTITY_HEAD)], "attentions")
-    layers = len(student.blocks) + (not kept)
     common = {
         "vocab_size": len(body.embedding),
         "hidden_size": body.embedding.shape[1],
         "intermediate_size": only([len(layer.gate) for layer in body.layers], "MLPs"),
-        "num_hidden_layers": layers,
+        "num_hidden_layers": len(student.blocks) + (not kept),
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
         "head_dim": heads[2],
@@ -240,7 +238,7 @@ def sizes_of(student: SubquadForCausalLM, body: Body, kept: Kept, width: int) ->
         "dtype": student.dtype,
         **{name: getattr(base, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
-    return Sizes(layers, width, mixers[0], heads, common)
+    return Sizes(width, mixers[0], heads, common)
 
 
 def only(found: list[Any], what: str) -> Any:

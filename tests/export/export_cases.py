@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import subquad
 from subquad import SubquadForCausalLM
 from tests import workshop
-from tests.modeling.modeling_cases import TEXT, shaken
+from tests.modeling.modeling_cases import TEXT, logits, shaken
 
 PURE = {"default": "gated_deltanet"}
 REGULAR = {"default": "gated_deltanet", "1,3": "attention"}
@@ -119,3 +119,22 @@ def left_padded(ids: Tensor, lengths: list[int], pad: int) -> tuple[Tensor, Tens
     for row, length in enumerate(lengths):
         padded[row, -length:], mask[row, -length:] = ids[row, :length], 1
     return padded, mask
+
+
+def check_elsewhere(places: list[Path]) -> None:
+    """What is served in each directory gives what the student saved beside it gives: at once, with a cache, padded on
+    the left, greedily."""
+    ids = torch.randint(3, 300, (2, 70), generator=torch.Generator().manual_seed(3))
+    padded, mask = left_padded(ids, [70, 41], pad=0)
+    found = meet_elsewhere(dict.fromkeys(places, (ids, padded, mask)))
+    for place, (whole, steps, batch, written, batched, tokens) in zip(places, found, strict=True):
+        student, tokenizer = subquad.load_teacher(place / "student")
+        expected = logits(student, ids)
+        assert relative(whole, expected) < 1e-5
+        assert relative(steps, expected) < 1e-5
+        own = logits(student, padded, attention_mask=mask)
+        assert relative(batch[mask.bool()], own[mask.bool()]) < 1e-5
+        greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(written, student.generate(ids[:1, :6], **greedy))
+        assert torch.equal(batched, student.generate(padded, attention_mask=mask, **greedy))
+        assert tokens == tokenizer("The old fox.").input_ids

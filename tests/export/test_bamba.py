@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from export_cases import left_padded, meet_elsewhere, relative, saved_student, student_of, teacher_of
+from export_cases import check_elsewhere, relative, saved_student, student_of, teacher_of
 
 import subquad
 from subquad.cli import main
@@ -70,23 +70,10 @@ def test_the_norms_epsilon_goes_too():
 
 @needs_group_norm
 def test_a_process_without_subquad_gives_the_same(tmp_path):
-    ids = torch.randint(3, 300, (2, 70), generator=torch.Generator().manual_seed(3))
-    padded, mask = left_padded(ids, [70, 41], pad=0)
     places = [tmp_path / "pure", tmp_path / "hybrid"]
     for place, layers in zip(places, (PURE, HYBRID), strict=True):
         assert "bamba" in export(saved_student(place, layers, "bamba"), place / "served", "bamba")
-    found = meet_elsewhere(dict.fromkeys(places, (ids, padded, mask)))
-    for place, (whole, steps, batch, written, batched, tokens) in zip(places, found, strict=True):
-        student, tokenizer = subquad.load_teacher(place / "student")
-        expected = logits(student, ids)
-        assert relative(whole, expected) < 1e-5
-        assert relative(steps, expected) < 1e-5
-        own = logits(student, padded, attention_mask=mask)
-        assert relative(batch[mask.bool()], own[mask.bool()]) < 1e-5
-        greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-        assert torch.equal(written, student.generate(ids[:1, :6], **greedy))
-        assert torch.equal(batched, student.generate(padded, attention_mask=mask, **greedy))
-        assert tokens == tokenizer("The old fox.").input_ids
+    check_elsewhere(places)
 
 
 def made_with(**options):

@@ -6,8 +6,7 @@ from export_cases import (
     IRREGULAR,
     PURE,
     REGULAR,
-    left_padded,
-    meet_elsewhere,
+    check_elsewhere,
     relative,
     saved_student,
     student_of,
@@ -76,25 +75,12 @@ def test_it_is_the_students_own_weights_that_count():
 
 
 def test_a_process_without_subquad_gives_the_same(tmp_path):
-    ids = torch.randint(3, 300, (2, 70), generator=torch.Generator().manual_seed(3))
-    padded, mask = left_padded(ids, [70, 41], pad=0)
     places = [tmp_path / "pure", tmp_path / "hybrid"]
     for place, layers in zip(places, (PURE, REGULAR), strict=True):
         student_dir = saved_student(place, layers)
         assert "qwen3_5" in export(student_dir, place / "served", "qwen3_5")
         assert [path.name for path in place.iterdir() if path.name.startswith(".")] == []
-    found = meet_elsewhere(dict.fromkeys(places, (ids, padded, mask)))
-    for place, (whole, steps, batch, written, batched, tokens) in zip(places, found, strict=True):
-        student, tokenizer = subquad.load_teacher(place / "student")
-        expected = logits(student, ids)
-        assert relative(whole, expected) < 1e-5
-        assert relative(steps, expected) < 1e-5
-        own = logits(student, padded, attention_mask=mask)
-        assert relative(batch[mask.bool()], own[mask.bool()]) < 1e-5
-        greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-        assert torch.equal(written, student.generate(ids[:1, :6], **greedy))
-        assert torch.equal(batched, student.generate(padded, attention_mask=mask, **greedy))
-        assert tokens == tokenizer("The old fox.").input_ids
+    check_elsewhere(places)
 
 
 def test_a_student_in_bfloat16_goes_in_bfloat16():
