@@ -24,10 +24,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import subquad
+from benchmarks import ops_timing as bench
 from subquad import mixers
 from subquad.evaluate.efficiency import cache_bytes, with_peak
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.ops import bench
 
 SIZES = {
     "nano": {

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 import subquad
 from subquad.config import Recipe
 from subquad.distill import trainer
-from subquad.distill.parameters import parameter_groups
+from subquad.distill.param_groups import parameter_groups
 from subquad.distill.pipeline import versions
 from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, Objective
 from subquad.distill.trainer import StageRun, run_stage

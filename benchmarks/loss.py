@@ -5,7 +5,7 @@ python -m benchmarks.loss [--tokens 4096] [--vocabulary 49152] [--hidden 576] [-
 
 straightforward: float32 logits of student and teacher, `F.cross_entropy` and `F.kl_div`, backward.
 plain: `subquad.distill.losses.distillation_loss` on the same logits, which every model can take.
-fused: `subquad.distill.fused`.
+fused: `subquad.distill.fused_loss`.
 
 Peak memory: the highest resident size of a fresh process, less what it was before the loss, with inputs in place.
 Time: medians of runs that take turns in one process, by the clock, and of the processor time of all threads, which
@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.distill.fused import CHUNK, Head, fused_distillation_loss
+from benchmarks.ops_timing import peak_rss
+from subquad.distill.fused_loss import CHUNK, Head, fused_distillation_loss
 from subquad.distill.losses import Divergence, distillation_loss
-from subquad.ops.bench import peak_rss
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

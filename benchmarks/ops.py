@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from subquad.ops import report
+from benchmarks import ops_report as report
 
 
 def main() -> None:

@@ -20,15 +20,15 @@ import yaml
 
 import subquad
 from subquad import mixers
+from subquad.analysis.ablations import ablation_rows
+from subquad.analysis.correlation import rank_correlation
+from subquad.analysis.diagnostics import diagnostics_rows
+from subquad.analysis.figure_files import draw_rows, draw_student
+from subquad.analysis.mqar import Setting, mqar_rows
+from subquad.analysis.recall import recall_rows
+from subquad.analysis.recall_tasks import TASKS
 from subquad.config import Corpus
 from subquad.data import token_rows
-from subquad.evaluate.ablations import ablation_rows
-from subquad.evaluate.correlation import rank_correlation
-from subquad.evaluate.diagnostics import diagnostics_rows
-from subquad.evaluate.mqar import Setting, mqar_rows
-from subquad.evaluate.pictures import draw_rows, draw_student
-from subquad.evaluate.recall import recall_rows
-from subquad.evaluate.recall_tasks import TASKS
 from subquad.evaluate.results import Row, of, select
 
 COLUMNS = (

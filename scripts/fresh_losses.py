@@ -13,10 +13,10 @@ import torch
 
 import subquad
 from subquad import mixers
+from subquad.analysis.ablations import cut
 from subquad.config import Corpus
 from subquad.data import token_rows
-from subquad.evaluate.ablations import cut
-from subquad.modeling.families import find_attention
+from subquad.modeling.attention.discovery import find_attention
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from subquad.study.seeds import Mean
+from subquad.study.aggregate import Mean
 
 STAGES = {"matrix": "1", "hidden": "2", "end_to_end": "3"}
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from subquad.errors import UserError
-from subquad.quiet import quiet_libraries
+from subquad.utils import UserError, quiet_libraries
 
 CALIBRATION = 2048
 """Tokens of text that `linearize --calibrate` reads."""
@@ -201,7 +200,7 @@ def run_study(args: argparse.Namespace) -> int:
 
     recipes = load_study(args.recipe, args.set)
     from subquad.study.grid import describe_plan, run_study
-    from subquad.study.places import find_runs
+    from subquad.study.runs import find_runs
     from subquad.study.table import format_study
 
     output = Path(args.output)
@@ -228,7 +227,7 @@ def say(line: str) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    from subquad.study.report import write_report
+    from subquad.report.page import write_report
 
     page = write_report(Path(args.directory), None if args.output is None else Path(args.output))
     print(f"{page}\nFigures (SVG, PDF) and tables (CSV, LaTeX) are in {Path(args.directory) / 'report'}")
@@ -250,8 +249,8 @@ def run_linearize(args: argparse.Namespace) -> None:
 
     from subquad.config import Corpus
     from subquad.data import check_corpus, token_rows
-    from subquad.modeling.card import write_model_card
     from subquad.modeling.linearize import linearize
+    from subquad.modeling.model_card import write_model_card
     from subquad.modeling.teachers import check_reference, load_teacher
 
     layers = plan_of(args)
@@ -280,8 +279,8 @@ def run_linearize(args: argparse.Namespace) -> None:
 
 def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     """The layer plan that --layers, or --mixer and --option, give; its entries checked before a teacher is loaded."""
-    from subquad import yaml_tree
-    from subquad.modeling.plan import plan_entry
+    from subquad.config import yaml_tree
+    from subquad.modeling.layer_types import plan_entry
 
     if args.layers is not None:
         if args.mixer is not None or args.option:
@@ -406,7 +405,7 @@ def run_bench(args: argparse.Namespace) -> None:
     if args.what == "mqar":
         run_mqar(args)
         return
-    from subquad.ops import report
+    from benchmarks import ops_report as report
 
     try:
         sizes, names = report.parse_sizes(args.sizes or report.SIZES), report.parse_names(args.only)
@@ -422,7 +421,7 @@ def run_bench(args: argparse.Namespace) -> None:
 def run_mqar(args: argparse.Namespace) -> None:
     """Multi-query associative recall, learned from nothing by two layers of each mixer, about a minute a line."""
     from subquad import mixers
-    from subquad.evaluate.mqar import mqar_rows
+    from subquad.analysis.mqar import mqar_rows
 
     rows = []
     for name in names_in(args.only) if args.only else list(mixers.REGISTRY):

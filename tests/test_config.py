@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from subquad import mixers
 from subquad.config import Recipe, Student, _keys, _section, load_recipe, load_study, run_name
-from subquad.errors import UserError, nearest
+from subquad.utils import UserError, nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BASE = """\

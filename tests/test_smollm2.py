@@ -10,8 +10,8 @@ import subquad
 from subquad.cli import main
 from subquad.config import Corpus
 from subquad.data import token_rows
-from subquad.errors import UserError
 from subquad.modeling.teachers import smollm2
+from subquad.utils import UserError
 
 pytestmark = pytest.mark.slow
 BOOKS = Path(__file__).parents[2] / "shared" / "data" / "corpus" / "books.valid.txt.xz"

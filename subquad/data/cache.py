@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from subquad.errors import UserError
-from subquad.paths import cache_dir
+from subquad.utils import UserError, cache_dir
 
 logger = logging.getLogger(__name__)
 

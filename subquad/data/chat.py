@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

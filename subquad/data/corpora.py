@@ -9,7 +9,7 @@ from subquad.data import stdlib
 from subquad.data.chat import Conversation
 from subquad.data.readers import PASSAGE, Document, read
 from subquad.data.sources import Part, Source, parts_of, resolve
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 FEW = 200
 """With no more documents than this, a share of them is too coarse or even empty: held out is the end of the text."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from subquad.data.chat import Conversation, Span, Template
 from subquad.data.workers import Workers, processors
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,7 +23,7 @@ from subquad.data.corpora import part_documents
 from subquad.data.encoding import START, TOKEN, UNCOUNTED, Encoder, identity, token_stream
 from subquad.data.mixtures import Turns
 from subquad.data.sources import Part, Source, Split, parts_of
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 SMALLEST_LIMIT = 2**16
 IGNORED = -100

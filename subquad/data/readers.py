@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from subquad.data.chat import Conversation
 from subquad.data.sources import Source, suffix
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 SEPARATOR = b"<|endoftext|>"
 PASSAGE = 20_000

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from subquad.config import Corpus, Share
 from subquad.data import stdlib
-from subquad.errors import UserError, nearest
+from subquad.utils import UserError, nearest
 
 STDLIB = "python-stdlib"
 TABLES = (".jsonl", ".parquet")

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 MOST = 16
 """Processes; beyond them, the one that reads is what all wait for."""

@@ -25,16 +25,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.config import EndToEnd, Hidden, Matrix, Recipe, Stage
 from subquad.data import TokenRows, check_corpus, token_rows
 from subquad.distill.progress import append_jsonl, draw_curves, read_jsonl
-from subquad.distill.shared import ORDER, SharedStages, stage_key, write_lines
+from subquad.distill.stage_cache import ORDER, SharedStages, stage_key, write_lines
 from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, Objective, keeps_apart
 from subquad.distill.trainer import StageRun, newest_checkpoint, run_stage, total_steps
-from subquad.errors import UserError
 from subquad.evaluate.efficiency import decode_speed
-from subquad.evaluate.quality import compare, recovered_share, unigram_loss
-from subquad.modeling.hub import SubquadForCausalLM
+from subquad.evaluate.perplexity import compare, recovered_share, unigram_loss
 from subquad.modeling.linearize import linearize
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.teachers import Loaded, check_reference, load_teacher
-from subquad.papers import versions, write_json, write_text
+from subquad.utils import UserError, run_info, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 CALIBRATION_TOKENS = 1024
@@ -140,7 +139,7 @@ def distill(
     with on_first_process() as first:
         if first:
             output.mkdir(parents=True, exist_ok=True)
-            write_text(output / "recipe.yaml", recipe.to_yaml())
+            write_text_atomic(output / "recipe.yaml", recipe.to_yaml())
             if shared is not None:
                 shared.put(stage_keys(recipe), output)
     held_out = materials.held_out(recipe)
@@ -181,7 +180,9 @@ def finish(
     student.save_pretrained(output)
     materials.tokenizer.save_pretrained(output)
     draw_curves(read_jsonl(output / "metrics.jsonl"), output / "loss.svg", f"{row['mixer']}, seed {recipe.seed}")
-    write_json(output / "result.json", {"digest": recipe.digest(), "seed": recipe.seed, **versions(), "row": row})
+    write_json_atomic(
+        output / "result.json", {"digest": recipe.digest(), "seed": recipe.seed, **run_info(), "row": row}
+    )
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
@@ -232,7 +233,7 @@ def start(
     with on_first_process() as first:
         if first and not (folder / "initial.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "initial.json", compare(student, materials.teacher, held_out))
+            write_json_atomic(folder / "initial.json", compare(student, materials.teacher, held_out))
     return student, set(), seconds
 
 
@@ -316,6 +317,6 @@ def save_atomically(student: SubquadForCausalLM, target: Path, done: dict[str, A
     work = target.with_name(target.name + ".part")
     shutil.rmtree(work, ignore_errors=True)
     student.save_pretrained(work)
-    write_json(work / "done.json", done)
+    write_json_atomic(work / "done.json", done)
     shutil.rmtree(target, ignore_errors=True)
     work.rename(target)

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 
 class Progress(TrainerCallback):

@@ -17,12 +17,19 @@ from transformers.utils import ModelOutput
 
 from subquad.config import EndToEnd, Hidden, Matrix
 from subquad.data.packing import next_labels
-from subquad.distill.alignment import layerwise, matrix_distance, output_distance
-from subquad.distill.fused import Head, fused_distillation_loss, read_head
+from subquad.distill.fused_loss import Head, fused_distillation_loss, read_head
+from subquad.distill.layerwise import layerwise, matrix_distance, output_distance
 from subquad.distill.losses import distillation_loss
-from subquad.modeling.attention_matrix import attention_rows, cut_arguments, with_mask
-from subquad.modeling.families import AttentionSite, Recording, attentions, find_attention, layer_path, record
-from subquad.modeling.hub import SubquadForCausalLM
+from subquad.modeling.attention.discovery import (
+    AttentionSite,
+    Recording,
+    attentions,
+    find_attention,
+    layer_path,
+    record,
+)
+from subquad.modeling.attention.scores import attention_rows, cut_arguments, with_mask
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 Batch = dict[str, Tensor]
 

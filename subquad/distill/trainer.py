@@ -22,11 +22,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from subquad.config import Recipe, Stage
 from subquad.data.packing import IGNORED, next_labels
-from subquad.distill.parameters import Average, add_lora, merge_lora, parameter_groups
+from subquad.distill.param_groups import Average, add_lora, merge_lora, parameter_groups
 from subquad.distill.progress import Progress, tensorboard
 from subquad.distill.stages import Batch, Objective
-from subquad.errors import UserError
-from subquad.modeling.hub import SubquadForCausalLM
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.utils import UserError
 
 SCHEDULES = {
     "linear": "linear",

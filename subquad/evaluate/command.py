@@ -9,16 +9,15 @@ import yaml
 
 from subquad.config import Corpus, Recipe, load_recipe
 from subquad.data import check_corpus
-from subquad.errors import UserError
-from subquad.evaluate.harness import find_tasks
+from subquad.evaluate.jobs import Subject
+from subquad.evaluate.lm_eval import find_tasks
 from subquad.evaluate.long_context import check_lengths
-from subquad.evaluate.plan import Subject
 from subquad.evaluate.results import Row
-from subquad.evaluate.run import evaluate, load_subject
+from subquad.evaluate.runner import evaluate, load_subject
 from subquad.evaluate.suites import Settings, settings_of
 from subquad.evaluate.table import tables
 from subquad.modeling.teachers import check_reference
-from subquad.papers import versions
+from subquad.utils import UserError, run_info
 
 CONTEXT = 512
 
@@ -84,7 +83,7 @@ def run(
         beside = replace(subjects[0], name=f"{teacher} (teacher)") if same else load_subject(teacher)
     source = None if recipe is None else recipe.model_dump(mode="json")
     rows, failed = evaluate(subjects, beside, settings, place, source, figures)
-    return Results(rows, failed, {**versions(), "recipe": source})
+    return Results(rows, failed, {**run_info(), "recipe": source})
 
 
 def recipe_beside(model: str) -> Recipe | None:

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.config import Corpus
 from subquad.data import token_rows
-from subquad.errors import UserError
 from subquad.evaluate.results import Row
 from subquad.evaluate.statistics import estimate
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.modeling.hub import SubquadForCausalLM
 from subquad.modeling.linearize import evaluating
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.positions import find_position_table
+from subquad.utils import UserError
 
 logger = logging.getLogger(__name__)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from subquad.config import Corpus
-from subquad.errors import UserError, nearest
-from subquad.evaluate.harness import Task
+from subquad.evaluate.lm_eval import Task
 from subquad.evaluate.long_context import LENGTHS
+from subquad.utils import UserError, nearest
 
 PARTS = ("language", "zero-shot", "generation", "long", "efficiency")
 EXPLAINING = ("recall", "diagnostics")

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from subquad.errors import UserError, nearest
 from subquad.export.bamba import to_bamba
 from subquad.export.gguf import TYPES, write_gguf
 from subquad.export.qwen3_5 import to_qwen3_5
-from subquad.modeling.hub import SubquadForCausalLM
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.summary import dtype_of, read_config
 from subquad.modeling.teachers import load_teacher
+from subquad.utils import UserError, nearest
 
 __all__ = ["FORMATS", "TYPES", "export", "to_bamba", "to_qwen3_5", "write_gguf"]
 

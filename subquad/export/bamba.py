@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from subquad.errors import UserError
-from subquad.export.host import Host, Kept, Sizes, Unfit, Weights, classes_named, convert, convolution_weight, rope_of
+from subquad.export.target import Host, Kept, Sizes, Unfit, Weights, classes_named, convert, convolution_weight, rope_of
 from subquad.mixers.mamba2 import Mamba2
-from subquad.modeling.exportable import TARGETS
-from subquad.modeling.families import AttentionSite
-from subquad.modeling.hub import SubquadForCausalLM
-from subquad.modeling.watch import Call
+from subquad.modeling.attention.discovery import AttentionSite
+from subquad.modeling.attention.tracing import Call
+from subquad.modeling.export_target import TARGETS
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.utils import UserError
 
 
 def to_bamba(student: SubquadForCausalLM) -> PreTrainedModel:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.errors import UserError
 from subquad.export.gguf_tokenizer import add_tokenizer
+from subquad.utils import UserError
 
 ARCHITECTURE = "qwen35"
 TYPES = {

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 from transformers import PreTrainedTokenizerBase
 
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.export.host import Host, Kept, Sizes, Unfit, Weights, classes_named, convert, convolution_weight, rope_of
+from subquad.export.target import Host, Kept, Sizes, Unfit, Weights, classes_named, convert, convolution_weight, rope_of
 from subquad.mixers.gated_deltanet import GatedDeltaNet
-from subquad.modeling.exportable import TARGETS
-from subquad.modeling.families import AttentionSite
-from subquad.modeling.hub import SubquadForCausalLM
-from subquad.modeling.watch import Call
+from subquad.modeling.attention.discovery import AttentionSite
+from subquad.modeling.attention.tracing import Call
+from subquad.modeling.export_target import TARGETS
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 
 def to_qwen3_5(student: SubquadForCausalLM) -> PreTrainedModel:

@@ -5,8 +5,7 @@
 
 from typing import Any
 
-from subquad.errors import UserError, nearest
-from subquad.mixers.base import HeadLayout, Mixer, Options, State
+from subquad.mixers.base import AttentionSpec, Mixer, Options, State
 from subquad.mixers.deltanet import DeltaNet
 from subquad.mixers.gated_deltanet import GatedDeltaNet
 from subquad.mixers.gla import GLA
@@ -17,13 +16,14 @@ from subquad.mixers.mamba2 import Mamba2
 from subquad.mixers.metala import MetaLA
 from subquad.mixers.retnet import RetNet
 from subquad.mixers.xlstm import XLSTM
+from subquad.utils import UserError, nearest
 
 SOFTMAX = "softmax"
 REGISTRY: dict[str, type[Mixer]] = {
     cls.name: cls for cls in (LinearAttention, RetNet, Mamba2, GLA, MetaLA, DeltaNet, GatedDeltaNet, XLSTM, KDA, HGRN2)
 }
 
-__all__ = ["REGISTRY", "SOFTMAX", "HeadLayout", "Mixer", "Options", "State", "create", "get", "names"]
+__all__ = ["REGISTRY", "SOFTMAX", "AttentionSpec", "Mixer", "Options", "State", "create", "get", "names"]
 
 
 def names() -> list[str]:
@@ -38,5 +38,5 @@ def get(name: str) -> type[Mixer]:
     return REGISTRY[name]
 
 
-def create(name: str, layout: HeadLayout, **options: Any) -> Mixer:
+def create(name: str, layout: AttentionSpec, **options: Any) -> Mixer:
     return get(name)(layout, **options)

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad import ops
-from subquad.errors import UserError, nearest
 from subquad.mixers.conv import convolve_past_padding, convolve_token
 from subquad.mixers.norms import head_norm, qk_normed
 from subquad.mixers.rotary import rotate
+from subquad.utils import UserError, nearest
 
 State = tuple[Tensor, ...]
 Knobs = tuple[tuple[str, tuple[float, ...]], ...]
@@ -36,7 +36,7 @@ with k = v = 0 the input gate moves only mLSTM's stabiliser, on which its output
 
 
 @dataclass(frozen=True)
-class HeadLayout:
+class AttentionSpec:
     """The attention that a mixer replaces, in what can be written down: sizes of its heads, which of its projections
     have a bias, how it turns queries and keys, how far it sees, and how many values it returns."""
 
@@ -138,7 +138,7 @@ class Mixer(nn.Module):
     )
     """Parts that the mixing matrix does not depend on."""
 
-    def __init__(self, layout: HeadLayout, **options: Any):
+    def __init__(self, layout: AttentionSpec, **options: Any):
         super().__init__()
         self.layout = layout
         self.options = self.Options.create(options)

@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from subquad.errors import UserError
 from subquad.mixers.base import Knobs, Mixer, Options
 from subquad.mixers.norms import l2_norm
+from subquad.utils import UserError
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
 from subquad.mixers.deltanet import DeltaNet, DeltaNetOptions
+from subquad.mixers.export_options import Served, ServedOptions
 from subquad.mixers.norms import widen
-from subquad.mixers.served import Served, ServedOptions
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.errors import UserError
 from subquad.mixers.base import HALF_LIVES, Knobs, Mixer, Options, half_life_decay
 from subquad.mixers.norms import widen
+from subquad.utils import UserError
 
 TEMPERATURE = 16.0
 """tau of the paper: it keeps decays near one where the gate's logits are near zero."""

@@ -14,9 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.errors import UserError
 from subquad.mixers.base import LONGEST_HALF_LIVES, Mixer, Options
 from subquad.mixers.norms import widen
+from subquad.utils import UserError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from subquad import ops
-from subquad.errors import UserError
 from subquad.mixers.base import Mixer, Options, State
+from subquad.utils import UserError
 
 
 @dataclass(frozen=True)

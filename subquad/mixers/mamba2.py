@@ -14,10 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.errors import UserError, nearest
 from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
+from subquad.mixers.export_options import Served, ServedOptions
 from subquad.mixers.norms import widen
-from subquad.mixers.served import Served, ServedOptions
+from subquad.utils import UserError, nearest
 
 
 @dataclass(frozen=True)

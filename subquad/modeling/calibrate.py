@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.errors import UserError
 from subquad.mixers import Mixer
 from subquad.mixers.norms import head_norm
-from subquad.modeling.families import AttentionSite, Recording, attentions, listen
-from subquad.modeling.hub import SubquadForCausalLM
+from subquad.modeling.attention.discovery import AttentionSite, Recording, attentions, listen
 from subquad.modeling.layers import MixerLayer
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.utils import UserError
 
 CHOICES: dict[str, tuple[Any, ...]] = {"qk_activation": ("silu", "relu", "elu1"), "rotary": (False, True)}
 """Options that are chosen for a layer, where its plan does not say them."""

@@ -13,18 +13,18 @@ import torch.nn as nn
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from subquad.errors import UserError
-from subquad.mixers import HeadLayout, Mixer
+from subquad.mixers import AttentionSpec, Mixer
 from subquad.mixers.norms import head_norm
-from subquad.modeling.attention_matrix import attention_rows, hidden_states_of
+from subquad.modeling.attention.scores import attention_rows, hidden_states_of
 from subquad.modeling.cache import CACHE_ARGUMENT, StateLayer, SubquadCache, WindowLayer
 from subquad.modeling.masks import added_mask, describe_columns
+from subquad.utils import UserError
 
 
 class Block(nn.Module):
     """The common part: who stands here, and how to read what a family hands over."""
 
-    def __init__(self, layout: HeadLayout, index: int):
+    def __init__(self, layout: AttentionSpec, index: int):
         super().__init__()
         self.layout, self.index = layout, index
 
@@ -127,7 +127,7 @@ class AttentionLayer(Block):
     def __init__(
         self,
         attention: nn.Module,
-        layout: HeadLayout,
+        layout: AttentionSpec,
         index: int,
         window: int | None = None,
         sinks: int = 0,

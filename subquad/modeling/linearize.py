@@ -11,16 +11,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from subquad import mixers
-from subquad.errors import UserError
 from subquad.mixers import Mixer
 from subquad.modeling import calibrate as calibrated
+from subquad.modeling.attention.discovery import (
+    AttentionSite,
+    Recording,
+    attentions,
+    find_attention,
+    listen,
+    random_tokens,
+)
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.modeling.exportable import restrict, set_epsilon
-from subquad.modeling.families import AttentionSite, Recording, attentions, find_attention, listen, random_tokens
-from subquad.modeling.hub import SubquadForCausalLM, plan_config
+from subquad.modeling.export_target import restrict, set_epsilon
+from subquad.modeling.layer_types import layer_plan, plan_entry
 from subquad.modeling.layers import AttentionLayer, MixerLayer
-from subquad.modeling.plan import layer_plan, plan_entry
+from subquad.modeling.modeling_subquad import SubquadForCausalLM, plan_config
 from subquad.modeling.positions import check_positions_and_cache, find_position_table
+from subquad.utils import UserError
 
 INPUTS = 1024
 """Tokens of a layer's input that are kept while its attention is heard."""

@@ -5,9 +5,9 @@ import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.errors import UserError
-from subquad.modeling.families import random_tokens
-from subquad.modeling.watch import TOKENS
+from subquad.modeling.attention.discovery import random_tokens
+from subquad.modeling.attention.tracing import TOKENS
+from subquad.utils import UserError
 
 
 @torch.no_grad()

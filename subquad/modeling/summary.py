@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig
 
 from subquad import mixers
-from subquad.errors import UserError
-from subquad.modeling.hub import SubquadConfig, SubquadForCausalLM
 from subquad.modeling.layers import MixerLayer
+from subquad.modeling.modeling_subquad import SubquadConfig, SubquadForCausalLM
+from subquad.utils import UserError
 
 CONTEXTS = (1024, 8192, 65536)
 
@@ -77,12 +77,12 @@ def state_bytes(student: SubquadForCausalLM, context: int) -> int:
 
 def teacher_bytes(config: SubquadConfig, context: int) -> int:
     """Bytes of the teacher's key/value cache for one sequence of `context` tokens, in the student's dtype."""
-    layouts = [mixers.HeadLayout(**{k: v for k, v in place.items() if k != "path"}) for place in config.attention]
+    layouts = [mixers.AttentionSpec(**{k: v for k, v in place.items() if k != "path"}) for place in config.attention]
     return sum(key_value_bytes(layout, dtype_of(config), context, layout.window) for layout in layouts)
 
 
 def key_value_bytes(
-    layout: mixers.HeadLayout, dtype: torch.dtype, context: int, window: int | None, sinks: int = 0
+    layout: mixers.AttentionSpec, dtype: torch.dtype, context: int, window: int | None, sinks: int = 0
 ) -> int:
     # the next token brings its own keys, so that a window of W holds W - 1
     tokens = context if window is None else min(context, sinks + window - 1)

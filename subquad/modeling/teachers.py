@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.errors import UserError, nearest
-from subquad.paths import cache_dir
+from subquad.utils import UserError, cache_dir, nearest
 
 logger = logging.getLogger(__name__)
 NANO, SMOLLM2 = "nano", "smollm2-135m"

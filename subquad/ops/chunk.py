@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from subquad.ops import checks, fla
-from subquad.ops.engine import Inputs, run
-from subquad.ops.segments import Packing
+from subquad.ops.engine.autograd import Inputs, run
+from subquad.ops.engine.segments import Packing
 
 
 def chunk(

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.functions import FirstDerivative, LoopedFunction
-from subquad.ops.memory import Workspace
+from subquad.ops.engine.functions import FirstDerivative, LoopedFunction
+from subquad.ops.engine.workspace import Workspace
 
 BLOCK = 1 << 16  # numbers
 

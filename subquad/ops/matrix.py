@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.scalar import FORGOTTEN
+from subquad.ops.engine.scalar_decay import FORGOTTEN
 
 BLOCK = 64
 

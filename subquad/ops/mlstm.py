@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.engine import Inputs, run
-from subquad.ops.scalar import LOG2E, Levels
-from subquad.ops.segments import Layout, Packing
+from subquad.ops.engine.autograd import Inputs, run
+from subquad.ops.engine.scalar_decay import LOG2E, Levels
+from subquad.ops.engine.segments import Layout, Packing
 
 EMPTY = -(2.0**100)  # finite, because minus infinity minus itself is NaN; the same number in every dtype
 

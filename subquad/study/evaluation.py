@@ -7,9 +7,9 @@ from pathlib import Path
 from subquad.evaluate import command
 from subquad.evaluate.results import Row
 from subquad.evaluate.suites import settings_of
-from subquad.papers import write_json
-from subquad.study.places import Run
 from subquad.study.results import RESULTS
+from subquad.study.runs import Run
+from subquad.utils import write_json_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -36,5 +36,5 @@ def evaluate_study(runs: Sequence[Run], output: Path, suites: Sequence[str]) -> 
             failed.update(found.failed)
             for row in found.rows:
                 rows.setdefault(row.subject, row)
-            write_json(place / RESULTS, {**found.head, "rows": [row.as_dict() for row in rows.values()]})
+            write_json_atomic(place / RESULTS, {**found.head, "rows": [row.as_dict() for row in rows.values()]})
     return failed

@@ -14,18 +14,18 @@ from typing import Any
 from subquad.config import Recipe
 from subquad.data import check_corpus
 from subquad.distill.pipeline import stage_keys, stage_tokens
-from subquad.distill.shared import SharedStages
-from subquad.errors import UserError, nearest
+from subquad.distill.stage_cache import SharedStages
 from subquad.modeling.teachers import check_reference
-from subquad.study.board import Board
+from subquad.study.eta import Left, Speeds, amount, expected, speeds, spoken, what_is_left
 from subquad.study.evaluation import check_suites, evaluate_study
-from subquad.study.live import INTERVAL, Live
+from subquad.study.execute import Task
+from subquad.study.local_engine import run_here, run_in_processes
 from subquad.study.lock import StudyLock
-from subquad.study.pace import Left, Speeds, amount, expected, speeds, spoken, what_is_left
-from subquad.study.places import Run, all_runs, find_runs
-from subquad.study.processes import run_here, run_in_processes
+from subquad.study.progress import INTERVAL, Live
 from subquad.study.results import table_rows, write_results
-from subquad.study.work import Task
+from subquad.study.runs import Run, all_runs, find_runs
+from subquad.study.scheduler import Board
+from subquad.utils import UserError, nearest
 
 ENGINES = ("local", "ray")
 STAGES = ".stages"
@@ -91,7 +91,7 @@ def check(recipes: Sequence[Recipe], jobs: int, engine: str, suites: Sequence[st
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     if engine == "ray":
-        from subquad.study.cluster import import_ray
+        from subquad.study.ray_engine import import_ray
 
         import_ray()
     if suites:
@@ -103,7 +103,7 @@ def check(recipes: Sequence[Recipe], jobs: int, engine: str, suites: Sequence[st
 
 def run_all(board: Board, jobs: int, engine: str, lock: StudyLock, changed: Callable[[], None]) -> None:
     if engine == "ray":
-        from subquad.study.cluster import run_on_cluster
+        from subquad.study.ray_engine import run_on_cluster
 
         run_on_cluster(board, jobs, changed)
     elif jobs == 1:

@@ -8,7 +8,7 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 logger = logging.getLogger(__name__)
 PATIENCE = 5.0

@@ -10,14 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from subquad.analysis.saved_matrices import Beside, unpack
 from subquad.config import Recipe
-from subquad.distill.shared import ORDER
-from subquad.errors import UserError
-from subquad.evaluate.chosen import Beside, unpack
-from subquad.evaluate.plan import MATRICES
+from subquad.distill.stage_cache import ORDER
+from subquad.evaluate.jobs import MATRICES
 from subquad.evaluate.results import Row
-from subquad.papers import versions, write_json
-from subquad.study.places import Run, find_runs, read, run_directories
+from subquad.study.runs import Run, find_runs, read, run_directories
+from subquad.utils import UserError, run_info, write_json_atomic
 
 RESULTS, DATABASE = "results.json", "results.sqlite"
 TASK = "held-out text"
@@ -56,8 +55,8 @@ def table_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
 def write_results(output: Path, runs: Sequence[Run]) -> None:
     """Writes both files anew, each whole or not at all."""
     states = [{"run": run.name, "state": run.state, "error": _short(run.error())} for run in runs]
-    head = {**versions(), "recipe": [run.recipe.model_dump(mode="json") for run in runs]}
-    write_json(output / RESULTS, {**head, "runs": states, "rows": table_rows(runs)})
+    head = {**run_info(), "recipe": [run.recipe.model_dump(mode="json") for run in runs]}
+    write_json_atomic(output / RESULTS, {**head, "runs": states, "rows": table_rows(runs)})
     write_database(output / DATABASE, runs, evaluation_rows(output))
 
 

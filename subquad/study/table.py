@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from subquad.study.places import Run
 from subquad.study.results import table_rows
+from subquad.study.runs import Run
 
 COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("mixer", "mixer", str),

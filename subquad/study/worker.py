@@ -6,8 +6,8 @@ import signal
 import threading
 from multiprocessing.connection import Connection, wait
 
-from subquad.quiet import quiet_libraries
 from subquad.study.lock import StudyLock
+from subquad.utils import quiet_libraries
 
 
 def work(connection: Connection, lock: StudyLock, threads: int) -> None:
@@ -17,7 +17,7 @@ def work(connection: Connection, lock: StudyLock, threads: int) -> None:
     quiet_libraries()
     import torch
 
-    from subquad.study.work import Teachers, attempt
+    from subquad.study.execute import Teachers, attempt
 
     torch.set_num_threads(threads)
     teachers = Teachers()

@@ -12,7 +12,7 @@ from subquad.config import Corpus, load_recipe
 from subquad.data import check_corpus, documents, token_rows
 from subquad.data.chat import Conversation
 from subquad.data.encoding import TOKEN, UNCOUNTED, Encoder
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' }}"
 LOOP = "{% for m in messages %}BODY{% endfor %}"

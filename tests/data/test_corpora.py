@@ -10,7 +10,7 @@ import pytest
 
 from subquad.config import Corpus
 from subquad.data import check_corpus, corpora, documents, readers, sources, stdlib
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 PROSE = "First line.\nSecond line.\n\nAnother paragraph, ünï.\n"
 

@@ -15,7 +15,7 @@ import zstandard
 from subquad.config import Corpus
 from subquad.data import check_corpus, documents, readers
 from subquad.data.chat import Conversation
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 TEXTS = ["first ünï", "second\nof two lines", "third"]

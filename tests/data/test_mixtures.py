@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from subquad.config import Corpus, load_recipe
 from subquad.data import check_corpus, sources, token_rows
 from subquad.data.mixtures import Turns
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 from subquad.config import Corpus
 from subquad.data import packing, token_rows
 from subquad.data.encoding import TOKEN
-from subquad.errors import UserError
-from subquad.paths import cache_dir
+from subquad.utils import UserError, cache_dir
 
 EOS = 256
 

@@ -13,7 +13,7 @@ from subquad.data import encoding
 from subquad.data.chat import Conversation
 from subquad.data.encoding import START, TOKEN, Encoder, token_stream
 from subquad.data.workers import Workers
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 DOCUMENTS = [f"document {i} " + "word " * (i * 7 % 50) for i in range(300)]
 

@@ -10,8 +10,8 @@ import torch.nn as nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 import subquad
-from subquad.distill import fused
-from subquad.distill.fused import Head, fused_distillation_loss, read_head
+from subquad.distill import fused_loss as fused
+from subquad.distill.fused_loss import Head, fused_distillation_loss, read_head
 from subquad.distill.losses import distillation_loss
 
 N, D, TEACHER_D, V = 23, 12, 10, 41

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from subquad.distill.alignment import layerwise, matrix_distance, output_distance
+from subquad.distill.layerwise import layerwise, matrix_distance, output_distance
 from subquad.distill.losses import Pair, distillation_loss, divergence_per_token, divergence_slope
 
 DIVERGENCES = ("forward", "reverse", "jsd")

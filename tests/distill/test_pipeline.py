@@ -19,7 +19,7 @@ from subquad.config import load_recipe
 from subquad.distill import pipeline, trainer
 from subquad.distill.pipeline import distill
 from subquad.distill.progress import read_jsonl
-from subquad.errors import UserError
+from subquad.utils import UserError
 from tests.workshop import tiny_recipe
 
 

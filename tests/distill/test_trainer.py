@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from subquad.config import load_recipe
 from subquad.distill import trainer
 from subquad.distill.pipeline import distill
-from subquad.errors import UserError
+from subquad.utils import UserError
 from tests.workshop import tiny_recipe
 
 STAGES = ("matrix", "hidden", "end_to_end")

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import subquad
-from subquad.errors import UserError
-from subquad.evaluate.ablations import (
+from subquad.analysis.ablations import (
     ablation_rows,
     cut,
     frozen_decays,
@@ -17,9 +16,10 @@ from subquad.evaluate.ablations import (
     windowed,
     without_short_conv,
 )
-from subquad.evaluate.decays import log_decay_of, mean_log_decays
+from subquad.analysis.half_life import log_decay_of, mean_log_decays
+from subquad.analysis.layer_access import Stack
 from subquad.evaluate.results import one, select
-from subquad.evaluate.stack import Stack
+from subquad.utils import UserError
 
 TEXT = torch.arange(3, 15)[None]
 HYBRID = {"default": "gated_deltanet", "1": "attention"}

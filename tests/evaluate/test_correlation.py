@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from subquad.errors import UserError
-from subquad.evaluate.correlation import rank_correlation, ranks, spearman
+from subquad.analysis.correlation import rank_correlation, ranks, spearman
+from subquad.utils import UserError
 
 
 def test_ranks_share_their_places_where_tied():

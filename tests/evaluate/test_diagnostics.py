@@ -10,20 +10,20 @@ import torch
 from handmade import PREVIOUS, UNIFORM, made_heads, previous_and_uniform
 
 import subquad
-from subquad.errors import UserError
-from subquad.evaluate.decays import half_lives
-from subquad.evaluate.diagnostics import (
+from subquad.analysis.diagnostics import (
     comparison_rows,
     diagnostics_rows,
     half_life_rows,
     matrices_beside,
     profile_rows,
 )
-from subquad.evaluate.origins import divergence, error_rows, origin_rows, swap_rows
-from subquad.evaluate.quality import compare
+from subquad.analysis.half_life import half_lives
+from subquad.analysis.hidden_states import state_rows
+from subquad.analysis.layer_access import Stack, stacks
+from subquad.analysis.layer_errors import divergence, error_rows, origin_rows, swap_rows
+from subquad.evaluate.perplexity import compare
 from subquad.evaluate.results import one, select
-from subquad.evaluate.stack import Stack, stacks
-from subquad.evaluate.states import state_rows
+from subquad.utils import UserError
 
 TEXT = torch.arange(3, 15)[None]
 T = 24

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import subquad
-from subquad.evaluate.cheaper import int8_teacher, windowed_teacher
+from subquad.evaluate.baselines import int8_teacher, windowed_teacher
 from subquad.evaluate.efficiency import cache_bytes, efficiency_rows, prefill, timed, with_peak
 from subquad.evaluate.results import one, select
 from subquad.modeling.cache import CACHE_ARGUMENT

@@ -8,13 +8,14 @@ from workshop import tiny_recipe
 
 import subquad
 from subquad import cli
-from subquad.errors import UserError
-from subquad.evaluate import command, plan
-from subquad.evaluate.chosen import unpack
+from subquad.analysis.saved_matrices import unpack
+from subquad.evaluate import command
+from subquad.evaluate import jobs as plan
 from subquad.evaluate.results import Row, one, select
-from subquad.evaluate.run import evaluate, load_subject
+from subquad.evaluate.runner import evaluate, load_subject
 from subquad.evaluate.suites import PARTS, QUICK, Settings, settings_of
 from subquad.evaluate.table import tables
+from subquad.utils import UserError
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from handmade import previous_matrix, uniform_matrix
 
-from subquad.errors import UserError
-from subquad.evaluate.figures import FAINTEST, decay_figure, layers_figure, matrices_figure, recall_figure, save
+from subquad.analysis.plots import FAINTEST, decay_figure, layers_figure, matrices_figure, recall_figure, save
 from subquad.evaluate.results import Row
+from subquad.utils import UserError
 
 RECALL = [
     Row(task=task, metric="acc", value=length / 1000 + depth / 2, length=length, depth=depth)

@@ -10,10 +10,10 @@ import torch
 import yaml
 
 import subquad
-from subquad.errors import UserError
-from subquad.evaluate import harness
-from subquad.evaluate.harness import FORMATS, Task, find_tasks, item_format, local_tasks, spread, zero_shot
+from subquad.evaluate import lm_eval as harness
+from subquad.evaluate.lm_eval import FORMATS, Task, find_tasks, item_format, local_tasks, spread, zero_shot
 from subquad.evaluate.results import one
+from subquad.utils import UserError
 
 lm_eval = pytest.importorskip("lm_eval", reason="zero-shot tasks need lm-eval (extra: eval)")
 

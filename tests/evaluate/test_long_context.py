@@ -10,9 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import subquad
 from subquad.config import Corpus
-from subquad.errors import UserError
 from subquad.evaluate.long_context import check_lengths, context_rows, long_documents, position_losses, readable
 from subquad.evaluate.results import one, select
+from subquad.utils import UserError
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "mamba2", "gated_deltanet", "linear_attention"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from handmade import PREVIOUS, UNIFORM, made_heads, previous_matrix, uniform_matrix
 
-from subquad.evaluate.matrices import Comparison, Profile, distance_bins, sums_by_distance, top_weights
-from subquad.evaluate.states import Likeness
+from subquad.analysis.hidden_states import Likeness
+from subquad.analysis.mixing_matrices import Comparison, Profile, distance_bins, sums_by_distance, top_weights
 
 CPU = torch.device("cpu")
 T = 24

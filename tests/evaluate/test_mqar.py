@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from subquad.errors import UserError
-from subquad.evaluate.mqar import ALIKE, Setting, accuracy, build, mqar_rows, sequences, train
+from subquad.analysis.mqar import ALIKE, Setting, accuracy, build, mqar_rows, sequences, train
+from subquad.utils import UserError
 
 TINY = Setting(pairs=3, vocabulary=12, width=16, heads=2, layers=1, steps=2, batch=4)
 

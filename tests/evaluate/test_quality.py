@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import subquad
 from subquad.evaluate.efficiency import cache_bytes, decode_speed
-from subquad.evaluate.quality import compare, language_rows, recovered_share, token_sums, unigram_loss
+from subquad.evaluate.perplexity import compare, language_rows, recovered_share, token_sums, unigram_loss
 from subquad.evaluate.results import one
 
 

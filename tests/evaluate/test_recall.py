@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 from workshop import EOS, sentences, tiny_teacher
 
 import subquad
-from subquad.errors import UserError
-from subquad.evaluate.recall import answers, ask, recall_rows
-from subquad.evaluate.recall_tasks import COPIED, TASKS, Item, Question, Source, make
+from subquad.analysis.recall import answers, ask, recall_rows
+from subquad.analysis.recall_tasks import COPIED, TASKS, Item, Question, Source, make
 from subquad.evaluate.results import one, select
 from subquad.modeling.linearize import evaluating
+from subquad.utils import UserError
 
 LENGTH = 192
 WITH_DEPTH = [task for task in TASKS if task != "copy"]
@@ -193,7 +193,7 @@ def test_batches_do_not_change_the_answers(tokenizer, haystack, reader, monkeypa
     items = made("needle_word", tokenizer, haystack)
     with evaluating(reader):
         together = list(answers(reader, items))
-        monkeypatch.setattr("subquad.evaluate.recall.BATCH_TOKENS", 1)
+        monkeypatch.setattr("subquad.analysis.recall.BATCH_TOKENS", 1)
         alone = list(answers(reader, items))
     assert [a.depth for a in alone] == [a.depth for a in together]
     for field in ("log_likelihood", "correct"):

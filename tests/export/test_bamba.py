@@ -6,11 +6,11 @@ from export_cases import check_elsewhere, relative, saved_student, student_of, t
 
 import subquad
 from subquad.cli import main
-from subquad.errors import UserError
 from subquad.export import export, to_bamba
 from subquad.export.bamba import has_group_norm
-from subquad.mixers import HeadLayout, create
+from subquad.mixers import AttentionSpec, create
 from subquad.modeling.calibrate import Scene
+from subquad.utils import UserError
 from tests.modeling.modeling_cases import TEXT, logits, shaken
 
 PURE = {"default": "mamba2"}
@@ -150,7 +150,7 @@ def test_from_the_command_line(tmp_path, capsys):
 
 def test_calibration_sees_the_gate_where_it_stands():
     """A gate without a bias is not one: what calibration compares is what the mixer computes, up to scale."""
-    layout = HeadLayout(24, 2, 2, head_dim=8, value_dim=6)
+    layout = AttentionSpec(24, 2, 2, head_dim=8, value_dim=6)
     generator = torch.Generator().manual_seed(0)
     mixer = create("mamba2", layout, v_activation="silu", biases=False, discretization="zoh", norm_eps=1e-12)
     x = torch.randn(1, 40, 24, generator=generator) + torch.randn(24, generator=generator)

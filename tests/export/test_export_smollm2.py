@@ -11,10 +11,10 @@ from llama_cpp import needs_llama_cpp, run
 from transformers import AutoModelForCausalLM
 
 import subquad
-from subquad.errors import UserError
 from subquad.export import export
-from subquad.export.host import distance, rounding
+from subquad.export.target import distance, rounding
 from subquad.modeling.teachers import smollm2
+from subquad.utils import UserError
 from tests.modeling.modeling_cases import logits
 
 pytestmark = [pytest.mark.slow, pytest.mark.sample]

@@ -8,15 +8,15 @@ from export_cases import IRREGULAR, PURE, REGULAR, relative, student_of, teacher
 import subquad
 from subquad.config import Corpus, load_recipe
 from subquad.data import token_rows
-from subquad.distill.parameters import roles
-from subquad.errors import UserError
+from subquad.distill.param_groups import roles
 from subquad.export import to_qwen3_5
-from subquad.mixers import HeadLayout, create
+from subquad.mixers import AttentionSpec, create
 from subquad.mixers.norms import constant_direction
 from subquad.modeling.layers import NormedProjection
+from subquad.utils import UserError
 from tests.modeling.modeling_cases import TEXT, logits
 
-LAYOUT = HeadLayout(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True)
+LAYOUT = AttentionSpec(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True)
 
 
 def test_the_plan_says_what_the_layers_are():

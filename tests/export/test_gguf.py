@@ -9,9 +9,9 @@ from llama_cpp import log_probabilities, needs_llama_cpp, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subquad
-from subquad.errors import UserError
 from subquad.export import export, to_qwen3_5
 from subquad.export.gguf_tokenizer import cut_name, vocabulary
+from subquad.utils import UserError
 from tests.modeling.modeling_cases import logits
 
 PRECISION = {"f32": 1e-5, "f16": 1e-2, "q8_0": 0.2}

@@ -14,8 +14,8 @@ from export_cases import (
 )
 
 import subquad
-from subquad.errors import UserError
 from subquad.export import export, to_qwen3_5
+from subquad.utils import UserError
 from tests.modeling.modeling_cases import TEXT, logits, shaken
 
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}

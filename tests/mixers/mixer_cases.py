@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from subquad import mixers
-from subquad.mixers import HeadLayout, Mixer
+from subquad.mixers import AttentionSpec, Mixer
 from subquad.mixers.base import ACTIVATIONS, GATES
 
 LAYOUTS = {
-    "plain": HeadLayout(hidden_size=24, num_heads=3, num_kv_heads=3, head_dim=8, value_dim=8),
-    "biased": HeadLayout(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True),
+    "plain": AttentionSpec(hidden_size=24, num_heads=3, num_kv_heads=3, head_dim=8, value_dim=8),
+    "biased": AttentionSpec(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True),
 }
 VALUES = {
     "qk_activation": ACTIVATIONS,

@@ -4,7 +4,7 @@ import pytest
 from mixer_cases import LAYOUTS
 
 from subquad import mixers
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 EIGHT = ["linear_attention", "retnet", "mamba2", "gla", "metala", "deltanet", "gated_deltanet", "xlstm"]
 ALL = [*EIGHT, "kda", "hgrn2"]

@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import subquad
-from subquad.errors import UserError
-from subquad.modeling.families import attentions, find_attention, random_tokens, record
+from subquad.modeling.attention.discovery import attentions, find_attention, random_tokens, record
+from subquad.modeling.attention.tracing import watch
 from subquad.modeling.positions import find_position_table
-from subquad.modeling.watch import watch
+from subquad.utils import UserError
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 each_plan = pytest.mark.parametrize("plan", PLANS)

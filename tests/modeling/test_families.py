@@ -16,9 +16,9 @@ from transformers import (
 )
 
 import subquad
-from subquad.errors import UserError
-from subquad.modeling.attention_matrix import attention_rows
-from subquad.modeling.families import attentions, find_attention, record
+from subquad.modeling.attention.discovery import attentions, find_attention, record
+from subquad.modeling.attention.scores import attention_rows
+from subquad.utils import UserError
 
 TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 

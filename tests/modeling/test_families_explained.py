@@ -4,8 +4,8 @@ import pytest
 import torch
 from family_cases import FAMILIES, family, student
 
-from subquad.evaluate.ablations import ablation_rows
-from subquad.evaluate.diagnostics import diagnostics_rows
+from subquad.analysis.ablations import ablation_rows
+from subquad.analysis.diagnostics import diagnostics_rows
 from subquad.evaluate.results import one, select
 
 FEW = ("gemma2", "gpt_neox", "gpt2", "falcon", "gpt_oss", "glm")

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 import subquad
 from subquad import SubquadForCausalLM, mixers
-from subquad.errors import UserError
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.linearize import sample_tokens
+from subquad.utils import UserError
 
 FAMILIES = ["plain", "wide-biased-tied", "mistral", "qwen2", "qwen3"]
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import subquad
 from subquad import SubquadConfig, SubquadForCausalLM
-from subquad.errors import UserError
+from subquad.utils import UserError
 
 # plain is untied, the other tied; bfloat16 must come back as what it was
 CASES = [(family, mixer) for family in ("plain", "wide-biased-tied") for mixer in ALL]

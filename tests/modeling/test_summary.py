@@ -8,9 +8,9 @@ from family_cases import PLANS, family, student
 from modeling_cases import ALL, logits, student_of
 
 import subquad
-from subquad.errors import UserError
-from subquad.modeling.card import model_card
+from subquad.modeling.model_card import model_card
 from subquad.modeling.summary import layer_runs, outline, read_config, state_bytes, summary, teacher_bytes
+from subquad.utils import UserError
 
 
 @pytest.mark.parametrize("mixer", ALL)

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import subquad
-from subquad.errors import UserError
 from subquad.modeling import teachers
+from subquad.utils import UserError
 
 WORDS = sorted(pre_tokenizers.ByteLevel.alphabet())
 

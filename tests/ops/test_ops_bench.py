@@ -9,8 +9,9 @@ import torch
 from ops_cases import error
 
 from benchmarks import ops as script
+from benchmarks import ops_report as report
+from benchmarks import ops_timing as bench
 from subquad.cli import main
-from subquad.ops import bench, report
 
 
 def test_every_kind_is_measured_and_counted():

@@ -16,7 +16,7 @@ from ops_cases import (
 )
 
 from subquad import ops
-from subquad.ops import segments
+from subquad.ops.engine import segments
 
 TOLERANCE = 1e-6
 kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)

@@ -9,7 +9,7 @@ import torch
 from ops_cases import KINDS, differentiate, draw
 
 from subquad import ops
-from subquad.ops.memory import REMEMBERED, Workspace
+from subquad.ops.engine.workspace import REMEMBERED, Workspace
 
 ROWS_OF_A_LONG_MATRIX = """
 import sys

@@ -6,7 +6,7 @@ from ops_cases import KIND_IDS, KINDS, assert_close, definition, differentiate, 
 from torch.utils.checkpoint import checkpoint
 
 from subquad import ops
-from subquad.ops import compiled
+from subquad.ops.engine import compiled
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from subquad.analysis.mixing_matrices import attended
+from subquad.analysis.saved_matrices import pack
 from subquad.config import Recipe
-from subquad.distill.shared import ORDER
-from subquad.evaluate.chosen import pack
-from subquad.evaluate.matrices import attended
-from subquad.study.places import Run, find_runs
+from subquad.distill.stage_cache import ORDER
 from subquad.study.results import write_results
+from subquad.study.runs import Run, find_runs
 
 GOODNESS = {
     "linear_attention": 1.2,

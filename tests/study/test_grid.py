@@ -14,17 +14,19 @@ from subquad.cli import main
 from subquad.config import load_study
 from subquad.distill import pipeline
 from subquad.distill.progress import read_jsonl
-from subquad.distill.shared import SharedStages
-from subquad.errors import UserError
+from subquad.distill.stage_cache import SharedStages
 from subquad.evaluate import command
-from subquad.evaluate.run import Finished
-from subquad.study import lock, processes, work
-from subquad.study.board import DEATHS, Board
-from subquad.study.cluster import share
+from subquad.evaluate.runner import Finished
+from subquad.study import execute as work
+from subquad.study import local_engine as processes
+from subquad.study import lock
 from subquad.study.grid import describe_plan, run_study, shared_stages
 from subquad.study.lock import StudyLock
-from subquad.study.places import find_runs
+from subquad.study.ray_engine import share
+from subquad.study.runs import find_runs
+from subquad.study.scheduler import DEATHS, Board
 from subquad.study.table import format_study
+from subquad.utils import UserError
 
 SHORT = ["stages.matrix.tokens=128", "stages.hidden.tokens=192", "stages.end_to_end.tokens=128"]
 TWO_ENDS = "stages.end_to_end=[{tokens: 128, lr: 1e-3, batch_size: 2}, {tokens: 192, lr: 1e-3, batch_size: 2}]"

@@ -14,7 +14,7 @@ import pytest
 
 from subquad.config import load_study
 from subquad.study.grid import run_study
-from subquad.study.places import find_runs
+from subquad.study.runs import find_runs
 
 TWELVE = [
     "student.mixer=[gla, retnet, metala]",

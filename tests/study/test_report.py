@@ -13,11 +13,11 @@ import pytest
 
 from subquad.cli import main
 from subquad.config import load_study
-from subquad.study.figures import pareto
+from subquad.report.figures import pareto
+from subquad.report.page import write_report
+from subquad.report.style import MIXERS
+from subquad.report.tables import Cell, Table
 from subquad.study.grid import run_study
-from subquad.study.report import write_report
-from subquad.study.style import MIXERS
-from subquad.study.tables import Cell, Table
 from tests.study.made_up import STAGE_SETS, recipes, study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

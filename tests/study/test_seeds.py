@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from subquad.study.findings import distinguished, notes, summary
-from subquad.study.places import find_runs
-from subquad.study.seeds import T_QUANTILES, Mean, best, groups, labels, stands_out
+from subquad.report.text import distinguished, notes, summary
+from subquad.study.aggregate import T_QUANTILES, Mean, best, groups, labels, stands_out
+from subquad.study.runs import find_runs
 from tests.study.made_up import STAGE_SETS, recipes, study
 
 

@@ -1,0 +1,254 @@
+"""Reads what stands around attention in a decoder by watching it run, and knows no model family by name.
+
+One form is read: layers that add attention and then a gated MLP to what they are given, each behind an RMS norm, and a
+head behind a last norm, as in Llama, Qwen and Mistral. Factors on the way (Granite's) are found and folded into the
+weights behind them. Whatever else there is, is refused with what was found.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from subquad.modeling.attention.discovery import layer_path, random_tokens
+from subquad.modeling.attention.scores import hidden_states_of
+from subquad.modeling.attention.tracing import same
+from subquad.utils import UserError
+
+CLOSE = 1e-4
+"""Error, over the size of the values, below which two ways to compute something are the same in float32."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer without its attention: weights of its norms `[hidden]`, what attention's output is multiplied with, and
+    the MLP's matrices."""
+
+    norm: Tensor
+    attention_factor: float
+    mlp_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class Body:
+    """A decoder without its attentions: embedding and head `[vocabulary, hidden]` (None where it is the embedding), its
+    layers, the weight of its last norm, and the epsilon of every norm."""
+
+    embedding: Tensor
+    layers: list[Layer]
+    norm: Tensor
+    head: Tensor | None
+    eps: float
+
+
+Seen = dict[nn.Module, tuple[Tensor, Tensor]]
+"""What each module took and gave."""
+
+
+@torch.no_grad()
+def read_body(model: PreTrainedModel, paths: Sequence[str]) -> Body:
+    """Reads `model`; `paths` name, layer by layer, its attention or what stands in its place.
+
+    Raises:
+        UserError: something in it that models of Llama's kind do not have.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with watched(model) as seen:
+            logits = model(input_ids=random_tokens(model), use_cache=False).logits
+    finally:
+        for module, training in modes:
+            module.training = training
+    return Reader(model, seen).read([model.get_submodule(path) for path in paths], paths, logits)
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Seen]:
+    """What the modules of `model` take and give while it lasts, as far as it is one tensor of hidden states."""
+    seen: Seen = {}
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        given = output[0] if isinstance(output, tuple) else output
+        taken = hidden_states_of(args, kwargs) if args or "hidden_states" in kwargs else None
+        if isinstance(taken, Tensor) and isinstance(given, Tensor):
+            seen[module] = taken, given
+
+    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in model.modules()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Misfit(UserError):
+    """Something that no target of an export has."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"this model cannot be exported: {reason}")
+
+
+class Reader:
+    """Reads the parts of one model from what they took and gave."""
+
+    def __init__(self, model: PreTrainedModel, seen: Seen):
+        self.model, self.seen = model, seen
+        config = getattr(model.config, "base_config", model.config).get_text_config()
+        values = vars(config).values()
+        known = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
+        self.factors = [1.0, *known, *(1 / v for v in known), *(v**0.5 for v in known)]
+        self.activation = getattr(config, "hidden_act", None)
+        self.eps: set[float] = set()
+
+    def read(self, attentions: Sequence[nn.Module], paths: Sequence[str], logits: Tensor) -> Body:
+        layers = [self.model.get_submodule(layer_path(path)) for path in paths]
+        table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        found = [self.layer(i, *pair) for i, pair in enumerate(zip(layers, attentions, strict=True))]
+        first, last = self.seen[layers[0]][0], self.seen[layers[-1]][1]
+        embedded = self.factor(first, self.seen[table][1], first, "embeddings reach the first layer changed")
+        norm = self.norm_of(last, "behind the last layer")
+        if head not in self.seen or table not in self.seen:
+            raise Misfit("its embeddings or its head are not used as modules")
+        into_head, from_head = self.seen[head]
+        if has_bias(head):
+            raise Misfit("its head has a bias")
+        before = self.factor(into_head, self.seen[norm][1], into_head, "something stands between last norm and head")
+        behind = self.factor(logits, from_head, logits, "its logits are not what its head gives (a cap?)") * before
+        weight: Tensor = table.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        own: Tensor = head.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        tied = embedded == behind == 1.0 and own.data_ptr() == weight.data_ptr()
+        last_weight = self.norm_weight(norm, "the last norm")
+        if len(self.eps) != 1:
+            raise Misfit(f"its norms have different epsilons ({', '.join(map(str, sorted(self.eps)))})")
+        return Body(weight * embedded, found, last_weight, None if tied else own * behind, self.eps.pop())
+
+    def layer(self, index: int, layer: nn.Module, attention: nn.Module) -> Layer:
+        where = f"layer {index}"
+        if layer not in self.seen or attention not in self.seen:
+            raise Misfit(f"{where} does not take hidden states and give them")
+        x, y = self.seen[layer]
+        taken, a = self.seen[attention]
+        norm = self.norm_of(x, f"of {where}")
+        if not same(self.seen[norm][1], taken):
+            raise Misfit(f"attention of {where} is not given the norm of what the layer is given")
+        inside = set(attention.modules())
+        for module in layer.modules():
+            m, normed = self.seen.get(module, (None, None))
+            if module in inside or m is None or module is norm or normed is None or m.shape != x.shape:
+                continue
+            by = self.multiple(m - x, a, m)
+            if by is not None and by != 0 and normed.shape == x.shape and self.is_norm(module):
+                return self.mlp(where, layer, module, m, y, (self.norm_weight(norm, where), by))
+        raise Misfit(
+            f"{where} has more between its attention and its MLP than a sum and a norm (a second norm behind "
+            "attention, or MLP and attention side by side)"
+        )
+
+    def mlp(
+        self, where: str, layer: nn.Module, norm: nn.Module, m: Tensor, y: Tensor, before: tuple[Tensor, float]
+    ) -> Layer:
+        x = self.seen[norm][1]
+        linears = [p for p in layer.modules() if isinstance(p, nn.Linear) and p in self.seen]
+        into = [p for p in linears if same(self.seen[p][0], x)]
+        halves = [(*half,) for p in into for half in self.halves(p, len(into) == 1)]
+        for down in linears:
+            u, f = self.seen[down]
+            by = None if f.shape != y.shape else self.multiple(y - m, f, y)
+            if by is None or by == 0 or len(halves) != 2:
+                continue
+            for (gate, g), (up, p) in (halves, halves[::-1]):
+                if g.shape == u.shape and close(F.silu(g) * p, u):
+                    if any(has_bias(part) for part in (*into, down)):
+                        raise Misfit(f"the MLP of {where} has biases")
+                    down_weight = down.weight.detach() * by
+                    return Layer(*before, self.norm_weight(norm, where), gate, up, down_weight)
+        kind = self.activation
+        told = "" if kind in (None, "silu", "swish") else f" (hidden_act is {kind!r})"
+        raise Misfit(f"the MLP of {where} is not down(silu(gate x) * up x){told}, or a norm stands behind it")
+
+    def halves(self, projection: nn.Linear, fused: bool) -> list[tuple[Tensor, Tensor]]:
+        """Weight and output of a projection into the MLP; of its two halves where one makes both."""
+        weight, given = projection.weight.detach(), self.seen[projection][1]
+        if not fused or len(weight) % 2:
+            return [(weight, given)]
+        return list(zip(weight.chunk(2), given.chunk(2, dim=-1), strict=True))
+
+    def norm_of(self, x: Tensor, where: str) -> nn.Module:
+        """The norm that is given `x`."""
+        for module, (taken, given) in self.seen.items():
+            if taken.shape == given.shape and same(taken, x) and self.is_norm(module):
+                return module
+        raise Misfit(f"there is no RMS norm {where}")
+
+    def is_norm(self, module: nn.Module) -> bool:
+        return self.effective_weight(module) is not None
+
+    def effective_weight(self, module: nn.Module) -> Tensor | None:
+        """What a norm multiplies each channel with (some hold one less); None where it is no RMS norm."""
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 1 or has_bias(module):
+            return None
+        x, y = self.seen[module]
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon(module))
+        for candidate in (weight.detach(), weight.detach() + 1):
+            if close(normed * candidate.float(), y):
+                return candidate
+        return None
+
+    def norm_weight(self, module: nn.Module, where: str) -> Tensor:
+        weight = self.effective_weight(module)
+        if weight is None:
+            raise Misfit(f"the norm of {where} is no RMS norm")
+        self.eps.add(epsilon(module))
+        return weight
+
+    def multiple(self, wanted: Tensor, of: Tensor, beside: Tensor) -> float | None:
+        """c with `wanted` = c `of`, up to what rounding leaves of a difference as large as `beside`; None if there is
+        none. A c that the configuration knows is taken from there."""
+        if wanted.shape != of.shape:
+            return None
+        w, o = wanted.double(), of.double()
+        c = float((w * o).sum() / o.square().sum().clamp_min(1e-300))
+        tolerance = CLOSE * coarseness(wanted)
+        if bool(((w - c * o).abs() > tolerance * (beside.double().abs() + (c * o).abs().mean())).any()):
+            return None
+        nearest = min(self.factors, key=lambda known: abs(known - c))
+        return nearest if abs(nearest - c) < tolerance * abs(nearest) else c
+
+    def factor(self, wanted: Tensor, of: Tensor, beside: Tensor, reason: str) -> float:
+        c = self.multiple(wanted, of, beside)
+        if c is None:
+            raise Misfit(reason)
+        return c
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    """Equal up to rounding."""
+    tolerance = CLOSE * coarseness(wanted) * float(wanted.float().abs().max())
+    return float((found.float() - wanted.float()).abs().max()) <= tolerance
+
+
+def coarseness(x: Tensor) -> float:
+    """How much coarser than float32 a dtype is taken to be."""
+    return 1.0 if x.dtype in (torch.float32, torch.float64) else 200.0
+
+
+def epsilon(norm: nn.Module) -> float:
+    eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
+    return 1e-6 if eps is None else float(eps)
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether a module adds something that is not zero."""
+    bias = getattr(module, "bias", None)
+    return isinstance(bias, Tensor) and bool(bias.any())

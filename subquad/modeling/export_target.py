@@ -1,0 +1,154 @@
+"""What a student may be made of so that it can leave as a model that others run; `subquad.export` takes it there.
+
+Two targets are built of Llama's layers and have a mixer of ours: Qwen3.5 the gated delta rule, and attention with a
+norm of queries and keys; Bamba Mamba-2, and Llama's own attention. What they compute is in docs/serving.md.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from subquad.mixers import AttentionSpec
+from subquad.modeling.attention.discovery import AttentionSite
+from subquad.modeling.decoder_weights import read_body
+from subquad.modeling.layer_types import ATTENTION
+from subquad.utils import UserError, nearest
+
+EPSILON = 1e-8
+"""Of all norms of a student that is to leave, where its configuration has a word for it: its hosts have one epsilon for
+all. The 1e-5 of a Llama, harmless to the norms of its layers, would swallow what comes out of a first layer's mixer
+(SmolLM2: 2.8 nats at the start); they in turn do not feel 1e-8 (KL 2e-7 from the teacher's own logits)."""
+SERVED_MIXER = {
+    "qk_activation": "silu",
+    "v_activation": "silu",
+    "rotary": False,
+    "qk_norm": False,
+    "output_norm": True,
+    "output_gate": "swish",
+    "biases": False,
+}
+"""Options of a mixer with which it is a layer of a target."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that others run, in what decides whether a student can become one."""
+
+    title: str
+    key: str
+    """How `export` and `--format` call it."""
+    mixer: str
+    options: dict[str, Any]
+    """Of the mixer; `norm_eps` is the model's, and the convolution may have any width."""
+    norms_attention: bool
+    """Whether its attention has a norm of queries and keys."""
+    biased: tuple[str, ...] = ()
+    """Projections of the mixer that may have a bias."""
+
+    @property
+    def what_can_go(self) -> str:
+        return (
+            f"what can go: layers of {self.mixer} as linearize(..., export='{self.key}') makes them, and layers that "
+            "keep the teacher's whole attention"
+        )
+
+    def norm_eps(self, eps: float, layout: AttentionSpec) -> float:
+        """The mixer's, where the model's is `eps`. Bamba does not scale queries by 1 / sqrt(K), so that its norm is
+        given numbers sqrt(K) as large."""
+        return eps / layout.head_dim if self.mixer == "mamba2" else eps
+
+
+TARGETS = {
+    target.key: target
+    for target in (
+        Target("Qwen3.5", "qwen3_5", "gated_deltanet", SERVED_MIXER, norms_attention=True),
+        Target("Bamba", "bamba", "mamba2", {**SERVED_MIXER, "discretization": "zoh"}, False, ("a_proj",)),
+    )
+}
+
+
+def restrict(
+    plan: list[dict[str, Any]], sites: Sequence[AttentionSite], teacher: PreTrainedModel, target: str
+) -> tuple[list[dict[str, Any]], float]:
+    """The plan with every entry in the form that `target` computes, and the epsilon for all norms of the student (see
+    `set_epsilon`).
+
+    Raises:
+        UserError: an unknown target; a teacher, a mixer or an option that cannot go there, with the reason.
+    """
+    host = find_target(target)
+    check_mixers((entry["mixer"] for entry in plan), host)
+    eps = read_body(teacher, [site.path for site in sites]).eps
+    if hasattr(teacher.config, "rms_norm_eps"):
+        eps = min(eps, EPSILON)
+    restricted = [
+        restrict_mixer(entry, f"layer {site.index}", site.layout, eps, host)
+        if entry["mixer"] == host.mixer
+        else restrict_attention(entry, site.layout, f"layer {site.index}", eps, host)
+        for entry, site in zip(plan, sites, strict=True)
+    ]
+    return restricted, eps
+
+
+def find_target(key: str) -> Target:
+    """UserError where there is none."""
+    if key not in TARGETS:
+        raise UserError(f"export: unknown {key!r}{nearest(key, TARGETS)}")
+    return TARGETS[key]
+
+
+def set_epsilon(base: PreTrainedModel, eps: float) -> None:
+    """Gives every norm of `base` the epsilon `eps`, and writes it into its configuration."""
+    if getattr(base.config, "rms_norm_eps", eps) == eps:
+        return
+    base.config.rms_norm_eps = eps  # type: ignore[assignment]
+    for module in base.modules():
+        for name in ("variance_epsilon", "eps"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, eps)
+
+
+def check_mixers(names: Iterable[str], host: Target) -> None:
+    """UserError where a plan names a mixer that the target does not have."""
+    for name in names:
+        if name not in (host.mixer, ATTENTION):
+            raise UserError(f"{name} cannot be exported to {host.title}; {host.what_can_go}")
+
+
+def restrict_mixer(entry: dict[str, Any], where: str, layout: AttentionSpec, eps: float, host: Target) -> dict[str, Any]:
+    wanted = {**host.options, "norm_eps": host.norm_eps(eps, layout)}
+    for name, value in wanted.items():
+        if entry.get(name, value) != value:
+            raise UserError(
+                f"{where}: {name}: got {entry[name]!r}, but a layer of {host.title} has {value!r}; leave it out, or "
+                "leave out export"
+            )
+    return {**entry, **wanted}
+
+
+def restrict_attention(
+    entry: dict[str, Any], layout: AttentionSpec, where: str, eps: float, host: Target
+) -> dict[str, Any]:
+    wrong = attention_misfit(entry, layout, host)
+    if wrong is not None:
+        raise UserError(f"{where}: its attention cannot be exported to {host.title}: {wrong}; {host.what_can_go}")
+    return entry if not host.norms_attention or layout.qk_norm is not None else {**entry, "qk_norm": eps}
+
+
+def attention_misfit(entry: dict[str, Any], layout: AttentionSpec, host: Target) -> str | None:
+    """Why the target has no attention like this, as far as a plan and a layout tell; None where it has."""
+    if entry.get("window") is not None or layout.window is not None:
+        return "it sees a window of the last tokens only"
+    if layout.qkv_bias or layout.output_bias:
+        return "its projections have biases"
+    if not host.norms_attention and (layout.qk_norm is not None or entry.get("qk_norm") is not None):
+        return "it has a norm of queries and keys"
+    if layout.qk_norm not in (None, "rms-head"):
+        return f"its norm of queries and keys is {layout.qk_norm}, not one over each head"
+    if layout.rotary != "half":
+        return "it turns queries and keys by position in another way, or not at all"
+    if layout.value_dim != layout.head_dim:
+        return f"its values have {layout.value_dim} channels a head, its keys {layout.head_dim}"
+    return None

@@ -1,0 +1,1 @@
+"""The chunked machinery of the operators: segments, decays, updates, autograd."""

@@ -1,0 +1,1 @@
+"""The page of a study: figures, tables and text from its results."""

@@ -1,0 +1,135 @@
+"""What every package here uses: the user-facing error, the cache directory, run info, atomic writes, evaluation mode.
+
+Imports no torch, so that commands which need none start at once.
+"""
+
+import difflib
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+"""Loggers that warn at import about optional parts they lack; `transformers` imports torchao where it is installed."""
+
+
+class UserError(ValueError):
+    """An error that the user can fix: an unknown name, a missing file, an invalid value.
+
+    The message says what was wrong and what was expected, with the nearest valid name where there is one. Each line
+    reports one problem. The command line prints it on stderr without a traceback and exits with code 2.
+    """
+
+    def __init__(self, message: object):
+        lines = (" ".join(line.split()) for line in str(message).splitlines())
+        super().__init__("\n".join(line for line in lines if line))
+
+
+def nearest(name: object, valid: Iterable[str]) -> str:
+    """The end of a message about an unknown name: `; did you mean 'gla'?`, or all valid names where none is close."""
+    names = list(valid)
+    # Matching ignores case; of two equally close names the first given wins.
+    folded = {n.casefold(): n for n in reversed(names)}
+    close = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {folded[close[0]]!r}?"
+    return f"; expected one of {', '.join(names)}" if names else ""
+
+
+def cache_dir() -> Path:
+    """`$SUBQUAD_CACHE`, else `subquad` in the user's cache directory."""
+    chosen = os.environ.get("SUBQUAD_CACHE")
+    return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "subquad")).expanduser()
+
+
+# ---------------------------------------------------------------------- run info
+
+
+def run_info() -> dict[str, Any]:
+    """The header of every result file: package versions, commit and device."""
+    import torch
+    import transformers
+
+    from subquad import __version__
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    packages = {
+        "subquad": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    return {"versions": packages, "commit": git_commit(), "device": device}
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from; None where it is installed without one."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+# ---------------------------------------------------------------------- files
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    write_text_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Writes a file completely or not at all."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+# ---------------------------------------------------------------------- models and libraries
+
+
+@contextmanager
+def eval_mode(model: "nn.Module") -> Iterator[None]:
+    """Puts `model` into evaluation mode; on exit, every module returns to the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Hides the import-time warnings of `NOISY_LOGGERS`; restores their levels on exit."""
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def quiet_libraries() -> None:
+    """Limits the log output of other libraries to errors. Call it before they are used."""
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
