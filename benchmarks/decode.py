@@ -61,7 +61,7 @@ def build(size: str, dtype: torch.dtype, names: list[str]) -> tuple[LlamaConfig,
     own = dict(teacher.named_parameters())
     models: dict[str, Any] = {TEACHER: teacher}
     for name in names:
-        student = subquad.linearize(teacher, name, calibration=torch.randint(8, (1, 16))).eval()
+        student = subquad.linearize(teacher, name, scale_ids=torch.randint(8, (1, 16))).eval()
         for key, parameter in student.named_parameters():
             if key.removeprefix("base.") in own:
                 parameter.data = own[key.removeprefix("base.")].data

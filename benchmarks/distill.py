@@ -102,9 +102,9 @@ def make_run(name: str, teacher, args: argparse.Namespace, directory: Path) -> S
     recipe = Recipe.model_validate(
         {
             "teacher": "nano",
-            "corpus": {"source": "python-stdlib", "context": args.context},
+            "data": {"source": "python-stdlib", "seq_len": args.context},
             "stages": {name: {"tokens": tokens, "lr": 1e-4, "batch_size": args.batch}},
-            "checkpoint": {"every": 10_000},
+            "checkpoint": {"save_steps": 10_000},
             "precision": args.precision,
             "student": {"mixer": args.mixer},
         }

@@ -55,8 +55,8 @@ def parse_names(text: str | None) -> list[str] | None:
     """Kinds and peers, comma-separated, in the order of the tables; a ValueError lists them all."""
     if text is None:
         return None
-    found, missing = bench.peers()
-    known = [*bench.kinds(), *found, *missing]
+    found, missing = bench.baselines()
+    known = [*bench.variants(), *found, *missing]
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--only: got {unknown[0]!r}, expected names among {', '.join(known)}")
@@ -79,7 +79,7 @@ def run(
 
     say(", ".join(f"{name} {value}" for name, value in report.machine.items()))
     say(f"{report.matmul_rate / 1e9:.0f} Gflop/s in batched 64 x 64 products")
-    kinds = [name for name in bench.kinds() if names is None or name in names]
+    kinds = [name for name in bench.variants() if names is None or name in names]
     for size in sizes:
         rows, missing = bench.measure(size, names if size.T <= LONGEST_WITH_PEERS else kinds, seconds)
         report.rows += rows

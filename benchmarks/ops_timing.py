@@ -60,7 +60,7 @@ class Token:
     ratio: float
 
 
-def kinds() -> dict[str, Callable[[dict], tuple]]:
+def variants() -> dict[str, Callable[[dict], tuple]]:
     """Our kinds, by name: from the arguments to the op's result."""
     return {
         "none": lambda a: ops.chunk(a["q"], a["k"], a["v"]),
@@ -93,7 +93,7 @@ def arguments(size: Size, seed: int = 0) -> dict[str, Tensor]:
     return {name: x.requires_grad_() for name, x in made.items()}
 
 
-def peers() -> tuple[dict[str, Callable[[dict], object]], dict[str, str]]:
+def baselines() -> tuple[dict[str, Callable[[dict], object]], dict[str, str]]:
     """Other implementations by name, and why those that are not here are not."""
     found: dict[str, Callable[[dict], object]] = {"sdpa": _sdpa}
     missing = {}
@@ -190,7 +190,7 @@ def forward_backward(function: Callable[[dict], object], a: dict[str, Tensor]) -
     return lambda: torch.autograd.grad(output(), leaves, cotangent)
 
 
-def interleaved(calls: dict[str, Call], samples: int = 9, seconds: float = 30.0) -> dict[str, list[float]]:
+def time_interleaved(calls: dict[str, Call], samples: int = 9, seconds: float = 30.0) -> dict[str, list[float]]:
     """Milliseconds of each call, in turns, until all have their samples or the time is over (three at least).
 
     The first round warms up and is not counted.
@@ -220,7 +220,7 @@ def matmul_rate() -> float:
     """Floating-point operations a second of a batch of 64 x 64 products that stays in the cache."""
     x, y = torch.randn(2, 144, 64, 64)
     out = torch.empty_like(x)
-    times = interleaved({"bmm": lambda: torch.bmm(x, y, out=out)}, samples=200)["bmm"]
+    times = time_interleaved({"bmm": lambda: torch.bmm(x, y, out=out)}, samples=200)["bmm"]
     return 2 * 144 * 64**3 / (statistics.median(times) * 1e-3)
 
 
@@ -236,7 +236,7 @@ def matmul_operations(kind: str, size: Size) -> float:
 
 def measure(size: Size, names: list[str] | None = None, seconds: float = 60.0) -> tuple[list[Row], dict[str, str]]:
     """Every kind of ours and every peer (or those named) at one size; and the missing peers, with the reason."""
-    ours, (others, missing) = kinds(), peers()
+    ours, (others, missing) = variants(), baselines()
     a = arguments(size)
     contestants = {n: f for n, f in (ours | others).items() if names is None or n in names}
     calls = {}
@@ -247,7 +247,7 @@ def measure(size: Size, names: list[str] | None = None, seconds: float = 60.0) -
             missing[name] = f"T = {size.T}: {why}"
     rate = matmul_rate()
     rows = []
-    for name, times in interleaved(calls, seconds=seconds).items():
+    for name, times in time_interleaved(calls, seconds=seconds).items():
         median = statistics.median(times)
         share = matmul_operations(name, size) / (median * 1e-3) / rate if name in ours else None
         rows.append(Row(name, size, median, min(times), len(times), share))
@@ -263,7 +263,7 @@ def measure_decode(size: Size, context: int = 8192) -> list[Token]:
     for name, (call, small) in calls.items():
         flat |= {name: call, f"launches of {name}": small}
     with torch.no_grad():
-        times = {n: 1e3 * statistics.median(x) for n, x in interleaved(flat, samples=200, seconds=30.0).items()}
+        times = {n: 1e3 * statistics.median(x) for n, x in time_interleaved(flat, samples=200, seconds=30.0).items()}
     tokens = [Token(n, times[n], times[f"launches of {n}"], times["sdpa"] / times[n]) for n in calls]
     return [*tokens, Token(f"sdpa over {context}", times["sdpa"], None, 1.0)]
 

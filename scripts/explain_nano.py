@@ -20,16 +20,16 @@ import yaml
 
 import subquad
 from subquad import mixers
-from subquad.analysis.ablations import ablation_rows
+from subquad.analysis.ablations import ablation_results
 from subquad.analysis.correlation import rank_correlation
-from subquad.analysis.diagnostics import diagnostics_rows
+from subquad.analysis.diagnostics import diagnostics_results
 from subquad.analysis.figure_files import draw_rows, draw_student
-from subquad.analysis.mqar import Setting, mqar_rows
-from subquad.analysis.recall import recall_rows
+from subquad.analysis.mqar import Setting, mqar_results
+from subquad.analysis.recall import recall_results
 from subquad.analysis.recall_tasks import TASKS
-from subquad.config import Corpus
+from subquad.config import Data
 from subquad.data import token_rows
-from subquad.evaluate.results import Row, of, select
+from subquad.evaluate.results import Result, of, select
 
 COLUMNS = (
     *("overlap", "frobenius", "row_cosine", "cka", "cosine", "mixer_error", "swap_kl"),
@@ -56,19 +56,21 @@ def main() -> None:
         (args.output / "rows.json").write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
 
 
-def explain(args: argparse.Namespace) -> list[Row]:
+def explain(args: argparse.Namespace) -> list[Result]:
     """Everything about the students of a study, printed."""
     runs = sorted(path.parent for path in args.study.glob("*/result.json"))
     if not runs:
         raise SystemExit(f"{args.study}: no finished runs (directories with result.json)")
     recipe = yaml.safe_load((runs[0] / "recipe.yaml").read_text())
     teacher, tokenizer = subquad.load_teacher(recipe["teacher"])
-    corpus = Corpus(source=recipe["corpus"]["source"], context=args.context)
-    held_out = token_rows(corpus, tokenizer, "valid", limit=2**16)
+    corpus = Data(source=recipe["data"]["source"], seq_len=args.context)
+    held_out = token_rows(corpus, tokenizer, "validation", limit=2**16)
     texts = torch.stack([held_out[i]["input_ids"] for i in range(args.rows)])
     haystack = torch.cat([held_out[i]["input_ids"] for i in range(args.rows, min(len(held_out), args.rows + 32))])
     found = of(
-        "teacher", None, diagnostics_rows(teacher, texts) + recall_rows(teacher, tokenizer, haystack, items=args.items)
+        "teacher",
+        None,
+        diagnostics_results(teacher, texts) + recall_results(teacher, tokenizer, haystack, items=args.items),
     )
     results = [json.loads((run / "result.json").read_text())["row"] for run in runs]
     told_apart = len({result["mixer"] for result in results}) == len(runs)
@@ -78,9 +80,9 @@ def explain(args: argparse.Namespace) -> list[Row]:
         student, _ = subquad.load_teacher(run)
         name = result["mixer"] if told_apart else run.name
         recovered[name] = result["recovered_share"]
-        rows = diagnostics_rows(student, texts, teacher) + ablation_rows(student, texts)
-        rows += recall_rows(student, tokenizer, haystack, items=args.items)
-        rows.append(Row(task="quality", metric="recovered_share", value=recovered[name]))
+        rows = diagnostics_results(student, texts, teacher) + ablation_results(student, texts)
+        rows += recall_results(student, tokenizer, haystack, items=args.items)
+        rows.append(Result(task="quality", metric="recovered_share", value=recovered[name]))
         found += of(name, "teacher", rows)
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
@@ -94,13 +96,13 @@ def explain(args: argparse.Namespace) -> list[Row]:
     return found
 
 
-def whole(rows: list[Row], model: str, metric: str) -> float | None:
+def whole(rows: list[Result], model: str, metric: str) -> float | None:
     """The number that stands for a model: over all layers and heads, or the mean over recall tasks at each length."""
     found = [r.value for r in select(rows, model=model, metric=metric, layer=None, head=None, depth=None)]
     return statistics.fmean(found) if found else None
 
 
-def table(columns: tuple[str, ...], rows: list[Row], models: list[str]) -> str:
+def table(columns: tuple[str, ...], rows: list[Result], models: list[str]) -> str:
     lines = [f"| | {' | '.join(c.replace('_', ' ') for c in columns)} |", f"|---{'|---' * len(columns)}|"]
     for model in models:
         values = [whole(rows, model, column) for column in columns]
@@ -108,7 +110,7 @@ def table(columns: tuple[str, ...], rows: list[Row], models: list[str]) -> str:
     return "\n".join(lines)
 
 
-def recall_table(rows: list[Row], models: list[str]) -> str:
+def recall_table(rows: list[Result], models: list[str]) -> str:
     """Accuracy by likelihood, and how much of it greedy decoding writes, over all lengths and depths."""
     lines = [f"| | {' | '.join(TASKS)} |", f"|---{'|---' * len(TASKS)}|"]
     for model in models:
@@ -120,7 +122,7 @@ def recall_table(rows: list[Row], models: list[str]) -> str:
     return "\n".join(lines)
 
 
-def correlations(rows: list[Row], recovered: dict[str, float]) -> str:
+def correlations(rows: list[Result], recovered: dict[str, float]) -> str:
     """Of each diagnostic with the recovered share, over those students that have it."""
     lines = ["| | students | rank correlation with the recovered share | 95% interval |", "|---|---|---|---|"]
     for metric in (*COLUMNS, "acc", "acc_generated"):
@@ -138,13 +140,13 @@ def correlations(rows: list[Row], recovered: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def associations() -> list[Row]:
+def associations() -> list[Result]:
     """MQAR by mixer and state, printed as it comes."""
     heads, found = (2, 4, 8), []
     states = [Setting(heads=count).state for count in heads]
     print(f"| mixer | {' | '.join(f'{state}' for state in states)} |\n|---{'|---' * len(heads)}|", flush=True)
     for name in mixers.names():
-        rows = mqar_rows([name], heads)
+        rows = mqar_results([name], heads)
         found += rows
         print(f"| `{name}` | {' | '.join(f'{row.value:.1%}' for row in rows)} |", flush=True)
     return found

@@ -14,9 +14,9 @@ import torch
 import subquad
 from subquad import mixers
 from subquad.analysis.ablations import cut
-from subquad.config import Corpus
+from subquad.config import Data
 from subquad.data import token_rows
-from subquad.modeling.attention.discovery import find_attention
+from subquad.modeling.attention.discovery import discover_attention
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def loss(model, rows: torch.Tensor) -> float:
 
 def without_attention(teacher, rows: torch.Tensor) -> float:
     """The teacher's loss where the output of every attention is zero."""
-    with cut(site.module for site in find_attention(teacher)):
+    with cut(site.module for site in discover_attention(teacher)):
         return loss(teacher, rows)
 
 
@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("--mixers", nargs="+", default=list(mixers.REGISTRY))
     args = parser.parse_args()
     teacher, tokenizer = subquad.load_teacher(args.teacher)
-    corpus = Corpus(source=args.corpus, context=args.context)
-    held_out = token_rows(corpus, tokenizer, "valid", limit=args.rows * args.context)
+    corpus = Data(source=args.corpus, seq_len=args.context)
+    held_out = token_rows(corpus, tokenizer, "validation", limit=args.rows * args.context)
     rows = torch.stack([held_out[i]["input_ids"] for i in range(args.rows)])
     text = token_rows(corpus, tokenizer, "train", limit=2**16)
     calibration = torch.stack([text[i]["input_ids"] for i in range(max(1, args.calibrate // args.context))])
@@ -49,11 +49,11 @@ def main() -> None:
     print("| mixer | random | copied | calibrated | seconds |\n|---|---|---|---|---|")
     for name in args.mixers:
         values = [
-            loss(subquad.linearize(teacher, name, copy_qkv=copy, calibration=calibration).eval(), rows)
+            loss(subquad.linearize(teacher, name, copy_qkv=copy, scale_ids=calibration).eval(), rows)
             for copy in (False, True)
         ]
         start = time.perf_counter()
-        student = subquad.linearize(teacher, name, calibrate=calibration).eval()
+        student = subquad.linearize(teacher, name, calibration_ids=calibration).eval()
         seconds = time.perf_counter() - start
         print(
             f"| `{name}` | {values[0]:.2f} | {values[1]:.2f} | {loss(student, rows):.2f} | {seconds:.0f} |", flush=True

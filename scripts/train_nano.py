@@ -155,7 +155,7 @@ def main() -> None:
     else:
         tokenizer = train_tokenizer(stdlib.documents("train"), args.vocab)
         tokenizer.save_pretrained(args.output)
-    train, valid = (encode(tokenizer, stdlib.documents(split)) for split in ("train", "valid"))
+    train, valid = (encode(tokenizer, stdlib.documents(split)) for split in ("train", "validation"))
     model = LlamaForCausalLM(nano_config(len(tokenizer), tokenizer.eos_token_id))
     parameters = sum(p.numel() for p in model.parameters())
     steps = math.ceil(args.epochs * len(train) / (args.batch * CONTEXT))

@@ -247,8 +247,8 @@ def run_recipe(args: argparse.Namespace) -> None:
 def run_linearize(args: argparse.Namespace) -> None:
     import torch
 
-    from subquad.config import Corpus
-    from subquad.data import check_corpus, token_rows
+    from subquad.config import Data
+    from subquad.data import check_data, token_rows
     from subquad.modeling.linearize import linearize
     from subquad.modeling.model_card import write_model_card
     from subquad.modeling.teachers import check_reference, load_teacher
@@ -261,14 +261,14 @@ def run_linearize(args: argparse.Namespace) -> None:
     if args.calibrate is not None:
         if args.no_copy:
             raise UserError("--calibrate beside --no-copy; random projections have nothing to be calibrated by")
-        check_corpus(Corpus(source=args.calibrate))
+        check_data(Data(source=args.calibrate))
     teacher, tokenizer = load_teacher(args.teacher)
     tokens = None
     if args.calibrate is not None:
-        rows = token_rows(Corpus(source=args.calibrate, context=256), tokenizer, "train", limit=CALIBRATION)
+        rows = token_rows(Data(source=args.calibrate, seq_len=256), tokenizer, "train", limit=CALIBRATION)
         tokens = torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
     given = {"copy_qkv": not args.no_copy, "calibrate": tokens, "seed": args.seed, "export": args.export}
-    student = linearize(teacher, layers=layers, **given)
+    student = linearize(teacher, layer_types=layers, **given)
     student.save_pretrained(output)
     tokenizer.save_pretrained(output)
     name = Path(args.teacher).name if Path(args.teacher).expanduser().exists() else args.teacher
@@ -280,7 +280,7 @@ def run_linearize(args: argparse.Namespace) -> None:
 def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     """The layer plan that --layers, or --mixer and --option, give; its entries checked before a teacher is loaded."""
     from subquad.config import yaml_tree
-    from subquad.modeling.layer_types import plan_entry
+    from subquad.modeling.layer_types import layer_spec
 
     if args.layers is not None:
         if args.mixer is not None or args.option:
@@ -295,7 +295,7 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
                 raise UserError(
                     f"--layers: {key}: got {entry!r}, expected a mixer's name or a mapping with its options"
                 )
-            plan_entry(entry, f"--layers: {key}")
+            layer_spec(entry, f"--layers: {key}")
         return layers
     chosen: dict[str, Any] = {"mixer": args.mixer or "gated_deltanet"}
     for text in args.option:
@@ -303,7 +303,7 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--option {text}: expected NAME=VALUE")
         chosen[name] = yaml_tree.parse(value, lambda _line, text=text: f"--option {text}").plain()  # type: ignore[misc]
-    return {"default": plan_entry(chosen, "--mixer")}
+    return {"default": layer_spec(chosen, "--mixer")}
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -421,11 +421,11 @@ def run_bench(args: argparse.Namespace) -> None:
 def run_mqar(args: argparse.Namespace) -> None:
     """Multi-query associative recall, learned from nothing by two layers of each mixer, about a minute a line."""
     from subquad import mixers
-    from subquad.analysis.mqar import mqar_rows
+    from subquad.analysis.mqar import mqar_results
 
     rows = []
     for name in names_in(args.only) if args.only else list(mixers.REGISTRY):
-        for row in mqar_rows([name]):
+        for row in mqar_results([name]):
             print(f"{row.model:18} {row.task:16} {row.value:.1%} of {row.n}", flush=True)
             rows.append(row.as_dict())
     if args.json:

@@ -109,7 +109,7 @@ def test_a_plan_of_layers_is_made_written_down_and_inspected(capsys, recipe_path
     code, out, err = run(capsys, *argv)
     assert code == 0, err
     assert "hybrid student" in out
-    written = json.loads((tmp_path / "s" / "config.json").read_text())["layers"]
+    written = json.loads((tmp_path / "s" / "config.json").read_text())["layer_specs"]
     assert written == [{"mixer": "gla", "decay_rank": 4}, {"mixer": "attention", "window": 5, "sinks": 2}]
     code, out, err = run(capsys, "inspect", tmp_path / "s")
     assert code == 0, err
@@ -142,7 +142,7 @@ def mistakes(recipe):
             ["distill", recipe, "-o", out, "--set", "stages.hidden.tokens=-5"],
             "stages.hidden.tokens",
         ),
-        "no such corpus": (["distill", recipe, "-o", out, "--set", "corpus.source=missing.txt"], "missing.txt"),
+        "no such corpus": (["distill", recipe, "-o", out, "--set", "data.source=missing.txt"], "missing.txt"),
         "no such teacher": (["distill", recipe, "-o", out, "--set", "teacher=nanoo"], "did you mean 'nano'"),
         "empty directory as teacher": (["distill", recipe, "-o", out, "--set", "teacher=."], "config.json"),
         "study, unknown key": (["study", recipe, "-o", out, "--set", "sead=[1]"], "did you mean 'seed'"),

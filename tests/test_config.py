@@ -14,7 +14,7 @@ from subquad.utils import UserError, nearest
 RECIPES = Path(__file__).parent.parent / "recipes"
 BASE = """\
 teacher: nano
-corpus: {source: python-stdlib}
+data: {source: python-stdlib}
 student:
   mixer: gla
 stages:
@@ -51,9 +51,14 @@ def test_defaults_and_numbers(write):
     assert recipe.stages.hidden.lr == 0.002
     assert recipe.stages.matrix is None
     assert recipe.stages.end_to_end is None
-    assert recipe.student == Student(mixer="gla", copy_qkv=True, options={})
-    assert (recipe.corpus.context, recipe.corpus.valid) == (512, None)
-    assert (recipe.checkpoint.every, recipe.checkpoint.keep, recipe.evaluation.tokens, recipe.seed) == (
+    assert recipe.student == Student(mixer="gla", copy_qkv=True, mixer_kwargs={})
+    assert (recipe.data.seq_len, recipe.data.validation) == (512, None)
+    assert (
+        recipe.checkpoint.save_steps,
+        recipe.checkpoint.save_total_limit,
+        recipe.evaluation.eval_tokens,
+        recipe.seed,
+    ) == (
         50,
         2,
         16_384,
@@ -103,36 +108,48 @@ def test_rates_as_people_write_them(write, written, value):
         ("stages.hidden.warmup=1", "stages.hidden.warmup: got 1, expected a number less than 1"),
         ("stages.hidden.weight_decay=-1", "weight_decay: got -1, expected a number greater than or equal to 0"),
         ("stages.hidden.max_grad_norm=0", "max_grad_norm: got 0, expected a number greater than 0"),
-        ("stages.hidden.groups.copied.lr=0", "groups.copied.lr: got 0, expected a number greater than 0"),
-        ("stages.hidden.groups.copies.lr=1", "unknown key 'stages.hidden.groups.copies'; did you mean"),
+        ("stages.hidden.param_groups.copied.lr=0", "groups.copied.lr: got 0, expected a number greater than 0"),
+        ("stages.hidden.param_groups.copies.lr=1", "unknown key 'stages.hidden.param_groups.copies'; did you mean"),
         ("stages.hidden.micro_batch_size=3", "micro_batch_size: got 3, expected a divisor of batch_size (8)"),
         ("stages.hidden.target=layer", "target: got 'layer', expected one of mixer, block"),
-        ("stages.hidden.ema=1", "ema: got 1, expected a number less than 1"),
-        ("evaluation.keep_best=true", "evaluation.keep_best: got true without evaluation.every"),
-        ("student.layers={default: glaa}", "unknown mixer 'glaa'; did you mean 'gla'?"),
-        ("student.layers={}", "an empty plan"),
+        ("stages.hidden.ema_decay=1", "ema: got 1, expected a number less than 1"),
         (
-            "stages.hidden.schedule=cosin",
+            "evaluation.load_best_model_at_end=true",
+            "evaluation.load_best_model_at_end: got true without evaluation.eval_steps",
+        ),
+        ("student.layer_types={default: glaa}", "unknown mixer 'glaa'; did you mean 'gla'?"),
+        ("student.layer_types={}", "an empty plan"),
+        (
+            "stages.hidden.lr_scheduler=cosin",
             "schedule: got 'cosin', expected one of linear, cosine, constant, wsd; did you mean 'cosine'?",
         ),
-        ("stages.hidden.schedule=5", "schedule: got 5, expected one of linear, cosine, constant"),
+        ("stages.hidden.lr_scheduler=5", "schedule: got 5, expected one of linear, cosine, constant"),
         (
             "stages.hidden=5",
             "stages.hidden: got 5, expected a mapping with the keys tokens, lr, batch_size, micro_batch_size,",
         ),
-        ("corpus.context=1", "corpus.context: got 1, expected a number greater than or equal to 2"),
+        ("data.seq_len=1", "data.seq_len: got 1, expected a number greater than or equal to 2"),
         ("corpus=text.txt", "corpus: got 'text.txt', expected a mapping with the keys source, context, valid"),
-        ("corpus={context: 8}", "corpus.source is missing; expected: `python-stdlib`, a text file"),
+        ("corpus={context: 8}", "data.source is missing; expected: `python-stdlib`, a text file"),
         ("teacher=", "teacher: got null, expected text"),
         ("teacher=''", "teacher: got '', expected text that is not empty"),
         ("student.copy_qkv=yes", "student.copy_qkv: got 'yes', expected true or false"),
         ("student.copy_qkv=1", "student.copy_qkv: got 1, expected true or false"),
         ("student.mixer=glaa", "student.mixer: unknown mixer 'glaa'; did you mean 'gla'?"),
         ("student.mixer=5", "student.mixer: got 5, expected text"),
-        ("student.options=3", "student.options: got 3, expected a mapping of names to values"),
-        ("student.options.half_live=3", "student.options: unknown mixer option 'half_live'; did you mean 'half_life'?"),
-        ("student.options.half_life=long", "student.options: half_life: got 'long', expected a value like 64.0"),
-        ("student={mixer: softmax, options: {half_life: 3}}", "student.options: softmax has no options; got half_life"),
+        ("student.mixer_kwargs=3", "student.mixer_kwargs: got 3, expected a mapping of names to values"),
+        (
+            "student.mixer_kwargs.half_live=3",
+            "student.mixer_kwargs: unknown mixer option 'half_live'; did you mean 'half_life'?",
+        ),
+        (
+            "student.mixer_kwargs.half_life=long",
+            "student.mixer_kwargs: half_life: got 'long', expected a value like 64.0",
+        ),
+        (
+            "student={mixer: softmax, options: {half_life: 3}}",
+            "student.mixer_kwargs: softmax has no options; got half_life",
+        ),
         ("stages.hidden=null", "stages: no stage is left; expected at least one of matrix, hidden, end_to_end"),
         (
             "stages.end_to_end={tokens: 5, lr: 1, ce_weight: 0, kl_weight: 0}",
@@ -147,9 +164,9 @@ def test_rates_as_people_write_them(write, written, value):
         ("student.foo.bar=2", "unknown key 'student.foo'; expected one of mixer, copy_qkv, calibrate, options"),
         ("mixer=gla", "unknown key 'mixer'; did you mean 'student.mixer'?"),
         ("lr=1", "unknown key 'lr'; did you mean 'stages.matrix.lr' or 'stages.hidden.lr' or 'stages.end_to_end.lr'?"),
-        ("checkpoint.evry=5", "unknown key 'checkpoint.evry'; did you mean 'checkpoint.every'?"),
-        ("checkpoint.keep=0", "checkpoint.keep: got 0, expected a number greater than 0"),
-        ("evaluation.tokens=0", "evaluation.tokens: got 0, expected a number greater than 0"),
+        ("checkpoint.save_step=5", "unknown key 'checkpoint.save_step'; did you mean 'checkpoint.save_steps'?"),
+        ("checkpoint.save_total_limit=0", "checkpoint.save_total_limit: got 0, expected a number greater than 0"),
+        ("evaluation.eval_tokens=0", "evaluation.eval_tokens: got 0, expected a number greater than 0"),
         ("seed=-1", "seed: got -1, expected a number greater than or equal to 0"),
         ("seed=4294967296", "seed: got 4294967296, expected a number less than 4294967296"),
         ("seed=" + "9" * 5000, ": seed: cannot be read (Exceeds the limit"),
@@ -224,27 +241,27 @@ def test_overrides_add_replace_and_remove(write):
             "stages.end_to_end.tokens=500",
             "stages.end_to_end.lr=1e-4",
             "stages.hidden=null",
-            "student.options.half_life=32",
-            "corpus.source=a=b.txt",
+            "student.mixer_kwargs.half_life=32",
+            "data.source=a=b.txt",
             " seed = 7",
         ],
     )
     assert recipe.stages.hidden is None
     assert (recipe.stages.end_to_end.tokens, recipe.stages.end_to_end.lr) == (500, 1e-4)
-    assert recipe.student.options == {"half_life": 32}
-    assert recipe.corpus.source == "a=b.txt"
+    assert recipe.student.mixer_kwargs == {"half_life": 32}
+    assert recipe.data.source == "a=b.txt"
     assert recipe.seed == 7
     assert load_recipe(path, ["seed=1", "seed=2"]).seed == 2
 
 
 def test_yaml_round_trip(write):
     path = write(BASE)
-    awkward = ["teacher='1e6'", "corpus.source='yes'", "corpus.valid='null'", "stages.hidden.lr=1e-5"]
-    for overrides in ([], awkward, ["corpus.source='012'", "corpus.valid='a: b # ü'"]):
+    awkward = ["teacher='1e6'", "data.source='yes'", "data.validation='null'", "stages.hidden.lr=1e-5"]
+    for overrides in ([], awkward, ["data.source='012'", "data.validation='a: b # ü'"]):
         recipe = load_recipe(path, overrides)
         text = recipe.to_yaml()
         assert load_recipe(write(text)) == recipe
-        assert yaml.safe_load(text)["corpus"] == recipe.corpus.model_dump()
+        assert yaml.safe_load(text)["data"] == recipe.data.model_dump()
         path = write(BASE)
 
 
@@ -317,7 +334,7 @@ def test_an_error_in_a_list_names_its_own_line(write):
             ["stages.matrix=[null, {tokens: 1, lr: 1}, {tokens: 2, lr: 1}]"],
             ["gla-matrix=off", "gla-matrix=on-matrix.tokens=1", "gla-matrix=on-matrix.tokens=2"],
         ),
-        (["student.options=[{}, {half_life: 32}]"], ["gla", "gla-options.half_life=32"]),
+        (["student.mixer_kwargs=[{}, {half_life: 32}]"], ["gla", "gla-options.half_life=32"]),
         (
             ["stages=[{matrix: {tokens: 1, lr: 1}, hidden: {tokens: 1, lr: 1}}, {hidden: {tokens: 2, lr: 1}}]"],
             ["gla-matrix=on", "gla-matrix=off"],
@@ -330,7 +347,7 @@ def test_run_names(write, overrides, names):
 
 
 def test_run_names_are_directory_names(write):
-    study = load_study(write(BASE), ["corpus.source=[a/b.txt, a_b.txt, 'a b.txt', " + "x" * 300 + ".txt]"])
+    study = load_study(write(BASE), ["data.source=[a/b.txt, a_b.txt, 'a b.txt', " + "x" * 300 + ".txt]"])
     names = [run_name(recipe, study) for recipe in study]
     assert len(set(names)) == 4
     assert all(re.fullmatch(r"[A-Za-z0-9._=+-]{1,120}", name) for name in names)
@@ -339,7 +356,7 @@ def test_run_names_are_directory_names(write):
 
 def test_options_that_only_some_students_have_keep_names_apart(write):
     study = load_study(
-        write(BASE), ["student.options=[{}, {short_conv: 4}, {half_life: 32}, {short_conv: 4, half_life: 32}]"]
+        write(BASE), ["student.mixer_kwargs=[{}, {short_conv: 4}, {half_life: 32}, {short_conv: 4, half_life: 32}]"]
     )
     assert len({run_name(recipe, study) for recipe in study}) == 4
 
@@ -366,7 +383,7 @@ def test_shipped_recipes():
     assert budgets == {3_000_000_000}
     recipe = load_recipe(RECIPES / "smollm2-135m.yaml")
     assert (recipe.teacher, recipe.student.mixer) == ("smollm2-135m", "gated_deltanet")
-    assert (recipe.stages.hidden.lr, recipe.stages.hidden.groups.copied.lr) == (2e-3, 5e-4)
+    assert (recipe.stages.hidden.lr, recipe.stages.hidden.param_groups.attention_projections.lr) == (2e-3, 5e-4)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def held_out(nano):
     """`[24, 1025]` tokens of held-out files of the standard library."""
     _, tokenizer = nano
     tokens = []
-    for text in stdlib.documents("valid"):
+    for text in stdlib.documents("validation"):
         tokens += [tokenizer.eos_token_id, *tokenizer(text, verbose=False).input_ids]
     windows = torch.tensor(tokens[: len(tokens) // 1025 * 1025]).view(-1, 1025)
     return windows[:: max(1, len(windows) // 24)][:24]
@@ -75,7 +75,7 @@ def test_each_stage_lowers_its_own_loss_on_held_out_text(stage, mixer, nano, hel
     teacher.requires_grad_(False)
     before = [p.clone() for p in teacher.parameters()]
     train, valid = held_out[:16, :128], held_out[16:, :128]
-    student = subquad.linearize(teacher, mixer, calibration=valid)
+    student = subquad.linearize(teacher, mixer, scale_ids=valid)
     objective = {
         "matrix": lambda: MatrixMixing(teacher, Matrix(tokens=1, lr=1.0)),
         "hidden": lambda: HiddenAlignment(teacher, Hidden(tokens=1, lr=1.0), valid),

@@ -8,7 +8,7 @@ import torch
 
 import subquad
 from subquad.cli import main
-from subquad.config import Corpus
+from subquad.config import Data
 from subquad.data import token_rows
 from subquad.modeling.teachers import smollm2
 from subquad.utils import UserError
@@ -32,8 +32,8 @@ def text(teacher):
     if not BOOKS.exists():
         pytest.skip("the development data (books.valid) is not here")
     _, tokenizer = teacher
-    corpus = Corpus(source=str(BOOKS), context=512)
-    held_out = token_rows(corpus, tokenizer, "valid", limit=4 * 512)
+    corpus = Data(source=str(BOOKS), seq_len=512)
+    held_out = token_rows(corpus, tokenizer, "validation", limit=4 * 512)
     calibration = token_rows(corpus, tokenizer, "train", limit=2**16)
     return torch.stack([held_out[i]["input_ids"] for i in range(4)]), calibration[0]["input_ids"][None]
 
@@ -54,7 +54,7 @@ def test_a_fresh_student_loses_no_more_than_a_plain_trial_did(mixer, lost, teach
     page GLA loses 3.1."""
     model, _ = teacher
     rows, calibration = text
-    student = subquad.linearize(model, mixer, calibration=calibration).eval()
+    student = subquad.linearize(model, mixer, scale_ids=calibration).eval()
     with torch.no_grad():
         fresh, best = (m(rows, labels=rows, use_cache=False).loss.item() for m in (student, model))
     assert fresh - best < lost
@@ -65,9 +65,14 @@ def test_its_recipe_runs_end_to_end(teacher, tmp_path, capsys):
     text = tmp_path / "story.txt"
     text.write_text("\n\n".join(f"Paragraph {i}. The old man and the river went on and on." for i in range(3000)))
     recipe = Path(__file__).parents[1] / "recipes" / "smollm2-135m.yaml"
-    small = ["stages.hidden.tokens=1024", "stages.hidden.batch_size=2", "evaluation.tokens=512", "corpus.context=128"]
+    small = [
+        "stages.hidden.tokens=1024",
+        "stages.hidden.batch_size=2",
+        "evaluation.eval_tokens=512",
+        "data.seq_len=128",
+    ]
     # four steps lower what calibration has not lowered already
-    changes = [f"corpus.source={text}", "student.calibrate=null", *small]
+    changes = [f"data.source={text}", "student.calibration_tokens=null", *small]
     argv = ["distill", str(recipe), "--output", str(tmp_path / "student")]
     assert main(argv + [part for change in changes for part in ("--set", change)]) == 0
     row = json.loads((tmp_path / "student" / "result.json").read_text())["row"]

@@ -61,15 +61,15 @@ def tiny_recipe(directory: Path, **changes) -> Path:
     (directory / "text.txt").write_text(sentences(2000, 1))
     recipe = {
         "teacher": str(teacher),
-        "corpus": {"source": str(directory / "text.txt"), "context": 32},
-        "student": {"mixer": "gla", "calibrate": None},
+        "data": {"source": str(directory / "text.txt"), "seq_len": 32},
+        "student": {"mixer": "gla", "calibration_tokens": None},
         "stages": {
             "matrix": {"tokens": 512, "lr": 1e-3, "batch_size": 2},
             "hidden": {"tokens": 768, "lr": 1e-3, "batch_size": 2},
             "end_to_end": {"tokens": 768, "lr": 1e-3, "batch_size": 2},
         },
-        "checkpoint": {"every": 3},
-        "evaluation": {"tokens": 256},
+        "checkpoint": {"save_steps": 3},
+        "evaluation": {"eval_tokens": 256},
         **changes,
     }
     path = directory / "recipe.yaml"

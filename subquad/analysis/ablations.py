@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.analysis.half_life import mean_log_decays
-from subquad.analysis.layer_access import Stack
-from subquad.evaluate.results import Row
+from subquad.analysis.layer_access import LayerAccess
+from subquad.evaluate.results import Result
 from subquad.mixers import Mixer
 from subquad.mixers.gla import logsigmoid_inverse
 from subquad.modeling.layers import AttentionLayer, MixerLayer
@@ -45,13 +45,13 @@ def mean_loss(model: PreTrainedModel, rows: Tensor) -> float:
     return total / rows[:, 1:].numel()
 
 
-def ablation_rows(
+def ablation_results(
     model: PreTrainedModel,
     rows: Tensor,
     score: Score = mean_loss,
     metric: str = "loss",
     window: int = 64,
-) -> list[Row]:
+) -> list[Result]:
     """A model's score on texts `rows: [N, T]` with each of its parts taken away.
 
     Tasks: `intact`; `without_layer`, the mixing of one layer cut off (its output zero; the row names the layer);
@@ -67,7 +67,7 @@ def ablation_rows(
         model: a student, or a plain transformer, of which layers can be cut off.
         score: of a model on `rows`, by the name `metric`.
     """
-    stack = Stack(model)
+    stack = LayerAccess(model)
     with evaluating(model):
         intact = score(model, rows)
         with cut(stack.mixing):
@@ -76,10 +76,12 @@ def ablation_rows(
     worth = intact - nothing
     out = []
     for name, layer, value in [("intact", None, intact), *found, ("without_mixing", None, nothing)]:
-        out.append(Row(task=name, metric=metric, value=value, layer=layer, n=rows.numel(), length=rows.shape[1]))
+        out.append(Result(task=name, metric=metric, value=value, layer=layer, n=rows.numel(), length=rows.shape[1]))
         if worth:
             share = (value - nothing) / worth
-            out.append(Row(task=name, metric="share", value=share, layer=layer, n=rows.numel(), length=rows.shape[1]))
+            out.append(
+                Result(task=name, metric="share", value=share, layer=layer, n=rows.numel(), length=rows.shape[1])
+            )
             if name == "without_mixers" and share > BYPASSED:
                 logger.warning(
                     "the mixers of this hybrid are hardly used: %.0f%% of what mixing is worth stays without them "
@@ -94,7 +96,7 @@ def _scored(model: PreTrainedModel, rows: Tensor, score: Score, part: Any) -> fl
         return score(model, rows)
 
 
-def parts(stack: Stack, rows: Tensor, window: int) -> Iterator[tuple[str, int | None, Any]]:
+def parts(stack: LayerAccess, rows: Tensor, window: int) -> Iterator[tuple[str, int | None, Any]]:
     """What the model has that can be taken away: a name, the layer where it is one layer's, a context manager."""
     for index, module in enumerate(stack.mixing):
         yield "without_layer", index, cut([module])
@@ -108,7 +110,7 @@ def parts(stack: Stack, rows: Tensor, window: int) -> Iterator[tuple[str, int | 
     wide = [block for block in kept if block.window is None or block.window > window]
     if wide:
         yield f"window_{window}", None, windowed(wide, window)
-    if any(mixer.kernels() for mixer in mixers):
+    if any(mixer.conv_weights() for mixer in mixers):
         yield "without_short_conv", None, without_short_conv(mixers)
     if any(mixer.options.output_gate != "none" for mixer in mixers):
         yield "frozen_gate", None, frozen_gates(stack.model, rows)
@@ -154,7 +156,7 @@ def windowed(blocks: Iterable[AttentionLayer], window: int) -> Iterator[None]:
 @contextmanager
 def without_short_conv(mixers: Iterable[Mixer]) -> Iterator[None]:
     """Short convolutions pass on each token as it is: their kernels are the identity."""
-    kernels = [(mixer, name, kernel) for mixer in mixers for name, kernel in mixer.kernels().items()]
+    kernels = [(mixer, name, kernel) for mixer in mixers for name, kernel in mixer.conv_weights().items()]
     try:
         for mixer, name, kernel in kernels:
             identity = torch.zeros_like(kernel)
@@ -179,7 +181,7 @@ def frozen_gates(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
 @torch.no_grad()
 def mean_gates(model: PreTrainedModel, rows: Tensor) -> list[tuple[Mixer, Tensor]]:
     """The mixers of a student that have an output gate, with its mean over all tokens, `[H, V]`."""
-    stack = Stack(model)
+    stack = LayerAccess(model)
     sums: dict[int, Tensor] = {}
     with evaluating(model):
         for ids in rows.split(1):
@@ -202,7 +204,7 @@ def frozen_decays(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
     a token writes is tied to what it forgets (MetaLA, HGRN2), only what it forgets is frozen."""
     means = mean_log_decays(model, rows)
     with ExitStack() as undo:
-        for block, mean in zip(Stack(model).blocks, means, strict=True):
+        for block, mean in zip(LayerAccess(model).blocks, means, strict=True):
             if isinstance(block, MixerLayer) and mean is not None:
                 undo.enter_context(replaced(block.mixer, "gates", _steady(block.mixer.gates, mean)))
         yield

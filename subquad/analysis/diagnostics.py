@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.analysis.half_life import half_lives
-from subquad.analysis.hidden_states import state_rows
-from subquad.analysis.layer_access import Stack, stacks
-from subquad.analysis.layer_errors import origin_rows
-from subquad.analysis.mixing_matrices import Comparison, Profile, distance_bins
-from subquad.evaluate.results import Row
-from subquad.modeling.attention.discovery import Recording
+from subquad.analysis.hidden_states import hidden_state_results
+from subquad.analysis.layer_access import LayerAccess, stacks
+from subquad.analysis.layer_errors import layer_error_results
+from subquad.analysis.mixing_matrices import MatrixComparison, MatrixStats, distance_bins
+from subquad.evaluate.results import Result
+from subquad.modeling.attention.discovery import LayerActivations
 from subquad.modeling.linearize import evaluating
 from subquad.utils import UserError
 
@@ -25,9 +25,9 @@ BLOCK_ENTRIES = 2**22
 """Entries of a block of matrix rows, over all heads: 34 MB in float64, of which a handful exist at a time."""
 
 
-def diagnostics_rows(
+def diagnostics_results(
     model: PreTrainedModel, rows: Tensor, teacher: PreTrainedModel | None = None, top: int = 8, block: int | None = None
-) -> list[Row]:
+) -> list[Result]:
     """Everything that is known of a model's inside on texts `rows: [N, T]`, without padding.
 
     model: a student, or a plain transformer whose attention can be read.
@@ -37,25 +37,25 @@ def diagnostics_rows(
     Raises:
         UserError: attention that cannot be read; layers that do not correspond; texts that are too short.
     """
-    found = profile_rows(model, rows, block) + half_life_rows(model, rows)
+    found = matrix_results(model, rows, block) + half_life_results(model, rows)
     if teacher is not None:
-        found += comparison_rows(model, teacher, rows, top, block)
-        found += state_rows(model, teacher, rows) + origin_rows(model, teacher, rows)
+        found += comparison_results(model, teacher, rows, top, block)
+        found += hidden_state_results(model, teacher, rows) + layer_error_results(model, teacher, rows)
     return found
 
 
 @torch.no_grad()
-def profile_rows(model: PreTrainedModel, rows: Tensor, block: int | None = None) -> list[Row]:
+def matrix_results(model: PreTrainedModel, rows: Tensor, block: int | None = None) -> list[Result]:
     """Of each head of each layer of a model run by itself: `entropy` (nats), `memory_length` (tokens), `mass_0`,
     `mass_1`, `mass_2_3` ... (by distance); of each layer `diversity`. Means over heads and layers have none named."""
-    stack = Stack(model)
+    stack = LayerAccess(model)
     T = rows.shape[1]
-    profiles = [Profile(b.layout.num_heads, T, model.device) for b in stack.blocks]
+    profiles = [MatrixStats(b.spec.num_heads, T, model.device) for b in stack.blocks]
     with evaluating(model):
         for ids in rows.split(1):
             for index, recording in enumerate(stack.record(stack.mixing, ids)):
                 for first, M in blocks(
-                    matrix_of(stack, index, recording), stack.blocks[index].layout.num_heads, T, block
+                    matrix_of(stack, index, recording), stack.blocks[index].spec.num_heads, T, block
                 ):
                     profiles[index].add(M, first)
     found = by_head("entropy", [p.entropy() for p in profiles], T, rows.numel())
@@ -67,19 +67,19 @@ def profile_rows(model: PreTrainedModel, rows: Tensor, block: int | None = None)
     apart = [(index, p.diversity()) for index, p in enumerate(profiles)]
     known = [(index, value) for index, value in apart if value is not None]
     if known:
-        row = partial(Row, task="matrices", metric="diversity", length=T, n=rows.numel())
+        row = partial(Result, task="matrices", metric="diversity", length=T, n=rows.numel())
         found.append(row(value=sum(value for _, value in known) / len(known)))
         found += [row(value=value, layer=index) for index, value in known]
     return found
 
 
-def half_life_rows(model: PreTrainedModel, rows: Tensor) -> list[Row]:
+def half_life_results(model: PreTrainedModel, rows: Tensor) -> list[Result]:
     """`half_life` (tokens) of each head that has a decay: the median of its channels; without head, the median of a
     layer; without layer, of all."""
     spectrum = [
         (i, h.view(len(h), -1).median(-1).values) for i, h in enumerate(half_lives(model, rows)) if h is not None
     ]
-    row = partial(Row, task="decays", metric="half_life", n=rows.numel())
+    row = partial(Result, task="decays", metric="half_life", n=rows.numel())
     if not spectrum:
         return []
     found = [row(value=torch.cat([values for _, values in spectrum]).median().item())]
@@ -90,9 +90,9 @@ def half_life_rows(model: PreTrainedModel, rows: Tensor) -> list[Row]:
 
 
 @torch.no_grad()
-def comparison_rows(
+def comparison_results(
     student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor, top: int = 8, block: int | None = None
-) -> list[Row]:
+) -> list[Result]:
     """Of each head of each layer `overlap`, `overlap_chance`, `frobenius` and `row_cosine` (see `Comparison`) between
     the student's mixing matrix and the teacher's attention, both from the teacher's input to that layer.
 
@@ -106,8 +106,8 @@ def comparison_rows(
     if not 0 < top < T:
         raise UserError(f"top: got {top} for texts of {T} tokens, expected 1 to {T - 1}")
     ours, theirs = stacks(student, teacher)
-    heads = [b.layout.num_heads for b in ours.blocks]
-    found = [Comparison(H, top, student.device) for H in heads]
+    heads = [b.spec.num_heads for b in ours.blocks]
+    found = [MatrixComparison(H, top, student.device) for H in heads]
     with evaluating(student), evaluating(teacher):
         for ids in rows.split(1):
             for index, recording in enumerate(theirs.record(theirs.mixing, ids)):
@@ -115,13 +115,13 @@ def comparison_rows(
                 for first, M in blocks(matrix_of(ours, index, recording), heads[index], T, block):
                     found[index].add(M, A(slice(first, first + M.shape[1])), first)
     n = rows.numel()
-    out = by_head("overlap", [c.overlap() for c in found], T, n)
-    out.append(Row(task="matrices", metric="overlap_chance", value=found[0].chance(), n=n, length=T))
+    out = by_head("overlap", [c.topk_mass_overlap() for c in found], T, n)
+    out.append(Result(task="matrices", metric="overlap_chance", value=found[0].chance(), n=n, length=T))
     out += by_head("frobenius", [c.frobenius() for c in found], T, n)
     return out + by_head("row_cosine", [c.row_cosine() for c in found], T, n)
 
 
-def matrix_of(stack: Stack, index: int, recording: Recording) -> Callable[[slice], Tensor]:
+def matrix_of(stack: LayerAccess, index: int, recording: LayerActivations) -> Callable[[slice], Tensor]:
     """Gives rows of the mixing matrix of layer `index` of one text, `[H, rows, T]`, on what a layer was given: its own,
     or that of the model that it is compared with."""
     rows_of = stack.blocks[index].matrix_rows(*recording.args, **recording.kwargs)
@@ -151,9 +151,9 @@ def matrices_beside(
         return tuple(matrix_of(stack, layer, recording)(slice(None)) for stack in (ours, theirs))  # type: ignore[return-value]
 
 
-def by_head(metric: str, values: Sequence[Tensor], length: int, n: int) -> list[Row]:
+def by_head(metric: str, values: Sequence[Tensor], length: int, n: int) -> list[Result]:
     """Rows of one metric from `[H]` a layer: the mean of all (neither layer nor head), of each layer, each head's."""
-    row = partial(Row, task="matrices", metric=metric, length=length, n=n)
+    row = partial(Result, task="matrices", metric=metric, length=length, n=n)
     found = [row(value=torch.stack([v.double().mean() for v in values]).mean().item())]
     for index, layer in enumerate(values):
         found.append(row(value=layer.double().mean().item(), layer=index))

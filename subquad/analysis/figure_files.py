@@ -12,7 +12,7 @@ from subquad.analysis.half_life import half_lives
 from subquad.analysis.plots import decay_figure, layers_figure, matrices_figure, recall_figure, save
 from subquad.analysis.recall_tasks import TASKS
 from subquad.analysis.saved_matrices import chosen_matrices
-from subquad.evaluate.results import Row, select
+from subquad.evaluate.results import Result, select
 
 
 def draw_student(
@@ -33,7 +33,7 @@ def draw_student(
     return paths
 
 
-def draw_rows(rows: Sequence[Row], directory: Path) -> list[Path]:
+def draw_rows(rows: Sequence[Result], directory: Path) -> list[Path]:
     """Of each model what it recalls, and of all of them the likeness of their hidden states with the teacher's."""
     paths = []
     names = list(dict.fromkeys(row.model for row in rows))
@@ -55,7 +55,7 @@ def draw(
     models: Sequence[tuple[str, PreTrainedModel]],
     teacher: PreTrainedModel | None,
     texts: Tensor,
-    rows: Sequence[Row],
+    rows: Sequence[Result],
     directory: Path,
 ) -> list[Path]:
     """All pictures of models, by name, and of their rows of results, into `directory`; returns their paths."""

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.analysis.layer_access import Stack
-from subquad.mixers.norms import widen
+from subquad.analysis.layer_access import LayerAccess
+from subquad.mixers.norms import upcast
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.linearize import evaluating
 
@@ -24,14 +24,14 @@ def log_decay_of(core: dict[str, Tensor]) -> Tensor | None:
     """The log decay among what a mixer's core takes, `[B, T, H]` or, a channel, `[B, T, H, K]`; None where it has
     none."""
     if "forget_gate" in core:
-        return F.logsigmoid(widen(core["forget_gate"]))
+        return F.logsigmoid(upcast(core["forget_gate"]))
     return core.get("log_decay")
 
 
 @torch.no_grad()
 def mean_log_decays(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]:
     """Of each layer, over all tokens of `rows: [N, T]`, `[H]` or `[H, K]` in float64; None where it has no decay."""
-    stack = Stack(model)
+    stack = LayerAccess(model)
     sums: list[Tensor | None] = [None] * len(stack)
     with evaluating(model):
         for ids in rows.split(1):
@@ -40,7 +40,7 @@ def mean_log_decays(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]
                 if not isinstance(block, MixerLayer):
                     continue
                 x, positions = recording.hidden_states, recording.kwargs.get("position_embeddings")
-                found = log_decay_of(block.mixer.core_inputs(x, positions, None, None)[0])
+                found = log_decay_of(block.mixer.op_inputs(x, positions, None, None)[0])
                 if found is not None:
                     total = found.double().sum((0, 1))
                     before = sums[index]

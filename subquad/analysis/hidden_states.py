@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.analysis.layer_access import stacks
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.modeling.linearize import evaluating
 from subquad.utils import UserError
 
 
-class Likeness:
+class LinearCKA:
     """Of two sets of states of the same tokens, given piece by piece."""
 
     def __init__(self, hidden: int, device: torch.device):
@@ -50,7 +50,7 @@ class Likeness:
 
 
 @torch.no_grad()
-def state_rows(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Row]:
+def hidden_state_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Result]:
     """`cka` and `cosine` of what each decoder layer gives, on texts `rows: [N, T]`, and their means over layers.
 
     Raises:
@@ -59,8 +59,8 @@ def state_rows(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor)
     if rows.shape[1] < 2:
         raise UserError(f"rows: got texts of {rows.shape[1]} token, expected at least 2: the first is left out")
     ours, theirs = stacks(student, teacher)
-    hidden = ours.blocks[0].layout.hidden_size
-    found = [Likeness(hidden, student.device) for _ in range(len(ours))]
+    hidden = ours.blocks[0].spec.hidden_size
+    found = [LinearCKA(hidden, student.device) for _ in range(len(ours))]
     with evaluating(student), evaluating(teacher):
         for ids in rows.split(1):
             pairs = zip(ours.record(ours.layers, ids), theirs.record(theirs.layers, ids), strict=True)
@@ -69,7 +69,7 @@ def state_rows(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor)
     out = []
     for metric in ("cka", "cosine"):
         values = [getattr(likeness, metric)() for likeness in found]
-        row = partial(Row, task="states", metric=metric, n=found[0].tokens, length=rows.shape[1])
+        row = partial(Result, task="states", metric=metric, n=found[0].tokens, length=rows.shape[1])
         out.append(row(value=sum(values) / len(values)))
         out += [row(value=value, layer=index) for index, value in enumerate(values)]
     return out

@@ -10,14 +10,14 @@ import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.modeling.attention.discovery import Recording, find_attention, layer_path, listen
+from subquad.modeling.attention.discovery import LayerActivations, capture_activations, discover_attention, layer_path
 from subquad.modeling.attention.scores import with_mask
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
 
 
-class Stack:
+class LayerAccess:
     """The layers of a causal language model whose attention can be read (see `subquad.modeling.attention.discovery`).
 
     `blocks[i]` says the mixing matrix of layer i, of a plain transformer too: its attention, as a student keeps it. A
@@ -35,11 +35,11 @@ class Stack:
         if isinstance(model, SubquadForCausalLM):
             self.root = model.base
             self.paths = [place["path"] for place in model.config.attention]
-            self.blocks = model.blocks
+            self.blocks = model.mixer_layers
         else:
-            sites = find_attention(model)
+            sites = discover_attention(model)
             self.paths = [site.path for site in sites]
-            self.blocks = [AttentionLayer(site.module, site.layout, site.index) for site in sites]
+            self.blocks = [AttentionLayer(site.module, site.spec, site.index) for site in sites]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -58,20 +58,20 @@ class Stack:
         """`[B, T]`, all tokens real, through every layer."""
         ids = input_ids.to(self.model.device)
         if isinstance(self.model, SubquadForCausalLM):
-            self.model.backbone(ids)
+            self.model.last_hidden_state(ids)
         else:
             self.model.base_model(input_ids=ids, use_cache=False)
 
     @torch.no_grad()
-    def record(self, modules: Sequence[nn.Module], input_ids: Tensor) -> list[Recording]:
+    def record(self, modules: Sequence[nn.Module], input_ids: Tensor) -> list[LayerActivations]:
         """What each of `modules` is given and makes of it, in one run."""
-        heard: dict[int, Recording] = {}
-        with listen([(module, None) for module in modules], heard.__setitem__):
+        heard: dict[int, LayerActivations] = {}
+        with capture_activations([(module, None) for module in modules], heard.__setitem__):
             self.run(input_ids)
         return [heard[index] for index in range(len(modules))]
 
     @contextmanager
-    def ours(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         """While it lasts, `blocks` stand in the model, and its layers take whatever mask they are given for none: all
         tokens are real and of one document."""
         before = self.mixing
@@ -87,7 +87,7 @@ class Stack:
                 hook.remove()
 
     @contextmanager
-    def with_layer(self, index: int, other: "Stack") -> Iterator[None]:
+    def with_layer(self, index: int, other: "LayerAccess") -> Iterator[None]:
         """While it lasts, decoder layer `index` is that of `other`, which must be `ours` meanwhile."""
         path, layer = layer_path(self.paths[index]), self.layers[index]
         try:
@@ -101,20 +101,20 @@ def _without_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     return with_mask(module, args, kwargs, None)
 
 
-def respond(module: nn.Module, recording: Recording) -> Tensor:
+def run_on(module: nn.Module, recording: LayerActivations) -> Tensor:
     """What `module` makes of what another was given: a block, or a layer of a stack that is `ours`."""
     args, kwargs = with_mask(module, recording.args, recording.kwargs, None)
     given = module(*args, **kwargs)
     return given[0] if isinstance(given, tuple) else given
 
 
-def stacks(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[Stack, Stack]:
+def stacks(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[LayerAccess, LayerAccess]:
     """Those of a model and of what it is compared with; UserError where their layers or heads do not correspond."""
-    ours, theirs = Stack(student), Stack(teacher)
+    ours, theirs = LayerAccess(student), LayerAccess(teacher)
     if len(ours) != len(theirs):
         raise UserError(f"the student has {len(ours)} layers, the teacher {len(theirs)}; expected the same number")
     for index, (a, b) in enumerate(zip(ours.blocks, theirs.blocks, strict=True)):
-        mine, its = (a.layout.num_heads, a.layout.hidden_size), (b.layout.num_heads, b.layout.hidden_size)
+        mine, its = (a.spec.num_heads, a.spec.hidden_size), (b.spec.num_heads, b.spec.hidden_size)
         if mine != its:
             raise UserError(
                 f"layer {index} has {mine[0]} heads over {mine[1]} channels, the teacher's {its[0]} over {its[1]}; "

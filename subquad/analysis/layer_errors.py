@@ -10,21 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.analysis.layer_access import respond, stacks
-from subquad.evaluate.results import Row
+from subquad.analysis.layer_access import run_on, stacks
+from subquad.evaluate.results import Result
 from subquad.modeling.linearize import evaluating
 
 CHUNK = 256
 """Tokens whose distributions over the vocabulary are compared at a time."""
 
 
-def origin_rows(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Row]:
+def layer_error_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Result]:
     """What `error_rows` and `swap_rows` say of texts `rows: [N, T]`."""
-    return error_rows(student, teacher, rows) + swap_rows(student, teacher, rows)
+    return output_error_results(student, teacher, rows) + swap_results(student, teacher, rows)
 
 
 @torch.no_grad()
-def error_rows(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Row]:
+def output_error_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Result]:
     """Of each layer, given what the teacher's is given: |ours - theirs|^2 / |theirs|^2, summed over all tokens.
 
     `mixer_error`: of what stands in the place of attention, on attention's input; 1 is one that says nothing.
@@ -35,18 +35,18 @@ def error_rows(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor)
     with evaluating(student), evaluating(teacher):
         for ids in rows.split(1):
             heard = [theirs.record(modules, ids) for modules in (theirs.mixing, theirs.layers)]
-            with ours.ours():
+            with ours.installed():
                 for kind, modules in enumerate((ours.mixing, ours.layers)):
                     for index, (module, recording) in enumerate(zip(modules, heard[kind], strict=True)):
                         target = recording.output.double()
-                        wrong[kind, index] += (respond(module, recording).double() - target).square().sum().cpu()
+                        wrong[kind, index] += (run_on(module, recording).double() - target).square().sum().cpu()
                         power[kind, index] += target.square().sum().cpu()
     errors = (wrong / power).tolist()
     return by_layer("mixer_error", errors[0], rows) + by_layer("layer_error", errors[1], rows)
 
 
 @torch.no_grad()
-def swap_rows(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Row]:
+def swap_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Result]:
     """What it costs the teacher to have one decoder layer of the student in the place of its own: `swap_kl`, the
     divergence from its own distribution of the next token, and `swap_loss`, by how much its loss rises; in nats."""
     ours, theirs = stacks(student, teacher)
@@ -56,7 +56,7 @@ def swap_rows(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) 
             ids = ids.to(teacher.device)
             whole = next_logits(teacher, ids)
             for index in range(len(ours)):
-                with ours.ours(), theirs.with_layer(index, ours):
+                with ours.installed(), theirs.with_layer(index, ours):
                     swapped = next_logits(teacher, ids)
                 totals[:, index] += divergence(whole, swapped, ids[0, 1:])
     values = (totals / rows[:, 1:].numel()).tolist()
@@ -79,11 +79,11 @@ def divergence(p: Tensor, q: Tensor, target: Tensor) -> Tensor:
     return total
 
 
-def by_layer(metric: str, values: list[float], rows: Tensor) -> list[Row]:
+def by_layer(metric: str, values: list[float], rows: Tensor) -> list[Result]:
     """Of each layer, and their mean, which names none."""
     length = rows.shape[1]
-    found = [Row(task="origins", metric=metric, value=sum(values) / len(values), length=length, n=rows.numel())]
+    found = [Result(task="origins", metric=metric, value=sum(values) / len(values), length=length, n=rows.numel())]
     return found + [
-        Row(task="origins", metric=metric, value=value, layer=index, length=length, n=rows.numel())
+        Result(task="origins", metric=metric, value=value, layer=index, length=length, n=rows.numel())
         for index, value in enumerate(values)
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def attended(M: Tensor) -> Tensor:
+def normalized_abs_rows(M: Tensor) -> Tensor:
     """|M| with rows that sum to one, `[.., T]`; a row of zeros stays one."""
     size = M.abs()
     return size / size.sum(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
@@ -43,7 +43,7 @@ def sums_by_distance(p: Tensor, first: int) -> Tensor:
     return torch.nn.functional.pad(found, (0, T - found.shape[1]))
 
 
-class Profile:
+class MatrixStats:
     """Of one layer's matrices `[H, T, T]`, one text after the other.
 
     - entropy: of a row of `attended`, in nats; the mean over rows. A uniform head has the mean of log(i + 1).
@@ -65,7 +65,7 @@ class Profile:
     def add(self, M: Tensor, first: int) -> None:
         """Rows `[H, rows, T]` from `first` on."""
         M = M.double()
-        p = attended(M)
+        p = normalized_abs_rows(M)
         self.rows += M.shape[1]
         self._entropy -= torch.special.xlogy(p, p).sum((1, 2))
         late = max(0, self.half - first)
@@ -103,7 +103,7 @@ class Profile:
         return distance[pairs[0], pairs[1]].mean().item()
 
 
-class Comparison:
+class MatrixComparison:
     """Of one layer's matrices M, a student's, with A, its teacher's attention, head by head.
 
     - overlap: of the mass that A has on the `top` tokens that it attends to most, the share that lies on those that M
@@ -147,7 +147,7 @@ class Comparison:
         share = torch.where(whole > 0, (mass * both).sum(-1) / whole, 0.0)
         self._sums["overlap"] += share.sum(-1)
 
-    def overlap(self) -> Tensor:
+    def topk_mass_overlap(self) -> Tensor:
         """`[H]`."""
         return self._sums["overlap"] / self.chosen
 

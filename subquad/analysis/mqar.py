@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from subquad import mixers
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.linearize import evaluating, linearize
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
@@ -71,9 +71,9 @@ class Setting:
         return 4 * self.pairs
 
 
-def mqar_rows(
+def mqar_results(
     names: Sequence[str] = tuple(mixers.REGISTRY), heads: Sequence[int] = (2, 4, 8), setting: Setting | None = None
-) -> list[Row]:
+) -> list[Result]:
     """Accuracy of each mixer for each number of heads; the row's model is the mixer, its task names the state, in
     numbers a layer: `mqar_state_512`.
 
@@ -93,7 +93,7 @@ def mqar_rows(
             stderr = (right * (1 - right) / asked) ** 0.5
             task = f"mqar_state_{one.state}"
             found.append(
-                Row(task=task, metric="acc", value=right, stderr=stderr, n=asked, length=one.length, model=name)
+                Result(task=task, metric="acc", value=right, stderr=stderr, n=asked, length=one.length, model=name)
             )
     return found
 
@@ -131,9 +131,9 @@ def build(mixer: str, setting: Setting) -> SubquadForCausalLM:
         entry = {"mixer": mixer} | ({} if mixer == mixers.SOFTMAX else ALIKE)
         some = torch.arange(min(8, setting.vocabulary))[None]
         model = linearize(
-            LlamaForCausalLM(config), copy_qkv=False, layers={"default": entry}, calibration=some, seed=setting.seed
+            LlamaForCausalLM(config), copy_qkv=False, layer_types={"default": entry}, scale_ids=some, seed=setting.seed
         )
-        for block in model.blocks:
+        for block in model.mixer_layers:
             if isinstance(block, MixerLayer):
                 block.mixer.reset_parameters()  # output norms at one: there is no teacher whose scale they should have
     return model

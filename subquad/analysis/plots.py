@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from subquad.analysis.mixing_matrices import attended
-from subquad.evaluate.results import Row, select
+from subquad.analysis.mixing_matrices import normalized_abs_rows
+from subquad.evaluate.results import Result, select
 from subquad.utils import UserError
 
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"
@@ -51,7 +51,7 @@ def matrices_figure(beside: Mapping[tuple[int, int], tuple[Tensor, Tensor]], tit
     for column, ((layer, head), pair) in enumerate(beside.items()):
         for row, (who, M) in enumerate(zip(("teacher", "student"), reversed(pair), strict=True)):
             axes = panels[row][column]
-            shares = attended(M.detach().cpu().double()).clamp_min(FAINTEST)
+            shares = normalized_abs_rows(M.detach().cpu().double()).clamp_min(FAINTEST)
             shares[torch.ones_like(shares, dtype=torch.bool).triu(1)] = torch.nan
             norm = LogNorm(FAINTEST, 1.0)
             shown = axes.imshow(shares.numpy(), cmap=colours, norm=norm, interpolation="nearest")
@@ -100,7 +100,7 @@ def decay_figure(half_lives: Sequence[Tensor | None], title: str) -> Figure:
     return figure
 
 
-def recall_figure(rows: Sequence[Row], title: str, metric: str = "acc") -> Figure:
+def recall_figure(rows: Sequence[Result], title: str, metric: str = "acc") -> Figure:
     """A heat map a task, length across and depth down, from `recall_rows`; a task without depths has one row."""
     wanted = select(rows, metric=metric)
     tasks = list(dict.fromkeys(row.task for row in wanted))
@@ -122,14 +122,14 @@ def recall_figure(rows: Sequence[Row], title: str, metric: str = "acc") -> Figur
     return figure
 
 
-def label(rows: Sequence[Row], metric: str) -> str:
+def label(rows: Sequence[Result], metric: str) -> str:
     """The name of a metric, with what guessing gives, where that is known and one number."""
     chance = {row.value for row in select(rows, metric="chance")}
     name = metric.replace("_", " ")
     return f"{name} (chance: {chance.pop():g})" if metric == "acc" and len(chance) == 1 else name
 
 
-def heat_map(axes: Any, rows: Sequence[Row]) -> Any:
+def heat_map(axes: Any, rows: Sequence[Result]) -> Any:
     """Values from 0 to 1 of rows with lengths and depths, written into their cells."""
     lengths = sorted({row.length or 0 for row in rows})
     depths = sorted({-1.0 if row.depth is None else row.depth for row in rows})
@@ -149,7 +149,7 @@ def heat_map(axes: Any, rows: Sequence[Row]) -> Any:
     return shown
 
 
-def layers_figure(series: Mapping[str, Sequence[Row]], metric: str, title: str) -> Figure:
+def layers_figure(series: Mapping[str, Sequence[Result]], metric: str, title: str) -> Figure:
     """A metric by layer, such as `cka`, a line for each model: a mapping from its name to rows, of which those of whole
     layers are drawn."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.analysis.recall_tasks import TASKS, Item, Question, Source, make
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.linearize import evaluating
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
@@ -45,7 +45,7 @@ class Answer:
     """Of being correct without reading."""
 
 
-def recall_rows(
+def recall_results(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     haystack: Tensor,
@@ -54,7 +54,7 @@ def recall_rows(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     items: int = 8,
     seed: int = 0,
-) -> list[Row]:
+) -> list[Result]:
     """Accuracy of a teacher or student at reading its context, zero-shot.
 
     Args:
@@ -85,14 +85,14 @@ def recall_rows(
     return found
 
 
-def summary(task: str, length: int, answered: Sequence[Answer]) -> list[Row]:
+def summary(task: str, length: int, answered: Sequence[Answer]) -> list[Result]:
     """Rows of one task and length: over all depths first, then at each."""
     depths = sorted({answer.depth for answer in answered if answer.depth is not None})
     groups: list[tuple[float | None, Sequence[Answer]]] = [(None, answered)]
     groups += [(depth, [a for a in answered if a.depth == depth]) for depth in depths]
     found = []
     for depth, group in groups:
-        where = Row(task=task, metric="chance", value=group[0].chance, n=len(group), length=length, depth=depth)
+        where = Result(task=task, metric="chance", value=group[0].chance, n=len(group), length=length, depth=depth)
         for metric, field in (("acc", "correct"), ("acc_generated", "generated"), ("loglikelihood", "log_likelihood")):
             values = [getattr(answer, field) for answer in group]
             stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.analysis.diagnostics import matrices_beside
-from subquad.analysis.layer_access import Stack
-from subquad.analysis.mixing_matrices import attended
+from subquad.analysis.layer_access import LayerAccess
+from subquad.analysis.mixing_matrices import normalized_abs_rows
 
 TOKENS = 96
 """Of a text whose matrices are shown: more are too small to be seen."""
@@ -23,11 +23,11 @@ Beside = dict[tuple[int, int], tuple[Tensor, Tensor]]
 def chosen_matrices(student: PreTrainedModel, teacher: PreTrainedModel, texts: Tensor) -> Beside:
     """The first head of three layers, on the beginning of the first of `texts: [N, T]`; the same for every student of
     a teacher, so that students can be compared."""
-    last = len(Stack(student)) - 1
+    last = len(LayerAccess(student)) - 1
     found = {}
     for layer in sorted({0, last // 2, last}):
         ours, theirs = matrices_beside(student, teacher, texts[0, :TOKENS], layer)
-        found[layer, 0] = attended(ours[0]).cpu(), attended(theirs[0]).cpu()
+        found[layer, 0] = normalized_abs_rows(ours[0]).cpu(), normalized_abs_rows(theirs[0]).cpu()
     return found
 
 

@@ -50,7 +50,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class Share(Section):
+class MixtureSource(Section):
     """A source within a mixture, where its weight alone does not say enough."""
 
     weight: Rate = 1.0
@@ -65,18 +65,18 @@ class Share(Section):
     """Null: the corpus's."""
 
 
-def _share(name: str, value: Any) -> float | Share:
-    if isinstance(value, Share) or (
+def _share(name: str, value: Any) -> float | MixtureSource:
+    if isinstance(value, MixtureSource) or (
         isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
     ):
         return value
     if not isinstance(value, dict):
         raise UserError(f"got {shown(value)} for {name!r}, expected a weight above 0")
     for key in value:
-        if key not in Share.model_fields:
-            raise UserError(f"unknown key {key!r} of {name!r}{nearest(key, Share.model_fields)}")
+        if key not in MixtureSource.model_fields:
+            raise UserError(f"unknown key {key!r} of {name!r}{nearest(key, MixtureSource.model_fields)}")
     try:
-        return Share.model_validate(value)
+        return MixtureSource.model_validate(value)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
     key, got = problem["loc"][0], shown(problem["input"])
@@ -94,27 +94,27 @@ def _sources(value: Any) -> Any:
     return value
 
 
-Sources = Annotated[str | dict[str, float | Share], BeforeValidator(_sources)]
+Sources = Annotated[str | dict[str, float | MixtureSource], BeforeValidator(_sources)]
 
 
-class Corpus(Section):
+class Data(Section):
     source: Sources
     """`python-stdlib`, a text file (.txt, .jsonl, .parquet, a source file; also .gz, .xz, .zst), a directory of such
     files, or the id of a data set on the Hugging Face hub; or a mixture of them with weights, such as
     `{books.txt: 0.7, python-stdlib: 0.3}`. Paths are relative to the working directory."""
-    context: Annotated[Whole, Field(ge=2)] = 512
+    seq_len: Annotated[Whole, Field(ge=2)] = 512
     """Tokens in a row of training or held-out text."""
-    valid: Sources | None = None
+    validation: Sources | None = None
     """A source of held-out text; without one, about a twentieth of `source` is held out."""
-    documents: Literal["separate", "joined"] = "separate"
-    """Whether documents in one row are kept apart, without attention or state across them, or read as one text."""
+    document_masking: Switch = True
+    """No attention and no state crosses a document boundary within a row; false: each row is read as one text."""
     column: Text = "text"
     """Where .jsonl, .parquet and data sets of the hub have their text (or, with `chat`, their conversations)."""
     chat: Switch = False
     """The column holds conversations, lists of messages with `role` and `content`, to be written out by the teacher's
     chat template; `column: messages` says so by itself, and the other way round."""
-    loss_on: Literal["all", "assistant"] = "all"
-    """Which tokens of conversations are learned: all, or only what the assistant says."""
+    assistant_only_loss: Switch = False
+    """Compute the loss of conversations on the assistant's tokens only; false: on all tokens."""
     split: Text = "train"
     """Split of a data set of the hub."""
     subset: Text | None = None
@@ -131,11 +131,13 @@ class Corpus(Section):
         return {**data, "column": column, "chat": data.get("chat", column == "messages")}
 
     @model_validator(mode="after")
-    def _assistants_are_in_conversations(self) -> "Corpus":
-        mixtures = [source for source in (self.source, self.valid) if isinstance(source, dict)]
-        shares = [share for mixture in mixtures for share in mixture.values() if isinstance(share, Share)]
-        if self.loss_on == "assistant" and not self.chat and not any(s.chat or s.column == "messages" for s in shares):
-            raise UserError("loss_on: got 'assistant' without chat, expected `chat: true` or `column: messages` too")
+    def _assistants_are_in_conversations(self) -> "Data":
+        mixtures = [source for source in (self.source, self.validation) if isinstance(source, dict)]
+        shares = [share for mixture in mixtures for share in mixture.values() if isinstance(share, MixtureSource)]
+        if self.assistant_only_loss and not self.chat and not any(s.chat or s.column == "messages" for s in shares):
+            raise UserError(
+                "assistant_only_loss: got true without chat, expected `chat: true` or `column: messages` too"
+            )
         return self
 
 
@@ -144,14 +146,14 @@ class Student(Section):
     """What replaces the teacher's attention: one of `subquad mixers`."""
     copy_qkv: Switch = True
     """Start from the teacher's query, key, value and output projections; false: from random ones."""
-    calibrate: Positive | None = 2048
+    calibration_tokens: Positive | None = 2048
     """Tokens of the corpus by which half-lives, write strengths, activations and scales are set, in closed form, to
     follow the teacher's attention; null: a neutral start. Only with `copy_qkv`: random projections tell nothing."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    mixer_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Options of the mixer by name, such as `half_life: 64`; calibration leaves them as they are."""
-    layers: dict[str, Any] | None = None
+    layer_types: dict[str, Any] | None = None
     """A plan in place of `mixer` and `options`, such as `{default: gla, "1,3": attention}`."""
-    export: Literal["qwen3_5", "bamba"] | None = None
+    export_target: Literal["qwen3_5", "bamba"] | None = None
     """Keep the student within what Qwen3.5 or Bamba computes, so that it can be exported; null: no bounds."""
 
     @field_validator("mixer")
@@ -178,7 +180,7 @@ class Student(Section):
     @field_validator("layers")
     @classmethod
     def _plan_is_one(cls, layers: dict[str, Any] | None, info: Any) -> dict[str, Any] | None:
-        from subquad.modeling.layer_types import plan_entry
+        from subquad.modeling.layer_types import layer_spec
 
         if layers is None:
             return None
@@ -187,7 +189,7 @@ class Student(Section):
         if not layers:
             raise UserError("an empty plan; expected entries such as default: gla")
         for key, entry in layers.items():
-            plan_entry(entry, key)
+            layer_spec(entry, key)
         return layers
 
     @field_validator("export")
@@ -205,10 +207,10 @@ class Student(Section):
     @property
     def name(self) -> str:
         """What a table calls it: the mixer, or "hybrid" for a plan."""
-        return self.mixer if self.layers is None else "hybrid"
+        return self.mixer if self.layer_types is None else "hybrid"
 
 
-class Group(Section):
+class ParamGroup(Section):
     lr: Rate | None = None
     """Peak rate; null: the stage's."""
     weight_decay: Weight | None = None
@@ -217,14 +219,14 @@ class Group(Section):
     """Does not learn in this stage."""
 
 
-class Groups(Section):
-    new: Group = Group()
+class ParamGroups(Section):
+    mixer: ParamGroup = ParamGroup()
     """What the teacher has no weight for: gates, decays, norms and convolutions of the mixers."""
-    copied: Group = Group()
+    attention_projections: ParamGroup = ParamGroup()
     """Query, key, value and output projections."""
-    body: Group = Group()
+    backbone: ParamGroup = ParamGroup()
     """MLPs and norms outside the mixers."""
-    embeddings: Group = Group()
+    embeddings: ParamGroup = ParamGroup()
     """Token (and position) embeddings and the head."""
 
 
@@ -241,12 +243,12 @@ class Stage(Section):
     lr: Rate
     """Peak learning rate."""
     batch_size: Positive = 8
-    """Rows of `corpus.context` tokens in a step, over all processes."""
+    """Rows of `data.seq_len` tokens in a step, over all processes."""
     micro_batch_size: Positive | None = None
     """Rows that a process has in memory at a time, gradients being accumulated over a step; null: its whole share."""
     warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from 0 to its peak."""
-    schedule: Literal["linear", "cosine", "constant", "wsd"] = "cosine"
+    lr_scheduler: Literal["linear", "cosine", "constant", "wsd"] = "cosine"
     """How the rate goes on after the warm-up: down to 0 on a line or half a cosine, not at all, or (warm-up, stable,
     decay) on a line over the last steps only."""
     decay: Annotated[Number, Field(gt=0, lt=1)] = 0.2
@@ -255,11 +257,11 @@ class Stage(Section):
     """AdamW's decoupled weight decay, on weight matrices."""
     max_grad_norm: Rate = 1.0
     """Gradients are scaled down to this norm."""
-    groups: Groups = Groups()
+    param_groups: ParamGroups = ParamGroups()
     """Parts of the student with a rate or a weight decay of their own, or frozen."""
     lora: Lora | None = None
     """Teach the copied projections through low-rank updates, merged at the end of the stage; null: themselves."""
-    ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Decay a step of a running average of the weights, which replaces them at the end of the stage."""
     gradient_checkpointing: Switch = False
     """Compute activations again in the backward pass: less memory, more time."""
@@ -274,12 +276,12 @@ class Stage(Section):
 
 
 class Matrix(Stage):
-    rows: Positive = 1024
+    row_chunk_size: Positive = 1024
     """Rows of the matrices that are compared at a time: bounds memory where the context is long."""
 
 
 class Hidden(Stage):
-    target: Literal["mixer", "block"] = "mixer"
+    target: Literal["mixer", "decoder_layer"] = "mixer"
     """Whose output is compared: the mixer's with the attention's, or the whole layer's, its MLP included."""
 
 
@@ -294,9 +296,9 @@ class EndToEnd(Stage):
     """KL(teacher, student), KL(student, teacher), or the generalised Jensen-Shannon divergence (arXiv 2306.13649)."""
     jsd_beta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture that `jsd` compares both with."""
-    text: Literal["corpus", "teacher"] = "corpus"
-    """Learn on the corpus, or on what the teacher writes behind the first tokens of its rows."""
-    prompt: Annotated[Number, Field(gt=0, lt=1)] = 0.125
+    data: Literal["corpus", "teacher_generated"] = "corpus"
+    """Train on the text of `data`, or on text that the teacher generates from the first tokens of each row."""
+    prompt_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.125
     """Share of a row that is given where the teacher writes."""
 
     @model_validator(mode="after")
@@ -322,32 +324,32 @@ class Stages(Section):
 
 
 class Checkpoint(Section):
-    every: Positive = 50
+    save_steps: Positive = 50
     """Steps between checkpoints."""
-    keep: Positive = 2
+    save_total_limit: Positive = 2
     """Checkpoints kept; older ones are removed."""
 
 
 class Evaluation(Section):
-    tokens: Positive = 16_384
+    eval_tokens: Positive = 16_384
     """Held-out tokens on which the finished student is measured."""
-    every: Positive | None = None
+    eval_steps: Positive | None = None
     """Steps between measurements of a stage's own loss on held-out text; null: none."""
-    keep_best: Switch = False
+    load_best_model_at_end: Switch = False
     """A stage ends with its weights of the lowest held-out loss, not with its last."""
 
     @field_validator("keep_best")
     @classmethod
     def _it_is_measured(cls, best: bool, info: Any) -> bool:
         if best and info.data.get("every") is None:
-            raise UserError("got true without evaluation.every, expected a number of steps there")
+            raise UserError("got true without evaluation.eval_steps, expected a number of steps there")
         return best
 
 
 class Recipe(Section):
     teacher: Text
     """`nano`, `smollm2-135m`, a model directory, a .gguf file or the id of a model on the Hugging Face hub."""
-    corpus: Corpus
+    data: Data
     """The text to learn from."""
     student: Student = Student()
     """What the teacher is turned into."""
@@ -366,12 +368,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _what_excludes_each_other(self) -> "Recipe":
-        every, save = self.evaluation.every, self.checkpoint.every
-        if self.evaluation.keep_best and every is not None and save % every:
-            raise UserError(f"checkpoint.every: got {save}, expected a multiple of evaluation.every ({every})")
+        every, save = self.evaluation.eval_steps, self.checkpoint.save_steps
+        if self.evaluation.load_best_model_at_end and every is not None and save % every:
+            raise UserError(
+                f"checkpoint.save_steps: got {save}, expected a multiple of evaluation.eval_steps ({every})"
+            )
         stages = [s for s in (self.stages.matrix, self.stages.hidden, self.stages.end_to_end) if s is not None]
-        if self.evaluation.keep_best and any(stage.ema is not None for stage in stages):
-            raise UserError("evaluation.keep_best beside ema; expected one of them: an average is no checkpoint's")
+        if self.evaluation.load_best_model_at_end and any(stage.ema_decay is not None for stage in stages):
+            raise UserError(
+                "evaluation.load_best_model_at_end beside ema; expected one of them: an average is no checkpoint's"
+            )
         return self
 
     def to_yaml(self) -> str:

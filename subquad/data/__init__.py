@@ -1,6 +1,6 @@
 """Text for training and measurement: sources to documents, documents to rows of tokens."""
 
-from subquad.data.corpora import check_corpus, documents
-from subquad.data.packing import RowRange, TokenRows, token_rows
+from subquad.data.corpora import check_data, documents
+from subquad.data.packing import PackedDataset, RowSlice, token_rows
 
-__all__ = ["RowRange", "TokenRows", "check_corpus", "documents", "token_rows"]
+__all__ = ["PackedDataset", "RowSlice", "check_data", "documents", "token_rows"]

@@ -38,10 +38,10 @@ def cached(key: Any, name: str, produce: Callable[[], Iterator[np.ndarray]]) -> 
     path = cache_dir() / "tokens" / f"{digest}.tokens"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and (count := _verified(path, None)) is not None:
+        if path.exists() and (count := _read_if_valid(path, None)) is not None:
             return path, count
-        with _alone(path, name):
-            if path.exists() and (count := _verified(path, name)) is not None:
+        with _file_lock(path, name):
+            if path.exists() and (count := _read_if_valid(path, name)) is not None:
                 return path, count
             return path, _write(path, produce())
     except OSError as error:
@@ -51,17 +51,17 @@ def cached(key: Any, name: str, produce: Callable[[], Iterator[np.ndarray]]) -> 
         ) from None
 
 
-def _verified(path: Path, name: str | None) -> int | None:
+def _read_if_valid(path: Path, name: str | None) -> int | None:
     """The number of tokens in a cache file; None if it is damaged, said aloud where the source has a name."""
     try:
-        return _examine(path)
+        return _validate(path)
     except ValueError as damage:
         if name is not None:
             logger.warning("the token cache %s is damaged (%s); tokenising %s anew", path, damage, name)
         return None
 
 
-def _examine(path: Path) -> int:
+def _validate(path: Path) -> int:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEADER.size)
@@ -103,7 +103,7 @@ def _write(path: Path, batches: Iterator[np.ndarray]) -> int:
 
 
 @contextlib.contextmanager
-def _alone(path: Path, name: str) -> Iterator[None]:
+def _file_lock(path: Path, name: str) -> Iterator[None]:
     """Only one process at a time works on a cache file, where the file system can lock; it also removes what a killed
     one left behind."""
     try:

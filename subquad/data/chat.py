@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ASSISTANT = "assistant"
-STRANGER = "what-nobody-says-7d1f"
+SENTINEL = "what-nobody-says-7d1f"
 
 Span = tuple[int, int]
 
@@ -114,7 +114,8 @@ class Template:
             if span is None:
                 raise UserError(
                     f"{conversation.where}: the chat template can't be split into turns: message {i + 1} is written "
-                    "otherwise in the whole conversation; expected a template with {% generation %}, or loss_on: all"
+                    "otherwise in the whole conversation; expected a template with {% generation %}, or "
+                    "assistant_only_loss: false"
                 )
             spans.append(span)
         return spans
@@ -140,8 +141,8 @@ class Template:
         """What changes where turn i says something else, with the token that ends it: for templates that leave out
         of earlier turns what the last one keeps, its reasoning; None where more changes than that."""
         messages, content = conversation.messages, conversation.messages[i]["content"]
-        exchanged = (*messages[:i], {**messages[i], "content": STRANGER}, *messages[i + 1 :])
-        before, found, after = self._render(exchanged, conversation.where).partition(STRANGER)
+        exchanged = (*messages[:i], {**messages[i], "content": SENTINEL}, *messages[i + 1 :])
+        before, found, after = self._render(exchanged, conversation.where).partition(SENTINEL)
         start, end = len(before), len(text) - len(after)
         if not (found and start <= end and text.startswith(before) and text.endswith(after)):
             return None

@@ -24,16 +24,16 @@ Document = str | Conversation
 
 START = np.uint32(1 << 30)
 """This token is the first of a document."""
-UNCOUNTED = np.uint32(1 << 31)
+LOSS_IGNORED = np.uint32(1 << 31)
 """This token is read, but not learned."""
 TOKEN = np.uint32((1 << 30) - 1)
 BATCH_CHARACTERS = 2**20
-ALONE = 32
+IN_PROCESS_BATCHES = 32
 """Batches that a process tokenises by itself before it starts others: what is small is done before they are up."""
 
 
 @dataclass(frozen=True)
-class _Written:
+class _RenderedDoc:
     """A document as text to be tokenised, behind `prefix`; what is learned of it, where that is not all."""
 
     text: str
@@ -47,27 +47,27 @@ class Encoder:
     A text stands behind the tokenizer's end-of-text token (where it has none, its beginning-of-text token, else
     nothing), a conversation as its chat template writes it.
 
-    loss_on: "assistant" flags what others say in conversations as UNCOUNTED and leaves out those without an assistant.
+    assistant_only_loss: flag the tokens of other roles as LOSS_IGNORED; skip conversations without an assistant.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", loss_on: str = "all"):
-        self.tokenizer, self.loss_on = tokenizer, loss_on
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", assistant_only_loss: bool = False):
+        self.tokenizer, self.assistant_only_loss = tokenizer, assistant_only_loss
         self.separator = tuple(separator(tokenizer))
         self.template = Template(tokenizer)
 
     def encode(self, batch: Sequence[Document]) -> np.ndarray:
         """`[tokens]`; a document gives the same ones whatever others are in its batch."""
         written = [self._written(document) for document in batch]
-        texts = [w for w in written if isinstance(w, _Written)]
+        texts = [w for w in written if isinstance(w, _RenderedDoc)]
         encoded = iter(self._encoded([w.text for w in texts], any(w.spans is not None for w in texts)))
         pieces: list[np.ndarray] = []
         # Runs of texts without spans, nearly everything, become arrays at once.
-        for plain, run in itertools.groupby(written, lambda w: isinstance(w, _Written) and w.spans is None):
+        for plain, run in itertools.groupby(written, lambda w: isinstance(w, _RenderedDoc) and w.spans is None):
             if plain:
                 pieces.append(_run([(*w.prefix, *next(encoded)[0]) for w in run]))  # type: ignore[union-attr]
                 continue
             for w in run:
-                if isinstance(w, _Written):
+                if isinstance(w, _RenderedDoc):
                     ids, offsets = next(encoded)
                     pieces.append(_flagged(ids, _inside(offsets, w.spans or [])))
                 elif w is not None:
@@ -79,18 +79,18 @@ class Encoder:
         fast = getattr(self.tokenizer, "backend_tokenizer", None) is not None
         return not fast or any(isinstance(document, Conversation) for document in batch)
 
-    def _written(self, document: Document) -> _Written | np.ndarray | None:
+    def _written(self, document: Document) -> _RenderedDoc | np.ndarray | None:
         """A document as text; as tokens where the template gives those itself; None where nothing is to be learned."""
         if isinstance(document, str):
-            return _Written(document, self.separator)
-        if self.loss_on == "all":
-            return _Written(self.template.render(document))
+            return _RenderedDoc(document, self.separator)
+        if not self.assistant_only_loss:
+            return _RenderedDoc(self.template.render(document))
         if not document.has_assistant:
             return None
         if self.template.marks_assistant:
             return _flagged(*self.template.marked(document))
         text = self.template.render(document)
-        return _Written(text, spans=self.template.assistant_spans(document, text))
+        return _RenderedDoc(text, spans=self.template.assistant_spans(document, text))
 
     def _encoded(self, texts: list[str], with_offsets: bool) -> Iterable[tuple[list[int], list[Span]]]:
         """Tokens of each text, and the characters that each stands for where that is asked."""
@@ -103,7 +103,7 @@ class Encoder:
             return ((e.ids, e.offsets if with_offsets else []) for e in encode(texts, add_special_tokens=False))
         if with_offsets:
             raise UserError(
-                "loss_on: assistant needs a tokenizer that knows which characters its tokens stand for (a fast one), "
+                "assistant_only_loss needs a tokenizer that knows which characters its tokens stand for (a fast one), "
                 "or a chat template with {% generation %}"
             )
         if not texts:
@@ -141,7 +141,7 @@ def _run(documents: list[tuple[int, ...]]) -> np.ndarray:
 
 def _flagged(ids: Sequence[int], counted: Sequence[bool]) -> np.ndarray:
     tokens = np.array(ids, np.uint32)
-    tokens[~np.array(counted, bool)] |= UNCOUNTED
+    tokens[~np.array(counted, bool)] |= LOSS_IGNORED
     tokens[:1] |= START
     return tokens
 
@@ -195,7 +195,7 @@ def token_stream(
 
 
 def _in_processes(encoder: Encoder, batches: Iterator[list[Document]], jobs: int | None) -> Iterator[np.ndarray]:
-    yield from map(encoder.encode, itertools.islice(batches, ALONE))
+    yield from map(encoder.encode, itertools.islice(batches, IN_PROCESS_BATCHES))
     batch = next(batches, None)
     if batch is None:
         return

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 
-class Turns:
+class MixtureSchedule:
     """Which part has turn i, and which of its own turns that is: `turns[i]` is `(part, turn of that part)`.
 
     After any number n of turns, part k has had its share of n to within one turn; for any weights, by the deadlines of
@@ -32,7 +32,7 @@ class Turns:
         return part, cycle * self.weights[part] + self._turns[place]
 
     def __reduce__(self) -> tuple[type, tuple[list[int]]]:
-        return Turns, (self.weights,)
+        return MixtureSchedule, (self.weights,)
 
     def share(self, part: int, turns: int) -> int:
         """The most turns that a part has among the first `turns`."""

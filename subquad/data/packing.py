@@ -16,17 +16,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from subquad.config import Corpus
+from subquad.config import Data
 from subquad.data.cache import HEADER, cached
 from subquad.data.chat import check_template
 from subquad.data.corpora import part_documents
-from subquad.data.encoding import START, TOKEN, UNCOUNTED, Encoder, identity, token_stream
-from subquad.data.mixtures import Turns
-from subquad.data.sources import Part, Source, Split, parts_of
+from subquad.data.encoding import LOSS_IGNORED, START, TOKEN, Encoder, identity, token_stream
+from subquad.data.mixtures import MixtureSchedule
+from subquad.data.sources import Source, Split, SplitOrAll, parts_of
 from subquad.utils import UserError
 
 SMALLEST_LIMIT = 2**16
-IGNORED = -100
+LOSS_IGNORED_LABEL = -100
 """The label of a token that does not count."""
 
 
@@ -43,7 +43,7 @@ class Stream:
     weight: float = 1.0
 
 
-class TokenRows(Dataset):
+class PackedDataset(Dataset):
     """Rows of `context` tokens, each a dictionary of LongTensors `[context]`:
 
     - `input_ids`;
@@ -72,7 +72,7 @@ class TokenRows(Dataset):
         self.separate, self.labelled = separate, labelled
         rows = sum(stream.rows for stream in streams)
         self._rows = rows if most is None else min(rows, most)
-        self._turns = Turns([stream.weight for stream in streams])
+        self._turns = MixtureSchedule([stream.weight for stream in streams])
 
     def __len__(self) -> int:
         return self._rows
@@ -87,9 +87,9 @@ class TokenRows(Dataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[i] for i in range(len(self)))
 
-    def take(self, count: int, start: int = 0) -> "RowRange":
+    def take(self, count: int, start: int = 0) -> "RowSlice":
         """The `count` rows from row `start` on, over as many epochs as that takes."""
-        return RowRange(self, start, count)
+        return RowSlice(self, start, count)
 
     def _item(self, row: np.ndarray, follows: bool) -> dict[str, Tensor]:
         ids = (row & TOKEN).astype(np.int64)
@@ -99,10 +99,10 @@ class TokenRows(Dataset):
             place = np.arange(self.context)
             item["position_ids"] = place - np.maximum.accumulate(np.where(starts, place, 0))
         if self.labelled:
-            ignored = (row & UNCOUNTED) != 0
+            ignored = (row & LOSS_IGNORED) != 0
             if self.separate and not follows:
                 ignored |= starts
-            item["labels"] = np.where(ignored, IGNORED, ids)
+            item["labels"] = np.where(ignored, LOSS_IGNORED_LABEL, ids)
         return {name: torch.from_numpy(values) for name, values in item.items()}
 
     @functools.cached_property
@@ -127,10 +127,10 @@ class TokenRows(Dataset):
         return {k: v for k, v in self.__dict__.items() if k not in ("_tokens", "_orders")}
 
 
-class RowRange(Dataset):
+class RowSlice(Dataset):
     """`count` rows of `TokenRows` from row `start` on."""
 
-    def __init__(self, rows: TokenRows, start: int, count: int):
+    def __init__(self, rows: PackedDataset, start: int, count: int):
         self.rows, self.start, self.count = rows, start, count
 
     def __len__(self) -> int:
@@ -145,13 +145,13 @@ class RowRange(Dataset):
 def next_labels(batch: Mapping[str, Tensor]) -> Tensor:
     """`[B, T]`: the token that each position predicts, -100 where that does not count: at a row's end, and where labels
     say so."""
-    return F.pad(batch.get("labels", batch["input_ids"])[:, 1:], (0, 1), value=IGNORED)
+    return F.pad(batch.get("labels", batch["input_ids"])[:, 1:], (0, 1), value=LOSS_IGNORED_LABEL)
 
 
 def token_rows(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: Split, *, limit: int | None = None, seed: int = 0
-) -> TokenRows:
-    """The training or held-out text of a recipe as rows of `corpus.context` tokens.
+    data: Data, tokenizer: PreTrainedTokenizerBase, split: Split, *, limit: int | None = None, seed: int = 0
+) -> PackedDataset:
+    """The training or held-out text of a recipe as rows of `data.seq_len` tokens.
 
     Documents stand one after the other, each text behind the tokenizer's end-of-text token (where it has none, its
     beginning-of-text token, else nothing), each conversation as the chat template writes it, and are cut into rows
@@ -166,13 +166,13 @@ def token_rows(
         UserError: a corpus that cannot be read, or has too little text for one row; conversations for a tokenizer
             without a chat template.
     """
-    context = corpus.context
-    parts = parts_of(corpus, split)
+    context = data.seq_len
+    parts = parts_of(data, split)
     if any(source.chat for source, _, _ in parts):
         check_template(tokenizer)
     most = None if limit is None else max(1, -(-limit // context))
-    turns = Turns([weight for _, _, weight in parts])
-    encoder = Encoder(tokenizer, corpus.loss_on)
+    turns = MixtureSchedule([weight for _, _, weight in parts])
+    encoder = Encoder(tokenizer, data.assistant_only_loss)
     ends = encoder.separator == (tokenizer.eos_token_id,)
     streams = []
     for k, (source, part, weight) in enumerate(parts):
@@ -182,19 +182,19 @@ def token_rows(
             kind = "training" if split == "train" else "held-out"
             raise UserError(
                 f"corpus {source.name!r} has {count} tokens of {kind} text, too few for one row; "
-                f"expected at least corpus.context = {context}"
+                f"expected at least data.seq_len = {context}"
             )
         rows = count // context
         streams.append(Stream(path, rows if share is None else min(rows, share), ends and not source.chat, weight))
-    separate = corpus.documents == "separate"
+    separate = data.document_masking
     labelled = any(source.chat for source, _, _ in parts) or (separate and not ends)
-    return TokenRows(streams, context, seed, separate=separate, labelled=labelled, most=most)
+    return PackedDataset(streams, context, seed, separate=separate, labelled=labelled, most=most)
 
 
-def _cached_tokens(source: Source, part: Part, encoder: Encoder, needed: int | None) -> tuple[Path, int]:
+def _cached_tokens(source: Source, split: SplitOrAll, encoder: Encoder, needed: int | None) -> tuple[Path, int]:
     """The cache file with at least `needed` tokens (all of them where None, fewer where there are no more)."""
     # In powers of two, so that runs of similar length share one file.
     limit = None if needed is None else max(SMALLEST_LIMIT, 1 << (needed - 1).bit_length())
-    of_chat = [encoder.tokenizer.chat_template, encoder.loss_on] if source.chat else []
-    key = [identity(encoder.tokenizer), source.fingerprint(), part, limit, *of_chat]
-    return cached(key, source.name, lambda: token_stream(encoder, part_documents(source, part), limit, source.name))
+    of_chat = [encoder.tokenizer.chat_template, encoder.assistant_only_loss] if source.chat else []
+    key = [identity(encoder.tokenizer), source.fingerprint(), split, limit, *of_chat]
+    return cached(key, source.name, lambda: token_stream(encoder, part_documents(source, split), limit, source.name))

@@ -21,7 +21,7 @@ from subquad.data.sources import Source, suffix
 from subquad.utils import UserError
 
 SEPARATOR = b"<|endoftext|>"
-PASSAGE = 20_000
+PASSAGE_CHARACTERS = 20_000
 """Characters from which on a passage of a text file without separators ends at its next blank line."""
 BLOCK = 2**20
 ROWS = 1024
@@ -47,7 +47,7 @@ def read(source: Source) -> Iterator[Document]:
             yield "".join(_lines(path))
 
 
-def needs(module: str, package: str, why: str) -> Any:
+def require(module: str, package: str, why: str) -> Any:
     """An optional package, or a UserError that says how to get it."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:  # a folder of that name has no origin
@@ -69,7 +69,7 @@ def _passages(path: Path) -> Iterator[str]:
             ends = stripped == separator
         else:
             # Text without any blank line is cut at a line's end at last, so that it need not fit into memory.
-            ends = (size >= PASSAGE and not stripped) or size >= 10 * PASSAGE
+            ends = (size >= PASSAGE_CHARACTERS and not stripped) or size >= 10 * PASSAGE_CHARACTERS
         if not (separated and ends):
             passage.append(line)
             size += len(line)
@@ -133,7 +133,7 @@ def _document(value: Any, source: Source, where: str) -> Document:
 
 
 def _parquet_rows(path: Path, source: Source) -> Iterator[Document]:
-    parquet = needs("pyarrow.parquet", "pyarrow", f"corpus {str(path)!r}")
+    parquet = require("pyarrow.parquet", "pyarrow", f"corpus {str(path)!r}")
     number = 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(_damage_named(path, lambda: f"behind row {number}"))
@@ -158,7 +158,7 @@ def _parquet_rows(path: Path, source: Source) -> Iterator[Document]:
 
 
 def _hub_rows(source: Source) -> Iterator[Document]:
-    datasets = needs("datasets", "datasets", f"corpus {source.name!r}")
+    datasets = require("datasets", "datasets", f"corpus {source.name!r}")
     try:
         rows = datasets.load_dataset(source.name, source.subset, split=source.split, streaming=source.streaming)
         for number, record in enumerate(rows, start=1):
@@ -215,7 +215,7 @@ class _Zstandard(io.RawIOBase):
             zstd = importlib.import_module("compression.zstd")
             self._new, self._error = zstd.ZstdDecompressor, zstd.ZstdError
         else:
-            zstandard = needs("zstandard", "zstandard", f"corpus {str(path)!r}")
+            zstandard = require("zstandard", "zstandard", f"corpus {str(path)!r}")
             self._new, self._error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
         self._file = path.open("rb")
         self._frame: Any = None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from subquad.config import Corpus, Share
+from subquad.config import Data, MixtureSource
 from subquad.data import stdlib
 from subquad.utils import UserError, nearest
 
@@ -25,8 +25,8 @@ WHOLE = (".md", ".rst", ".tex", ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs",
 """Suffixes of files that are one document each; those in PROSE hold many."""
 PACKED = (".gz", ".xz", ".zst")
 
-Split = Literal["train", "valid"]
-Part = Literal["train", "valid", "all"]
+Split = Literal["train", "validation"]
+SplitOrAll = Literal["train", "validation", "all"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def resolve(name: str, **settings: Any) -> Source:
     return Source(name, "hub", **settings)
 
 
-def parts_of(corpus: Corpus, split: Split) -> list[tuple[Source, Part, float]]:
+def parts_of(data: Data, split: Split) -> list[tuple[Source, SplitOrAll, float]]:
     """The sources of a recipe's training or held-out text, which part of each that is, and their weights.
 
     With a held-out source of its own, all of the others is for training; only the standard library keeps its split,
@@ -98,34 +98,34 @@ def parts_of(corpus: Corpus, split: Split) -> list[tuple[Source, Part, float]]:
     Raises:
         UserError: no such source, or conversations expected where no source has rows.
     """
-    chosen = corpus.source if split == "train" or corpus.valid is None else corpus.valid
-    mixture = {chosen: Share()} if isinstance(chosen, str) else chosen
-    parts: list[tuple[Source, Part, float]] = []
+    chosen = data.source if split == "train" or data.validation is None else data.validation
+    mixture = {chosen: MixtureSource()} if isinstance(chosen, str) else chosen
+    parts: list[tuple[Source, SplitOrAll, float]] = []
     for name, entry in mixture.items():
-        share = entry if isinstance(entry, Share) else Share(weight=entry)
-        source = resolve(name, **_settings(corpus, share))
-        whole = corpus.valid is not None and source.kind != "stdlib"
+        share = entry if isinstance(entry, MixtureSource) else MixtureSource(weight=entry)
+        source = resolve(name, **_settings(data, share))
+        whole = data.validation is not None and source.kind != "stdlib"
         parts.append((source, "all" if whole else split, share.weight))
-    if split == "train" and corpus.chat and not any(source.has_rows for source, _, _ in parts):
+    if split == "train" and data.chat and not any(source.has_rows for source, _, _ in parts):
         raise UserError(
             f"corpus {', '.join(map(repr, mixture))} holds no conversations; expected {' or '.join(TABLES)} or a data "
-            f"set of the hub with the column {corpus.column!r}"
+            f"set of the hub with the column {data.column!r}"
         )
     return parts
 
 
-def _settings(corpus: Corpus, share: Share) -> dict[str, Any]:
+def _settings(data: Data, share: MixtureSource) -> dict[str, Any]:
     """What a share of a mixture leaves open is as in the corpus."""
     chat = share.chat
     if chat is None:
-        chat = corpus.chat if share.column is None else share.column == "messages"
-    column = share.column or ("messages" if share.chat and not corpus.chat else corpus.column)
+        chat = data.chat if share.column is None else share.column == "messages"
+    column = share.column or ("messages" if share.chat and not data.chat else data.column)
     return {
         "column": column,
         "chat": chat,
-        "split": share.split or corpus.split,
-        "subset": share.subset or corpus.subset,
-        "streaming": corpus.streaming,
+        "split": share.split or data.split,
+        "subset": share.subset or data.subset,
+        "streaming": data.streaming,
     }
 
 

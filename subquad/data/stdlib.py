@@ -20,15 +20,15 @@ def files(split: str = "train") -> list[Path]:
     """Every `.py` file of the standard library outside its tests and site-packages, in a fixed order.
 
     The split is by file: a file is held out where the hash of its path inside the library says so, so that it stays
-    on its side of the split from one Python version to the next. `split` is "train", "valid" or "all".
+    on its side of the split from one Python version to the next. `split` is "train", "validation" or "all".
     """
-    if split not in ("train", "valid", "all"):
-        raise ValueError(f"split is {split!r}; expected 'train', 'valid' or 'all'")
+    if split not in ("train", "validation", "all"):
+        raise ValueError(f"split is {split!r}; expected 'train', 'validation' or 'all'")
     found = []
     for folder, folders, names in os.walk(root()):
         folders[:] = [name for name in folders if name not in EXCLUDED]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(path for path in found if split == "all" or is_held_out(path) == (split == "valid"))
+    return sorted(path for path in found if split == "all" or is_held_out(path) == (split == "validation"))
 
 
 def is_held_out(path: Path) -> bool:

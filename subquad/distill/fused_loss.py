@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from subquad.distill.losses import (
     Divergence,
-    Pair,
+    LogProbs,
     check_options,
     check_vocabularies,
+    divergence_grad,
     divergence_per_token,
-    divergence_slope,
 )
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
@@ -133,7 +133,7 @@ def _backbone_gives_what_the_head_gets(model: PreTrainedModel, causal: PreTraine
     with torch.no_grad():
         hidden = _hidden_of(causal.base_model(input_ids=tokens, use_cache=False))
         if isinstance(model, SubquadForCausalLM):
-            hidden = model.backbone(tokens)
+            hidden = model.last_hidden_state(tokens)
         if hidden is None or hidden.shape[:-1] != tokens.shape or hidden.shape[-1] != _width(model):
             return False
         expected = model(input_ids=tokens, use_cache=False).logits
@@ -385,9 +385,9 @@ def _terms_(
     kl, slope, q = torch.zeros_like(ce), None, None
     if teacher is not None:
         log_p = torch.log_softmax(teacher.div_(temperature) if temperature != 1 else teacher, -1, out=teacher)
-        pair = Pair.of(log_p, log_q if temperature == 1 else torch.log_softmax(log_q / temperature, -1))
+        pair = LogProbs.of(log_p, log_q if temperature == 1 else torch.log_softmax(log_q / temperature, -1))
         kl = divergence_per_token(pair, divergence, beta).sum() * temperature**2
-        slope = divergence_slope(pair, divergence, beta)
+        slope = divergence_grad(pair, divergence, beta)
         q = pair.q if temperature == 1 else None
     torch.mul(x.exp_() if q is None else q, ce_weight * head.scale, out=x)
     x.scatter_add_(1, own, torch.full_like(own, -ce_weight * head.scale, dtype=x.dtype))

@@ -82,10 +82,10 @@ def layerwise(losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Seque
     per_layer = torch.stack(values)
     if not differentiate:
         return per_layer.mean(), per_layer
-    return _Known.apply(per_layer.mean(), gradients, *flat), per_layer
+    return _PrecomputedGrads.apply(per_layer.mean(), gradients, *flat), per_layer
 
 
-class _Known(torch.autograd.Function):
+class _PrecomputedGrads(torch.autograd.Function):
     """A value whose gradients with respect to `parameters` are known already."""
 
     @staticmethod

@@ -18,7 +18,7 @@ CHUNK = 1024
 Divergence = Literal["forward", "reverse", "jsd"]
 
 
-class Pair(NamedTuple):
+class LogProbs(NamedTuple):
     """The teacher's distributions p and the student's q, and their logarithms, `[N, vocabulary]`."""
 
     p: Tensor
@@ -27,11 +27,11 @@ class Pair(NamedTuple):
     log_q: Tensor
 
     @classmethod
-    def of(cls, log_p: Tensor, log_q: Tensor) -> "Pair":
+    def of(cls, log_p: Tensor, log_q: Tensor) -> "LogProbs":
         return cls(log_p.exp(), log_q.exp(), log_p, log_q)
 
 
-def divergence_per_token(pair: Pair, divergence: Divergence, beta: float) -> Tensor:
+def divergence_per_token(pair: LogProbs, divergence: Divergence, beta: float) -> Tensor:
     """How far the student is from the teacher, `[N]`, in nats.
 
     forward: KL(p || q), which asks the student to cover all that the teacher may say.
@@ -49,7 +49,7 @@ def divergence_per_token(pair: Pair, divergence: Divergence, beta: float) -> Ten
     return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
 
 
-def divergence_slope(pair: Pair, divergence: Divergence, beta: float) -> Tensor:
+def divergence_grad(pair: LogProbs, divergence: Divergence, beta: float) -> Tensor:
     """Gradient of `divergence_per_token` with respect to logits x of the student, log q = log_softmax(x), in closed
     form, `[N, vocabulary]`.
 
@@ -144,5 +144,5 @@ def _chunk_loss(
         return ce, torch.zeros_like(ce)
     log_p = F.log_softmax(teacher.to(dtype) / temperature, dim=-1)
     log_q = F.log_softmax(student / temperature, dim=-1)
-    far = divergence_per_token(Pair.of(log_p, log_q), divergence, beta)
+    far = divergence_per_token(LogProbs.of(log_p, log_q), divergence, beta)
     return ce, (far * (target != -100)).sum() * temperature**2

@@ -13,23 +13,24 @@ from subquad.modeling.layers import MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
 
-ROLES = ("new", "copied", "body", "embeddings")
+ROLES = ("mixer", "attention_projections", "backbone", "embeddings")
 
 
 def roles(student: SubquadForCausalLM) -> dict[int, str]:
-    """The role of each parameter, by its id: "embeddings" (and the head), "copied" (the projections that the teacher's
-    attention has too), "new" (the rest of the mixers) or "body" (MLPs, norms, attention that is kept: "copied")."""
-    found = {id(p): "body" for p in student.parameters()}
-    for block in student.blocks:
-        found.update((id(p), "new") for p in block.parameters())
-        found.update((id(p), "copied") for p in block.copied_parameters())
+    """The role of each parameter, by its id: "embeddings" (with the head), "attention_projections" (those that the
+    teacher's attention has too, and attention that is kept), "mixer" (all other parameters of the mixers) or
+    "backbone" (MLPs and norms)."""
+    found = {id(p): "backbone" for p in student.parameters()}
+    for block in student.mixer_layers:
+        found.update((id(p), "mixer") for p in block.parameters())
+        found.update((id(p), "attention_projections") for p in block.projection_parameters())
     tables = [m for m in student.modules() if isinstance(m, nn.Embedding)]
     head = student.get_output_embeddings()
     for module in [*tables, *([] if head is None else [head])]:
         found.update((id(p), "embeddings") for p in module.parameters())
     for name, p in student.named_parameters():
         if "lora_" in name:
-            found[id(p)] = "copied"
+            found[id(p)] = "attention_projections"
     return found
 
 
@@ -41,10 +42,10 @@ def parameter_groups(
     wanted, role_of = {id(p) for p in trained}, roles(student)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
-        group = getattr(stage.groups, role_of[id(parameter)])
+        group = getattr(stage.param_groups, role_of[id(parameter)])
         low_rank = "lora_" in name
         parameter.requires_grad_((id(parameter) in wanted or low_rank) and not group.frozen)
-        if stage.lora is not None and role_of[id(parameter)] == "copied" and not low_rank:
+        if stage.lora is not None and role_of[id(parameter)] == "attention_projections" and not low_rank:
             parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
@@ -95,7 +96,7 @@ def merge_lora(student: SubquadForCausalLM) -> None:
 # ---------------------------------------------------------------------- running average
 
 
-class Average:
+class EMA:
     """A running average of what learns, in float32: a <- decay a + (1 - decay) w after each step."""
 
     def __init__(self, student: SubquadForCausalLM, decay: float):

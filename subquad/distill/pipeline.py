@@ -23,10 +23,16 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.config import EndToEnd, Hidden, Matrix, Recipe, Stage
-from subquad.data import TokenRows, check_corpus, token_rows
+from subquad.data import PackedDataset, check_data, token_rows
 from subquad.distill.progress import append_jsonl, draw_curves, read_jsonl
-from subquad.distill.stage_cache import ORDER, SharedStages, stage_key, write_lines
-from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, Objective, keeps_apart
+from subquad.distill.stage_cache import ORDER, StageCache, stage_key, write_lines
+from subquad.distill.stages import (
+    EndToEndDistillation,
+    HiddenAlignment,
+    MatrixMixing,
+    Objective,
+    respects_document_boundaries,
+)
 from subquad.distill.trainer import StageRun, newest_checkpoint, run_stage, total_steps
 from subquad.evaluate.efficiency import decode_speed
 from subquad.evaluate.perplexity import compare, recovered_share, unigram_loss
@@ -41,35 +47,37 @@ UNIGRAM_TOKENS = 200_000
 
 
 @dataclass
-class Materials:
+class RunContext:
     """What a run works with: the teacher, its tokenizer, and the text as rows of tokens."""
 
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    train: TokenRows
-    valid: TokenRows
+    train: PackedDataset
+    valid: PackedDataset
 
     @classmethod
-    def prepare(cls, recipe: Recipe, loaded: Loaded | None = None) -> "Materials":
+    def prepare(cls, recipe: Recipe, loaded: Loaded | None = None) -> "RunContext":
         """Loads the teacher (unless a study has it already) and tokenises as much of the corpus as the recipe uses."""
         teacher, tokenizer = loaded or load_teacher(recipe.teacher)
         teacher.requires_grad_(False)
         if torch.cuda.is_available():
             teacher.to("cuda")  # type: ignore[arg-type]
-        context, limit = recipe.corpus.context, getattr(teacher.config, "max_position_embeddings", None)
+        context, limit = recipe.data.seq_len, getattr(teacher.config, "max_position_embeddings", None)
         if limit is not None and context > limit:
-            raise UserError(f"corpus.context: got {context}; teacher {recipe.teacher!r} reads at most {limit} tokens")
-        if getattr(recipe.corpus, "documents", "joined") == "separate" and not keeps_apart(teacher):
+            raise UserError(f"data.seq_len: got {context}; teacher {recipe.teacher!r} reads at most {limit} tokens")
+        if recipe.data.document_masking and not respects_document_boundaries(teacher):
             raise UserError(
                 f"teacher {recipe.teacher!r} lets documents in one row see each other, whatever their positions; "
-                "expected corpus.documents: joined"
+                "expected data.document_masking: false"
             )
         tokens = epoch_tokens(recipe)
         return cls(
             teacher,
             tokenizer,
-            train=token_rows(recipe.corpus, tokenizer, "train", limit=tokens, seed=recipe.seed),
-            valid=token_rows(recipe.corpus, tokenizer, "valid", limit=recipe.evaluation.tokens + context, seed=0),
+            train=token_rows(recipe.data, tokenizer, "train", limit=tokens, seed=recipe.seed),
+            valid=token_rows(
+                recipe.data, tokenizer, "validation", limit=recipe.evaluation.eval_tokens + context, seed=0
+            ),
         )
 
     def held_out(self, recipe: Recipe, rows_a_batch: int = 4) -> list[dict[str, Tensor]]:
@@ -79,14 +87,14 @@ class Materials:
 
     def sample(self, recipe: Recipe, tokens: int) -> Tensor:
         """About so many tokens of the training text, `[rows, context]`."""
-        return first_rows(self.train, max(1, tokens // recipe.corpus.context))
+        return first_rows(self.train, max(1, tokens // recipe.data.seq_len))
 
 
 def held_out_rows(recipe: Recipe) -> int:
-    return max(1, math.ceil(recipe.evaluation.tokens / recipe.corpus.context))
+    return max(1, math.ceil(recipe.evaluation.eval_tokens / recipe.data.seq_len))
 
 
-def first_rows(rows: TokenRows, count: int) -> Tensor:
+def first_rows(rows: PackedDataset, count: int) -> Tensor:
     """`[count, context]`"""
     return torch.stack([rows[i]["input_ids"] for i in range(count)])
 
@@ -98,7 +106,7 @@ def stages(recipe: Recipe) -> list[tuple[str, Stage]]:
 
 def stage_tokens(recipe: Recipe) -> dict[str, int]:
     """The tokens that each stage reads, in whole steps."""
-    context = recipe.corpus.context
+    context = recipe.data.seq_len
     return {name: total_steps(stage, context) * stage.batch_size * context for name, stage in stages(recipe)}
 
 
@@ -116,7 +124,7 @@ def distill(
     recipe: Recipe,
     output: str | os.PathLike,
     loaded: Loaded | None = None,
-    shared: SharedStages | None = None,
+    shared: StageCache | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe in the directory `output` and returns its row of results (also where it was finished before).
 
@@ -129,24 +137,24 @@ def distill(
     """
     output = Path(output)
     check_reference(recipe.teacher)
-    check_corpus(recipe.corpus)
-    finished = examine(recipe, output)
+    check_data(recipe.data)
+    finished = load_finished_result(recipe, output)
     if finished is not None:
         logger.info("%s is finished; nothing to do", output)
         return finished
-    materials = Materials.prepare(recipe, loaded)
+    materials = RunContext.prepare(recipe, loaded)
     # Only now is the directory this run's: one refused for its recipe leaves none behind.
     with on_first_process() as first:
         if first:
             output.mkdir(parents=True, exist_ok=True)
             write_text_atomic(output / "recipe.yaml", recipe.to_yaml())
             if shared is not None:
-                shared.put(stage_keys(recipe), output)
+                shared.restore(stage_keys(recipe), output)
     held_out = materials.held_out(recipe)
-    student, done, spent = start(recipe, output, materials, held_out)
+    student, done, spent = build_or_resume_student(recipe, output, materials, held_out)
     offset = 0
     for name, stage in stages(recipe):
-        count = total_steps(stage, recipe.corpus.context) * stage.batch_size
+        count = total_steps(stage, recipe.data.seq_len) * stage.batch_size
         if name not in done:
             before = time.perf_counter()
             train_stage(name, stage, recipe, output, student, materials, offset)
@@ -156,12 +164,12 @@ def distill(
                     save_atomically(student, output / "checkpoints" / f"{name}-done", {"seconds": spent})
                     shutil.rmtree(output / "checkpoints" / name, ignore_errors=True)
                     if shared is not None:
-                        shared.keep(stage_keys(recipe)[name], name, output)
+                        shared.save(stage_keys(recipe)[name], name, output)
         offset += count
-    row = measure(recipe, output, student, materials, held_out, offset * recipe.corpus.context, spent)
+    row = evaluate_student(recipe, output, student, materials, held_out, offset * recipe.data.seq_len, spent)
     with on_first_process() as first:
         if first:
-            finish(recipe, output, student, materials, row)
+            save_run(recipe, output, student, materials, row)
     return row
 
 
@@ -173,8 +181,8 @@ def on_first_process() -> Iterator[bool]:
         yield state.is_main_process
 
 
-def finish(
-    recipe: Recipe, output: Path, student: SubquadForCausalLM, materials: Materials, row: dict[str, Any]
+def save_run(
+    recipe: Recipe, output: Path, student: SubquadForCausalLM, materials: RunContext, row: dict[str, Any]
 ) -> None:
     """Makes the run's directory the loadable student, with its papers beside the weights."""
     student.save_pretrained(output)
@@ -186,7 +194,7 @@ def finish(
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
-def examine(recipe: Recipe, output: Path) -> dict[str, Any] | None:
+def load_finished_result(recipe: Recipe, output: Path) -> dict[str, Any] | None:
     """The row of results if `output` holds this recipe's finished run; UserError if it cannot hold this run."""
     written = output / "recipe.yaml"
     if output.exists() and not output.is_dir():
@@ -203,8 +211,8 @@ def examine(recipe: Recipe, output: Path) -> dict[str, Any] | None:
     return json.loads(result.read_text())["row"] if result.exists() else None
 
 
-def start(
-    recipe: Recipe, output: Path, materials: Materials, held_out: list[dict[str, Tensor]]
+def build_or_resume_student(
+    recipe: Recipe, output: Path, materials: RunContext, held_out: list[dict[str, Tensor]]
 ) -> tuple[SubquadForCausalLM, set[str], float]:
     """The student as far as finished stages brought it, those stages, and the seconds that they took."""
     folder = output / "checkpoints"
@@ -222,12 +230,14 @@ def start(
         materials.teacher,
         spec.mixer,
         copy_qkv=spec.copy_qkv,
-        layers=spec.layers,
-        calibration=materials.sample(recipe, CALIBRATION_TOKENS),
-        calibrate=materials.sample(recipe, spec.calibrate) if spec.calibrate and spec.copy_qkv else None,
+        layer_types=spec.layer_types,
+        scale_ids=materials.sample(recipe, CALIBRATION_TOKENS),
+        calibration_ids=materials.sample(recipe, spec.calibration_tokens)
+        if spec.calibration_tokens and spec.copy_qkv
+        else None,
         seed=recipe.seed,
-        export=spec.export,
-        **spec.options,
+        export_target=spec.export_target,
+        **spec.mixer_kwargs,
     )
     seconds = time.perf_counter() - before
     with on_first_process() as first:
@@ -243,7 +253,7 @@ def train_stage(
     recipe: Recipe,
     output: Path,
     student: SubquadForCausalLM,
-    materials: Materials,
+    materials: RunContext,
     offset: int,
 ) -> None:
     """Runs one stage on the rows from `offset` on, or what is left of it."""
@@ -256,7 +266,7 @@ def train_stage(
         if first and metrics.exists():
             kept = [row for row in read_jsonl(metrics) if row["stage"] != name or row["step"] <= reached]
             write_lines(metrics, kept)
-    count = total_steps(stage, recipe.corpus.context) * stage.batch_size
+    count = total_steps(stage, recipe.data.seq_len) * stage.batch_size
     run = StageRun(
         recipe,
         stage,
@@ -269,7 +279,7 @@ def train_stage(
     run_stage(run, student)
 
 
-def objective(name: str, stage: Stage, recipe: Recipe, materials: Materials) -> Objective:
+def objective(name: str, stage: Stage, recipe: Recipe, materials: RunContext) -> Objective:
     if isinstance(stage, Matrix):
         return MatrixMixing(materials.teacher, stage)
     if isinstance(stage, Hidden):
@@ -278,18 +288,18 @@ def objective(name: str, stage: Stage, recipe: Recipe, materials: Materials) -> 
     return EndToEndDistillation(materials.teacher, stage)
 
 
-def measure(
+def evaluate_student(
     recipe: Recipe,
     output: Path,
     student: SubquadForCausalLM,
-    materials: Materials,
+    materials: RunContext,
     held_out: list[dict[str, Tensor]],
     tokens: int,
     seconds: float,
 ) -> dict[str, Any]:
     """The student's row of results."""
     quality = compare(student, materials.teacher, held_out)
-    some = first_rows(materials.train, max(1, UNIGRAM_TOKENS // recipe.corpus.context))
+    some = first_rows(materials.train, max(1, UNIGRAM_TOKENS // recipe.data.seq_len))
     unigram = unigram_loss(some, held_out, student.config.vocab_size)
     speed = decode_speed(student, held_out[0]["input_ids"][:1])
     initial = json.loads((output / "checkpoints" / "initial.json").read_text())

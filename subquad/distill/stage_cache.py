@@ -31,7 +31,7 @@ def stage_key(recipe: Recipe, name: str, epoch_tokens: int) -> str:
 
 
 @dataclass(frozen=True)
-class SharedStages:
+class StageCache:
     """A directory of finished stages, one below each key.
 
     wanted: the keys that are worth keeping, since several runs have them.
@@ -41,7 +41,7 @@ class SharedStages:
     wanted: frozenset[str]
 
     @classmethod
-    def among(cls, directory: Path, keys: Iterable[Iterable[str]]) -> "SharedStages":
+    def among(cls, directory: Path, keys: Iterable[Iterable[str]]) -> "StageCache":
         """Of runs with these keys: what more than one of them has."""
         counts = Counter(key for own in keys for key in own)
         return cls(directory, frozenset(key for key, count in counts.items() if count > 1))
@@ -49,7 +49,7 @@ class SharedStages:
     def has(self, key: str) -> bool:
         return (self.directory / key).is_dir()
 
-    def keep(self, key: str, name: str, output: Path) -> None:
+    def save(self, key: str, name: str, output: Path) -> None:
         """Keeps the stage `name` that the run in `output` has just finished, whole or not at all."""
         if key not in self.wanted or self.has(key):
             return
@@ -64,7 +64,7 @@ class SharedStages:
         except OSError:  # another run has just kept the same
             shutil.rmtree(work, ignore_errors=True)
 
-    def put(self, keys: dict[str, str], output: Path) -> None:
+    def restore(self, keys: dict[str, str], output: Path) -> None:
         """Puts the furthest stage that is kept (`keys`: of the run's stages by name, in order) into the run in
         `output`, unless that has come as far by itself."""
         checkpoints = output / "checkpoints"
@@ -85,7 +85,7 @@ class SharedStages:
         for earlier in ORDER[: ORDER.index(name) + 1]:
             shutil.rmtree(checkpoints / earlier, ignore_errors=True)
 
-    def forget(self, needed: Iterable[str]) -> None:
+    def prune(self, needed: Iterable[str]) -> None:
         """Removes what no unfinished run needs, and what a kill left half written."""
         if not self.directory.is_dir():
             return

@@ -21,12 +21,12 @@ from subquad.distill.fused_loss import Head, fused_distillation_loss, read_head
 from subquad.distill.layerwise import layerwise, matrix_distance, output_distance
 from subquad.distill.losses import distillation_loss
 from subquad.modeling.attention.discovery import (
-    AttentionSite,
-    Recording,
-    attentions,
-    find_attention,
+    AttentionInfo,
+    LayerActivations,
+    attention_modules,
+    collect_activations,
+    discover_attention,
     layer_path,
-    record,
 )
 from subquad.modeling.attention.scores import attention_rows, cut_arguments, with_mask
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
@@ -63,18 +63,18 @@ class Objective:
         raise NotImplementedError
 
 
-class Alignment(Objective):
+class LayerwiseDistillation(Objective):
     """Stages 1 and 2: every layer learns alone, from the teacher's input to that layer."""
 
     def __init__(self, teacher: PreTrainedModel):
         self.teacher = teacher
-        self.sites: list[AttentionSite] = find_attention(teacher)
-        self.watched = attentions(self.sites)
+        self.attention_layers: list[AttentionInfo] = discover_attention(teacher)
+        self.hooked_modules = attention_modules(self.attention_layers)
 
     def targets(self, batch: Batch) -> dict[str, Any]:
-        input_ids, documents = batch["input_ids"], documents_of(batch)
+        input_ids, documents = batch["input_ids"], document_ids(batch)
         positions = None if documents is None else batch["position_ids"]
-        recordings = record(self.teacher, self.watched, input_ids, positions)
+        recordings = collect_activations(self.teacher, self.hooked_modules, input_ids, positions)
         return {"input_ids": input_ids, "recordings": recordings, "documents": documents}
 
     def trained(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
@@ -85,7 +85,7 @@ class Alignment(Objective):
         raise NotImplementedError
 
     def layer_loss(
-        self, student: SubquadForCausalLM, index: int, recording: Recording, documents: Tensor | None
+        self, student: SubquadForCausalLM, index: int, recording: LayerActivations, documents: Tensor | None
     ) -> Tensor:
         raise NotImplementedError
 
@@ -95,25 +95,25 @@ class Alignment(Objective):
         return StageOutput(*layerwise(losses, self.groups(student)))
 
 
-class MatrixMixing(Alignment):
+class MatrixMixing(LayerwiseDistillation):
     """Stage 1 (MOHAWK, arXiv 2408.10189, section 3.1): each layer's mixing matrix towards the teacher's attention."""
 
     name = "matrix"
 
     def __init__(self, teacher: PreTrainedModel, stage: Matrix):
         super().__init__(teacher)
-        self.rows = stage.rows
-        self.watched = [(module, None) for module, _ in self.watched]
+        self.rows = stage.row_chunk_size
+        self.hooked_modules = [(module, None) for module, _ in self.hooked_modules]
 
     def groups(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
-        return [block.matrix_parameters() for block in student.blocks]
+        return [block.matrix_parameters() for block in student.mixer_layers]
 
     def layer_loss(
-        self, student: SubquadForCausalLM, index: int, recording: Recording, documents: Tensor | None
+        self, student: SubquadForCausalLM, index: int, recording: LayerActivations, documents: Tensor | None
     ) -> Tensor:
         B, T, _ = recording.hidden_states.shape
         total = torch.zeros((), device=recording.hidden_states.device)
-        for row, tokens in spans(documents, B, T):
+        for row, tokens in document_slices(documents, B, T):
             args, kwargs = cut_arguments(recording.args, recording.kwargs, tokens, row)
             size = (tokens.stop - tokens.start) * (row.stop - row.start)
             total = total + size * self.distance(student, index, args, kwargs, tokens.stop - tokens.start)
@@ -122,17 +122,17 @@ class MatrixMixing(Alignment):
     def distance(
         self, student: SubquadForCausalLM, index: int, args: tuple, kwargs: dict[str, Any], length: int
     ) -> Tensor:
-        block, site = student.blocks[index], self.sites[index]
+        block, site = student.mixer_layers[index], self.attention_layers[index]
 
         @torch.no_grad()
         def target(rows: slice) -> Tensor:
-            return attention_rows(site.module, site.layout.window, 0, args, kwargs, rows)
+            return attention_rows(site.module, site.spec.window, 0, args, kwargs, rows)
 
         matrix = block.matrix_rows(*args, **kwargs)
-        return matrix_distance(matrix, target, length, block.matrix_scale_is_free, self.rows)
+        return matrix_distance(matrix, target, length, block.scale_invariant, self.rows)
 
 
-class HiddenAlignment(Alignment):
+class HiddenAlignment(LayerwiseDistillation):
     """Stage 2 (MOHAWK, section 3.2): each layer's output towards the teacher's: the mixer's towards the attention's, or
     that of the whole layer.
 
@@ -144,29 +144,31 @@ class HiddenAlignment(Alignment):
 
     def __init__(self, teacher: PreTrainedModel, stage: Hidden, calibration: Tensor):
         super().__init__(teacher)
-        self.paths = [layer_path(site.path) for site in self.sites] if stage.target == "block" else None
+        self.paths = (
+            [layer_path(site.path) for site in self.attention_layers] if stage.target == "decoder_layer" else None
+        )
         if self.paths is not None:
-            self.watched = [(teacher.get_submodule(path), None) for path in self.paths]
-        recordings = record(teacher, self.watched, calibration.to(teacher.device))
-        self.powers = [r.output.float().square().sum(-1).mean() for r in recordings]
+            self.hooked_modules = [(teacher.get_submodule(path), None) for path in self.paths]
+        recordings = collect_activations(teacher, self.hooked_modules, calibration.to(teacher.device))
+        self.target_norms = [r.output.float().square().sum(-1).mean() for r in recordings]
 
     def modules(self, student: SubquadForCausalLM) -> list[nn.Module]:
         if self.paths is None:
-            return list(student.blocks)
+            return list(student.mixer_layers)
         return [student.base.get_submodule(path) for path in self.paths]
 
     def groups(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
         return [list(module.parameters()) for module in self.modules(student)]
 
     def layer_loss(
-        self, student: SubquadForCausalLM, index: int, recording: Recording, documents: Tensor | None
+        self, student: SubquadForCausalLM, index: int, recording: LayerActivations, documents: Tensor | None
     ) -> Tensor:
         mask = None if documents is None else documents[:, None, None, :]
         module = self.modules(student)[index]
         args, kwargs = with_mask(module, recording.args, recording.kwargs, mask)
         given = module(*args, **kwargs)
         output = given[0] if isinstance(given, tuple) else given
-        return output_distance(output, recording.output, self.powers[index])
+        return output_distance(output, recording.output, self.target_norms[index])
 
 
 class EndToEndDistillation(Objective):
@@ -206,10 +208,10 @@ class EndToEndDistillation(Objective):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> dict[str, Any]:
-        if self.stage.text == "teacher":
+        if self.stage.data == "teacher_generated":
             batch = {"input_ids": self.write(batch["input_ids"])}
         input_ids = batch["input_ids"]
-        where = {} if documents_of(batch) is None else {"position_ids": batch["position_ids"]}
+        where = {} if document_ids(batch) is None else {"position_ids": batch["position_ids"]}
         # Not by its own name, which the student's forward would take for itself.
         given = {"input_ids": input_ids, "next_labels": next_labels(batch), "positions": where.get("position_ids")}
         if self.stage.kl_weight == 0:
@@ -222,7 +224,7 @@ class EndToEndDistillation(Objective):
     def write(self, input_ids: Tensor) -> Tensor:
         """The first tokens of each row, and what the teacher writes behind them, drawn from its distribution."""
         T = input_ids.shape[1]
-        prompt = input_ids[:, : max(1, round(self.stage.prompt * T))]
+        prompt = input_ids[:, : max(1, round(self.stage.prompt_fraction * T))]
         more = T - prompt.shape[1]
         sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return self.teacher.generate(  # type: ignore[operator]
@@ -238,7 +240,7 @@ class EndToEndDistillation(Objective):
             loss, _, _ = distillation_loss(logits, self.teacher_logits(targets), shifted, **self.options)
             return StageOutput(loss)
         loss, _, _ = fused_distillation_loss(
-            student.backbone(input_ids, positions).flatten(0, 1),
+            student.last_hidden_state(input_ids, positions).flatten(0, 1),
             None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
             labels.flatten(),
             head,
@@ -256,7 +258,7 @@ class EndToEndDistillation(Objective):
         return self.teacher(input_ids=targets["input_ids"], use_cache=False, **where).logits
 
 
-def documents_of(batch: Batch) -> Tensor | None:
+def document_ids(batch: Batch) -> Tensor | None:
     """The number of each token's document in its row, `[B, T]`, from 1; None where every row is of one document."""
     positions = batch.get("position_ids")
     if positions is None:
@@ -270,7 +272,7 @@ def documents_of(batch: Batch) -> Tensor | None:
 
 
 @torch.no_grad()
-def keeps_apart(teacher: PreTrainedModel) -> bool:
+def respects_document_boundaries(teacher: PreTrainedModel) -> bool:
     """Whether positions that restart keep a teacher's documents apart: what it says of a second document must not
     depend on the first."""
     vocabulary: int = teacher.get_input_embeddings().num_embeddings  # type: ignore[assignment, union-attr]
@@ -283,7 +285,7 @@ def keeps_apart(teacher: PreTrainedModel) -> bool:
     return torch.allclose(hidden[0, 5:], hidden[1, 5:], atol=1e-3 * float(hidden.abs().mean()), rtol=1e-3)
 
 
-def spans(documents: Tensor | None, B: int, T: int) -> list[tuple[slice, slice]]:
+def document_slices(documents: Tensor | None, B: int, T: int) -> list[tuple[slice, slice]]:
     """Rows and tokens of pieces that are one document each: the whole batch, or every document of every row."""
     if documents is None:
         return [(slice(0, B), slice(0, T))]

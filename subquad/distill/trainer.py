@@ -21,8 +21,8 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subquad.config import Recipe, Stage
-from subquad.data.packing import IGNORED, next_labels
-from subquad.distill.param_groups import Average, add_lora, merge_lora, parameter_groups
+from subquad.data.packing import LOSS_IGNORED_LABEL, next_labels
+from subquad.distill.param_groups import EMA, add_lora, merge_lora, parameter_groups
 from subquad.distill.progress import Progress, tensorboard
 from subquad.distill.stages import Batch, Objective
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
@@ -54,7 +54,7 @@ class StageRun:
 
     @property
     def steps(self) -> int:
-        return total_steps(self.stage, self.recipe.corpus.context)
+        return total_steps(self.stage, self.recipe.data.seq_len)
 
 
 class StageTrainer(Trainer):
@@ -70,8 +70,8 @@ class StageTrainer(Trainer):
         self.run = run
         self.student: SubquadForCausalLM = student
         self.groups = groups
-        self.average = None if run.stage.ema is None else Average(student, run.stage.ema)
-        self.shares: list[float] = []
+        self.average = None if run.stage.ema_decay is None else EMA(student, run.stage.ema_decay)
+        self.loss_weights: list[float] = []
         self.plain_clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self.clip
 
@@ -84,11 +84,11 @@ class StageTrainer(Trainer):
         total = counts.sum()
         if self.accelerator.num_processes > 1:
             total = self.accelerator.gather(total.to(self.args.device)).sum().cpu()
-        self.shares = (counts * len(samples) * self.accelerator.num_processes / total.clamp_min(1)).tolist()
+        self.loss_weights = (counts * len(samples) * self.accelerator.num_processes / total.clamp_min(1)).tolist()
         return samples, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
-        share = self.shares.pop(0) if model.training and self.shares else 1.0
+        share = self.loss_weights.pop(0) if model.training and self.loss_weights else 1.0
         loss = self.objective_loss(model, inputs)
         return (loss * share, {"loss": loss}) if return_outputs else loss * share
 
@@ -98,7 +98,7 @@ class StageTrainer(Trainer):
             targets = objective.targets(batch)
             outputs = model(objective=objective, **targets)
         if not torch.isfinite(outputs.loss):
-            self.stop_at(outputs.layers, targets)
+            self.raise_non_finite(outputs.layers, targets)
         return outputs.loss
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -106,7 +106,7 @@ class StageTrainer(Trainer):
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, torch.bfloat16)
 
-    def stop_at(self, layers: torch.Tensor | None, targets: dict[str, Any]) -> None:
+    def raise_non_finite(self, layers: torch.Tensor | None, targets: dict[str, Any]) -> None:
         """A loss that is not finite, with where it began."""
         if layers is not None:
             bad = [i for i, value in enumerate(layers.tolist()) if not math.isfinite(value)]
@@ -121,7 +121,7 @@ class StageTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Of held-out text the stage's loss, and that of the student as a language model."""
         batch = self._prepare_inputs(inputs)
-        labels, count = batch.get("labels", batch["input_ids"]), (next_labels(batch) != IGNORED).sum()
+        labels, count = batch.get("labels", batch["input_ids"]), (next_labels(batch) != LOSS_IGNORED_LABEL).sum()
         with torch.no_grad():
             loss = self.objective_loss(model, batch)
             given = {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids")}
@@ -181,10 +181,10 @@ def not_finite(student: SubquadForCausalLM, input_ids: torch.Tensor, positions: 
         if not output.isfinite().all():
             bad.append(index)
 
-    hooks = [b.register_forward_hook(lambda _m, _a, out, i=i: look(i, out)) for i, b in enumerate(student.blocks)]
+    hooks = [b.register_forward_hook(lambda _m, _a, out, i=i: look(i, out)) for i, b in enumerate(student.mixer_layers)]
     try:
         with torch.no_grad():
-            student.backbone(input_ids, positions)
+            student.last_hidden_state(input_ids, positions)
     finally:
         for hook in hooks:
             hook.remove()
@@ -229,7 +229,7 @@ def run_stage(run: StageRun, student: SubquadForCausalLM) -> None:
 
 
 def callbacks(run: StageRun) -> list[TrainerCallback]:
-    found: list[TrainerCallback] = [Progress(run.stage.batch_size * run.recipe.corpus.context, run.report, label(run))]
+    found: list[TrainerCallback] = [Progress(run.stage.batch_size * run.recipe.data.seq_len, run.report, label(run))]
     if run.recipe.report_to == "tensorboard" and PartialState().is_main_process:
         found.append(tensorboard(run.directory.parents[1] / "tensorboard" / run.objective.name))
     return found
@@ -244,7 +244,7 @@ def training_arguments(run: StageRun) -> TrainingArguments:
     stage, recipe, steps = run.stage, run.recipe, run.steps
     processes = PartialState().num_processes
     share, micro = rows_of_a_process(stage, processes)
-    every, cuda = recipe.evaluation.every, torch.cuda.is_available()
+    every, cuda = recipe.evaluation.eval_steps, torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(run.directory),
         run_name=label(run),
@@ -258,9 +258,9 @@ def training_arguments(run: StageRun) -> TrainingArguments:
         per_device_eval_batch_size=micro,
         gradient_accumulation_steps=share // micro,
         learning_rate=stage.lr,
-        lr_scheduler_type=SCHEDULES[stage.schedule],
+        lr_scheduler_type=SCHEDULES[stage.lr_scheduler],
         lr_scheduler_kwargs={"num_decay_steps": math.ceil(stage.decay * steps), "decay_type": "linear"}
-        if stage.schedule == "wsd"
+        if stage.lr_scheduler == "wsd"
         else {},
         warmup_steps=math.ceil(stage.warmup * steps),
         max_grad_norm=stage.max_grad_norm,
@@ -268,11 +268,11 @@ def training_arguments(run: StageRun) -> TrainingArguments:
         eval_steps=every,
         prediction_loss_only=True,
         save_strategy="steps",
-        save_steps=recipe.checkpoint.every,
-        save_total_limit=max(2, recipe.checkpoint.keep),
-        load_best_model_at_end=recipe.evaluation.keep_best,
-        metric_for_best_model="loss" if recipe.evaluation.keep_best else None,
-        greater_is_better=False if recipe.evaluation.keep_best else None,
+        save_steps=recipe.checkpoint.save_steps,
+        save_total_limit=max(2, recipe.checkpoint.save_total_limit),
+        load_best_model_at_end=recipe.evaluation.load_best_model_at_end,
+        metric_for_best_model="loss" if recipe.evaluation.load_best_model_at_end else None,
+        greater_is_better=False if recipe.evaluation.load_best_model_at_end else None,
         remove_unused_columns=False,
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -304,7 +304,7 @@ def switch_checkpointing(student: SubquadForCausalLM, on: bool) -> None:
 
 
 class AverageEachStep(TrainerCallback):
-    def __init__(self, average: Average, student: SubquadForCausalLM):
+    def __init__(self, average: EMA, student: SubquadForCausalLM):
         self.average, self.student = average, student
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):

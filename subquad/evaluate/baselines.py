@@ -34,4 +34,4 @@ def int8_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
 def windowed_teacher(teacher: PreTrainedModel, window: int, sinks: int = SINKS) -> SubquadForCausalLM:
     """The teacher with all of its attention cut to the last `window` tokens and the first `sinks`
     (arXiv 2309.17453)."""
-    return linearize(teacher, layers={"default": {"mixer": "attention", "window": window, "sinks": sinks}}).eval()
+    return linearize(teacher, layer_types={"default": {"mixer": "attention", "window": window, "sinks": sinks}}).eval()

@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from subquad.config import Corpus, Recipe, load_recipe
-from subquad.data import check_corpus
-from subquad.evaluate.jobs import Subject
+from subquad.config import Data, Recipe, load_recipe
+from subquad.data import check_data
+from subquad.evaluate.jobs import EvalModel
 from subquad.evaluate.lm_eval import find_tasks
 from subquad.evaluate.long_context import check_lengths
-from subquad.evaluate.results import Row
-from subquad.evaluate.runner import evaluate, load_subject
+from subquad.evaluate.results import Result
+from subquad.evaluate.runner import evaluate, load_eval_model
 from subquad.evaluate.suites import Settings, settings_of
 from subquad.evaluate.table import tables
 from subquad.modeling.teachers import check_reference
@@ -23,10 +23,10 @@ CONTEXT = 512
 
 
 @dataclass(frozen=True)
-class Results:
+class EvaluationOutcome:
     """All rows, and of parts that failed why, by name."""
 
-    rows: list[Row]
+    rows: list[Result]
     failed: dict[str, str]
     head: dict[str, Any]
 
@@ -51,7 +51,7 @@ def run(
     limit: int | None = None,
     lengths: Sequence[int] | None = None,
     figures: bool = False,
-) -> Results:
+) -> EvaluationOutcome:
     """Measures models by name; see `subquad eval --help`.
 
     Raises:
@@ -73,17 +73,17 @@ def run(
     teacher = teacher or (None if recipe is None else recipe.teacher)
     for reference in [*models, *([teacher] if teacher is not None else [])]:
         check_reference(reference)
-    settings = replace(settings, corpus=corpus_of(corpus, recipe))
-    check_corpus(settings.corpus)
+    settings = replace(settings, text=corpus_of(corpus, recipe))
+    check_data(settings.text)
     settings = with_tasks(settings, data, tasks, include)
     same = teacher is not None and list(models) == [teacher]
-    subjects = [load_subject(reference, name) for reference, name in zip(models, names_of(models), strict=True)]
-    beside: Subject | None = None
+    subjects = [load_eval_model(reference, name) for reference, name in zip(models, names_of(models), strict=True)]
+    beside: EvalModel | None = None
     if teacher is not None:
-        beside = replace(subjects[0], name=f"{teacher} (teacher)") if same else load_subject(teacher)
+        beside = replace(subjects[0], name=f"{teacher} (teacher)") if same else load_eval_model(teacher)
     source = None if recipe is None else recipe.model_dump(mode="json")
     rows, failed = evaluate(subjects, beside, settings, place, source, figures)
-    return Results(rows, failed, {**run_info(), "recipe": source})
+    return EvaluationOutcome(rows, failed, {**run_info(), "recipe": source})
 
 
 def recipe_beside(model: str) -> Recipe | None:
@@ -107,11 +107,11 @@ def check_output(output: str | None) -> Path | None:
     return place
 
 
-def corpus_of(source: str | None, recipe: Recipe | None) -> Corpus:
+def corpus_of(source: str | None, recipe: Recipe | None) -> Data:
     """A source that is named is read whole; else the text that the recipe held out."""
     if source is not None:
-        return Corpus(source=source, valid=None if source == "python-stdlib" else source, context=CONTEXT)
-    return Corpus(source="python-stdlib", context=CONTEXT) if recipe is None else recipe.corpus
+        return Data(source=source, validation=None if source == "python-stdlib" else source, seq_len=CONTEXT)
+    return Data(source="python-stdlib", seq_len=CONTEXT) if recipe is None else recipe.data
 
 
 def with_tasks(settings: Settings, data: str | None, tasks: Sequence[str] | None, include: str | None) -> Settings:

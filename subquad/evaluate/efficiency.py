@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
 from subquad.modeling.linearize import evaluating
 
@@ -109,20 +109,20 @@ def cache_bytes(cache: Cache) -> int:
     return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 
-def efficiency_rows(
+def efficiency_results(
     models: Mapping[str, PreTrainedModel],
     lengths: Sequence[int],
     batches: Sequence[int] = (1,),
     repeats: int = 3,
     seconds: float = 60.0,
-) -> dict[str, list[Row]]:
+) -> dict[str, list[Result]]:
     """Prefill and decoding of random tokens by each model, at each length and batch size that takes it, by the last
     one measured, no longer than about `seconds` a prefill.
 
     Metrics: `prefill_seconds`, `seconds_per_token` (one decoded step of the whole batch), both medians of `repeats`
     with the fastest and the slowest as `low` and `high`; `peak_bytes` (of a prefill), `cache_bytes` (after it).
     """
-    rows: dict[str, list[Row]] = {name: [] for name in models}
+    rows: dict[str, list[Result]] = {name: [] for name in models}
     expected: dict[tuple[str, int], tuple[int, float]] = {}
     for batch in batches:
         for length in sorted(lengths):
@@ -140,10 +140,10 @@ def efficiency_rows(
 
 
 @torch.no_grad()
-def _measured(models: Mapping[str, PreTrainedModel], length: int, batch: int, repeats: int) -> dict[str, list[Row]]:
+def _measured(models: Mapping[str, PreTrainedModel], length: int, batch: int, repeats: int) -> dict[str, list[Result]]:
     spent: dict[str, list[float]] = {name: [] for name in models}
     steps: dict[str, list[float]] = {name: [] for name in models}
-    sizes: dict[str, list[Row]] = {}
+    sizes: dict[str, list[Result]] = {}
     generator = torch.Generator().manual_seed(length)
     for repeat in range(repeats + 1):
         for name, model in models.items():
@@ -155,7 +155,7 @@ def _measured(models: Mapping[str, PreTrainedModel], length: int, batch: int, re
                     out, peak = with_peak(read, model.device)
                     held = {"peak_bytes": peak, "cache_bytes": cache_bytes(out[CACHE_ARGUMENT])}
                     sizes[name] = [
-                        Row(TASK, metric, float(size), n=1, length=length, batch=batch)
+                        Result(TASK, metric, float(size), n=1, length=length, batch=batch)
                         for metric, size in held.items()
                         if size is not None
                     ]
@@ -174,6 +174,8 @@ def _measured(models: Mapping[str, PreTrainedModel], length: int, batch: int, re
     }
 
 
-def _timing(metric: str, seconds: Sequence[float], length: int, batch: int) -> Row:
+def _timing(metric: str, seconds: Sequence[float], length: int, batch: int) -> Result:
     middle = statistics.median(seconds)
-    return Row("cost", metric, middle, low=min(seconds), high=max(seconds), n=len(seconds), length=length, batch=batch)
+    return Result(
+        "cost", metric, middle, low=min(seconds), high=max(seconds), n=len(seconds), length=length, batch=batch
+    )

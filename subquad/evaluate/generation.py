@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import mean
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.linearize import evaluating
 
 LENGTHS = (16, 64, 256)
 GRAM = 4
-DEGENERATE = 0.5
+DEGENERATE_SHARE = 0.5
 """A continuation of whose runs of `GRAM` tokens more than this share have stood in it before is degenerate."""
 
 
@@ -50,17 +50,17 @@ def repeated_share(tokens: Tensor, gram: int = GRAM) -> Tensor:
     return 1 - torch.tensor(different, dtype=torch.float64) / runs.shape[1]
 
 
-def repetition_rows(task: str, written: Tensor) -> list[Row]:
+def repetition_results(task: str, written: Tensor) -> list[Result]:
     """`repetition` (mean share of repeated runs) and `degenerate` (share of continuations that go round in circles)."""
     shares = repeated_share(written)
     length = written.shape[1]
     return [
         mean(shares).row(task, "repetition", length=length),
-        mean((shares > DEGENERATE).double()).row(task, "degenerate", length=length),
+        mean((shares > DEGENERATE_SHARE).double()).row(task, "degenerate", length=length),
     ]
 
 
-def agreement_rows(task: str, written: Tensor, teachers: Tensor, lengths: Sequence[int] = LENGTHS) -> list[Row]:
+def agreement_results(task: str, written: Tensor, teachers: Tensor, lengths: Sequence[int] = LENGTHS) -> list[Result]:
     """Beside the teacher's continuations of the same prompts: `common_prefix` (mean tokens up to the first that
     differs) and `same_continuation` (share equal over the first 16, 64, 256 tokens)."""
     same = common_prefix(written, teachers)

@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.analysis.ablations import ablation_rows
-from subquad.analysis.diagnostics import diagnostics_rows
-from subquad.analysis.recall import recall_rows
+from subquad.analysis.ablations import ablation_results
+from subquad.analysis.diagnostics import diagnostics_results
+from subquad.analysis.recall import recall_results
 from subquad.analysis.saved_matrices import chosen_matrices, pack
-from subquad.data import RowRange, token_rows
+from subquad.data import RowSlice, token_rows
 from subquad.evaluate import generation, long_context, statistics
 from subquad.evaluate.baselines import SINKS, int8_teacher, windowed_teacher
 from subquad.evaluate.efficiency import TASK as COST
-from subquad.evaluate.efficiency import efficiency_rows
+from subquad.evaluate.efficiency import efficiency_results
 from subquad.evaluate.lm_eval import Task, TaskResult, spread, zero_shot
-from subquad.evaluate.perplexity import language_rows, token_sums, unigram_loss
-from subquad.evaluate.recovery import TaskScores, recovery_rows, summary_rows
-from subquad.evaluate.results import Row, of
+from subquad.evaluate.perplexity import language_results, token_sums, unigram_loss
+from subquad.evaluate.recovery import TaskScores, recovery_results, summary_results
+from subquad.evaluate.results import Result, of
 from subquad.evaluate.suites import Settings
 from subquad.utils import UserError
 
@@ -37,7 +37,7 @@ MATRICES = "matrices"
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalModel:
     """A model to be measured.
 
     identity: what has to be the same for its results to be the same (files with their sizes and times, say).
@@ -50,7 +50,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Part:
+class EvalJob:
     """A piece of work whose outcome can be kept: JSON in, JSON out."""
 
     name: str
@@ -63,7 +63,7 @@ class Part:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_subjects(subjects: Sequence[Subject], teacher: Subject | None) -> None:
+def check_subjects(subjects: Sequence[EvalModel], teacher: EvalModel | None) -> None:
     """UserError where models cannot be measured side by side: two of one name, or another vocabulary."""
     names = [subject.name for subject in subjects]
     for name in names:
@@ -85,17 +85,17 @@ def check_subjects(subjects: Sequence[Subject], teacher: Subject | None) -> None
 class Evaluation:
     """The plan of an evaluation, and its rows from what of the plan is done."""
 
-    def __init__(self, subjects: Sequence[Subject], teacher: Subject | None, settings: Settings):
+    def __init__(self, subjects: Sequence[EvalModel], teacher: EvalModel | None, settings: Settings):
         check_subjects(subjects, teacher)
         self.students, self.teacher, self.settings = list(subjects), teacher, settings
         self.all = [*subjects, *([teacher] if teacher is not None else [])]
-        if settings.cheaper and teacher is not None:
-            self.all += cheaper_teachers(teacher, settings)
+        if settings.baselines and teacher is not None:
+            self.all += baseline_models(teacher, settings)
         self._text: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ the plan
 
-    def plan(self) -> list[Part]:
+    def plan(self) -> list[EvalJob]:
         makers = {
             "language": self._language,
             "zero-shot": self._zero_shot,
@@ -107,11 +107,11 @@ class Evaluation:
         }
         return [part for name in self.settings.parts for part in makers[name]()]
 
-    def _language(self) -> list[Part]:
+    def _language(self) -> list[EvalJob]:
         s = self.settings
-        depends = (s.corpus.model_dump(mode="json"), s.tokens)
+        depends = (s.text.model_dump(mode="json"), s.tokens)
 
-        def sums(subject: Subject) -> list[list[float]]:
+        def sums(subject: EvalModel) -> list[list[float]]:
             teacher = None if self.teacher is None else self.teacher.model
             batches = DataLoader(self._rows(subject), batch_size=4)
             return token_sums(subject.model, teacher, batches, subject.tokenizer).tolist()
@@ -121,10 +121,10 @@ class Evaluation:
             parts.append(self._part("unigram", self.teacher, depends, partial(self._unigram, self.teacher)))
         return parts
 
-    def _zero_shot(self) -> list[Part]:
+    def _zero_shot(self) -> list[EvalJob]:
         s = self.settings
 
-        def ask(subject: Subject, task: Task) -> dict[str, Any]:
+        def ask(subject: EvalModel, task: Task) -> dict[str, Any]:
             model, tokenizer = subject.model, subject.tokenizer
             found = zero_shot(model, tokenizer, task, limit=s.limit, batch_size=s.batch_size, include=s.include)
             return found.as_dict()
@@ -135,80 +135,80 @@ class Evaluation:
             for subject in self.all
         ]
 
-    def _generation(self) -> list[Part]:
+    def _generation(self) -> list[EvalJob]:
         s = self.settings
-        depends = (s.corpus.model_dump(mode="json"), s.prompts, s.prompt, s.generated)
+        depends = (s.text.model_dump(mode="json"), s.prompts, s.prompt_tokens, s.generated)
 
-        def write(subject: Subject) -> list[list[int]]:
-            prompts = self._sample(subject, s.prompts * s.corpus.context)[: s.prompts, : s.prompt]
+        def write(subject: EvalModel) -> list[list[int]]:
+            prompts = self._sample(subject, s.prompts * s.text.seq_len)[: s.prompts, : s.prompt_tokens]
             return generation.continuations(subject.model, prompts, s.generated).tolist()
 
-        def words(subject: Subject, task: Task) -> list[float]:
+        def words(subject: EvalModel, task: Task) -> list[float]:
             items = task.items()
-            some = [(items[i]["context"], items[i]["continuation"]) for i in spread(len(items), s.words)]
+            some = [(items[i]["context"], items[i]["continuation"]) for i in spread(len(items), s.lastword_items)]
             return generation.last_word_scores(subject.model, subject.tokenizer, some).tolist()
 
         parts = [self._part("continuations", subject, depends, partial(write, subject)) for subject in self.all]
         return parts + [
-            self._part(f"words {t.name}", subject, (*_identity(t), s.words), partial(words, subject, t))
+            self._part(f"words {t.name}", subject, (*_identity(t), s.lastword_items), partial(words, subject, t))
             for t in s.tasks
             if t.words
             for subject in self.all
         ]
 
-    def _long(self) -> list[Part]:
+    def _long(self) -> list[EvalJob]:
         s = self.settings
 
-        def read(subject: Subject) -> list[dict[str, Any]]:
+        def read(subject: EvalModel) -> list[dict[str, Any]]:
             lengths = long_context.readable(subject.model, s.lengths)
             if not lengths:
                 logger.info("%s: reads no text of %d tokens", subject.name, min(s.lengths))
                 return []
             ids = self._documents(subject, max(s.lengths))[:, : max(lengths)]
             losses = long_context.position_losses(subject.model, ids, label=subject.name)
-            return [row.as_dict() for row in long_context.context_rows(_source(s), losses, lengths)]
+            return [row.as_dict() for row in long_context.context_results(_source(s), losses, lengths)]
 
-        depends = (s.corpus.model_dump(mode="json"), s.lengths, s.documents)
+        depends = (s.text.model_dump(mode="json"), s.lengths, s.documents)
         return [self._part("long context", subject, depends, partial(read, subject)) for subject in self.all]
 
-    def _efficiency(self) -> list[Part]:
+    def _efficiency(self) -> list[EvalJob]:
         s = self.settings
 
         def cost() -> dict[str, list[dict[str, Any]]]:
             models = {subject.name: subject.model for subject in self.all}
-            found = efficiency_rows(models, s.cost_lengths, s.batches, s.repeats, s.seconds)
+            found = efficiency_results(models, s.cost_lengths, s.batches, s.repeats, s.seconds)
             return {name: [row.as_dict() for row in rows] for name, rows in found.items()}
 
         who = [(subject.name, subject.identity) for subject in self.all]
-        return [Part(COST, (who, s.cost_lengths, s.batches, s.repeats, s.seconds), cost)]
+        return [EvalJob(COST, (who, s.cost_lengths, s.batches, s.repeats, s.seconds), cost)]
 
-    def _recall(self) -> list[Part]:
+    def _recall(self) -> list[EvalJob]:
         s = self.settings
 
-        def ask(subject: Subject) -> list[dict[str, Any]]:
+        def ask(subject: EvalModel) -> list[dict[str, Any]]:
             haystack = self._sample(subject, 4 * max(s.recall_lengths)).flatten()
-            rows = recall_rows(
+            rows = recall_results(
                 subject.model, subject.tokenizer, haystack, lengths=s.recall_lengths, items=s.recall_items
             )
             return [row.as_dict() for row in rows]
 
-        depends = (s.corpus.model_dump(mode="json"), s.recall_lengths, s.recall_items)
+        depends = (s.text.model_dump(mode="json"), s.recall_lengths, s.recall_items)
         return [self._part("recall", subject, depends, partial(ask, subject)) for subject in self.all]
 
-    def _diagnostics(self) -> list[Part]:
+    def _diagnostics(self) -> list[EvalJob]:
         """A student beside its teacher; the teacher beside itself, which is what a perfect student would show."""
         s = self.settings
 
-        def look(subject: Subject) -> list[dict[str, Any]]:
+        def look(subject: EvalModel) -> list[dict[str, Any]]:
             texts = self.texts(subject)
             teacher = None if self.teacher is None else self.teacher.model
-            rows = diagnostics_rows(subject.model, texts, teacher) + ablation_rows(subject.model, texts)
+            rows = diagnostics_results(subject.model, texts, teacher) + ablation_results(subject.model, texts)
             return [row.as_dict() for row in rows]
 
-        def show(subject: Subject, teacher: Subject) -> list[dict[str, Any]]:
+        def show(subject: EvalModel, teacher: EvalModel) -> list[dict[str, Any]]:
             return pack(chosen_matrices(subject.model, teacher.model, self.texts(subject)))
 
-        depends = (s.corpus.model_dump(mode="json"), s.texts, s.text)
+        depends = (s.text.model_dump(mode="json"), s.diag_rows, s.diag_tokens)
         parts = [
             self._part("diagnostics", subject, depends, partial(look, subject), self.teacher) for subject in self.all
         ]
@@ -220,74 +220,74 @@ class Evaluation:
         ]
 
     def _part(
-        self, name: str, subject: Subject, depends: tuple, compute: Callable[[], Any], beside: Subject | None = None
-    ) -> Part:
+        self, name: str, subject: EvalModel, depends: tuple, compute: Callable[[], Any], beside: EvalModel | None = None
+    ) -> EvalJob:
         others = () if beside is None else (beside.name, beside.identity)
-        return Part(f"{name}: {subject.name}", (subject.identity, *others, *depends), compute)
+        return EvalJob(f"{name}: {subject.name}", (subject.identity, *others, *depends), compute)
 
     # ------------------------------------------------------------------ text
 
-    def _rows(self, subject: Subject, tokens: int | None = None) -> RowRange:
+    def _rows(self, subject: EvalModel, tokens: int | None = None) -> RowSlice:
         s = self.settings
         key = f"{subject.tokenizer.name_or_path} {tokens}"
         if key not in self._text:
-            self._text[key] = token_rows(s.corpus, subject.tokenizer, "valid", limit=tokens or s.tokens)
+            self._text[key] = token_rows(s.text, subject.tokenizer, "validation", limit=tokens or s.tokens)
         rows = self._text[key]
         return rows.take(len(rows))
 
-    def _sample(self, subject: Subject, tokens: int) -> Tensor:
+    def _sample(self, subject: EvalModel, tokens: int) -> Tensor:
         """Rows of held-out text with about so many tokens, `[rows, context]`."""
         rows = self._rows(subject, tokens)
         return torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
 
-    def texts(self, subject: Subject) -> Tensor:
+    def texts(self, subject: EvalModel) -> Tensor:
         """The texts through which a model's inside is looked at, `[texts, at most text]`."""
         s = self.settings
-        return self._sample(subject, s.texts * s.corpus.context)[: s.texts, : s.text]
+        return self._sample(subject, s.diag_rows * s.text.seq_len)[: s.diag_rows, : s.diag_tokens]
 
-    def _documents(self, subject: Subject, tokens: int) -> Tensor:
+    def _documents(self, subject: EvalModel, tokens: int) -> Tensor:
         key = f"{subject.tokenizer.name_or_path} documents"
         if key not in self._text:
             s = self.settings
-            self._text[key] = long_context.long_documents(s.corpus, subject.tokenizer, tokens, s.documents)
+            self._text[key] = long_context.long_documents(s.text, subject.tokenizer, tokens, s.documents)
         return self._text[key]
 
-    def _unigram(self, subject: Subject) -> float:
+    def _unigram(self, subject: EvalModel) -> float:
         s = self.settings
-        train = token_rows(s.corpus, subject.tokenizer, "train", limit=UNIGRAM_TOKENS)
+        train = token_rows(s.text, subject.tokenizer, "train", limit=UNIGRAM_TOKENS)
         vocabulary: int = subject.model.get_input_embeddings().num_embeddings  # type: ignore[assignment, union-attr]
         held_out = DataLoader(self._rows(subject), batch_size=4)
         return unigram_loss((row["input_ids"] for row in train), held_out, vocabulary)
 
     # ------------------------------------------------------------------ the rows
 
-    def rows(self, done: Mapping[str, Any]) -> list[Row]:
+    def rows(self, done: Mapping[str, Any]) -> list[Result]:
         """The rows of results from the outcomes of parts by name; of parts that are not done, none."""
-        found: list[Row] = []
+        found: list[Result] = []
         for subject in self.all:
             rows = [
                 *self._language_rows(subject, done),
                 *self._task_rows(subject, done),
                 *self._generation_rows(subject, done),
                 *[
-                    Row.from_dict(row)
+                    Result.from_dict(row)
                     for part in ("long context", "recall", "diagnostics")
                     for row in done.get(f"{part}: {subject.name}", [])
                 ],
-                *[Row.from_dict(row) for row in done.get(COST, {}).get(subject.name, [])],
+                *[Result.from_dict(row) for row in done.get(COST, {}).get(subject.name, [])],
             ]
             found += of(subject.name, None if self.teacher is None else self.teacher.name, rows)
         return found
 
-    def _language_rows(self, subject: Subject, done: Mapping[str, Any]) -> list[Row]:
+    def _language_rows(self, subject: EvalModel, done: Mapping[str, Any]) -> list[Result]:
         sums = done.get(f"language: {subject.name}")
         if sums is None:
             return []
         unigram = None if self.teacher is None else done.get(f"unigram: {self.teacher.name}")
-        return language_rows(_source(self.settings), torch.tensor(sums, dtype=torch.float64), unigram)
+        return language_results(_source(self.settings), torch.tensor(sums, dtype=torch.float64), unigram)
 
-    def _task_rows(self, subject: Subject, done: Mapping[str, Any]) -> list[Row]:
-        rows: list[Row] = []
+    def _task_rows(self, subject: EvalModel, done: Mapping[str, Any]) -> list[Result]:
+        rows: list[Result] = []
         scores: dict[str, TaskScores] = {}
         for task in self.settings.tasks:
             mine = done.get(f"zero-shot {task.name}: {subject.name}")
@@ -295,21 +295,23 @@ class Evaluation:
             if mine is None:
                 continue
             result = TaskResult.from_dict(mine)
-            rows += [*result.rows, Row(task.name, "chance", result.chance, n=len(result.scores))]
+            rows += [*result.rows, Result(task.name, "chance", result.chance, n=len(result.scores))]
             if theirs is not None and len(result.scores):
                 scores[task.name] = result.beside(TaskResult.from_dict(theirs))
         for name, pair in scores.items():
-            rows += recovery_rows(name, pair)
-        return [*rows, *(summary_rows(scores) if scores else [])]
+            rows += recovery_results(name, pair)
+        return [*rows, *(summary_results(scores) if scores else [])]
 
-    def _generation_rows(self, subject: Subject, done: Mapping[str, Any]) -> list[Row]:
+    def _generation_rows(self, subject: EvalModel, done: Mapping[str, Any]) -> list[Result]:
         rows = []
         written = done.get(f"continuations: {subject.name}")
         theirs = None if self.teacher is None else done.get(f"continuations: {self.teacher.name}")
         if written is not None:
-            rows += generation.repetition_rows(_source(self.settings), torch.tensor(written))
+            rows += generation.repetition_results(_source(self.settings), torch.tensor(written))
             if theirs is not None:
-                rows += generation.agreement_rows(_source(self.settings), torch.tensor(written), torch.tensor(theirs))
+                rows += generation.agreement_results(
+                    _source(self.settings), torch.tensor(written), torch.tensor(theirs)
+                )
         for task in self.settings.tasks:
             scores = done.get(f"words {task.name}: {subject.name}")
             if scores is not None:
@@ -317,7 +319,7 @@ class Evaluation:
         return rows
 
 
-def cheaper_teachers(teacher: Subject, settings: Settings) -> list[Subject]:
+def baseline_models(teacher: EvalModel, settings: Settings) -> list[EvalModel]:
     """The teacher in int8 and with a sliding window."""
     window = settings.window
     return [
@@ -329,7 +331,7 @@ def cheaper_teachers(teacher: Subject, settings: Settings) -> list[Subject]:
 
 
 def _source(settings: Settings) -> str:
-    source = settings.corpus.valid or settings.corpus.source
+    source = settings.text.validation or settings.text.source
     return Path(source).name if isinstance(source, str) else " + ".join(Path(name).name for name in source)
 
 

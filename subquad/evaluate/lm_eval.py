@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.evaluate.recovery import TaskScores
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.modeling.linearize import evaluating
 from subquad.utils import UserError, cache_dir, nearest, write_text_atomic
 
@@ -126,7 +126,7 @@ class Task:
 class TaskResult:
     """Rows of results, each item's `acc` (`[n]`, in the order of items), and the accuracy of guessing."""
 
-    rows: list[Row]
+    rows: list[Result]
     scores: Tensor
     chance: float
 
@@ -137,7 +137,7 @@ class TaskResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TaskResult":
         scores = torch.tensor(values["scores"], dtype=torch.float64)
-        return cls([Row.from_dict(row) for row in values["rows"]], scores, values["chance"])
+        return cls([Result.from_dict(row) for row in values["rows"]], scores, values["chance"])
 
     def beside(self, teacher: "TaskResult") -> TaskScores:
         return TaskScores(self.scores, teacher.scores, self.chance)
@@ -286,7 +286,7 @@ def zero_shot(
     return TaskResult(rows, scores, sum(guessed) / len(guessed) if guessed else 0.0)
 
 
-def _rows(name: str, values: dict[str, Any], found: dict[str, Any]) -> list[Row]:
+def _rows(name: str, values: dict[str, Any], found: dict[str, Any]) -> list[Result]:
     """lm-eval writes `"acc,none": 0.5, "acc_stderr,none": 0.01`."""
     count = found.get("n-samples", {}).get(name, {}).get("effective")
     rows = []
@@ -296,7 +296,7 @@ def _rows(name: str, values: dict[str, Any], found: dict[str, Any]) -> list[Row]
             continue
         error = values.get(f"{metric}_stderr,{kind}")
         rows.append(
-            Row(
+            Result(
                 name,
                 metric if kind == "none" else f"{metric},{kind}",
                 float(value),

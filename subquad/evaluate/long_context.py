@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.config import Corpus
+from subquad.config import Data
 from subquad.data import token_rows
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import estimate
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.linearize import evaluating
@@ -31,15 +31,15 @@ WORSE = 1.1
 """The extrapolation point is where perplexity is so many times its best."""
 
 
-def long_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int) -> Tensor:
+def long_documents(data: Data, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int) -> Tensor:
     """`[at most count, tokens]`: rows of held-out text that lie within one document; where there are none, rows across
     documents, said aloud.
 
     Raises:
         UserError: not even one row of text.
     """
-    wanted = corpus.model_copy(update={"context": tokens, "documents": "separate"})
-    rows = token_rows(wanted, tokenizer, "valid", limit=16 * count * tokens)
+    wanted = data.model_copy(update={"seq_len": tokens, "document_masking": True})
+    rows = token_rows(wanted, tokenizer, "validation", limit=16 * count * tokens)
     whole: list[Tensor] = []
     across: list[Tensor] = []
     for i in range(len(rows)):
@@ -48,7 +48,7 @@ def long_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, tokens: i
         if len(whole) == count:
             break
     if not whole:
-        logger.warning("no document of %s has %d tokens; reading across documents", corpus.source, tokens)
+        logger.warning("no document of %s has %d tokens; reading across documents", data.source, tokens)
     return torch.stack((whole or across)[:count])
 
 
@@ -79,7 +79,7 @@ def readable(model: PreTrainedModel, lengths: Sequence[int]) -> list[int]:
     return [length for length in lengths if table is None or length <= table]
 
 
-def context_rows(task: str, losses: Tensor, lengths: Sequence[int]) -> list[Row]:
+def context_results(task: str, losses: Tensor, lengths: Sequence[int]) -> list[Result]:
     """Of `losses: [N, T - 1]` from the start of documents on:
 
     - `perplexity` at each length L: of the first L tokens;
@@ -101,11 +101,11 @@ def context_rows(task: str, losses: Tensor, lengths: Sequence[int]) -> list[Row]
         if point is None and row.value > WORSE * best:
             point = row.length
         best = min(best, row.value)
-    ends = [] if point is None else [Row(task, "extrapolation_point", float(point), n=len(losses))]
+    ends = [] if point is None else [Result(task, "extrapolation_point", float(point), n=len(losses))]
     return [*rows, *by_position, *ends]
 
 
-def _perplexity(task: str, metric: str, losses: Tensor, length: int) -> Row:
+def _perplexity(task: str, metric: str, losses: Tensor, length: int) -> Result:
     """The interval is over pieces of text: positions of all documents, in pieces of up to 256 tokens."""
     pieces = [piece for row in losses for piece in row.double().split(256)]
     sums = torch.stack([torch.stack([piece.sum(), torch.tensor(float(len(piece))).double()]) for piece in pieces])

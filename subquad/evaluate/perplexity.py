@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.data.packing import IGNORED, next_labels
-from subquad.evaluate.results import Row
+from subquad.data.packing import LOSS_IGNORED_LABEL, next_labels
+from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import Estimate, estimate
 from subquad.modeling.linearize import evaluating
 
@@ -49,7 +49,7 @@ def token_sums(
             elif teacher is model:
                 others = logits
             for b in range(len(ids)):
-                counted = labels[b] != IGNORED
+                counted = labels[b] != LOSS_IGNORED_LABEL
                 theirs = None if others is None else others[b][counted]
                 sums = _row_sums(logits[b][counted], theirs, labels[b][counted])
                 sums[2] = 0 if tokenizer is None else _bytes(tokenizer, labels[b][counted])
@@ -117,14 +117,14 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, batches: Iterabl
     }
 
 
-def language_rows(task: str, sums: Tensor, unigram: float | None = None) -> list[Row]:
+def language_results(task: str, sums: Tensor, unigram: float | None = None) -> list[Result]:
     """The rows of results of `token_sums`, each with an interval by bootstrap over rows of text.
 
     unigram: loss in nats of token frequencies alone (`unigram_loss`), from which `recovered_share` is counted.
     """
     count = int(sums[:, 0].sum())
 
-    def row(metric: str, statistic) -> Row:
+    def row(metric: str, statistic) -> Result:
         found: Estimate = estimate(sums, statistic, count)
         return found.row(task, metric)
 
@@ -158,7 +158,7 @@ def unigram_loss(train: Iterable[Tensor], held_out: Iterable[Batch], vocabulary:
         counts += torch.bincount(batch.flatten(), minlength=vocabulary)
     log_p = (counts / counts.sum()).log()
     targets = torch.cat([_unpack(batch)[2].flatten() for batch in held_out])
-    return -log_p[targets[targets != IGNORED]].mean().item()
+    return -log_p[targets[targets != LOSS_IGNORED_LABEL]].mean().item()
 
 
 def recovered_share(loss, teacher_loss, unigram):

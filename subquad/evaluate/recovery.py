@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import DRAWS, Estimate, estimate, resampled_sums
 
 TOLERANCES = (0.0, 0.01, 0.02, 0.05, 0.1)
@@ -75,20 +75,22 @@ def win_and_tie_rate(pairs: Sequence[tuple[float, float]], tolerance: float) -> 
     return sum(student >= (1 - tolerance) * teacher for student, teacher in pairs) / len(pairs)
 
 
-def recovery_rows(task: str, scores: TaskScores) -> list[Row]:
+def recovery_results(task: str, scores: TaskScores) -> list[Result]:
     """A task's `recovered_share` (student over teacher), the same above chance, and the paired `difference`."""
     return [
         recovered(scores).row(task, "recovered_share"),
         recovered_above_chance(scores).row(task, "recovered_share_above_chance"),
         difference(scores).row(task, "difference"),
-        Row(task, "teacher_above_chance", float(scores.teacher_knows), n=len(scores.student)),
+        Result(task, "teacher_above_chance", float(scores.teacher_knows), n=len(scores.student)),
     ]
 
 
-def summary_rows(scores: Mapping[str, TaskScores]) -> list[Row]:
+def summary_results(scores: Mapping[str, TaskScores]) -> list[Result]:
     """Over tasks: the mean `recovered_share` above chance where the teacher is above it, and `win_and_tie@t` over all,
     t the tolerance."""
     mean = mean_recovered(scores)
     rows = [] if mean is None else [mean.row(OVER_TASKS, "recovered_share")]
     pairs = [(float(pair.student.mean()), float(pair.teacher.mean())) for pair in scores.values()]
-    return rows + [Row(OVER_TASKS, f"win_and_tie@{t:g}", win_and_tie_rate(pairs, t), n=len(pairs)) for t in TOLERANCES]
+    return rows + [
+        Result(OVER_TASKS, f"win_and_tie@{t:g}", win_and_tie_rate(pairs, t), n=len(pairs)) for t in TOLERANCES
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """One measured number."""
 
     task: str
@@ -49,22 +49,22 @@ class Row:
         return {name: value for name, value in {**first, **asdict(self)}.items() if value is not None}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Row":
+    def from_dict(cls, values: dict[str, Any]) -> "Result":
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
 
-def of(model: str, teacher: str | None, rows: Iterable[Row]) -> list[Row]:
+def of(model: str, teacher: str | None, rows: Iterable[Result]) -> list[Result]:
     """Rows with the name of their model, and of what it was compared with, written in."""
     return [replace(row, model=model, teacher=teacher) for row in rows]
 
 
-def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+def select(rows: Iterable[Result], **wanted: Any) -> list[Result]:
     """Those rows whose fields are as wanted: `select(rows, task="lambada", metric="acc")`."""
     return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
 
 
-def one(rows: Sequence[Row], **wanted: Any) -> Row:
+def one(rows: Sequence[Result], **wanted: Any) -> Result:
     """The one row with those fields; LookupError where there is none, or are several."""
     found = select(rows, **wanted)
     if len(found) != 1:

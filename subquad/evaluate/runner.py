@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from subquad.analysis.figure_files import draw
-from subquad.evaluate.jobs import MATRICES, Evaluation, Part, Subject
-from subquad.evaluate.results import Row
+from subquad.evaluate.jobs import MATRICES, EvalJob, EvalModel, Evaluation
+from subquad.evaluate.results import Result
 from subquad.evaluate.suites import Settings
 from subquad.modeling.teachers import check_reference, load_teacher, resolve
 from subquad.utils import UserError, run_info, write_json_atomic
@@ -24,7 +24,7 @@ from subquad.utils import UserError, run_info, write_json_atomic
 logger = logging.getLogger(__name__)
 
 
-def load_subject(reference: str, name: str | None = None) -> Subject:
+def load_eval_model(reference: str, name: str | None = None) -> EvalModel:
     """A model to be measured, by whatever names a teacher: nano, smollm2-135m, a directory (a student), a .gguf file, a
     hub id. Its name is that of its directory or file, unless given.
 
@@ -38,7 +38,7 @@ def load_subject(reference: str, name: str | None = None) -> Subject:
     seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if _decides(file)]
     own = Path(reference).expanduser()
     found = name or (own.resolve().name if own.exists() else reference)
-    return Subject(found, model, tokenizer, (reference, *seen))
+    return EvalModel(found, model, tokenizer, (reference, *seen))
 
 
 def _decides(file: Path) -> bool:
@@ -46,14 +46,14 @@ def _decides(file: Path) -> bool:
 
 
 @dataclass
-class Finished:
+class ResultCache:
     """Outcomes of parts, kept in a directory (None: only in memory)."""
 
     directory: Path | None
     done: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def load(self, part: Part) -> bool:
+    def load(self, part: EvalJob) -> bool:
         """Takes an outcome from the directory; False where there is none that can be read."""
         if self.directory is None:
             return False
@@ -63,7 +63,7 @@ class Finished:
             return False
         return True
 
-    def run(self, part: Part) -> None:
+    def run(self, part: EvalJob) -> None:
         """Computes and keeps an outcome; of a UserError only the message."""
         try:
             self.done[part.name] = part.compute()
@@ -76,13 +76,13 @@ class Finished:
 
 
 def evaluate(
-    subjects: Sequence[Subject],
-    teacher: Subject | None,
+    subjects: Sequence[EvalModel],
+    teacher: EvalModel | None,
     settings: Settings,
     output: str | Path | None = None,
     recipe: Any = None,
     figures: bool = False,
-) -> tuple[list[Row], dict[str, str]]:
+) -> tuple[list[Result], dict[str, str]]:
     """Measures models beside their teacher; returns all rows, and of parts that failed why, by name.
 
     output: a directory; parts that it holds already are not computed again. None: nothing is written.
@@ -94,7 +94,7 @@ def evaluate(
     """
     whole = Evaluation(subjects, teacher, settings)
     place = None if output is None else Path(output)
-    finished = Finished(None if place is None else place / "parts")
+    finished = ResultCache(None if place is None else place / "parts")
     plan = whole.plan()
     todo = [part for part in plan if not finished.load(part)]
     if len(todo) < len(plan):
@@ -121,7 +121,7 @@ def evaluate(
     return rows, finished.failed
 
 
-def _write(place: Path, rows: Sequence[Row], finished: Finished, recipe: Any, planned: int) -> None:
+def _write(place: Path, rows: Sequence[Result], finished: ResultCache, recipe: Any, planned: int) -> None:
     place.mkdir(parents=True, exist_ok=True)
     head = {
         **run_info(),

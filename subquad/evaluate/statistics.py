@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 
 DRAWS = 1000
 AT_A_TIME = 2**22
@@ -27,9 +27,9 @@ class Estimate:
     high: float
     n: int
 
-    def row(self, task: str, metric: str, **where: Any) -> Row:
+    def row(self, task: str, metric: str, **where: Any) -> Result:
         """As a row of results; where: its `length`, `depth`, `layer` ..."""
-        return Row(task, metric, self.value, self.stderr, self.low, self.high, self.n, **where)
+        return Result(task, metric, self.value, self.stderr, self.low, self.high, self.n, **where)
 
 
 def resampled_sums(values: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from subquad.config import Corpus
+from subquad.config import Data
 from subquad.evaluate.lm_eval import Task
 from subquad.evaluate.long_context import LENGTHS
 from subquad.utils import UserError, nearest
@@ -19,8 +19,8 @@ class Settings:
     """Amounts of a full evaluation; what a caller leaves out stays as it is here."""
 
     parts: tuple[str, ...] = PARTS
-    corpus: Corpus = field(default_factory=lambda: Corpus(source="python-stdlib"))
-    """Its held-out text is read, in rows of `corpus.context` tokens."""
+    text: Data = field(default_factory=lambda: Data(source="python-stdlib"))
+    """Its held-out text is read, in rows of `data.seq_len` tokens."""
     tokens: int = 131_072
     """Held-out tokens for perplexity and divergence."""
     tasks: tuple[Task, ...] = ()
@@ -31,11 +31,11 @@ class Settings:
     batch_size: int = 16
     prompts: int = 64
     """Rows of held-out text that are continued."""
-    prompt: int = 64
+    prompt_tokens: int = 64
     """Tokens of each."""
     generated: int = 256
     """Tokens written behind each."""
-    words: int = 500
+    lastword_items: int = 500
     """Items of a last-word task that are answered by generation."""
     lengths: tuple[int, ...] = LENGTHS
     """Tokens of context for perplexity."""
@@ -47,7 +47,7 @@ class Settings:
     repeats: int = 3
     seconds: float = 60.0
     """About the longest prefill that is timed."""
-    cheaper: bool = False
+    baselines: bool = False
     """Measure the teacher in int8 and with a sliding window as well."""
     window: int = 512
     """Tokens of that window."""
@@ -55,9 +55,9 @@ class Settings:
     """Tokens of context in which something is to be found."""
     recall_items: int = 8
     """Questions for each of these lengths and each depth."""
-    texts: int = 4
+    diag_rows: int = 4
     """Rows of held-out text through which a model's inside is looked at."""
-    text: int = 256
+    diag_tokens: int = 256
     """Tokens of each."""
 
 
@@ -66,7 +66,7 @@ QUICK = Settings(
     limit=100,
     prompts=8,
     generated=64,
-    words=50,
+    lastword_items=50,
     lengths=LENGTHS[:4],
     documents=2,
     cost_lengths=(512, 2048),
@@ -92,4 +92,4 @@ def settings_of(suites: Sequence[str]) -> Settings:
         return QUICK
     wanted = {*suites, *(PARTS if "full" in suites else ())}
     parts = tuple(part for part in (*PARTS, *EXPLAINING) if part in wanted)
-    return replace(Settings(), parts=parts, cheaper="full" in suites)
+    return replace(Settings(), parts=parts, baselines="full" in suites)

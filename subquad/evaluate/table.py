@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 
 WIDE = 7
 """Columns side by side; more go below."""
@@ -13,7 +13,7 @@ SHARES = ("acc", "acc_norm", "acc_generated", "chance", "recovered", "agreement"
 HIDDEN = ("loss", "teacher_above_chance", "difference", "recovered_share_above_chance")
 
 
-def tables(rows: Sequence[Row]) -> str:
+def tables(rows: Sequence[Result]) -> str:
     """A table for each task: `perplexity 23.1 ±0.4` stands for a value and its standard error. What belongs to one
     layer, head or depth is in the rows only."""
     texts = []
@@ -25,7 +25,7 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(texts)
 
 
-def one_table(rows: Sequence[Row]) -> str:
+def one_table(rows: Sequence[Result]) -> str:
     """Rows of one task: a line a model, a column a metric, length and batch."""
     models = list(dict.fromkeys(row.model for row in rows))
     columns = list(dict.fromkeys((row.metric, row.length, row.batch) for row in rows))
@@ -45,7 +45,7 @@ def _title(metric: str, length: int | None, batch: int | None) -> str:
     return " ".join([metric.replace("_", " "), *where])
 
 
-def _shown(row: Row) -> str:
+def _shown(row: Result) -> str:
     if row.value != row.value:
         return ""
     show = _format(row.metric)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from subquad.export.target import Host, Kept, Sizes, Unfit, Weights, classes_named, convert, convolution_weight, rope_of
 from subquad.mixers.mamba2 import Mamba2
-from subquad.modeling.attention.discovery import AttentionSite
-from subquad.modeling.attention.tracing import Call
+from subquad.modeling.attention.discovery import AttentionInfo
+from subquad.modeling.attention.tracing import AttentionCall
 from subquad.modeling.export_target import TARGETS
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
@@ -73,15 +73,15 @@ class Bamba(Host):
             "conv1d.weight": convolution_weight(mixer, ("v", "k", "q"), width),
             "dt_bias": mixer.a_proj.bias.detach(),
             "A_log": mixer.A_log.detach(),
-            "D": mixer.D.detach() * mixer.layout.head_dim**0.5,
+            "D": mixer.D.detach() * mixer.spec.head_dim**0.5,
             "norm.weight": mixer.o_norm.detach().flatten(),
             "out_proj.weight": W["o"] * factor,
         }
         return {f"mamba.{name}": weight for name, weight in own.items()}
 
-    def attention(self, site: AttentionSite, call: Call, factor: float) -> Weights:
+    def attention(self, site: AttentionInfo, call: AttentionCall, factor: float) -> Weights:
         q, k, v, o = (site.own_projection(name)[0] for name in "qkvo")
-        K = site.layout.head_dim
+        K = site.spec.head_dim
         scale = float(call.options.get("scaling") or K**-0.5) * K**0.5
         return {
             "self_attn.q_proj.weight": q if abs(scale - 1) < 1e-6 else q * scale,

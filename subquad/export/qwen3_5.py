@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from subquad.export.target import Host, Kept, Sizes, Unfit, Weights, classes_named, convert, convolution_weight, rope_of
 from subquad.mixers.gated_deltanet import GatedDeltaNet
-from subquad.modeling.attention.discovery import AttentionSite
-from subquad.modeling.attention.tracing import Call
+from subquad.modeling.attention.discovery import AttentionInfo
+from subquad.modeling.attention.tracing import AttentionCall
 from subquad.modeling.export_target import TARGETS
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
@@ -66,14 +66,14 @@ class Qwen3_5(Host):
             "conv1d.weight": convolution_weight(mixer, ("q", "k", "v"), width),
             "A_log": mixer.A_log.detach(),
             "dt_bias": mixer.dt_bias.detach(),
-            "norm.weight": W["o"].new_ones(mixer.layout.value_dim),
+            "norm.weight": W["o"].new_ones(mixer.spec.value_dim),
             "out_proj.weight": W["o"] * mixer.o_norm.detach().flatten() * factor,
         }
         return {f"linear_attn.{name}": weight for name, weight in own.items()}
 
-    def attention(self, site: AttentionSite, call: Call, factor: float) -> Weights:
+    def attention(self, site: AttentionInfo, call: AttentionCall, factor: float) -> Weights:
         """The gate of each head, which stands behind its queries, is sigmoid(0)."""
-        H, K = site.layout.num_heads, site.layout.head_dim
+        H, K = site.spec.num_heads, site.spec.head_dim
         q, k, v, o = (site.own_projection(name)[0] for name in "qkvo")
         by_head = q.unflatten(0, (H, K))
         scale = float(call.options.get("scaling") or K**-0.5) * K**0.5
@@ -98,7 +98,7 @@ class Qwen3_5(Host):
         }
 
 
-def exact_norm(site: AttentionSite, name: str) -> Tensor:
+def exact_norm(site: AttentionInfo, name: str) -> Tensor:
     """Weight `[K]` of a norm that was read off what it does, to the last bit."""
     read = site.norms[name][2]
     if float((read - read[:1]).abs().max()) > 1e-3 * float(read.abs().max()):

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.mixers import AttentionSpec
-from subquad.modeling.attention.discovery import AttentionSite, random_tokens, read_site
-from subquad.modeling.attention.tracing import Call, watch
-from subquad.modeling.decoder_weights import Body, has_bias, read_body
-from subquad.modeling.export_target import Target, attention_misfit
+from subquad.modeling.attention.discovery import AttentionInfo, random_tokens, read_attention
+from subquad.modeling.attention.tracing import AttentionCall, trace_attention
+from subquad.modeling.decoder_weights import DecoderWeights, has_bias, read_decoder
+from subquad.modeling.export_target import ExportTarget, unsupported_attention
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.linearize import evaluating
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
@@ -32,7 +32,7 @@ student does not show that it makes more of it."""
 IDENTITY_HEAD = 64
 """Channels of the one head of a layer that adds nothing: a size that every host has kernels for."""
 Weights = dict[str, Tensor]
-Kept = dict[int, tuple[AttentionSite, Call]]
+Kept = dict[int, tuple[AttentionInfo, AttentionCall]]
 """Attentions that are kept, by layer."""
 
 
@@ -57,7 +57,7 @@ class Sizes:
 class Host:
     """A target: its names of weights, and what stands there."""
 
-    target: ClassVar[Target]
+    target: ClassVar[ExportTarget]
     final_norm: ClassVar[str]
     mlp: ClassVar[str]
     mlp_norm: ClassVar[str]
@@ -75,7 +75,7 @@ class Host:
         """Of a layer that mixes; its output times `factor`."""
         raise NotImplementedError
 
-    def attention(self, site: AttentionSite, call: Call, factor: float) -> Weights:
+    def attention(self, site: AttentionInfo, call: AttentionCall, factor: float) -> Weights:
         raise NotImplementedError
 
     def identity_attention(self, hidden: int, channels: int) -> dict[str, tuple[int, ...]]:
@@ -96,19 +96,21 @@ def convert(student: SubquadForCausalLM, host: Host) -> PreTrainedModel:
         with evaluating(student):
             return converted(student, host)
     except Unfit as reason:
-        raise UserError(f"this student cannot be exported to {target.title}: {reason}; {target.what_can_go}") from None
+        raise UserError(
+            f"this student cannot be exported to {target.title}: {reason}; {target.supported_layers}"
+        ) from None
 
 
 def converted(student: SubquadForCausalLM, host: Host) -> PreTrainedModel:
     check_layers(student, host.target)
-    body = read_body(student, [f"base.{place['path']}" for place in student.config.attention])
+    body = read_decoder(student, [f"base.{place['path']}" for place in student.config.attention])
     kept = read_kept(student)
     check_epsilons(student, body.eps, kept, host.target)
-    width = max([b.mixer.options.short_conv for b in student.blocks if isinstance(b, MixerLayer)] or [4]) or 4
+    width = max([b.mixer.options.short_conv for b in student.mixer_layers if isinstance(b, MixerLayer)] or [4]) or 4
     weights: Weights = {"model.embed_tokens.weight": body.embedding, host.final_norm: body.norm - host.norm_shift}
     if body.head is not None:
         weights["lm_head.weight"] = body.head
-    for i, (block, layer) in enumerate(zip(student.blocks, body.layers, strict=True)):
+    for i, (block, layer) in enumerate(zip(student.mixer_layers, body.layers, strict=True)):
         if isinstance(block, MixerLayer):
             own = host.mixer(block.mixer, width, layer.attention_factor)
         else:
@@ -132,12 +134,12 @@ def converted(student: SubquadForCausalLM, host: Host) -> PreTrainedModel:
 # ---------------------------------------------------------------------- what can go
 
 
-def check_layers(student: SubquadForCausalLM, target: Target) -> None:
+def check_layers(student: SubquadForCausalLM, target: ExportTarget) -> None:
     """Unfit where a layer is nothing that the target has, as far as plan and weights tell."""
-    for i, (block, entry) in enumerate(zip(student.blocks, student.config.layers, strict=True)):
+    for i, (block, entry) in enumerate(zip(student.mixer_layers, student.config.layer_specs, strict=True)):
         if isinstance(block, AttentionLayer):
-            wrong = attention_misfit(entry, block.layout, target)
-            normed = block.layout.qk_norm is not None or block.added_norms()
+            wrong = unsupported_attention(entry, block.spec, target)
+            normed = block.spec.qk_norm is not None or block.added_norms()
             if wrong is None and target.norms_attention and not normed:
                 wrong = f"it has no norm of queries and keys, as {target.title} has"
         elif block.mixer.name == target.mixer:
@@ -148,7 +150,7 @@ def check_layers(student: SubquadForCausalLM, target: Target) -> None:
             raise Unfit(f"layer {i}: {wrong}")
 
 
-def mixer_misfit(mixer: Any, target: Target) -> str | None:
+def mixer_misfit(mixer: Any, target: ExportTarget) -> str | None:
     for name, wanted in target.options.items():
         value = getattr(mixer.options, name)
         if name != "biases" and value != wanted:
@@ -157,12 +159,12 @@ def mixer_misfit(mixer: Any, target: Target) -> str | None:
     return f"its {', '.join(biased)} have biases" if biased else None
 
 
-def check_epsilons(student: SubquadForCausalLM, eps: float, kept: Kept, target: Target) -> None:
+def check_epsilons(student: SubquadForCausalLM, eps: float, kept: Kept, target: ExportTarget) -> None:
     """Unfit where a norm has another epsilon than those of the layers: a target has one."""
-    found = {i: (site.layout.qk_norm_eps, eps) for i, (site, _) in kept.items() if target.norms_attention}
-    for i, block in enumerate(student.blocks):
+    found = {i: (site.spec.qk_norm_eps, eps) for i, (site, _) in kept.items() if target.norms_attention}
+    for i, block in enumerate(student.mixer_layers):
         if isinstance(block, MixerLayer):
-            found[i] = block.mixer.norm_eps, target.norm_eps(eps, block.layout)
+            found[i] = block.mixer.norm_eps, target.norm_eps(eps, block.spec)
     for i, (own, wanted) in sorted(found.items()):
         if own != wanted:
             raise Unfit(f"layer {i}: a norm in it has the epsilon {own:g}, where the model's would be {wanted:g}")
@@ -172,11 +174,11 @@ def read_kept(student: SubquadForCausalLM) -> Kept:
     """The attentions that are kept, read at work, by layer."""
     if not any(student.config.keeps_attention):
         return {}
-    numbers = {id(b.attention): i for i, b in enumerate(student.blocks) if isinstance(b, AttentionLayer)}
+    numbers = {id(b.attention): i for i, b in enumerate(student.mixer_layers) if isinstance(b, AttentionLayer)}
     found = {}
-    for call in watch(student, random_tokens(student)):
+    for call in trace_attention(student, random_tokens(student)):
         i = numbers[id(call.module)]
-        found[i] = read_site(i, student.config.attention[i]["path"], call, student.config.base_config), call
+        found[i] = read_attention(i, student.config.attention[i]["path"], call, student.config.base_config), call
     return found
 
 
@@ -200,7 +202,7 @@ def convolution_weight(mixer: Any, names: tuple[str, ...], width: int) -> Tensor
     return torch.cat(taps).unsqueeze(1).to(mixer.o_proj.weight)
 
 
-def identity_layer(host: Host, body: Body) -> Weights:
+def identity_layer(host: Host, body: DecoderWeights) -> Weights:
     """A layer that adds nothing: everything in it is zero."""
     hidden, inner = body.embedding.shape[1], len(body.layers[0].gate)
     shapes = {
@@ -217,17 +219,17 @@ def identity_layer(host: Host, body: Body) -> Weights:
 # ---------------------------------------------------------------------- the model
 
 
-def sizes_of(student: SubquadForCausalLM, body: Body, kept: Kept, width: int) -> Sizes:
+def sizes_of(student: SubquadForCausalLM, body: DecoderWeights, kept: Kept, width: int) -> Sizes:
     base: Any = student.config.base_config.get_text_config()  # type: ignore[union-attr]
-    mixers = [block.layout for block in student.blocks if isinstance(block, MixerLayer)]
+    mixers = [block.spec for block in student.mixer_layers if isinstance(block, MixerLayer)]
     only([(m.num_heads, m.head_dim, m.value_dim) for m in mixers], "mixers")
-    found = [(s.layout.num_heads, s.layout.num_kv_heads, s.layout.head_dim) for s, _ in kept.values()]
+    found = [(s.spec.num_heads, s.spec.num_kv_heads, s.spec.head_dim) for s, _ in kept.values()]
     heads = only(found or [(1, 1, IDENTITY_HEAD)], "attentions")
     common = {
         "vocab_size": len(body.embedding),
         "hidden_size": body.embedding.shape[1],
         "intermediate_size": only([len(layer.gate) for layer in body.layers], "MLPs"),
-        "num_hidden_layers": len(student.blocks) + (not kept),
+        "num_hidden_layers": len(student.mixer_layers) + (not kept),
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
         "head_dim": heads[2],

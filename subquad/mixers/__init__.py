@@ -38,5 +38,5 @@ def get(name: str) -> type[Mixer]:
     return REGISTRY[name]
 
 
-def create(name: str, layout: AttentionSpec, **options: Any) -> Mixer:
-    return get(name)(layout, **options)
+def create(name: str, spec: AttentionSpec, **options: Any) -> Mixer:
+    return get(name)(spec, **options)

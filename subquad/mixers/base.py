@@ -16,12 +16,12 @@ from torch import Tensor
 
 from subquad import ops
 from subquad.mixers.conv import convolve_past_padding, convolve_token
-from subquad.mixers.norms import head_norm, qk_normed
+from subquad.mixers.norms import head_norm, qk_norm
 from subquad.mixers.rotary import rotate
 from subquad.utils import UserError, nearest
 
 State = tuple[Tensor, ...]
-Knobs = tuple[tuple[str, tuple[float, ...]], ...]
+CalibrationGrid = tuple[tuple[str, tuple[float, ...]], ...]
 HALF_LIVES = 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0
 LONGEST_HALF_LIVES = HALF_LIVES[3:]
 ACTIVATIONS = ("silu", "elu1", "relu", "none")
@@ -30,7 +30,7 @@ GATES = {"swish": 1.2784645427610738, "sigmoid": 0.0, "none": None}
 gradient is largest and whose factor the output norm takes back."""
 
 
-MASKED = {"k": 0.0, "v": 0.0, "log_decay": 0.0, "beta": 0.0, "input_gate": -30.0, "forget_gate": 1e4}
+PAD_VALUES = {"k": 0.0, "v": 0.0, "log_decay": 0.0, "beta": 0.0, "input_gate": -30.0, "forget_gate": 1e4}
 """What each argument of a core is at padding: nothing is written and nothing decays. The log-sigmoid of 1e4 is 0, and
 with k = v = 0 the input gate moves only mLSTM's stabiliser, on which its output does not depend."""
 
@@ -56,7 +56,7 @@ class AttentionSpec:
     """The norm of queries and keys before they turn: "rms" or "layer", over each "-head" or "-all"; None: none, or none
     that can be kept."""
     qk_norm_eps: float = 1e-6
-    returns: int = 2
+    num_outputs: int = 2
     """Length of the tuple that the attention returns; 0 where it returns its output alone."""
 
 
@@ -130,21 +130,21 @@ class Mixer(nn.Module):
     gate_before_norm: ClassVar[bool] = False
     norm_eps: float = 1e-8
     """Of the output norm: see `head_norm`."""
-    KNOBS: Knobs = ()
+    CALIBRATED_PARAMS: CalibrationGrid = ()
     """What fresh gates can be set to, head by head, and the values that calibration tries: `half_life` is set by
     `set_half_life(values: [H])`."""
-    BEHIND_MATRIX: ClassVar[frozenset[str]] = frozenset(
+    VALUE_PATH_PARAMS: ClassVar[frozenset[str]] = frozenset(
         {"v_proj", "v_conv", "o_proj", "o_norm", "g_proj", "augmentation"}
     )
     """Parts that the mixing matrix does not depend on."""
 
-    def __init__(self, layout: AttentionSpec, **options: Any):
+    def __init__(self, spec: AttentionSpec, **options: Any):
         super().__init__()
-        self.layout = layout
+        self.spec = spec
         self.options = self.Options.create(options)
         self.has_biases: bool = getattr(self.options, "biases", True)
-        H, K, V, D = layout.num_heads, layout.head_dim, layout.value_dim, layout.hidden_size
-        qkv_bias, output_bias = layout.qkv_bias and self.has_biases, layout.output_bias and self.has_biases
+        H, K, V, D = spec.num_heads, spec.head_dim, spec.value_dim, spec.hidden_size
+        qkv_bias, output_bias = spec.qkv_bias and self.has_biases, spec.output_bias and self.has_biases
         self.q_proj = nn.Linear(D, H * K, bias=qkv_bias)
         if self.has_key_projection:
             self.k_proj = nn.Linear(D, H * K, bias=qkv_bias)
@@ -156,11 +156,11 @@ class Mixer(nn.Module):
                 self.k_conv = nn.Parameter(torch.empty(H * K, self.options.short_conv))
             self.v_conv = nn.Parameter(torch.empty(H * V, self.options.short_conv))
         if self.options.qk_norm:
-            if layout.qk_norm is None:
+            if spec.qk_norm is None:
                 raise UserError("qk_norm: the teacher has no norm of queries and keys, or none that can be kept")
             for part in ("q", "k") if self.has_key_projection else ("q",):
                 setattr(self, f"{part}_norm", nn.Parameter(torch.empty(H, K)))
-                if layout.qk_norm.startswith("layer"):
+                if spec.qk_norm.startswith("layer"):
                     setattr(self, f"{part}_norm_bias", nn.Parameter(torch.empty(H, K)))
         if self.options.output_norm:
             self.o_norm = nn.Parameter(torch.empty(H, V))
@@ -179,9 +179,9 @@ class Mixer(nn.Module):
 
     def per_head(self, value: float) -> Tensor:
         """`[H]`, float64, on the device of the parameters."""
-        return torch.full((self.layout.num_heads,), value, dtype=torch.float64, device=self.q_proj.weight.device)
+        return torch.full((self.spec.num_heads,), value, dtype=torch.float64, device=self.q_proj.weight.device)
 
-    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gates(self, x: Tensor, op_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the core takes beside `core`'s q, k, v, from `x: [B, T, hidden]`; may also give q, k or v anew.
         Padding is masked afterwards, in one place."""
         return {}
@@ -190,11 +190,11 @@ class Mixer(nn.Module):
         """Values `[B, T, H, V]` on their way from the convolution into the core."""
         return v
 
-    def core_scale(self) -> float | None:
+    def op_scale(self) -> float | None:
         """Scale of the core; None is `head_dim ** -0.5`."""
         return None
 
-    def augment(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
+    def add_skip(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
         """What is added to the core's output, `[B, T, H, V]`, before norm and gate."""
         return o
 
@@ -204,10 +204,10 @@ class Mixer(nn.Module):
     def reset_parameters(self) -> None:
         """The neutral start: random projections, convolutions as the identity, gates open, norms at one."""
         for projection in self.projections().values():
-            nn.init.normal_(projection.weight, std=self.layout.initializer_range)
+            nn.init.normal_(projection.weight, std=self.spec.initializer_range)
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
-        for kernel in self.kernels().values():
+        for kernel in self.conv_weights().values():
             nn.init.zeros_(kernel)
             kernel[:, -1] = 1.0
         for name, parameter in self.qk_norms().items():
@@ -216,7 +216,7 @@ class Mixer(nn.Module):
             nn.init.zeros_(self.g_proj.weight)
             if self.has_biases:
                 nn.init.constant_(self.g_proj.bias, GATES[self.options.output_gate] or 0.0)
-        self.set_output_scale(torch.ones(self.layout.num_heads))
+        self.set_output_scale(torch.ones(self.spec.num_heads))
         self.reset_gates()
 
     @torch.no_grad()
@@ -227,7 +227,7 @@ class Mixer(nn.Module):
             rms = rms if rms.dim() == 2 else rms.unsqueeze(-1)
             self.o_norm.copy_((rms / fresh).to(self.o_norm).expand_as(self.o_norm))
 
-    def start_at(self, rms: Tensor, x: Tensor) -> None:
+    def init_from_teacher(self, rms: Tensor, x: Tensor) -> None:
         """A fresh mixer in the place of an attention whose heads give values of root mean square `rms: [H]`, and that
         is given tokens such as `x: [tokens, hidden]`."""
         self.set_output_scale(rms)
@@ -237,7 +237,7 @@ class Mixer(nn.Module):
         found = {"q": self.q_proj, "v": self.v_proj, "o": self.o_proj}
         return {**found, "k": self.k_proj} if self.has_key_projection else found
 
-    def kernels(self) -> dict[str, nn.Parameter]:
+    def conv_weights(self) -> dict[str, nn.Parameter]:
         """The short convolutions."""
         return {n: getattr(self, f"{n}_conv") for n in ("q", "k", "v") if hasattr(self, f"{n}_conv")}
 
@@ -252,7 +252,7 @@ class Mixer(nn.Module):
         self,
         x: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        documents: Tensor | None = None,
+        doc_ids: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State]:
         """`x: [B, T, hidden]` and the state after the tokens before it, to `y: [B, T, hidden]` and the state after it.
@@ -261,49 +261,49 @@ class Mixer(nn.Module):
             document; states do not cross from one document into the next.
         state: what an earlier call returned. A tuple of tensors, each with the batch first.
         """
-        if documents is not None and documents.dtype != torch.bool:
-            return self._packed(x, position_embeddings, documents, state)
-        keep = None if documents is None else documents.unsqueeze(-1)
-        core, convs = self.core_inputs(x, position_embeddings, keep, state)
+        if doc_ids is not None and doc_ids.dtype != torch.bool:
+            return self._packed(x, position_embeddings, doc_ids, state)
+        keep = None if doc_ids is None else doc_ids.unsqueeze(-1)
+        core, convs = self.op_inputs(x, position_embeddings, keep, state)
         recurrent = None if state is None else state[len(convs) :]
-        o, after = self._run(core, recurrent, None)
-        return self.readout(o, x, core), (*convs, *after)
+        o, after = self.run_op(core, recurrent, None)
+        return self.output(o, x, core), (*convs, *after)
 
-    def core_output(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def mixer_output(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """What norm and gate are given, `[B, T, H, V]`."""
-        core, _ = self.core_inputs(x, position_embeddings, None, None)
-        return self.augment(self._run(core, None, None)[0], core)
+        core, _ = self.op_inputs(x, position_embeddings, None, None)
+        return self.add_skip(self.run_op(core, None, None)[0], core)
 
     def matrix(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The mixing matrix of the core, `[B, H, T, T]`: core output = M v."""
-        core, _ = self.core_inputs(x, position_embeddings, None, None)
+        core, _ = self.op_inputs(x, position_embeddings, None, None)
         return self.mixing_matrix(core)
 
     def mixing_matrix(self, core: dict[str, Tensor], rows: slice | None = None) -> Tensor:
         """The rows of the mixing matrix, from what the core takes."""
         inputs: dict[str, Any] = {name: t for name, t in core.items() if name != "v"}
-        return ops.matrix(**inputs, scale=self.core_scale(), rows=rows)
+        return ops.matrix(**inputs, scale=self.op_scale(), rows=rows)
 
-    def _run(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+    def run_op(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
         first = None if not state else state[0]
         if core["q"].shape[1] == 1 and cu_seqlens is None:
-            o, after = ops.step(**core, initial_state=first, scale=self.core_scale())
+            o, after = ops.step(**core, initial_state=first, scale=self.op_scale())
         else:
-            o, after = ops.chunk(**core, initial_state=first, scale=self.core_scale(), cu_seqlens=cu_seqlens)
+            o, after = ops.chunk(**core, initial_state=first, scale=self.op_scale(), cu_seqlens=cu_seqlens)
         return o, (after,)
 
     def _packed(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, documents: Tensor, state: State | None
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, doc_ids: Tensor, state: State | None
     ) -> tuple[Tensor, State]:
         """Rows that hold several documents each, run as one long row of documents without their padding: what comes
         out there is zero. The state after a row is that of its last document."""
         if state is not None:
             raise ValueError("packed documents cannot be continued from a state; run them without a cache")
-        B, T = documents.shape
-        real = documents != 0
+        B, T = doc_ids.shape
+        real = doc_ids != 0
         real[:, 0] |= ~real.any(1)  # a row of padding alone counts as one token, so that it too has a state
         place = real.flatten().nonzero().flatten()
-        number, row = documents.flatten()[place], place // T
+        number, row = doc_ids.flatten()[place], place // T
         starts = torch.ones_like(place, dtype=torch.bool)
         starts[1:] = (number[1:] != number[:-1]) | (row[1:] != row[:-1])
         begin = starts.nonzero().flatten()
@@ -315,35 +315,35 @@ class Mixer(nn.Module):
         if position_embeddings is not None:
             position_embeddings = packed(position_embeddings[0]), packed(position_embeddings[1])
         x = packed(x)
-        core, convs = self.core_inputs(x, position_embeddings, None, None, cu_seqlens)
-        o, after = self._run(core, None, cu_seqlens)
-        y = self.readout(o, x, core)[0]
+        core, convs = self.op_inputs(x, position_embeddings, None, None, cu_seqlens)
+        o, after = self.run_op(core, None, cu_seqlens)
+        y = self.output(o, x, core)[0]
         y = y.new_zeros(B * T, y.shape[-1]).index_copy(0, place, y).view(B, T, -1)
         last = starts.cumsum(0)[real.sum(1).cumsum(0) - 1] - 1
         return y, tuple(t[last] for t in (*convs, *after))
 
     # ------------------------------------------------------------------ into the core and out of it
 
-    def core_inputs(
+    def op_inputs(
         self,
         x: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None,
-        keep: Tensor | None,
+        padding_mask: Tensor | None,
         state: State | None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         """Everything that the core takes, by the names of the op's arguments, and the convolutions' states."""
-        H = self.layout.num_heads
+        H = self.spec.num_heads
         flat = {name: p(x) for name, p in self.projections().items() if name != "o"}
-        kernels = self.kernels()
+        kernels = self.conv_weights()
         convs: list[Tensor] = []
-        if kernels and state is not None and x.shape[1] == 1 and keep is None:
+        if kernels and state is not None and x.shape[1] == 1 and padding_mask is None:
             convs = convolve_token(flat, kernels, state[: len(kernels)])
             kernels = {}
         for name, kernel in kernels.items():
             before = None if state is None else state[len(convs)]
-            if keep is not None:
-                flat[name], after = convolve_past_padding(flat[name], kernel, keep, before)
+            if padding_mask is not None:
+                flat[name], after = convolve_past_padding(flat[name], kernel, padding_mask, before)
             else:
                 flat[name], after = ops.short_conv(flat[name], kernel, initial_state=before, cu_seqlens=cu_seqlens)
             convs.append(after)
@@ -353,24 +353,24 @@ class Mixer(nn.Module):
             if name in core:
                 if self.options.qk_norm:
                     norm = getattr(self, f"{name}_norm"), getattr(self, f"{name}_norm_bias", None)
-                    core[name] = qk_normed(core[name], self.layout.qk_norm or "", self.layout.qk_norm_eps, *norm)
-                core[name] = self.feature(core[name], position_embeddings)
+                    core[name] = qk_norm(core[name], self.spec.qk_norm or "", self.spec.qk_norm_eps, *norm)
+                core[name] = self.feature_map(core[name], position_embeddings)
         core.update(self.gates(x, core))
-        if keep is not None:
-            for name in MASKED.keys() & core.keys():
-                hidden = ~keep.view(*keep.shape[:2], *[1] * (core[name].dim() - 2))
-                core[name] = core[name].masked_fill(hidden, MASKED[name])
+        if padding_mask is not None:
+            for name in PAD_VALUES.keys() & core.keys():
+                hidden = ~padding_mask.view(*padding_mask.shape[:2], *[1] * (core[name].dim() - 2))
+                core[name] = core[name].masked_fill(hidden, PAD_VALUES[name])
         return core, tuple(convs)
 
-    def feature(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+    def feature_map(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
         """Rotary embedding and activation of queries or keys, `[B, T, H, K]`."""
-        if self.options.rotary and self.layout.rotary is not None and position_embeddings is not None:
-            x = rotate(x, *position_embeddings, self.layout.rotary)
+        if self.options.rotary and self.spec.rotary is not None and position_embeddings is not None:
+            x = rotate(x, *position_embeddings, self.spec.rotary)
         return activate(x, self.options.qk_activation)
 
-    def readout(self, o: Tensor, x: Tensor, core: dict[str, Tensor]) -> Tensor:
+    def output(self, o: Tensor, x: Tensor, core: dict[str, Tensor]) -> Tensor:
         """From the core's output `[B, T, H, V]` to the block's output `[B, T, hidden]`: norm, gate, projection."""
-        o = self.augment(o, core)
+        o = self.add_skip(o, core)
         gate = self.gate(x)
         if gate is not None and self.gate_before_norm:
             o = o * gate
@@ -383,7 +383,7 @@ class Mixer(nn.Module):
     def gate(self, x: Tensor) -> Tensor | None:
         if self.options.output_gate == "none":
             return None
-        g = self.g_proj(x).unflatten(-1, (self.layout.num_heads, -1))
+        g = self.g_proj(x).unflatten(-1, (self.spec.num_heads, -1))
         return F.silu(g) if self.options.output_gate == "swish" else torch.sigmoid(g)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from subquad.mixers.base import Knobs, Mixer, Options
+from subquad.mixers.base import CalibrationGrid, Mixer, Options
 from subquad.mixers.norms import l2_norm
 from subquad.utils import UserError
 
@@ -21,34 +21,34 @@ from subquad.utils import UserError
 class DeltaNetOptions(Options):
     short_conv: int = 4
     output_gate: str = "none"
-    write_strength: float = 0.05
+    beta_init: float = 0.05
     """beta of a fresh student."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.write_strength < 1:
-            raise UserError(f"write_strength: got {self.write_strength}, expected a number between 0 and 1")
+        if not 0 < self.beta_init < 1:
+            raise UserError(f"beta_init: got {self.beta_init}, expected a number between 0 and 1")
 
 
 class DeltaNet(Mixer):
     name = "deltanet"
     Options = DeltaNetOptions
-    KNOBS: Knobs = (("write_strength", (0.03, 0.06, 0.12, 0.25, 0.5)),)
+    KNOBS: CalibrationGrid = (("beta_init", (0.03, 0.06, 0.12, 0.25, 0.5)),)
     options: DeltaNetOptions
 
     def build(self) -> None:
-        self.b_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads, bias=self.has_biases)
+        self.b_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads, bias=self.has_biases)
 
     def reset_gates(self) -> None:
         nn.init.zeros_(self.b_proj.weight)
-        self.set_write_strength(self.per_head(self.options.write_strength))
+        self.set_beta_init(self.per_head(self.options.beta_init))
 
-    def set_write_strength(self, strength: Tensor) -> None:
+    def set_beta_init(self, strength: Tensor) -> None:
         """beta of each head, `[H]`, where its projection gives zero."""
         self.b_proj.bias.copy_(torch.logit(strength))
 
     def feature(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
-        return l2_norm(super().feature(x, position_embeddings))
+        return l2_norm(super().feature_map(x, position_embeddings))
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"beta": torch.sigmoid(self.b_proj(x))}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.base import GATES, Mixer, Options
-from subquad.mixers.norms import constant_direction
+from subquad.mixers.norms import fit_bias_direction
 from subquad.utils import UserError
 
 VALUE_SIZE = 0.1
@@ -21,7 +21,7 @@ behind it takes the scale back."""
 
 
 @dataclass(frozen=True)
-class ServedOptions(Options):
+class ExportOptions(Options):
     v_activation: str = "none"
     """On values behind their convolution: silu or none."""
     biases: bool = True
@@ -37,16 +37,16 @@ class ServedOptions(Options):
             raise UserError(f"norm_eps: got {self.norm_eps}, expected a small positive number")
 
 
-class Served(Mixer):
+class ExportMixin(Mixer):
     """A mixer with these options; the other bases of a mixer stand behind it."""
 
-    options: ServedOptions
+    options: ExportOptions
 
     def build(self) -> None:
         super().build()
         self.norm_eps = self.options.norm_eps
         if self.scales_values:
-            self.KNOBS = (("qk_scale", QK_SCALES), ("value_scale", VALUE_SCALES), *self.KNOBS)
+            self.CALIBRATED_PARAMS = (("qk_scale", QK_SCALES), ("value_scale", VALUE_SCALES), *self.CALIBRATED_PARAMS)
 
     @property
     def scales_values(self) -> bool:
@@ -61,26 +61,26 @@ class Served(Mixer):
         if self.scales_values:
             self.set_value_scale(self.per_head(VALUE_SIZE))
         if self.options.output_gate == "swish" and not self.has_biases:  # at zero it would be closed; see `start_at`
-            nn.init.normal_(self.g_proj.weight, std=self.layout.initializer_range)
+            nn.init.normal_(self.g_proj.weight, std=self.spec.initializer_range)
 
     @torch.no_grad()
     def start_at(self, rms: Tensor, x: Tensor) -> None:
-        super().start_at(rms, x)
+        super().init_from_teacher(rms, x)
         if self.scales_values:
             self.set_value_scale(VALUE_SIZE / rms.clamp_min(1e-4))
         if not self.has_biases:
-            self.stand_on(constant_direction(x.flatten(0, -2)))
+            self.init_bias_free_gates(fit_bias_direction(x.flatten(0, -2)))
 
-    def stand_on(self, constant: Tensor) -> None:
+    def init_bias_free_gates(self, constant: Tensor) -> None:
         """Gates without a bias start, on tokens x with x `constant` near 1, where they should."""
         if self.options.output_gate == "swish":
             self.g_proj.weight.copy_(constant * (GATES["swish"] or 0.0))
 
     def set_value_scale(self, scale: Tensor) -> None:
         """What the values of each head are multiplied with, `[H]`, in front of their SiLU."""
-        self.v_conv[:, -1] = scale.to(self.v_conv).repeat_interleave(self.layout.value_dim)
+        self.v_conv[:, -1] = scale.to(self.v_conv).repeat_interleave(self.spec.value_dim)
 
     def set_qk_scale(self, scale: Tensor) -> None:
         """The same of the queries and keys of each head."""
         for kernel in (self.q_conv, self.k_conv):
-            kernel[:, -1] = scale.to(kernel).repeat_interleave(self.layout.head_dim)
+            kernel[:, -1] = scale.to(kernel).repeat_interleave(self.spec.head_dim)

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
 from subquad.mixers.deltanet import DeltaNet, DeltaNetOptions
-from subquad.mixers.export_options import Served, ServedOptions
-from subquad.mixers.norms import widen
+from subquad.mixers.export_options import ExportMixin, ExportOptions
+from subquad.mixers.norms import upcast
 
 
 @dataclass(frozen=True)
-class GatedDeltaNetOptions(DeltaNetOptions, ServedOptions):
+class GatedDeltaNetOptions(DeltaNetOptions, ExportOptions):
     output_gate: str = "swish"
     half_life: float = 32.0
-    write_strength: float = 0.1
+    beta_init: float = 0.1
 
 
-class GatedDeltaNet(Served, DeltaNet):
+class GatedDeltaNet(ExportMixin, DeltaNet):
     name = "gated_deltanet"
     Options = GatedDeltaNetOptions  # type: ignore[assignment]
     KNOBS = (*DeltaNet.KNOBS, ("half_life", HALF_LIVES))
@@ -35,8 +35,8 @@ class GatedDeltaNet(Served, DeltaNet):
 
     def build(self) -> None:
         super().build()
-        H = self.layout.num_heads
-        self.a_proj = nn.Linear(self.layout.hidden_size, H, bias=False)
+        H = self.spec.num_heads
+        self.a_proj = nn.Linear(self.spec.hidden_size, H, bias=False)
         self.A_log = nn.Parameter(torch.empty(H))
         self.dt_bias = nn.Parameter(torch.empty(H))
 
@@ -47,13 +47,13 @@ class GatedDeltaNet(Served, DeltaNet):
         self.set_half_life(self.per_head(self.options.half_life))
 
     def stand_on(self, constant: Tensor) -> None:
-        super().stand_on(constant)
+        super().init_bias_free_gates(constant)
         self.constant = constant
-        self.set_write_strength(self.per_head(self.options.write_strength))
+        self.set_beta_init(self.per_head(self.options.beta_init))
 
-    def set_write_strength(self, strength: Tensor) -> None:
+    def set_beta_init(self, strength: Tensor) -> None:
         if self.has_biases:
-            super().set_write_strength(strength)
+            super().set_beta_init(strength)
         elif hasattr(self, "constant"):
             logit = torch.logit(strength).unsqueeze(-1)
             self.b_proj.weight.copy_(logit * self.constant.to(logit))
@@ -63,5 +63,5 @@ class GatedDeltaNet(Served, DeltaNet):
         self.dt_bias.copy_(inverse_softplus(-half_life_decay(half_life)))
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
-        step = F.softplus(widen(self.a_proj(x)) + widen(self.dt_bias))
-        return {**super().gates(x, core), "log_decay": -widen(self.A_log).exp() * step}
+        step = F.softplus(upcast(self.a_proj(x)) + upcast(self.dt_bias))
+        return {**super().gates(x, core), "log_decay": -upcast(self.A_log).exp() * step}

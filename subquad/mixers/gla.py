@@ -10,8 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import HALF_LIVES, Knobs, Mixer, Options, half_life_decay
-from subquad.mixers.norms import widen
+from subquad.mixers.base import HALF_LIVES, CalibrationGrid, Mixer, Options, half_life_decay
+from subquad.mixers.norms import upcast
 from subquad.utils import UserError
 
 TEMPERATURE = 16.0
@@ -33,15 +33,15 @@ class GLA(Mixer):
     name = "gla"
     Options = GLAOptions
     options: GLAOptions
-    KNOBS: Knobs = (("half_life", HALF_LIVES),)
+    KNOBS: CalibrationGrid = (("half_life", HALF_LIVES),)
 
     def build(self) -> None:
-        H, K = self.layout.num_heads, self.layout.head_dim
-        self.decay_down = nn.Linear(self.layout.hidden_size, self.options.decay_rank, bias=False)
+        H, K = self.spec.num_heads, self.spec.head_dim
+        self.decay_down = nn.Linear(self.spec.hidden_size, self.options.decay_rank, bias=False)
         self.decay_up = nn.Linear(self.options.decay_rank, H * K)
 
     def reset_gates(self) -> None:
-        nn.init.normal_(self.decay_down.weight, std=self.layout.hidden_size**-0.5)
+        nn.init.normal_(self.decay_down.weight, std=self.spec.hidden_size**-0.5)
         nn.init.zeros_(self.decay_up.weight)
         self.set_half_life(self.per_head(self.options.half_life))
 
@@ -52,12 +52,12 @@ class GLA(Mixer):
 
     def channel_half_lives(self, half_life: Tensor) -> Tensor:
         """The half-life of every channel, `[H, K]`, from that of its head."""
-        return half_life.unsqueeze(-1).expand(-1, self.layout.head_dim)
+        return half_life.unsqueeze(-1).expand(-1, self.spec.head_dim)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """[B, T, H, K] in float32 at least."""
-        logits = widen(self.decay_up(self.decay_down(x)))
-        return (F.logsigmoid(logits) / TEMPERATURE).unflatten(-1, (self.layout.num_heads, -1))
+        logits = upcast(self.decay_up(self.decay_down(x)))
+        return (F.logsigmoid(logits) / TEMPERATURE).unflatten(-1, (self.spec.num_heads, -1))
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"log_decay": self.log_decay(x)}

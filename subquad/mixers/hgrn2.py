@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.base import LONGEST_HALF_LIVES, Mixer, Options
-from subquad.mixers.norms import widen
+from subquad.mixers.norms import upcast
 from subquad.utils import UserError
 
 
@@ -41,7 +41,7 @@ class HGRN2(Mixer):
     KNOBS = (("half_life", LONGEST_HALF_LIVES),)
 
     def build(self) -> None:
-        self.f_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads * self.layout.head_dim)
+        self.f_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads * self.spec.head_dim)
 
     def reset_gates(self) -> None:
         nn.init.zeros_(self.f_proj.weight)
@@ -49,13 +49,13 @@ class HGRN2(Mixer):
 
     def set_half_life(self, half_life: Tensor) -> None:
         """The longest of each head, `[H]`, in tokens, where the gate's projection gives zero."""
-        half_lives = half_life.unsqueeze(-1) ** torch.linspace(0, 1, self.layout.head_dim).to(half_life)
+        half_lives = half_life.unsqueeze(-1) ** torch.linspace(0, 1, self.spec.head_dim).to(half_life)
         kept, bound = torch.exp2(-1 / half_lives), self.options.lower_bound
         bias = torch.logit((kept - bound) / (1 - bound))
         self.f_proj.bias.copy_(bias.flatten())
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits = widen(self.f_proj(x)).unflatten(-1, (self.layout.num_heads, -1))
+        logits = upcast(self.f_proj(x)).unflatten(-1, (self.spec.num_heads, -1))
         bound = self.options.lower_bound
         # log f without rounding where f is near one, and k = 1 - f = (1 - l) sigmoid(-logits) where it is near zero
         log_decay = F.logsigmoid(logits) if bound == 0 else torch.log1p(-(1 - bound) * torch.sigmoid(-logits))

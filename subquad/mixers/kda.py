@@ -15,14 +15,14 @@ from torch import Tensor
 
 from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
 from subquad.mixers.deltanet import DeltaNet, DeltaNetOptions
-from subquad.mixers.norms import widen
+from subquad.mixers.norms import upcast
 
 
 @dataclass(frozen=True)
 class KDAOptions(DeltaNetOptions):
     output_gate: str = "sigmoid"
     half_life: float = 32.0
-    write_strength: float = 0.1
+    beta_init: float = 0.1
 
 
 class KDA(DeltaNet):
@@ -33,15 +33,15 @@ class KDA(DeltaNet):
 
     def build(self) -> None:
         super().build()
-        H, K = self.layout.num_heads, self.layout.head_dim
-        self.decay_down = nn.Linear(self.layout.hidden_size, K, bias=False)
+        H, K = self.spec.num_heads, self.spec.head_dim
+        self.decay_down = nn.Linear(self.spec.hidden_size, K, bias=False)
         self.decay_up = nn.Linear(K, H * K, bias=False)
         self.A_log = nn.Parameter(torch.empty(H))
         self.dt_bias = nn.Parameter(torch.empty(H, K))
 
     def reset_gates(self) -> None:
         super().reset_gates()
-        nn.init.normal_(self.decay_down.weight, std=self.layout.hidden_size**-0.5)
+        nn.init.normal_(self.decay_down.weight, std=self.spec.hidden_size**-0.5)
         nn.init.zeros_(self.decay_up.weight)
         nn.init.zeros_(self.A_log)
         self.set_half_life(self.per_head(self.options.half_life))
@@ -51,6 +51,6 @@ class KDA(DeltaNet):
         self.dt_bias.copy_(inverse_softplus(-half_life_decay(half_life)).unsqueeze(-1).expand_as(self.dt_bias))
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits = widen(self.decay_up(self.decay_down(x))).unflatten(-1, (self.layout.num_heads, -1))
-        log_decay = -widen(self.A_log).exp().unsqueeze(-1) * F.softplus(logits + widen(self.dt_bias))
+        logits = upcast(self.decay_up(self.decay_down(x))).unflatten(-1, (self.spec.num_heads, -1))
+        log_decay = -upcast(self.A_log).exp().unsqueeze(-1) * F.softplus(logits + upcast(self.dt_bias))
         return {**super().gates(x, core), "log_decay": log_decay}

@@ -45,6 +45,6 @@ class LinearAttention(Mixer):
 
     def _run(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
         if not self.options.normalizer:
-            return super()._run(core, state, cu_seqlens)
+            return super().run_op(core, state, cu_seqlens)
         form = "step" if core["q"].shape[1] == 1 and cu_seqlens is None else "chunk"
         return ops.normalized(**core, initial_state=state or None, form=form, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
-from subquad.mixers.export_options import Served, ServedOptions
-from subquad.mixers.norms import widen
+from subquad.mixers.export_options import ExportMixin, ExportOptions
+from subquad.mixers.norms import upcast
 from subquad.utils import UserError, nearest
 
 
 @dataclass(frozen=True)
-class Mamba2Options(ServedOptions):
+class Mamba2Options(ExportOptions):
     short_conv: int = 4
     discretization: str = "unit"
     """unit: MOHAWK's discrete form; zoh: Mamba-2's, with a step size."""
@@ -34,7 +34,7 @@ class Mamba2Options(ServedOptions):
             )
 
 
-class Mamba2(Served):
+class Mamba2(ExportMixin):
     name = "mamba2"
     Options = Mamba2Options
     options: Mamba2Options
@@ -43,10 +43,10 @@ class Mamba2(Served):
 
     def build(self) -> None:
         super().build()
-        self.a_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads)
-        self.D = nn.Parameter(torch.empty(self.layout.num_heads))
+        self.a_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads)
+        self.D = nn.Parameter(torch.empty(self.spec.num_heads))
         if self.options.discretization == "zoh":
-            self.A_log = nn.Parameter(torch.empty(self.layout.num_heads))
+            self.A_log = nn.Parameter(torch.empty(self.spec.num_heads))
 
     def reset_gates(self) -> None:
         super().reset_gates()
@@ -61,10 +61,10 @@ class Mamba2(Served):
         self.a_proj.bias.copy_(inverse_softplus(-half_life_decay(half_life)))
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
-        step = F.softplus(widen(self.a_proj(x)))
+        step = F.softplus(upcast(self.a_proj(x)))
         if self.options.discretization == "unit":
             return {"log_decay": -step}
-        return {"log_decay": -step * widen(self.A_log).exp(), "k": core["k"] * step.unsqueeze(-1).to(core["k"].dtype)}
+        return {"log_decay": -step * upcast(self.A_log).exp(), "k": core["k"] * step.unsqueeze(-1).to(core["k"].dtype)}
 
     def augment(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
         return o + self.D.to(o.dtype).unsqueeze(-1) * core["v"]

@@ -30,19 +30,19 @@ class MetaLA(GLA):
 
     def build(self) -> None:
         super().build()
-        self.augmentation = nn.Parameter(torch.empty(self.layout.num_heads, self.layout.head_dim))
+        self.augmentation = nn.Parameter(torch.empty(self.spec.num_heads, self.spec.head_dim))
 
     def reset_gates(self) -> None:
         super().reset_gates()
         nn.init.zeros_(self.augmentation)
 
     def channel_half_lives(self, half_life: Tensor) -> Tensor:
-        return half_life.unsqueeze(-1) ** torch.linspace(0, 1, self.layout.head_dim).to(half_life)
+        return half_life.unsqueeze(-1) ** torch.linspace(0, 1, self.spec.head_dim).to(half_life)
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         log_decay = self.log_decay(x)
         return {"log_decay": log_decay, "k": -torch.expm1(log_decay).to(core["q"].dtype)}
 
     def augment(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
-        weight = (core["q"] * core["k"] * self.augmentation).sum(-1, keepdim=True) * self.layout.head_dim**-0.5
+        weight = (core["q"] * core["k"] * self.augmentation).sum(-1, keepdim=True) * self.spec.head_dim**-0.5
         return o + weight * core["v"]

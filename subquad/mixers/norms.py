@@ -7,7 +7,7 @@ RIDGE = 0.03
 """Of `constant_direction`, over the mean square of a channel."""
 
 
-def widen(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 where it is that: for decays and norms, which bfloat16 is too coarse for."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -15,13 +15,13 @@ def widen(x: Tensor) -> Tensor:
 def head_norm(o: Tensor, weight: Tensor | float, eps: float = 1e-8) -> Tensor:
     """RMS norm over the channels of each head, in float32 at least. `eps` lies far below the square of the smallest
     output of a fresh student, about 1e-7 in a first layer."""
-    wide = widen(o)
+    wide = upcast(o)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(o.dtype) * weight
 
 
-def qk_normed(x: Tensor, kind: str, eps: float, weight: Tensor | float = 1.0, bias: Tensor | None = None) -> Tensor:
+def qk_norm(x: Tensor, kind: str, eps: float, weight: Tensor | float = 1.0, bias: Tensor | None = None) -> Tensor:
     """The norm of queries or keys `[B, T, H, K]`, in float32 at least: see `HeadLayout.qk_norm`."""
-    wide = widen(x) if kind.endswith("head") else widen(x).flatten(-2)
+    wide = upcast(x) if kind.endswith("head") else upcast(x).flatten(-2)
     if kind.startswith("layer"):
         wide = wide - wide.mean(-1, keepdim=True)
     wide = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).view(x.shape)
@@ -30,11 +30,11 @@ def qk_normed(x: Tensor, kind: str, eps: float, weight: Tensor | float = 1.0, bi
 
 def l2_norm(x: Tensor) -> Tensor:
     """`x / sqrt(|x|^2 + 1e-6)`, as `fla` and Qwen3.5 have it."""
-    wide = widen(x)
+    wide = upcast(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-def constant_direction(x: Tensor) -> Tensor:
+def fit_bias_direction(x: Tensor) -> Tensor:
     """u `[D]` with x u as near to 1 as it comes for tokens `x: [n, D]`, by ridge regression: what stands in for a bias
     where there is none. Hidden states behind a norm have means far from zero, so that it comes near."""
     x = x.double()

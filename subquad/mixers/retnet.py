@@ -24,6 +24,6 @@ class RetNet(Mixer):
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         # A constant of the architecture: computed where it is used, so that no checkpoint can lose it.
-        heads = torch.arange(self.layout.num_heads, device=x.device, dtype=torch.float32)
+        heads = torch.arange(self.spec.num_heads, device=x.device, dtype=torch.float32)
         log_decay = torch.log1p(-torch.exp2(-5 - heads))
         return {"log_decay": log_decay.expand(*x.shape[:2], -1)}

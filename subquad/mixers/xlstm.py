@@ -27,8 +27,8 @@ class XLSTM(Mixer):
     KNOBS = (("half_life", HALF_LIVES),)
 
     def build(self) -> None:
-        self.i_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads)
-        self.f_proj = nn.Linear(self.layout.hidden_size, self.layout.num_heads)
+        self.i_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads)
+        self.f_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads)
 
     def reset_gates(self) -> None:
         for projection in (self.i_proj, self.f_proj):

@@ -17,7 +17,7 @@ CACHE_ARGUMENT = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields
 """What `transformers` calls the cache that a model takes and returns: renamed in 5.24."""
 
 
-class StateLayer(CacheLayerMixin):
+class RecurrentCacheLayer(CacheLayerMixin):
     """States of one mixer, `(tensors with the batch first)`, and the number of tokens that they have seen."""
 
     is_compileable = False
@@ -72,7 +72,7 @@ class StateLayer(CacheLayerMixin):
         raise NotImplementedError("a recurrent state cannot be cropped to fewer tokens; keep a copy and run from it")
 
 
-class WindowLayer(StateLayer):
+class SlidingWindowCacheLayer(RecurrentCacheLayer):
     """Keys and values of attention that sees a window, and perhaps the first tokens (sinks): no more than those are
     kept. The states are keys and values `[B, H, n, D]` and each one's place in its row, `[B, n]`, -1 where there is
     no token."""
@@ -80,22 +80,22 @@ class WindowLayer(StateLayer):
     def __init__(self, window: int, sinks: int = 0) -> None:
         super().__init__()
         self.window, self.sinks = window, sinks
-        self.places: Tensor | None = None
+        self.positions: Tensor | None = None
         """Places of the tokens of the next `update`, `[B, T]`: the layer sets them before attention runs."""
 
-    def kept_places(self) -> Tensor | None:
+    def kept_positions(self) -> Tensor | None:
         return None if self.states is None else self.states[2]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All that is kept and the new keys and values, for attention; then forgets what no later query can see."""
-        assert self.places is not None
-        keys, values, places = key_states, value_states, self.places
+        assert self.positions is not None
+        keys, values, places = key_states, value_states, self.positions
         if self.states is not None:
             keys = torch.cat((self.states[0], keys), dim=2)
             values = torch.cat((self.states[1], values), dim=2)
             places = torch.cat((self.states[2], places), dim=1)
         self.set(self._visible_later(keys, values, places), key_states.shape[2])
-        self.places = None
+        self.positions = None
         return keys, values
 
     def _visible_later(self, keys: Tensor, values: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +118,7 @@ class SubquadCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, layers: Sequence[StateLayer | DynamicLayer]):
+    def __init__(self, layers: Sequence[RecurrentCacheLayer | DynamicLayer]):
         super().__init__(layers=list(layers))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -129,6 +129,6 @@ class SubquadCache(Cache):
         total = 0
         layers: list[Any] = self.layers
         for layer in layers:
-            tensors = layer.states if isinstance(layer, StateLayer) else (layer.keys, layer.values)
+            tensors = layer.states if isinstance(layer, RecurrentCacheLayer) else (layer.keys, layer.values)
             total += sum(t.numel() * t.element_size() for t in tensors or () if isinstance(t, torch.Tensor))
         return total

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from subquad.mixers import Mixer
 from subquad.mixers.norms import head_norm
-from subquad.modeling.attention.discovery import AttentionSite, Recording, attentions, listen
+from subquad.modeling.attention.discovery import AttentionInfo, LayerActivations, attention_modules, capture_activations
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
@@ -32,18 +32,18 @@ CHOICES: dict[str, tuple[Any, ...]] = {"qk_activation": ("silu", "relu", "elu1")
 
 @torch.no_grad()
 def calibrate(
-    student: SubquadForCausalLM, teacher: PreTrainedModel, sites: Sequence[AttentionSite], tokens: Tensor
+    student: SubquadForCausalLM, teacher: PreTrainedModel, sites: Sequence[AttentionInfo], tokens: Tensor
 ) -> None:
     """Sets the mixers of a fresh `student` by the teacher's attention on `tokens: [B, T]`; the options chosen go into
     the student's plan. One layer's activations are held at a time."""
 
-    def each(index: int, recording: Recording) -> None:
-        block = student.blocks[index]
+    def each(index: int, recording: LayerActivations) -> None:
+        block = student.mixer_layers[index]
         if isinstance(block, MixerLayer):
-            chosen = calibrate_layer(block.mixer, sites[index], recording, student.config.layers[index])
-            student.config.layers[index].update(chosen)
+            chosen = calibrate_layer(block.mixer, sites[index], recording, student.config.layer_specs[index])
+            student.config.layer_specs[index].update(chosen)
 
-    with listen(attentions(sites), each):
+    with capture_activations(attention_modules(sites), each):
         teacher.base_model(input_ids=tokens.to(teacher.device), use_cache=False)
 
 
@@ -52,33 +52,35 @@ class Candidate:
     """A setting of one layer: its options, the values of its knobs `[H]`, and the error that each head leaves."""
 
     options: dict[str, Any]
-    knobs: dict[str, Tensor]
+    params: dict[str, Tensor]
     errors: Tensor
 
 
-def calibrate_layer(mixer: Mixer, site: AttentionSite, recording: Recording, entry: dict[str, Any]) -> dict[str, Any]:
+def calibrate_layer(
+    mixer: Mixer, site: AttentionInfo, recording: LayerActivations, entry: dict[str, Any]
+) -> dict[str, Any]:
     """Calibrates one fresh mixer in place; returns the options that were chosen beyond those of its plan's `entry`."""
-    scene = Scene(mixer, site, recording)
-    mixer.start_at(scene.target.square().mean((0, 1, 3)).sqrt(), scene.x)
+    scene = LayerCalibrator(mixer, site, recording)
+    mixer.init_from_teacher(scene.target.square().mean((0, 1, 3)).sqrt(), scene.x)
     fixed = mixer.options
     candidates = []
     for options in open_choices(mixer, recording, entry):
         mixer.options = replace(fixed, **options)
-        candidates.append(scene.search(Candidate(options, {}, scene.errors()[0]), rounds=1))
+        candidates.append(scene.search(Candidate(options, {}, scene.errors()[0]), sweeps=1))
     best = min(candidates, key=lambda c: c.errors.sum().item())
     mixer.options = replace(fixed, **best.options)
-    if len(mixer.KNOBS) > 1:  # what is best for one depends on the other
-        best = scene.search(best, rounds=1)
-    scene.turn(best.knobs)
+    if len(mixer.CALIBRATED_PARAMS) > 1:  # what is best for one depends on the other
+        best = scene.search(best, sweeps=1)
+    scene.apply(best.params)
     if mixer.options.output_norm:
         mixer.set_output_scale(scene.errors()[1])
     return best.options
 
 
-def open_choices(mixer: Mixer, recording: Recording, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def open_choices(mixer: Mixer, recording: LayerActivations, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every combination of the options that the plan leaves open and that this layer can have."""
     open_names = [name for name in CHOICES if name not in entry]
-    if mixer.layout.rotary is None or recording.kwargs.get("position_embeddings") is None:
+    if mixer.spec.rotary is None or recording.kwargs.get("position_embeddings") is None:
         open_names = [name for name in open_names if name != "rotary"]
     for values in itertools.product(*(CHOICES[name] for name in open_names)):
         options = dict(zip(open_names, values, strict=True))
@@ -89,13 +91,13 @@ def open_choices(mixer: Mixer, recording: Recording, entry: dict[str, Any]) -> I
         yield options
 
 
-class Scene:
+class LayerCalibrator:
     """A mixer in the place of one layer's attention, on the text that the teacher was watched on."""
 
-    def __init__(self, mixer: Mixer, site: AttentionSite, recording: Recording):
+    def __init__(self, mixer: Mixer, site: AttentionInfo, recording: LayerActivations):
         self.mixer = mixer
         self.x, self.positions = recording.hidden_states, recording.kwargs.get("position_embeddings")
-        H, V = mixer.layout.num_heads, mixer.layout.value_dim
+        H, V = mixer.spec.num_heads, mixer.spec.value_dim
         assert recording.heads is not None
         self.target = recording.heads.float().unflatten(-1, (H, V))
         output, _ = site.projection("o")
@@ -106,7 +108,7 @@ class Scene:
     def errors(self) -> tuple[Tensor, Tensor]:
         """What each head leaves of the teacher's output behind the projection, squared, `[H]`; and the scale of each
         channel, `[H, V]`."""
-        o = self.mixer.core_output(self.x, self.positions).float()
+        o = self.mixer.mixer_output(self.x, self.positions).float()
         scale = o.new_ones(o.shape[2:])
         if self.mixer.options.output_norm:
             # a gate without a bias stands near one, not at it
@@ -121,20 +123,20 @@ class Scene:
         rest = (self.target - scale * o).flatten(0, 1)  # [tokens, H, V]
         return torch.einsum("thv,hvw,thw->h", rest, self.metric, rest), scale
 
-    def turn(self, knobs: dict[str, Tensor]) -> None:
+    def apply(self, knobs: dict[str, Tensor]) -> None:
         for name, values in knobs.items():
             getattr(self.mixer, f"set_{name}")(values)
 
-    def search(self, start: Candidate, rounds: int) -> Candidate:
+    def search(self, start: Candidate, sweeps: int) -> Candidate:
         """Tries each value of each knob, one knob after the other; every head keeps what is best for it."""
-        best = Candidate(start.options, dict(start.knobs), start.errors)
-        for name, values in [knob for _ in range(rounds) for knob in self.mixer.KNOBS]:
-            self.turn(best.knobs)
+        best = Candidate(start.options, dict(start.params), start.errors)
+        for name, values in [knob for _ in range(sweeps) for knob in self.mixer.CALIBRATED_PARAMS]:
+            self.apply(best.params)
             errors, chosen = torch.full_like(best.errors, torch.inf), self.mixer.per_head(values[0])
             for value in values:
-                self.turn({name: self.mixer.per_head(value)})
+                self.apply({name: self.mixer.per_head(value)})
                 now, _ = self.errors()
                 chosen = torch.where(now < errors, value, chosen)
                 errors = torch.minimum(errors, now)
-            best.knobs[name], best.errors = chosen, errors
+            best.params[name], best.errors = chosen, errors
         return best

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from subquad import mixers
 from subquad.mixers import AttentionSpec
-from subquad.modeling.layer_types import plan_entry
+from subquad.modeling.layer_types import layer_spec
 from subquad.utils import UserError
 
 DELEGATED = (
@@ -39,16 +39,16 @@ class SubquadConfig(PreTrainedConfig):
     def __init__(
         self,
         base_config: dict[str, Any] | PreTrainedConfig | None = None,
-        layers: list[dict[str, Any]] | None = None,
-        attention: list[dict[str, Any]] | None = None,
-        positions: int | None = None,
+        layer_specs: list[dict[str, Any]] | None = None,
+        attention_specs: list[dict[str, Any]] | None = None,
+        max_learned_positions: int | None = None,
         use_cache: bool = True,
         **kwargs: Any,
     ):
         self.base_config = make_base_config(base_config) if isinstance(base_config, dict) else base_config
-        self.layers = copied("layers", layers)
-        self.attention = copied("attention", attention)
-        self.positions = positions
+        self.layer_specs = copied("layers", layer_specs)
+        self.attention_specs = copied("attention", attention_specs)
+        self.max_learned_positions = max_learned_positions
         self.use_cache = use_cache
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
             if getattr(self.base_config, name, None) is not None:
@@ -71,17 +71,17 @@ class SubquadConfig(PreTrainedConfig):
 
     @property
     def keeps_attention(self) -> list[bool]:
-        return [layer["mixer"] not in mixers.REGISTRY for layer in self.layers]
+        return [layer["mixer"] not in mixers.REGISTRY for layer in self.layer_specs]
 
     def check(self) -> None:
         """UserError where no student can be built from it: what is missing or unknown, and in which entry."""
         if not isinstance(self.base_config, PreTrainedConfig):
             raise UserError("base_config: missing; expected the configuration of the teacher")
-        if len(self.layers) != len(self.attention):
-            raise UserError(f"the plan names {len(self.layers)} layers; the model has {len(self.attention)}")
+        if len(self.layer_specs) != len(self.attention_specs):
+            raise UserError(f"the plan names {len(self.layer_specs)} layers; the model has {len(self.attention_specs)}")
         wanted = {f.name: f.default is MISSING for f in fields(AttentionSpec)} | {"path": True}
-        for index, (layer, place) in enumerate(zip(self.layers, self.attention, strict=True)):
-            plan_entry(layer, f"layers: {index}")
+        for index, (layer, place) in enumerate(zip(self.layer_specs, self.attention_specs, strict=True)):
+            layer_spec(layer, f"layers: {index}")
             missing = [name for name, needed in wanted.items() if needed and name not in place]
             unknown = [name for name in place if name not in wanted]
             if missing or unknown:

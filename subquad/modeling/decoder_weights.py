@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from subquad.modeling.attention.discovery import layer_path, random_tokens
 from subquad.modeling.attention.scores import hidden_states_of
-from subquad.modeling.attention.tracing import same
+from subquad.modeling.attention.tracing import same_values
 from subquad.utils import UserError
 
 CLOSE = 1e-4
@@ -26,7 +26,7 @@ CLOSE = 1e-4
 
 
 @dataclass(frozen=True)
-class Layer:
+class DecoderLayerWeights:
     """One layer without its attention: weights of its norms `[hidden]`, what attention's output is multiplied with, and
     the MLP's matrices."""
 
@@ -39,12 +39,12 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Body:
+class DecoderWeights:
     """A decoder without its attentions: embedding and head `[vocabulary, hidden]` (None where it is the embedding), its
     layers, the weight of its last norm, and the epsilon of every norm."""
 
     embedding: Tensor
-    layers: list[Layer]
+    layers: list[DecoderLayerWeights]
     norm: Tensor
     head: Tensor | None
     eps: float
@@ -55,7 +55,7 @@ Seen = dict[nn.Module, tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def read_body(model: PreTrainedModel, paths: Sequence[str]) -> Body:
+def read_decoder(model: PreTrainedModel, paths: Sequence[str]) -> DecoderWeights:
     """Reads `model`; `paths` name, layer by layer, its attention or what stands in its place.
 
     Raises:
@@ -69,7 +69,7 @@ def read_body(model: PreTrainedModel, paths: Sequence[str]) -> Body:
     finally:
         for module, training in modes:
             module.training = training
-    return Reader(model, seen).read([model.get_submodule(path) for path in paths], paths, logits)
+    return DecoderReader(model, seen).read([model.get_submodule(path) for path in paths], paths, logits)
 
 
 @contextmanager
@@ -91,14 +91,14 @@ def watched(model: nn.Module) -> Iterator[Seen]:
             hook.remove()
 
 
-class Misfit(UserError):
+class ExportError(UserError):
     """Something that no target of an export has."""
 
     def __init__(self, reason: str):
         super().__init__(f"this model cannot be exported: {reason}")
 
 
-class Reader:
+class DecoderReader:
     """Reads the parts of one model from what they took and gave."""
 
     def __init__(self, model: PreTrainedModel, seen: Seen):
@@ -110,7 +110,7 @@ class Reader:
         self.activation = getattr(config, "hidden_act", None)
         self.eps: set[float] = set()
 
-    def read(self, attentions: Sequence[nn.Module], paths: Sequence[str], logits: Tensor) -> Body:
+    def read(self, attentions: Sequence[nn.Module], paths: Sequence[str], logits: Tensor) -> DecoderWeights:
         layers = [self.model.get_submodule(layer_path(path)) for path in paths]
         table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         found = [self.layer(i, *pair) for i, pair in enumerate(zip(layers, attentions, strict=True))]
@@ -118,10 +118,10 @@ class Reader:
         embedded = self.factor(first, self.seen[table][1], first, "embeddings reach the first layer changed")
         norm = self.norm_of(last, "behind the last layer")
         if head not in self.seen or table not in self.seen:
-            raise Misfit("its embeddings or its head are not used as modules")
+            raise ExportError("its embeddings or its head are not used as modules")
         into_head, from_head = self.seen[head]
         if has_bias(head):
-            raise Misfit("its head has a bias")
+            raise ExportError("its head has a bias")
         before = self.factor(into_head, self.seen[norm][1], into_head, "something stands between last norm and head")
         behind = self.factor(logits, from_head, logits, "its logits are not what its head gives (a cap?)") * before
         weight: Tensor = table.weight.detach()  # type: ignore[union-attr, operator, assignment]
@@ -129,18 +129,18 @@ class Reader:
         tied = embedded == behind == 1.0 and own.data_ptr() == weight.data_ptr()
         last_weight = self.norm_weight(norm, "the last norm")
         if len(self.eps) != 1:
-            raise Misfit(f"its norms have different epsilons ({', '.join(map(str, sorted(self.eps)))})")
-        return Body(weight * embedded, found, last_weight, None if tied else own * behind, self.eps.pop())
+            raise ExportError(f"its norms have different epsilons ({', '.join(map(str, sorted(self.eps)))})")
+        return DecoderWeights(weight * embedded, found, last_weight, None if tied else own * behind, self.eps.pop())
 
-    def layer(self, index: int, layer: nn.Module, attention: nn.Module) -> Layer:
+    def layer(self, index: int, layer: nn.Module, attention: nn.Module) -> DecoderLayerWeights:
         where = f"layer {index}"
         if layer not in self.seen or attention not in self.seen:
-            raise Misfit(f"{where} does not take hidden states and give them")
+            raise ExportError(f"{where} does not take hidden states and give them")
         x, y = self.seen[layer]
         taken, a = self.seen[attention]
         norm = self.norm_of(x, f"of {where}")
-        if not same(self.seen[norm][1], taken):
-            raise Misfit(f"attention of {where} is not given the norm of what the layer is given")
+        if not same_values(self.seen[norm][1], taken):
+            raise ExportError(f"attention of {where} is not given the norm of what the layer is given")
         inside = set(attention.modules())
         for module in layer.modules():
             m, normed = self.seen.get(module, (None, None))
@@ -149,17 +149,17 @@ class Reader:
             by = self.multiple(m - x, a, m)
             if by is not None and by != 0 and normed.shape == x.shape and self.is_norm(module):
                 return self.mlp(where, layer, module, m, y, (self.norm_weight(norm, where), by))
-        raise Misfit(
+        raise ExportError(
             f"{where} has more between its attention and its MLP than a sum and a norm (a second norm behind "
             "attention, or MLP and attention side by side)"
         )
 
     def mlp(
         self, where: str, layer: nn.Module, norm: nn.Module, m: Tensor, y: Tensor, before: tuple[Tensor, float]
-    ) -> Layer:
+    ) -> DecoderLayerWeights:
         x = self.seen[norm][1]
         linears = [p for p in layer.modules() if isinstance(p, nn.Linear) and p in self.seen]
-        into = [p for p in linears if same(self.seen[p][0], x)]
+        into = [p for p in linears if same_values(self.seen[p][0], x)]
         halves = [(*half,) for p in into for half in self.halves(p, len(into) == 1)]
         for down in linears:
             u, f = self.seen[down]
@@ -167,14 +167,14 @@ class Reader:
             if by is None or by == 0 or len(halves) != 2:
                 continue
             for (gate, g), (up, p) in (halves, halves[::-1]):
-                if g.shape == u.shape and close(F.silu(g) * p, u):
+                if g.shape == u.shape and allclose(F.silu(g) * p, u):
                     if any(has_bias(part) for part in (*into, down)):
-                        raise Misfit(f"the MLP of {where} has biases")
+                        raise ExportError(f"the MLP of {where} has biases")
                     down_weight = down.weight.detach() * by
-                    return Layer(*before, self.norm_weight(norm, where), gate, up, down_weight)
+                    return DecoderLayerWeights(*before, self.norm_weight(norm, where), gate, up, down_weight)
         kind = self.activation
         told = "" if kind in (None, "silu", "swish") else f" (hidden_act is {kind!r})"
-        raise Misfit(f"the MLP of {where} is not down(silu(gate x) * up x){told}, or a norm stands behind it")
+        raise ExportError(f"the MLP of {where} is not down(silu(gate x) * up x){told}, or a norm stands behind it")
 
     def halves(self, projection: nn.Linear, fused: bool) -> list[tuple[Tensor, Tensor]]:
         """Weight and output of a projection into the MLP; of its two halves where one makes both."""
@@ -186,9 +186,9 @@ class Reader:
     def norm_of(self, x: Tensor, where: str) -> nn.Module:
         """The norm that is given `x`."""
         for module, (taken, given) in self.seen.items():
-            if taken.shape == given.shape and same(taken, x) and self.is_norm(module):
+            if taken.shape == given.shape and same_values(taken, x) and self.is_norm(module):
                 return module
-        raise Misfit(f"there is no RMS norm {where}")
+        raise ExportError(f"there is no RMS norm {where}")
 
     def is_norm(self, module: nn.Module) -> bool:
         return self.effective_weight(module) is not None
@@ -201,14 +201,14 @@ class Reader:
         x, y = self.seen[module]
         normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon(module))
         for candidate in (weight.detach(), weight.detach() + 1):
-            if close(normed * candidate.float(), y):
+            if allclose(normed * candidate.float(), y):
                 return candidate
         return None
 
     def norm_weight(self, module: nn.Module, where: str) -> Tensor:
         weight = self.effective_weight(module)
         if weight is None:
-            raise Misfit(f"the norm of {where} is no RMS norm")
+            raise ExportError(f"the norm of {where} is no RMS norm")
         self.eps.add(epsilon(module))
         return weight
 
@@ -219,7 +219,7 @@ class Reader:
             return None
         w, o = wanted.double(), of.double()
         c = float((w * o).sum() / o.square().sum().clamp_min(1e-300))
-        tolerance = CLOSE * coarseness(wanted)
+        tolerance = CLOSE * dtype_tolerance(wanted)
         if bool(((w - c * o).abs() > tolerance * (beside.double().abs() + (c * o).abs().mean())).any()):
             return None
         nearest = min(self.factors, key=lambda known: abs(known - c))
@@ -228,17 +228,17 @@ class Reader:
     def factor(self, wanted: Tensor, of: Tensor, beside: Tensor, reason: str) -> float:
         c = self.multiple(wanted, of, beside)
         if c is None:
-            raise Misfit(reason)
+            raise ExportError(reason)
         return c
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
+def allclose(found: Tensor, wanted: Tensor) -> bool:
     """Equal up to rounding."""
-    tolerance = CLOSE * coarseness(wanted) * float(wanted.float().abs().max())
+    tolerance = CLOSE * dtype_tolerance(wanted) * float(wanted.float().abs().max())
     return float((found.float() - wanted.float()).abs().max()) <= tolerance
 
 
-def coarseness(x: Tensor) -> float:
+def dtype_tolerance(x: Tensor) -> float:
     """How much coarser than float32 a dtype is taken to be."""
     return 1.0 if x.dtype in (torch.float32, torch.float64) else 200.0
 

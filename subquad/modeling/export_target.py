@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from subquad.mixers import AttentionSpec
-from subquad.modeling.attention.discovery import AttentionSite
-from subquad.modeling.decoder_weights import read_body
+from subquad.modeling.attention.discovery import AttentionInfo
+from subquad.modeling.decoder_weights import read_decoder
 from subquad.modeling.layer_types import ATTENTION
 from subquad.utils import UserError, nearest
 
@@ -33,7 +33,7 @@ SERVED_MIXER = {
 
 
 @dataclass(frozen=True)
-class Target:
+class ExportTarget:
     """A model that others run, in what decides whether a student can become one."""
 
     title: str
@@ -48,7 +48,7 @@ class Target:
     """Projections of the mixer that may have a bias."""
 
     @property
-    def what_can_go(self) -> str:
+    def supported_layers(self) -> str:
         return (
             f"what can go: layers of {self.mixer} as linearize(..., export='{self.key}') makes them, and layers that "
             "keep the teacher's whole attention"
@@ -63,14 +63,14 @@ class Target:
 TARGETS = {
     target.key: target
     for target in (
-        Target("Qwen3.5", "qwen3_5", "gated_deltanet", SERVED_MIXER, norms_attention=True),
-        Target("Bamba", "bamba", "mamba2", {**SERVED_MIXER, "discretization": "zoh"}, False, ("a_proj",)),
+        ExportTarget("Qwen3.5", "qwen3_5", "gated_deltanet", SERVED_MIXER, norms_attention=True),
+        ExportTarget("Bamba", "bamba", "mamba2", {**SERVED_MIXER, "discretization": "zoh"}, False, ("a_proj",)),
     )
 }
 
 
-def restrict(
-    plan: list[dict[str, Any]], sites: Sequence[AttentionSite], teacher: PreTrainedModel, target: str
+def restrict_to_target(
+    plan: list[dict[str, Any]], sites: Sequence[AttentionInfo], teacher: PreTrainedModel, target: str
 ) -> tuple[list[dict[str, Any]], float]:
     """The plan with every entry in the form that `target` computes, and the epsilon for all norms of the student (see
     `set_epsilon`).
@@ -80,19 +80,19 @@ def restrict(
     """
     host = find_target(target)
     check_mixers((entry["mixer"] for entry in plan), host)
-    eps = read_body(teacher, [site.path for site in sites]).eps
+    eps = read_decoder(teacher, [site.path for site in sites]).eps
     if hasattr(teacher.config, "rms_norm_eps"):
         eps = min(eps, EPSILON)
     restricted = [
-        restrict_mixer(entry, f"layer {site.index}", site.layout, eps, host)
+        restrict_mixer(entry, f"layer {site.index}", site.spec, eps, host)
         if entry["mixer"] == host.mixer
-        else restrict_attention(entry, site.layout, f"layer {site.index}", eps, host)
+        else restrict_attention(entry, site.spec, f"layer {site.index}", eps, host)
         for entry, site in zip(plan, sites, strict=True)
     ]
     return restricted, eps
 
 
-def find_target(key: str) -> Target:
+def find_target(key: str) -> ExportTarget:
     """UserError where there is none."""
     if key not in TARGETS:
         raise UserError(f"export: unknown {key!r}{nearest(key, TARGETS)}")
@@ -110,14 +110,16 @@ def set_epsilon(base: PreTrainedModel, eps: float) -> None:
                 setattr(module, name, eps)
 
 
-def check_mixers(names: Iterable[str], host: Target) -> None:
+def check_mixers(names: Iterable[str], host: ExportTarget) -> None:
     """UserError where a plan names a mixer that the target does not have."""
     for name in names:
         if name not in (host.mixer, ATTENTION):
-            raise UserError(f"{name} cannot be exported to {host.title}; {host.what_can_go}")
+            raise UserError(f"{name} cannot be exported to {host.title}; {host.supported_layers}")
 
 
-def restrict_mixer(entry: dict[str, Any], where: str, layout: AttentionSpec, eps: float, host: Target) -> dict[str, Any]:
+def restrict_mixer(
+    entry: dict[str, Any], where: str, layout: AttentionSpec, eps: float, host: ExportTarget
+) -> dict[str, Any]:
     wanted = {**host.options, "norm_eps": host.norm_eps(eps, layout)}
     for name, value in wanted.items():
         if entry.get(name, value) != value:
@@ -129,15 +131,15 @@ def restrict_mixer(entry: dict[str, Any], where: str, layout: AttentionSpec, eps
 
 
 def restrict_attention(
-    entry: dict[str, Any], layout: AttentionSpec, where: str, eps: float, host: Target
+    entry: dict[str, Any], layout: AttentionSpec, where: str, eps: float, host: ExportTarget
 ) -> dict[str, Any]:
-    wrong = attention_misfit(entry, layout, host)
+    wrong = unsupported_attention(entry, layout, host)
     if wrong is not None:
-        raise UserError(f"{where}: its attention cannot be exported to {host.title}: {wrong}; {host.what_can_go}")
+        raise UserError(f"{where}: its attention cannot be exported to {host.title}: {wrong}; {host.supported_layers}")
     return entry if not host.norms_attention or layout.qk_norm is not None else {**entry, "qk_norm": eps}
 
 
-def attention_misfit(entry: dict[str, Any], layout: AttentionSpec, host: Target) -> str | None:
+def unsupported_attention(entry: dict[str, Any], layout: AttentionSpec, host: ExportTarget) -> str | None:
     """Why the target has no attention like this, as far as a plan and a layout tell; None where it has."""
     if entry.get("window") is not None or layout.window is not None:
         return "it sees a window of the last tokens only"

@@ -9,10 +9,10 @@ from subquad.utils import UserError, nearest
 ATTENTION = "attention"
 """In a plan: this layer keeps the teacher's attention, weights and all."""
 
-Entry = str | Mapping[str, Any]
+LayerType = str | Mapping[str, Any]
 
 
-def layer_plan(layers: Mapping[str, Entry], count: int) -> list[dict[str, Any]]:
+def layer_specs(layers: Mapping[str, LayerType], count: int) -> list[dict[str, Any]]:
     """One `{"mixer": name, **options}` a layer.
 
     layers: `{"default": entry, "0,8,16": entry, "2-5": entry}`; an entry is a mixer's name, "attention", or a mapping
@@ -32,9 +32,9 @@ def layer_plan(layers: Mapping[str, Entry], count: int) -> list[dict[str, Any]]:
         for index in layer_numbers(str(key), count):
             if index in plan:
                 raise UserError(f"layers: layer {index} is named twice")
-            plan[index] = plan_entry(entry, f"layers: {key}")
+            plan[index] = layer_spec(entry, f"layers: {key}")
     if "default" in layers:
-        default = plan_entry(layers["default"], "layers: default")
+        default = layer_spec(layers["default"], "layers: default")
         plan = {index: plan.get(index, default) for index in range(count)}
     missing = [str(index) for index in range(count) if index not in plan]
     if missing:
@@ -56,7 +56,7 @@ def layer_numbers(text: str, count: int) -> list[int]:
     return found
 
 
-def plan_entry(entry: Entry, where: str) -> dict[str, Any]:
+def layer_spec(entry: LayerType, where: str) -> dict[str, Any]:
     """An entry as a mapping, its mixer and options checked."""
     if not isinstance(entry, str | Mapping):
         raise UserError(f"{where}: got {entry!r}, expected a mixer's name, or a mapping with `mixer` and its options")

@@ -16,17 +16,17 @@ from transformers.cache_utils import DynamicLayer
 from subquad.mixers import AttentionSpec, Mixer
 from subquad.mixers.norms import head_norm
 from subquad.modeling.attention.scores import attention_rows, hidden_states_of
-from subquad.modeling.cache import CACHE_ARGUMENT, StateLayer, SubquadCache, WindowLayer
-from subquad.modeling.masks import added_mask, describe_columns
+from subquad.modeling.cache import CACHE_ARGUMENT, RecurrentCacheLayer, SlidingWindowCacheLayer, SubquadCache
+from subquad.modeling.masks import additive_mask, doc_ids_and_positions
 from subquad.utils import UserError
 
 
-class Block(nn.Module):
+class TokenMixerLayer(nn.Module):
     """The common part: who stands here, and how to read what a family hands over."""
 
-    def __init__(self, layout: AttentionSpec, index: int):
+    def __init__(self, spec: AttentionSpec, index: int):
         super().__init__()
-        self.layout, self.index = layout, index
+        self.spec, self.index = spec, index
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
         raise NotImplementedError
@@ -40,15 +40,15 @@ class Block(nn.Module):
         return next((value for value in (*args, *kwargs.values()) if isinstance(value, SubquadCache)), None)
 
 
-class MixerLayer(Block):
+class MixerLayer(TokenMixerLayer):
     """A mixer in the place of attention, its state in the model's cache."""
 
     def __init__(self, mixer: Mixer, index: int):
-        super().__init__(mixer.layout, index)
+        super().__init__(mixer.spec, index)
         self.mixer = mixer
 
-    def new_cache_layer(self) -> StateLayer:
-        return StateLayer()
+    def new_cache_layer(self) -> RecurrentCacheLayer:
+        return RecurrentCacheLayer()
 
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         x = hidden_states_of(args, kwargs)
@@ -60,7 +60,7 @@ class MixerLayer(Block):
                 documents = None
         cache = self.cache_of(args, kwargs)
         layer = None if cache is None else cache.layers[self.index]
-        if layer is not None and not isinstance(layer, StateLayer):
+        if layer is not None and not isinstance(layer, RecurrentCacheLayer):
             raise TypeError(
                 f"{CACHE_ARGUMENT} holds {type(layer).__name__} for layer {self.index}, which is a recurrent mixer; "
                 "pass student.new_cache() or None"
@@ -69,24 +69,26 @@ class MixerLayer(Block):
         y, after = self.mixer(x, kwargs.get("position_embeddings"), documents, state)
         if layer is not None:
             layer.set(after, T)
-        return (y, *[None] * (self.layout.returns - 1)) if self.layout.returns else y
+        return (y, *[None] * (self.spec.num_outputs - 1)) if self.spec.num_outputs else y
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
         """Gives rows of the mixer's mixing matrix, `[B, H, rows, T]`, on what `forward` takes; what all rows have in
         common is computed once, here."""
         x = hidden_states_of(args, kwargs)
-        core, _ = self.mixer.core_inputs(x, kwargs.get("position_embeddings"), None, None)
+        core, _ = self.mixer.op_inputs(x, kwargs.get("position_embeddings"), None, None)
         return lambda rows: self.mixer.mixing_matrix(core, rows)
 
     @property
-    def matrix_scale_is_free(self) -> bool:
+    def scale_invariant(self) -> bool:
         return self.mixer.options.output_norm
 
     def matrix_parameters(self) -> list[nn.Parameter]:
         """Parameters on which the mixing matrix depends."""
-        return [p for name, p in self.mixer.named_parameters() if name.split(".")[0] not in self.mixer.BEHIND_MATRIX]
+        return [
+            p for name, p in self.mixer.named_parameters() if name.split(".")[0] not in self.mixer.VALUE_PATH_PARAMS
+        ]
 
-    def copied_parameters(self) -> list[nn.Parameter]:
+    def projection_parameters(self) -> list[nn.Parameter]:
         """Parameters that a teacher's attention has too."""
         return [p for projection in self.mixer.projections().values() for p in projection.parameters()]
 
@@ -114,7 +116,7 @@ class HeadNorm(nn.Module):
         return head_norm(x, self.weight, self.eps)
 
 
-class AttentionLayer(Block):
+class AttentionLayer(TokenMixerLayer):
     """The family's own attention, kept: it gets the mask that it expects, built here from ours.
 
     window: tokens that a query sees, itself included, where that is fewer than the teacher's; sinks: first tokens of
@@ -122,7 +124,7 @@ class AttentionLayer(Block):
         family does not have.
     """
 
-    matrix_scale_is_free = False
+    scale_invariant = False
 
     def __init__(
         self,
@@ -142,21 +144,21 @@ class AttentionLayer(Block):
 
     def add_norms(self, eps: float) -> None:
         projections = {name: getattr(self.attention, name, None) for name in ("q_proj", "k_proj")}
-        if self.layout.qk_norm is not None or not all(isinstance(p, nn.Linear) for p in projections.values()):
+        if self.spec.qk_norm is not None or not all(isinstance(p, nn.Linear) for p in projections.values()):
             raise UserError(
                 f"qk_norm: {type(self.attention).__name__} of layer {self.index} has such a norm, or no q_proj and "
                 "k_proj of its own that could be given one; leave qk_norm out"
             )
         for name, projection in projections.items():
-            setattr(self.attention, name, NormedProjection(projection, self.layout.head_dim, eps))  # type: ignore[arg-type]
+            setattr(self.attention, name, NormedProjection(projection, self.spec.head_dim, eps))  # type: ignore[arg-type]
 
     def added_norms(self) -> dict[str, nn.Parameter]:
         """Weights `[K]` of the norms of "q" and "k" that the family does not have."""
         found = {name: getattr(self.attention, f"{name}_proj", None) for name in ("q", "k")}
         return {name: p.norm.weight for name, p in found.items() if isinstance(p, NormedProjection)}
 
-    def new_cache_layer(self) -> StateLayer | DynamicLayer:
-        return DynamicLayer() if self.window is None else WindowLayer(self.window, self.sinks)
+    def new_cache_layer(self) -> RecurrentCacheLayer | DynamicLayer:
+        return DynamicLayer() if self.window is None else SlidingWindowCacheLayer(self.window, self.sinks)
 
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         x = hidden_states_of(args, kwargs)
@@ -166,10 +168,10 @@ class AttentionLayer(Block):
         before = 0 if layer is None else layer.get_seq_length()
         if attention_mask is not None and not attention_mask.shape[-1]:
             attention_mask = None
-        documents, places = describe_columns(attention_mask, len(x), before + T, x.device)
+        documents, places = doc_ids_and_positions(attention_mask, len(x), before + T, x.device)
         keys = documents, places
-        if isinstance(layer, WindowLayer):
-            layer.places, kept = places[:, before:], layer.kept_places()
+        if isinstance(layer, SlidingWindowCacheLayer):
+            layer.positions, kept = places[:, before:], layer.kept_positions()
             if kept is not None:
                 documents = torch.cat((kept >= 0, documents[:, before:]), dim=1)
                 keys = documents, torch.cat((kept, places[:, before:]), dim=1)
@@ -179,7 +181,7 @@ class AttentionLayer(Block):
         all_seen = attention_mask is None and before + T <= (self.window or before + T)
         if not (all_seen and (T == 1 or (before == 0 and not eager))):
             queries = keys[0][:, -T:], keys[1][:, -T:]
-            mask = added_mask(queries, keys, self.window, self.sinks, x.dtype)
+            mask = additive_mask(queries, keys, self.window, self.sinks, x.dtype)
         return self.attention(*args, attention_mask=mask, **kwargs)
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
@@ -191,7 +193,7 @@ class AttentionLayer(Block):
         gradient from the probabilities where they can."""
         return list(self.attention.parameters())
 
-    def copied_parameters(self) -> list[nn.Parameter]:
+    def projection_parameters(self) -> list[nn.Parameter]:
         """All but a norm that was added: they are the teacher's own."""
         added = {id(p) for p in self.added_norms().values()}
         return [p for p in self.attention.parameters() if id(p) not in added]

@@ -14,18 +14,18 @@ from subquad import mixers
 from subquad.mixers import Mixer
 from subquad.modeling import calibrate as calibrated
 from subquad.modeling.attention.discovery import (
-    AttentionSite,
-    Recording,
-    attentions,
-    find_attention,
-    listen,
+    AttentionInfo,
+    LayerActivations,
+    attention_modules,
+    capture_activations,
+    discover_attention,
     random_tokens,
 )
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.modeling.export_target import restrict, set_epsilon
-from subquad.modeling.layer_types import layer_plan, plan_entry
+from subquad.modeling.export_target import restrict_to_target, set_epsilon
+from subquad.modeling.layer_types import layer_spec, layer_specs
 from subquad.modeling.layers import AttentionLayer, MixerLayer
-from subquad.modeling.modeling_subquad import SubquadForCausalLM, plan_config
+from subquad.modeling.modeling_subquad import SubquadForCausalLM, make_config
 from subquad.modeling.positions import check_positions_and_cache, find_position_table
 from subquad.utils import UserError
 
@@ -37,11 +37,11 @@ def linearize(
     teacher: PreTrainedModel,
     mixer: str = "gated_deltanet",
     copy_qkv: bool = True,
-    layers: Mapping[str, Any] | None = None,
-    calibration: Tensor | None = None,
-    calibrate: Tensor | None = None,
+    layer_types: Mapping[str, Any] | None = None,
+    scale_ids: Tensor | None = None,
+    calibration_ids: Tensor | None = None,
     seed: int = 0,
-    export: str | None = None,
+    export_target: str | None = None,
     **options: Any,
 ) -> SubquadForCausalLM:
     """A student of `teacher` in which every attention is replaced by `mixer`. The teacher is left untouched.
@@ -65,46 +65,46 @@ def linearize(
         UserError: unknown mixer or option; a teacher whose attention cannot be read (it says what was missing); with
             `export`, a teacher or a plan that cannot go there.
     """
-    if layers is None:
-        plan_entry({"mixer": mixer, **options}, "mixer")
+    if layer_types is None:
+        layer_spec({"mixer": mixer, **options}, "mixer")
     elif options:
         raise UserError(f"options belong into the entries of layers; got {', '.join(options)} beside it")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        sites = find_attention(teacher)
+        sites = discover_attention(teacher)
         check_teacher(teacher)
-        plan = layer_plan(layers or {"default": {"mixer": mixer, **options}}, len(sites))
+        plan = layer_specs(layer_types or {"default": {"mixer": mixer, **options}}, len(sites))
         base = copy.deepcopy(teacher)
-        if export is not None:
-            plan, eps = restrict(plan, sites, teacher, export)
+        if export_target is not None:
+            plan, eps = restrict_to_target(plan, sites, teacher, export_target)
             set_epsilon(base, eps)
         for attribute in ("hf_quantizer", "quantization_method"):
             if hasattr(base, attribute):
                 delattr(base, attribute)
         base.is_quantized = False  # type: ignore[assignment]
         positions = find_position_table(teacher)
-        student = SubquadForCausalLM(plan_config(base.config, plan, sites, positions), base)
+        student = SubquadForCausalLM(make_config(base.config, plan, sites, positions), base)
         if teacher.generation_config is not None:
             student.generation_config = copy.deepcopy(teacher.generation_config)
             student.generation_config.cache_implementation = None  # a student has a cache of its own
-        if calibrate is not None:
-            calibration = calibrate[:1]  # the scales are found anew
-        if calibration is not None and positions is not None and calibration.shape[1] > positions:
+        if calibration_ids is not None:
+            scale_ids = calibration_ids[:1]  # the scales are found anew
+        if scale_ids is not None and positions is not None and scale_ids.shape[1] > positions:
             raise UserError(
-                f"calibration: got {calibration.shape[1]} tokens a row; the teacher has {positions} learned positions"
+                f"calibration: got {scale_ids.shape[1]} tokens a row; the teacher has {positions} learned positions"
             )
-        with hear(teacher, sites) as heard:
-            if calibration is None:  # while it writes, so that it need not read that again
+        with collect_attention_stats(teacher, sites) as heard:
+            if scale_ids is None:  # while it writes, so that it need not read that again
                 sample_tokens(teacher, length=min(24, positions or 24))
             else:
-                teacher.base_model(input_ids=calibration.to(teacher.device), use_cache=False)
-        for site, block, ear in zip(sites, student.blocks, heard, strict=True):
-            start(site, block, ear, copy_qkv)
+                teacher.base_model(input_ids=scale_ids.to(teacher.device), use_cache=False)
+        for site, block, ear in zip(sites, student.mixer_layers, heard, strict=True):
+            init_mixer(site, block, ear, copy_qkv)
             if not copy_qkv and plan[block.index]["mixer"] == mixers.SOFTMAX:
                 block.attention.apply(student.base._init_weights)  # type: ignore[union-attr]
-        if calibrate is not None:
+        if calibration_ids is not None:
             with evaluating(teacher):
-                calibrated.calibrate(student, teacher, sites, calibrate)
+                calibrated.calibrate(student, teacher, sites, calibration_ids)
         check_student(student, type(teacher).__name__)
     return student.requires_grad_(True).train(teacher.training)
 
@@ -136,7 +136,7 @@ def check_student(student: SubquadForCausalLM, name: str) -> None:
 
 
 @torch.no_grad()
-def copy_projections(site: AttentionSite, mixer: Mixer) -> None:
+def copy_projections(site: AttentionInfo, mixer: Mixer) -> None:
     """The teacher's q, k, v and o into the mixer's, grouped heads expanded, and its norms of q and k where they are
     kept. A mixer without a key takes none."""
     for name, projection in mixer.projections().items():
@@ -151,15 +151,15 @@ def copy_projections(site: AttentionSite, mixer: Mixer) -> None:
                 kept[f"{name}_norm{part}"].copy_(values)
 
 
-class Heard:
+class AttentionStats:
     """What is known of one attention at work: the scale of its heads' outputs, and tokens that it was given."""
 
-    def __init__(self, site: AttentionSite):
-        self.layout = site.layout
+    def __init__(self, site: AttentionInfo):
+        self.layout = site.spec
         self.squares: list[Tensor] = []
         self.inputs: list[Tensor] = []
 
-    def add(self, recording: Recording) -> None:
+    def add(self, recording: LayerActivations) -> None:
         assert recording.heads is not None
         heads = recording.heads.float().reshape(-1, self.layout.num_heads, self.layout.value_dim)
         self.squares.append(heads.square().mean(-1))
@@ -176,19 +176,23 @@ class Heard:
 
 
 @contextmanager
-def hear(teacher: PreTrainedModel, sites: list[AttentionSite]) -> Iterator[list[Heard]]:
+def collect_attention_stats(teacher: PreTrainedModel, sites: list[AttentionInfo]) -> Iterator[list[AttentionStats]]:
     """Hears the attentions of `sites` while `teacher` works."""
-    heard = [Heard(site) for site in sites]
-    with evaluating(teacher), torch.no_grad(), listen(attentions(sites), lambda i, seen: heard[i].add(seen)):
+    heard = [AttentionStats(site) for site in sites]
+    with (
+        evaluating(teacher),
+        torch.no_grad(),
+        capture_activations(attention_modules(sites), lambda i, seen: heard[i].add(seen)),
+    ):
         yield heard
 
 
 @torch.no_grad()
-def start(site: AttentionSite, block: MixerLayer | AttentionLayer, heard: Heard, copy_qkv: bool) -> None:
+def init_mixer(site: AttentionInfo, block: MixerLayer | AttentionLayer, heard: AttentionStats, copy_qkv: bool) -> None:
     """Gives what stands in the place of one attention its start."""
     if isinstance(block, MixerLayer):
         block.mixer.reset_parameters()
-        block.mixer.start_at(heard.scale(), heard.tokens())
+        block.mixer.init_from_teacher(heard.scale(), heard.tokens())
         if copy_qkv:
             copy_projections(site, block.mixer)
         return

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-Columns = tuple[Tensor, Tensor]
+DocIdsAndPositions = tuple[Tensor, Tensor]
 """Of each token, `[B, S]`: the number of its document, 0 at padding; its place in the document, -1 at padding."""
 
 
-def describe_columns(mask: Tensor | None, B: int, S: int, device: torch.device) -> Columns:
+def doc_ids_and_positions(mask: Tensor | None, B: int, S: int, device: torch.device) -> DocIdsAndPositions:
     """From our mask `[B, 1, 1, S]`; None is one document without padding."""
     if mask is None:
         return torch.ones(B, S, dtype=torch.long, device=device), torch.arange(S, device=device).expand(B, S)
@@ -21,7 +21,9 @@ def describe_columns(mask: Tensor | None, B: int, S: int, device: torch.device) 
     return documents, (count - 1 - first).masked_fill(documents == 0, -1)
 
 
-def added_mask(queries: Columns, keys: Columns, window: int | None, sinks: int, dtype: torch.dtype) -> Tensor:
+def additive_mask(
+    queries: DocIdsAndPositions, keys: DocIdsAndPositions, window: int | None, sinks: int, dtype: torch.dtype
+) -> Tensor:
     """`[B, 1, T, S]`, added to the scores: 0 where a query may see a key, else the lowest number."""
     (q_document, q_place), (k_document, k_place) = queries, keys
     distance = q_place.unsqueeze(-1) - k_place.unsqueeze(-2)

@@ -8,7 +8,15 @@ import transformers
 
 import subquad
 from subquad.modeling.modeling_subquad import SubquadConfig
-from subquad.modeling.summary import CONTEXTS, describe_entry, human, layer_runs, outline, state_bytes, teacher_bytes
+from subquad.modeling.summary import (
+    CONTEXTS,
+    describe_layer,
+    format_bytes,
+    layer_ranges,
+    meta_model,
+    state_bytes,
+    teacher_bytes,
+)
 
 
 def model_card(
@@ -19,14 +27,19 @@ def model_card(
     teacher: what the student was made from: a hub id, or the name of a directory or a file.
     taught: how it was trained, in a sentence.
     """
-    student = outline(config)
-    plan = "\n".join(f"| {label} | {describe_entry(entry)} |" for label, entry in layer_runs(config))
+    student = meta_model(config)
+    plan = "\n".join(f"| {label} | {describe_layer(entry)} |" for label, entry in layer_ranges(config))
     states = "\n".join(
-        f"| {context:,} | {human(state_bytes(student, context))} | {human(teacher_bytes(config, context))} |"
+        f"| {context:,} | {format_bytes(own)} | {format_bytes(theirs)} |"
         for context in CONTEXTS
+        for own, theirs in [(state_bytes(student, context), teacher_bytes(config, context))]
     )
     base = config.base_config.model_type  # type: ignore[union-attr]
-    limit = "" if config.positions is None else f"\nIt has {config.positions:,} learned positions, and ends there.\n"
+    limit = (
+        ""
+        if config.max_learned_positions is None
+        else f"\nIt has {config.max_learned_positions:,} learned positions, and ends there.\n"
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from subquad import mixers
 from subquad.mixers import AttentionSpec, Mixer
-from subquad.modeling.attention.discovery import AttentionSite
+from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
 from subquad.modeling.configuration_subquad import SubquadConfig
 from subquad.modeling.layers import AttentionLayer, MixerLayer
@@ -49,27 +49,27 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             for module in base.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]  # or `post_init` draws its weights anew
-        self._blocks: list[MixerLayer | AttentionLayer] = []
-        for index, (place, layer) in enumerate(zip(config.attention, config.layers, strict=True)):
+        self._mixer_layers: list[MixerLayer | AttentionLayer] = []
+        for index, (place, layer) in enumerate(zip(config.attention_specs, config.layer_specs, strict=True)):
             layout = AttentionSpec(**{name: value for name, value in place.items() if name != "path"})
             try:
                 attention = base.get_submodule(place["path"])
             except AttributeError as error:
                 raise UserError(f"attention: layer {index}: no module {place['path']!r} in the base model") from error
-            block = make_block(attention, layout, index, layer)
+            block = make_mixer_layer(attention, layout, index, layer)
             base.set_submodule(place["path"], block)
-            self._blocks.append(block)
+            self._mixer_layers.append(block)
         self.base = base
         self.post_init()
         if fresh:  # `post_init` gives the projections within a mixer the family's start
-            for block in self._blocks:
+            for block in self._mixer_layers:
                 if isinstance(block, MixerLayer):
                     block.mixer.reset_parameters()
 
     @property
-    def blocks(self) -> list[MixerLayer | AttentionLayer]:
+    def mixer_layers(self) -> list[MixerLayer | AttentionLayer]:
         """What stands in the place of attention, layer by layer."""
-        return self._blocks
+        return self._mixer_layers
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -154,7 +154,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         described = self._describe(input_ids, inputs_embeds, attention_mask, position_ids, cache, cu_seq_lens_q)
         return self.base(labels=labels, use_cache=bool(use_cache and cache is not None), **described, **kwargs)
 
-    def backbone(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def last_hidden_state(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """The hidden states that the head is given, `[B, T, hidden]`; without padding and cache."""
         described = self._describe(input_ids, None, None, position_ids, None, None)
         return self.base.base_model(use_cache=False, **described).last_hidden_state
@@ -176,7 +176,9 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             raise TypeError(f"{CACHE_ARGUMENT}: got {type(cache).__name__}, expected student.new_cache()")
         B, T = like.shape[:2]
         seen = 0 if cache is None else cache.get_seq_length()
-        mask, position_ids = describe_tokens(attention_mask, position_ids, B, T, seen, like.device, cu_seqlens)
+        mask, position_ids = prepare_mask_and_positions(
+            attention_mask, position_ids, B, T, seen, like.device, cu_seqlens
+        )
         self.check_positions(position_ids)
         if mask.shape[-1] and not any(self.config.keeps_attention):
             mask = mask[..., -T:]
@@ -201,7 +203,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
 
     def new_cache(self) -> SubquadCache:
         """An empty cache; its size does not grow with the context except where layers keep attention."""
-        return SubquadCache([block.new_cache_layer() for block in self.blocks])
+        return SubquadCache([block.new_cache_layer() for block in self.mixer_layers])
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any
@@ -217,7 +219,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
 
-def describe_tokens(
+def prepare_mask_and_positions(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     B: int,
@@ -274,7 +276,7 @@ def _listed(keys: Iterable[str], shown: int = 6) -> str:
     return ", ".join(ordered[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def make_block(
+def make_mixer_layer(
     attention: nn.Module, layout: AttentionSpec, index: int, layer: dict[str, Any]
 ) -> MixerLayer | AttentionLayer:
     """What an entry of the plan puts in the place of `attention`."""
@@ -288,10 +290,10 @@ def make_block(
     return MixerLayer(mixer.to(reference.dtype).to_empty(device=reference.device), index)
 
 
-def plan_config(
+def make_config(
     base_config: PreTrainedConfig,
     layers: list[dict[str, Any]],
-    sites: list[AttentionSite],
+    sites: list[AttentionInfo],
     positions: int | None = None,
 ) -> SubquadConfig:
     """The student's configuration over a base configuration, which is relieved of its quantization in place."""
@@ -299,9 +301,9 @@ def plan_config(
         del base_config.quantization_config
     return SubquadConfig(
         base_config=base_config,
-        layers=layers,
-        attention=[{"path": site.path, **asdict(site.layout)} for site in sites],
-        positions=positions,
+        layer_specs=layers,
+        attention_specs=[{"path": site.path, **asdict(site.spec)} for site in sites],
+        max_learned_positions=positions,
         architectures=["SubquadForCausalLM"],
         dtype=base_config.dtype,
     )

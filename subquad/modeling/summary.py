@@ -29,7 +29,7 @@ def read_config(directory: str | Path) -> SubquadConfig:
     return config
 
 
-def outline(config: SubquadConfig) -> SubquadForCausalLM:
+def meta_model(config: SubquadConfig) -> SubquadForCausalLM:
     """The student without its weights (on the meta device)."""
     with torch.device("meta"):
         student = SubquadForCausalLM(config)
@@ -41,10 +41,10 @@ def dtype_of(config: SubquadConfig) -> torch.dtype:
     return getattr(torch, chosen) if isinstance(chosen, str) else chosen
 
 
-def layer_runs(config: SubquadConfig) -> list[tuple[str, dict[str, Any]]]:
+def layer_ranges(config: SubquadConfig) -> list[tuple[str, dict[str, Any]]]:
     """The plan with neighbours that are alike as one: `[("0-3", entry), ("4", entry)]`."""
     runs: list[tuple[int, int, dict[str, Any]]] = []
-    for index, entry in enumerate(config.layers):
+    for index, entry in enumerate(config.layer_specs):
         if runs and runs[-1][2] == entry:
             runs[-1] = runs[-1][0], index, entry
         else:
@@ -52,7 +52,7 @@ def layer_runs(config: SubquadConfig) -> list[tuple[str, dict[str, Any]]]:
     return [(str(first) if first == last else f"{first}-{last}", entry) for first, last, entry in runs]
 
 
-def describe_entry(entry: dict[str, Any], defaults: bool = False) -> str:
+def describe_layer(entry: dict[str, Any], defaults: bool = False) -> str:
     """`gla (decay_rank=8)`: a mixer with the options that were given, or, with `defaults`, with all that it has."""
     options = {name: value for name, value in entry.items() if name != "mixer"}
     if defaults and entry["mixer"] in mixers.REGISTRY:
@@ -65,19 +65,21 @@ def describe_entry(entry: dict[str, Any], defaults: bool = False) -> str:
 def state_bytes(student: SubquadForCausalLM, context: int) -> int:
     """Bytes that a student (see `outline`) holds for one sequence of `context` tokens, from shapes alone."""
     total = 0
-    for block in student.blocks:
+    for block in student.mixer_layers:
         if isinstance(block, MixerLayer):
-            x = torch.empty(1, 1, block.layout.hidden_size, dtype=student.dtype, device="meta")
+            x = torch.empty(1, 1, block.spec.hidden_size, dtype=student.dtype, device="meta")
             _, states = block.mixer(x)
             total += sum(state.numel() * state.element_size() for state in states)
         else:
-            total += key_value_bytes(block.layout, student.dtype, context, block.window, block.sinks)
+            total += key_value_bytes(block.spec, student.dtype, context, block.window, block.sinks)
     return total
 
 
 def teacher_bytes(config: SubquadConfig, context: int) -> int:
     """Bytes of the teacher's key/value cache for one sequence of `context` tokens, in the student's dtype."""
-    layouts = [mixers.AttentionSpec(**{k: v for k, v in place.items() if k != "path"}) for place in config.attention]
+    layouts = [
+        mixers.AttentionSpec(**{k: v for k, v in place.items() if k != "path"}) for place in config.attention_specs
+    ]
     return sum(key_value_bytes(layout, dtype_of(config), context, layout.window) for layout in layouts)
 
 
@@ -89,7 +91,7 @@ def key_value_bytes(
     return tokens * layout.num_kv_heads * (layout.head_dim + layout.value_dim) * dtype.itemsize
 
 
-def human(size: float) -> str:
+def format_bytes(size: float) -> str:
     """`2.3 MB`, in powers of 1000."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
@@ -100,27 +102,27 @@ def human(size: float) -> str:
 
 def summary(config: SubquadConfig) -> str:
     """The student on a page."""
-    student = outline(config)
+    student = meta_model(config)
     name = config.base_config.model_type  # type: ignore[union-attr]
     parameters = f"{student.num_parameters():,} parameters, {str(dtype_of(config)).removeprefix('torch.')}"
-    lines = [f"subquad student of a {name} teacher: {len(config.layers)} layers, {parameters}"]
-    if config.positions is not None:
-        lines.append(f"learned positions: at most {config.positions:,} tokens")
-    runs = layer_runs(config)
+    lines = [f"subquad student of a {name} teacher: {len(config.layer_specs)} layers, {parameters}"]
+    if config.max_learned_positions is not None:
+        lines.append(f"learned positions: at most {config.max_learned_positions:,} tokens")
+    runs = layer_ranges(config)
     width = max(len(label) for label, _ in runs)
-    lines += ["", "layers", *(f"  {label.ljust(width)}  {describe_entry(entry)}" for label, entry in runs)]
+    lines += ["", "layers", *(f"  {label.ljust(width)}  {describe_layer(entry)}" for label, entry in runs)]
     entries: list[dict[str, Any]] = []
     for _, entry in runs:
         if entry["mixer"] in mixers.REGISTRY and entry not in entries:
             entries.append(entry)
     if entries:
-        lines += ["", "options", *(f"  {describe_entry(entry, defaults=True)}" for entry in entries)]
+        lines += ["", "options", *(f"  {describe_layer(entry, defaults=True)}" for entry in entries)]
     own = [state_bytes(student, context) for context in CONTEXTS]
     theirs = [teacher_bytes(config, context) for context in CONTEXTS]
     rows = [
         ["held for a sequence of", *(f"{context // 1024}k" for context in CONTEXTS), "tokens"],
-        ["  student", *(human(size) for size in own)],
-        ["  teacher's keys and values", *(human(size) for size in theirs)],
+        ["  student", *(format_bytes(size) for size in own)],
+        ["  teacher's keys and values", *(format_bytes(size) for size in theirs)],
         ["  times smaller", *(f"{b / a:,.{0 if b > 9.5 * a else 1}f}" for a, b in zip(own, theirs, strict=True))],
     ]
     lines += ["", *("".join([row[0].ljust(29), *(cell.rjust(10) for cell in row[1:])]).rstrip() for row in rows)]

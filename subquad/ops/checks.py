@@ -17,12 +17,12 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def work_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which an op computes and keeps its state: float64 for float64 inputs, float32 for every other."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def values_visible(x: Tensor) -> bool:
+def can_read_values(x: Tensor) -> bool:
     """Whether the values of `x` may be read: on the CPU, not while compiling, not inside `vmap` or a fake tensor."""
     return (
         x.device.type == "cpu"
@@ -79,7 +79,7 @@ def check_log_decay(q: Tensor, log_decay: Tensor | None) -> None:
     B, T, H, K = q.shape
     tensor("log_decay", log_decay, like=q)
     shape("log_decay", log_decay, (H,), (B, T, H), (B, T, H, K), axes="[H] or [B, T, H] or [B, T, H, K]")
-    if values_visible(log_decay) and log_decay.numel() and (largest := log_decay.amax().item()) > 0:
+    if can_read_values(log_decay) and log_decay.numel() and (largest := log_decay.amax().item()) > 0:
         raise ValueError(
             f"log_decay: got a positive value, {largest:.6g}; expected the log of a decay in [0, 1], at most 0"
         )
@@ -95,8 +95,8 @@ def check_state(name: str, q: Tensor, state: Tensor | None, expected: Sequence[i
     if state is None:
         return
     tensor(name, state, like=q)
-    if state.dtype != work_dtype(q):
-        raise TypeError(f"{name}: got dtype {state.dtype}, expected {work_dtype(q)}, in which the state is carried")
+    if state.dtype != compute_dtype(q):
+        raise TypeError(f"{name}: got dtype {state.dtype}, expected {compute_dtype(q)}, in which the state is carried")
     shape(name, state, expected, axes=axes)
 
 
@@ -119,7 +119,7 @@ def check_cu_seqlens(x: Tensor, cu_seqlens: Tensor | None) -> int:
         raise ValueError(f"cu_seqlens: got shape {_shape(cu_seqlens)}, expected [N + 1] for N >= 1 documents")
     if x.shape[0] != 1:
         raise ValueError(f"cu_seqlens: got a batch of {x.shape[0]}, expected documents packed into a batch of 1")
-    if values_visible(cu_seqlens):
+    if can_read_values(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != x.shape[1] or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"cu_seqlens: got {bounds}, expected boundaries that rise from 0 to T = {x.shape[1]}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.ops import checks, fla
 from subquad.ops.engine.autograd import Inputs, run
-from subquad.ops.engine.segments import Packing
+from subquad.ops.engine.segments import VarlenPadding
 
 
 def chunk(
@@ -72,7 +72,7 @@ def chunk_packed(
     B, T, H, K = q.shape
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(B, T, H)
-    packing = Packing(q, v, chunk_size, cu_seqlens)
+    packing = VarlenPadding(q, v, chunk_size, cu_seqlens)
     q, k, v = packing.pack(q), packing.pack(k), packing.pack(v)
     log_decay = None if log_decay is None else packing.pack(log_decay)
     beta = None if beta is None else packing.pack(beta)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.engine.functions import FirstDerivative, LoopedFunction
+from subquad.ops.engine.functions import OnceDifferentiable, VmapByLoopFunction
 from subquad.ops.engine.workspace import Workspace
 
-BLOCK = 1 << 16  # numbers
+TILE_NUMBERS = 1 << 16  # numbers
 
 
 def short_conv(
@@ -61,7 +61,7 @@ class Bounds:
         return list(itertools.pairwise(self.bounds))
 
 
-class Block(NamedTuple):
+class ConvTile(NamedTuple):
     start: int  # token
     end: int
     states: slice  # whose state comes before the first block and after the last
@@ -69,7 +69,7 @@ class Block(NamedTuple):
     last: bool
 
 
-class ShortConv(LoopedFunction):
+class ShortConv(VmapByLoopFunction):
     """(x, weight, bias, state, bounds, silu) -> (y, last inputs).
 
     Nothing but the inputs is kept: the argument of the activation is computed again before its derivative.
@@ -79,7 +79,7 @@ class ShortConv(LoopedFunction):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, bounds: Bounds, silu: bool
     ) -> tuple[Tensor, Tensor]:
-        walk = Walk(x, weight, bias, state, bounds)
+        walk = ConvTiles(x, weight, bias, state, bounds)
         y, final = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
         for block in walk.blocks():
             inputs, sums = walk.sums(block)
@@ -99,7 +99,7 @@ class ShortConv(LoopedFunction):
         return (*ShortConvBackward.apply(dy, d_final, *ctx.saved_tensors, ctx.bounds, ctx.silu), None, None)
 
 
-class ShortConvBackward(FirstDerivative):
+class ShortConvBackward(OnceDifferentiable):
     """(dy, d_final, x, weight, bias, state, bounds, silu) -> the gradients of x, weight, bias and state."""
 
     @staticmethod
@@ -114,7 +114,7 @@ class ShortConvBackward(FirstDerivative):
         silu: bool,
     ) -> tuple[Tensor | None, ...]:
         dy = torch.zeros_like(x) if dy is None else dy
-        walk, before = Walk(x, weight, bias, state, bounds), state.shape[1]
+        walk, before = ConvTiles(x, weight, bias, state, bounds), state.shape[1]
         dx, d_state = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
         d_taps, d_bias = torch.zeros_like(walk.taps), torch.zeros_like(walk.taps[0])
         carry = walk.work("carry", x.shape[0], before, x.shape[2])
@@ -141,27 +141,27 @@ class ShortConvBackward(FirstDerivative):
         return dx, d_taps.mT, None if bias is None else d_bias, d_state
 
 
-class Walk:
+class ConvTiles:
     """The blocks of all documents (or of the batch), and the convolution of one."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, bounds: Bounds) -> None:
-        dtype = checks.work_dtype(x)
+        dtype = checks.compute_dtype(x)
         self.x, self.state, self.bounds = x, state, bounds
         self.taps = weight.to(dtype).mT.contiguous()
         self.bias = None if bias is None else bias.to(dtype)
         self.work = Workspace(x, dtype)
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[ConvTile]:
         B, _, D = self.x.shape
-        size = max(32, 2 * self.state.shape[1], BLOCK // max(1, B * D))
+        size = max(32, 2 * self.state.shape[1], TILE_NUMBERS // max(1, B * D))
         for n, (start, end) in enumerate(self.bounds.spans()):
             states = slice(n, n + 1) if self.bounds.packed else slice(0, B)
             # An empty document has one empty block, which hands its state through.
             for at in range(start, max(end, start + 1), size):
                 stop = min(at + size, end)
-                yield Block(at, stop, states, at == start, stop == end)
+                yield ConvTile(at, stop, states, at == start, stop == end)
 
-    def sums(self, block: Block) -> tuple[Tensor, Tensor]:
+    def sums(self, block: ConvTile) -> tuple[Tensor, Tensor]:
         """The block's inputs with those before it [B, W - 1 + n, D], and the convolution before its activation."""
         B, _, D = self.x.shape
         before, n = self.state.shape[1], block.end - block.start

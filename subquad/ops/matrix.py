@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.engine.scalar_decay import FORGOTTEN
+from subquad.ops.engine.scalar_decay import MIN_LOG_DECAY
 
 BLOCK = 64
 
@@ -43,7 +43,7 @@ def matrix(
         checks.check_gate("beta", q, beta)
     B, T, H, K = q.shape
     first, end = checks.check_rows(rows, T)
-    dtype, dtype_out, scale = checks.work_dtype(q), q.dtype, K**-0.5 if scale is None else scale
+    dtype, dtype_out, scale = checks.compute_dtype(q), q.dtype, K**-0.5 if scale is None else scale
     q, k = (q[:, first:end].to(dtype) * scale).transpose(1, 2), k.to(dtype).transpose(1, 2)
     products = DecayedProducts(k, log_decay)
     A = torch.cat(
@@ -84,7 +84,7 @@ class DecayedProducts:
         if log_decay.dim() == 1:
             log_decay = log_decay.expand(k.shape[0], k.shape[2], -1)
         self.per_channel = log_decay.dim() == 4
-        self.log_decay = log_decay.transpose(1, 2).to(torch.float64).clamp_min(FORGOTTEN)
+        self.log_decay = log_decay.transpose(1, 2).to(torch.float64).clamp_min(MIN_LOG_DECAY)
         self.since = self.log_decay.cumsum(2)
         if not self.per_channel:
             self.since = self.since.unsqueeze(-1)

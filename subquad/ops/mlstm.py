@@ -18,8 +18,8 @@ from torch import Tensor
 
 from subquad.ops import checks
 from subquad.ops.engine.autograd import Inputs, run
-from subquad.ops.engine.scalar_decay import LOG2E, Levels
-from subquad.ops.engine.segments import Layout, Packing
+from subquad.ops.engine.scalar_decay import LOG2E, LogCumDecay
+from subquad.ops.engine.segments import Layout, VarlenPadding
 
 EMPTY = -(2.0**100)  # finite, because minus infinity minus itself is NaN; the same number in every dtype
 
@@ -58,12 +58,12 @@ def mlstm(
     # Gate arithmetic runs in float64 in both forms: m grows to hundreds, and what is exponentiated are differences.
     i, f = input_gate.to(torch.float64), F.logsigmoid(forget_gate.to(torch.float64))
     if form == "chunk":
-        packing = Packing(q, v, chunk_size, cu_seqlens)
+        packing = VarlenPadding(q, v, chunk_size, cu_seqlens)
         q, k, v, f = (packing.pack(x) for x in (q, k, v, f))
         i = packing.pack(i, fill=-torch.inf)
         o, state = _chunk(q, k, v, i, f, initial_state, scale, packing.layout)
         return packing.unpack(o), state
-    dtype, dtype_out = checks.work_dtype(q), q.dtype
+    dtype, dtype_out = checks.compute_dtype(q), q.dtype
     if initial_state is None:
         zeros = q.new_zeros(B, H, K, v.shape[-1] + 1, dtype=dtype)
         initial_state = zeros[..., :-1], zeros[..., -1], zeros.new_full((B, H), EMPTY)
@@ -91,13 +91,13 @@ def _chunk(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State | None, scale: float, layout: Layout
 ) -> tuple[Tensor, State]:
     """The engine, with the levels of the exponential gate and one more value channel, always one, for n."""
-    dtype, (_, _, H, K), V = checks.work_dtype(q), q.shape, v.shape[-1]
+    dtype, (_, _, H, K), V = checks.compute_dtype(q), q.shape, v.shape[-1]
     initial = None
     if state is not None:
         S, n, m = state
         initial = torch.cat([S, n.unsqueeze(-1)], -1).reshape(layout.sequences, layout.BH, K, V + 1)
     with torch.no_grad():
-        levels, m, last = gate_levels(layout, i.detach(), f.detach(), None if state is None else state[2])
+        levels, m, last = gate_cumulative_decay(layout, i.detach(), f.detach(), None if state is None else state[2])
         # The state is handed on relative to m as its dtype holds it, so that the next piece continues from this very m.
         handed = last.to(dtype)
         rest = (last - handed.double()).to(dtype).exp()[..., None, None]
@@ -107,7 +107,7 @@ def _chunk(
     return o, (final[..., :V], final[..., V], handed.view(-1, H))
 
 
-def gate_levels(layout: Layout, i: Tensor, f: Tensor, m: Tensor | None) -> tuple[Levels, Tensor, Tensor]:
+def gate_cumulative_decay(layout: Layout, i: Tensor, f: Tensor, m: Tensor | None) -> tuple[LogCumDecay, Tensor, Tensor]:
     """Levels relative to the running maximum of a_t = i_t - (f_1 + ... + f_t), in float64, document by document.
 
     Returns them, the reference level m_t = f_1 + ... + f_t + maximum [N, BH, C] and the last m [sequences, BH].
@@ -133,7 +133,7 @@ def gate_levels(layout: Layout, i: Tensor, f: Tensor, m: Tensor | None) -> tuple
         last.append(top[:, -1] + sums[:, -1] if first < end else top[:, -1])
     since, peak, before = (torch.cat(x, -1) for x in zip(*parts, strict=True))
     rows = in_chunks(peak * -LOG2E)
-    levels = Levels(rows, in_chunks((since - i) * LOG2E), in_chunks(before * -LOG2E), rows[..., -1:])
+    levels = LogCumDecay(rows, in_chunks((since - i) * LOG2E), in_chunks(before * -LOG2E), rows[..., -1:])
     return levels, in_chunks(since + peak), torch.stack(last)
 
 
@@ -151,7 +151,7 @@ def mlstm_matrix(
     """
     check_mlstm(q, k, q, input_gate, forget_gate, None, "chunk", None, None)
     first, end = checks.check_rows(rows, q.shape[1])
-    dtype, dtype_out, scale = checks.work_dtype(q), q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
+    dtype, dtype_out, scale = checks.compute_dtype(q), q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
     q, k = (q[:, first:end].to(dtype) * scale).transpose(1, 2), k.to(dtype).transpose(1, 2)
     i = input_gate.to(torch.float64).transpose(1, 2)
     since = F.logsigmoid(forget_gate.to(torch.float64)).transpose(1, 2).cumsum(-1)

@@ -51,7 +51,7 @@ def normalized(
     if form == "chunk":
         o, state = chunk_packed(q, k, v, log_decay, None, state, scale, chunk_size, cu_seqlens, eps)
         return o, (state[..., :-1], state[..., -1])
-    dtype = checks.work_dtype(q)
+    dtype = checks.compute_dtype(q)
     wide = F.pad(v.to(dtype), (0, 1), value=1.0)
     o, state = step(q.to(dtype), k.to(dtype), wide, log_decay, None, state, scale)
     o = o[..., :-1] / (o[..., -1:] + eps)
@@ -70,7 +70,7 @@ def normalized_matrix(
 
     rows: only these rows of M, [B, H, len(rows), T]; without a step.
     """
-    dtype = checks.work_dtype(q)
+    dtype = checks.compute_dtype(q)
     M = matrix(q.to(dtype), k.to(dtype), log_decay, scale=scale, rows=rows)
     return (M / (M.sum(-1, keepdim=True) + eps)).to(q.dtype)
 

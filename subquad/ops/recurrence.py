@@ -52,7 +52,7 @@ def step(
         checks.check_inplace(initial_state, (q, k, v, log_decay, beta))
     B, T, H, K = q.shape
     V = v.shape[-1]
-    dtype, scale = checks.work_dtype(q), K**-0.5 if scale is None else scale
+    dtype, scale = checks.compute_dtype(q), K**-0.5 if scale is None else scale
     if T == 0:
         return v.clone(), q.new_zeros(B, H, K, V, dtype=dtype) if initial_state is None else initial_state
     if fla.wanted(backend, q):

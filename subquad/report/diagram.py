@@ -18,7 +18,7 @@ LEFT, RIGHT, WIDE, HIGH = 0.3, 5.5, 2.9, 0.62
 
 def layers_of(run: Run) -> list[str]:
     """The mixer of each layer of a finished run, from its saved configuration."""
-    config = read(run.place / "config.json") or {}
+    config = read(run.directory / "config.json") or {}
     return [entry["mixer"] for entry in config.get("layers", [])]
 
 

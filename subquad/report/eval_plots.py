@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.report.style import TEACHER, colour, marker, mixer_legend, ordered, panel, plain_log
 
 COSTS = {
@@ -32,7 +32,7 @@ MOST = 12
 
 
 @dataclass(frozen=True)
-class Who:
+class PlotModel:
     """A model of an evaluation: its name, how to call it, and the mixer that colours it (None: not a student)."""
 
     name: str
@@ -41,7 +41,7 @@ class Who:
 
 
 def length_figure(
-    rows: Sequence[Row], who: Sequence[Who], metric: str, ylabel: str, scale: float = 1.0
+    rows: Sequence[Result], who: Sequence[PlotModel], metric: str, ylabel: str, scale: float = 1.0
 ) -> Figure | None:
     """A metric against the tokens of context, a line a student (and seed), the teacher in black."""
     lines = {}
@@ -68,7 +68,7 @@ def length_figure(
     return figure
 
 
-def layer_figure(rows: Sequence[Row], who: Sequence[Who], metric: str) -> Figure | None:
+def layer_figure(rows: Sequence[Result], who: Sequence[PlotModel], metric: str) -> Figure | None:
     """A diagnostic against the layer (means over heads)."""
     lines = {}
     for model in who:
@@ -92,7 +92,7 @@ def layer_figure(rows: Sequence[Row], who: Sequence[Who], metric: str) -> Figure
     return figure
 
 
-def head_maps(rows: Sequence[Row], who: Sequence[Who], metric: str) -> Figure | None:
+def head_maps(rows: Sequence[Result], who: Sequence[PlotModel], metric: str) -> Figure | None:
     """Layer by head, a map a model."""
     return _maps(
         [r for r in rows if r.metric == metric and r.layer is not None and r.head is not None],
@@ -104,7 +104,7 @@ def head_maps(rows: Sequence[Row], who: Sequence[Who], metric: str) -> Figure | 
     )
 
 
-def recall_maps(rows: Sequence[Row], who: Sequence[Who], task: str) -> Figure | None:
+def recall_maps(rows: Sequence[Result], who: Sequence[PlotModel], task: str) -> Figure | None:
     """Accuracy by depth and length, a map a model."""
     return _maps(
         [r for r in rows if r.task == task and r.metric == "acc" and r.length is not None and r.depth is not None],
@@ -118,9 +118,9 @@ def recall_maps(rows: Sequence[Row], who: Sequence[Who], task: str) -> Figure | 
 
 
 def _maps(
-    rows: Sequence[Row],
-    who: Sequence[Who],
-    place: Callable[[Row], tuple],
+    rows: Sequence[Result],
+    who: Sequence[PlotModel],
+    place: Callable[[Result], tuple],
     names: tuple[str, str],
     label: str,
     say: Callable,
@@ -156,17 +156,19 @@ def _maps(
     return figure
 
 
-def cost_figures(rows: Sequence[Row], who: Sequence[Who]) -> dict[str, Figure]:
+def cost_figures(rows: Sequence[Result], who: Sequence[PlotModel]) -> dict[str, Figure]:
     """Time and memory against length."""
     drawn = {m: length_figure(rows, who, m, label, scale) for m, (label, scale) in COSTS.items()}
     return {f"cost-{metric}": figure for metric, figure in drawn.items() if figure is not None}
 
 
-def recall_tasks(rows: Sequence[Row]) -> list[str]:
+def recall_tasks(rows: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(r.task for r in rows if r.metric == "acc" and r.depth is not None))
 
 
-def diagnostic_figures(rows: Sequence[Row], who: Sequence[Who], once: Sequence[Who]) -> dict[str, Figure]:
+def diagnostic_figures(
+    rows: Sequence[Result], who: Sequence[PlotModel], once: Sequence[PlotModel]
+) -> dict[str, Figure]:
     """`who` in lines by layer, `once` in a map each."""
     drawn = {f"{metric}-layers": layer_figure(rows, who, metric) for metric in BY_LAYER}
     drawn.update({f"{metric}-heads": head_maps(rows, once, metric) for metric in BY_LAYER})

@@ -56,7 +56,7 @@ def loss_figures(groups: Sequence[Group]) -> dict[str, Figure]:
     found = {}
     for stages in stage_sets(groups):
         own = [group for group in groups if group.stages == stages]
-        curves = {run.name: read_jsonl(run.place / "metrics.jsonl") for group in own for run in group.runs}
+        curves = {run.name: read_jsonl(run.directory / "metrics.jsonl") for group in own for run in group.runs}
         for stage in TITLES:
             if any(row["stage"] == stage and "loss" in row for rows in curves.values() for row in rows):
                 found[f"loss-{stages.replace('+', '')}-{stage}"] = _loss(own, curves, stages, stage)

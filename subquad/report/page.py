@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 
 from subquad.analysis.plots import matrices_figure
 from subquad.analysis.saved_matrices import Beside
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.report import eval_plots as measured
 from subquad.report import figures
 from subquad.report.diagram import layers_of, student_figure
-from subquad.report.eval_plots import Who
+from subquad.report.eval_plots import PlotModel
 from subquad.report.style import RULES, data_uri, save
 from subquad.report.tables import Table, evaluation_tables, grid_table, write_tables
-from subquad.report.text import notes, summary
+from subquad.report.text import report_notes, summary
 from subquad.study.aggregate import Group, best, groups, labels
 from subquad.study.results import evaluation_rows, kept_matrices, read_study
 from subquad.study.runs import Run, run_directories
@@ -72,7 +72,7 @@ def write_report(directory: Path, page: Path | None = None) -> Path:
         template.render(
             title=directory.resolve().name,
             about=about(runs),
-            notes=notes(runs, report.groups, report.rows, others),
+            notes=report_notes(runs, report.groups, report.rows, others),
             summary=summary(report.groups, report.rows),
             sections=parts,
             failed=[(run.name, run.error() or {}) for run in runs if run.state == "failed"],
@@ -89,7 +89,7 @@ def about(runs: Sequence[Run]) -> list[tuple[str, str]]:
     def each(values: Sequence[object]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values if value)) or "unknown"
 
-    corpora = [run.recipe.corpus.source for run in runs]
+    corpora = [run.recipe.data.source for run in runs]
     names = [c if isinstance(c, str) else " + ".join(c) for c in corpora]
     versions = [f"{name} {number}" for result in results for name, number in result["versions"].items()]
     return [
@@ -105,7 +105,7 @@ def about(runs: Sequence[Run]) -> list[tuple[str, str]]:
 class Report:
     """The sections of a page, each figure written as it is drawn."""
 
-    def __init__(self, runs: Sequence[Run], rows: Sequence[Row], folder: Path, matrices: Mapping[str, Beside]):
+    def __init__(self, runs: Sequence[Run], rows: Sequence[Result], folder: Path, matrices: Mapping[str, Beside]):
         self.runs, self.folder, self.matrices = list(runs), folder, matrices
         strangers = run_directories(folder.parent) - {run.name for run in runs}
         self.rows = [row for row in rows if row.model not in strangers]
@@ -127,15 +127,15 @@ class Report:
         found = [best(own, "perplexity", lower=True) for own in by_mixer.values()]
         return [group for group in found if group is not None]
 
-    def _who(self, among: Sequence[Group]) -> list[Who]:
+    def _who(self, among: Sequence[Group]) -> list[PlotModel]:
         """Teachers and the like first, then runs."""
         names = {run.name for run in self.runs}
         others = dict.fromkeys(row.model for row in self.rows if row.model not in names)
-        found = [Who(name, name, None) for name in others]
+        found = [PlotModel(name, name, None) for name in others]
         for group in among:
             for run in group.runs:
                 seed = f", seed {run.recipe.seed}" if len(group.runs) > 1 else ""
-                found.append(Who(run.name, self.labels[group.name] + seed, group.mixer))
+                found.append(PlotModel(run.name, self.labels[group.name] + seed, group.mixer))
         return found
 
     def sections(self) -> list[Section]:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.evaluate.table import HIDDEN, _format
-from subquad.report.eval_plots import Who
+from subquad.report.eval_plots import PlotModel
 from subquad.report.style import colour
-from subquad.study.aggregate import Group, Mean, labels, stands_out
+from subquad.study.aggregate import Group, Mean, labels, significant_best
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def grid_table(groups: Sequence[Group]) -> Table:
     """A line a group of seeds, the best perplexity first; groups of which nothing is finished at the end."""
     named = labels(groups)
     plain = len({(g.mixer, g.stages, g.copied) for g in groups}) == len(groups)
-    first = {c.metric: stands_out(groups, c.metric, c.lower) for c in GRID if c.lower is not None}
+    first = {c.metric: significant_best(groups, c.metric, c.lower) for c in GRID if c.lower is not None}
     lines = []
     for group in groups:
         done, failed = len(group.finished), sum(run.state == "failed" for run in group.runs)
@@ -154,7 +154,7 @@ def grid_table(groups: Sequence[Group]) -> Table:
     return Table("grid", "Every student, means over seeds", titles, tuple(lines))
 
 
-def evaluation_tables(rows: Sequence[Row], who: Sequence[Who]) -> list[Table]:
+def evaluation_tables(rows: Sequence[Result], who: Sequence[PlotModel]) -> list[Table]:
     """For each task of an evaluation the models down, metrics (and lengths) across, with standard errors."""
     found = []
     plain = [r for r in rows if r.layer is None and r.depth is None and r.metric not in HIDDEN]
@@ -173,7 +173,7 @@ def evaluation_tables(rows: Sequence[Row], who: Sequence[Who]) -> list[Table]:
     return found
 
 
-def _measured(row: Row | None) -> Cell:
+def _measured(row: Result | None) -> Cell:
     if row is None:
         return Cell("–", float("inf"))
     show = _format(row.metric)

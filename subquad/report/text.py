@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from subquad.evaluate.results import Row
-from subquad.modeling.summary import human
+from subquad.evaluate.results import Result
+from subquad.modeling.summary import format_bytes
 from subquad.study.aggregate import Group, Mean, best, labels
 from subquad.study.runs import Run
 
@@ -16,7 +16,7 @@ def shown(mean: Mean, digits: int = 2, scale: float = 1.0, unit: str = "") -> st
     return f"{text} [{mean.low * scale:.{digits}f}, {mean.high * scale:.{digits}f}] over {mean.n} seeds"
 
 
-def summary(groups: Sequence[Group], rows: Sequence[Row]) -> list[tuple[str, str]]:
+def summary(groups: Sequence[Group], rows: Sequence[Result]) -> list[tuple[str, str]]:
     """Of the student with the lowest perplexity: a heading and a sentence each."""
     first = best(groups, "perplexity", lower=True)
     if first is None:
@@ -47,7 +47,7 @@ def distinguished(groups: Sequence[Group], first: Group) -> str:
     named = labels(groups)
     if mine.n < 2:
         return "With one seed there is no interval: whether it is better than the next cannot be said."
-    close = [named[group.name] for group, mean in others if mean.n > 1 and not mine.apart(mean)]
+    close = [named[group.name] for group, mean in others if mean.n > 1 and not mine.intervals_disjoint(mean)]
     single = [named[group.name] for group, mean in others if mean.n < 2]
     told = []
     if close:
@@ -73,7 +73,7 @@ def _keeps(group: Group) -> str:
     )
 
 
-def _costs(group: Group, rows: Sequence[Row]) -> str:
+def _costs(group: Group, rows: Sequence[Result]) -> str:
     tokens, seconds = (group.mean(name) for name in ("tokens", "seconds"))
     state = group.mean("state_bytes")
     assert tokens is not None
@@ -81,7 +81,7 @@ def _costs(group: Group, rows: Sequence[Row]) -> str:
     assert state is not None
     told = [
         f"{tokens.value:,.0f} tokens and {seconds.value:,.0f} seconds of training. While it decodes it holds "
-        f"{human(state.value)} a sequence."
+        f"{format_bytes(state.value)} a sequence."
     ]
     for metric, what in (("seconds_per_token", "the time of a decoded token is"), ("cache_bytes", "its cache is")):
         pair = _beside_teacher(group, rows, metric)
@@ -92,7 +92,7 @@ def _costs(group: Group, rows: Sequence[Row]) -> str:
     return " ".join(told)
 
 
-def _beside_teacher(group: Group, rows: Sequence[Row], metric: str) -> tuple[int, float] | None:
+def _beside_teacher(group: Group, rows: Sequence[Result], metric: str) -> tuple[int, float] | None:
     """The longest length at which both were measured, and student over teacher there."""
     names = {run.name for run in group.runs}
     own = [r for r in rows if r.metric == metric and r.model in names and r.length and r.batch in (None, 1)]
@@ -105,7 +105,7 @@ def _beside_teacher(group: Group, rows: Sequence[Row], metric: str) -> tuple[int
     return None
 
 
-def _long(group: Group, rows: Sequence[Row]) -> str | None:
+def _long(group: Group, rows: Sequence[Result]) -> str | None:
     pair = _beside_teacher(group, rows, "perplexity")
     if pair is None:
         return None
@@ -113,7 +113,7 @@ def _long(group: Group, rows: Sequence[Row]) -> str | None:
     return f"Over the first {length:,} tokens of a document its perplexity is {ratio:.2f} times the teacher's."
 
 
-def notes(runs: Sequence[Run], groups: Sequence[Group], rows: Sequence[Row], others: int) -> list[str]:
+def report_notes(runs: Sequence[Run], groups: Sequence[Group], rows: Sequence[Result], others: int) -> list[str]:
     """What a reader must know before believing anything."""
     found = []
     failed = [run for run in runs if run.state == "failed"]

@@ -40,7 +40,7 @@ class Mean:
         half = quantile * statistics.stdev(values) / math.sqrt(n)
         return cls(value, value - half, value + half, n)
 
-    def apart(self, other: "Mean") -> bool:
+    def intervals_disjoint(self, other: "Mean") -> bool:
         """Whether the two intervals are known and do not overlap."""
         if self.low is None or self.high is None or other.low is None or other.high is None:
             return False
@@ -122,11 +122,11 @@ def best(among: Sequence[Group], metric: str, lower: bool) -> Group | None:
     return choose(known, key=lambda pair: pair[0])[1]
 
 
-def stands_out(among: Sequence[Group], metric: str, lower: bool) -> Group | None:
+def significant_best(among: Sequence[Group], metric: str, lower: bool) -> Group | None:
     """The best, where its interval lies apart from that of every other; else None."""
     first = best(among, metric, lower)
     if first is None:
         return None
     mine = first.mean(metric)
     others = [mean for group in among if group is not first and (mean := group.mean(metric)) is not None]
-    return first if mine is not None and others and all(mine.apart(other) for other in others) else None
+    return first if mine is not None and others and all(mine.intervals_disjoint(other) for other in others) else None

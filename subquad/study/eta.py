@@ -7,7 +7,7 @@ from typing import Any
 
 from subquad.distill.pipeline import stage_keys, stage_tokens
 from subquad.distill.progress import read_jsonl
-from subquad.distill.stage_cache import SharedStages
+from subquad.distill.stage_cache import StageCache
 from subquad.study.runs import Run
 
 Speeds = dict[tuple[str, str], float]
@@ -15,7 +15,7 @@ Speeds = dict[tuple[str, str], float]
 
 def measured(run: Run) -> list[dict[str, Any]]:
     """What a run has reported of its training so far."""
-    return [row for row in read_jsonl(run.place / "metrics.jsonl") if row.get("tokens_per_second")]
+    return [row for row in read_jsonl(run.directory / "metrics.jsonl") if row.get("tokens_per_second")]
 
 
 def speeds(runs: Iterable[Run]) -> Speeds:
@@ -36,7 +36,7 @@ def speed_of(known: Speeds, mixer: str, stage: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class Left:
+class RemainingWork:
     """Tokens that a run still has to go through, by stage; what another run trains for it not counted."""
 
     run: Run
@@ -53,12 +53,12 @@ class Left:
         return total
 
 
-def what_is_left(runs: Sequence[Run], shared: SharedStages) -> list[Left]:
+def remaining_work(runs: Sequence[Run], shared: StageCache) -> list[RemainingWork]:
     """Of every run. A stage that several have in common counts for the first of them."""
     left, counted = [], set()
     for run in runs:
         if run.state == "finished":
-            left.append(Left(run, {}))
+            left.append(RemainingWork(run, {}))
             continue
         reached = {row["stage"]: row["tokens"] for row in measured(run)}
         tokens = {}
@@ -70,11 +70,11 @@ def what_is_left(runs: Sequence[Run], shared: SharedStages) -> list[Left]:
                 counted.add(key)
             if whole > reached.get(stage, 0):
                 tokens[stage] = whole - reached.get(stage, 0)
-        left.append(Left(run, tokens))
+        left.append(RemainingWork(run, tokens))
     return left
 
 
-def expected(left: Iterable[Left], known: Speeds, jobs: int = 1) -> float | None:
+def expected(left: Iterable[RemainingWork], known: Speeds, jobs: int = 1) -> float | None:
     """Seconds of training for all of them, `jobs` at a time; None where a speed is not known."""
     each = [one.seconds(known) for one in left]
     if any(seconds is None for seconds in each):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from subquad.evaluate import command
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.evaluate.suites import settings_of
 from subquad.study.results import RESULTS
 from subquad.study.runs import Run
@@ -25,14 +25,14 @@ def evaluate_study(runs: Sequence[Run], output: Path, suites: Sequence[str]) -> 
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.state == "finished":
-            groups.setdefault(f"{run.recipe.teacher} {run.recipe.corpus.model_dump_json()}", []).append(run)
+            groups.setdefault(f"{run.recipe.teacher} {run.recipe.data.model_dump_json()}", []).append(run)
     failed = {}
     for number, group in enumerate(groups.values(), 1):
         place = output / ("evaluation" if number == 1 else f"evaluation-{number}")
         logger.info("measuring %d students beside %s", len(group), group[0].recipe.teacher)
-        rows: dict[tuple, Row] = {}
+        rows: dict[tuple, Result] = {}
         for run in group:  # one in memory at a time; the teacher's parts are kept, and so measured once
-            found = command.run([str(run.place)], teacher=run.recipe.teacher, suites=suites, output=str(place))
+            found = command.run([str(run.directory)], teacher=run.recipe.teacher, suites=suites, output=str(place))
             failed.update(found.failed)
             for row in found.rows:
                 rows.setdefault(row.subject, row)

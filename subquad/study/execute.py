@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from subquad.distill.pipeline import distill, stage_keys
-from subquad.distill.stage_cache import SharedStages
+from subquad.distill.stage_cache import StageCache
 from subquad.modeling.teachers import Loaded, load_teacher
 from subquad.study.runs import ERROR, Run
 
@@ -20,14 +20,14 @@ class Task:
     """A run that is to be done, with the stages that it has in common with others."""
 
     run: Run
-    shared: SharedStages
+    shared: StageCache
 
     def common(self) -> list[str]:
         """Keys of its stages that other runs have too, in order."""
         return [key for key in stage_keys(self.run.recipe).values() if key in self.shared.wanted]
 
 
-class Teachers:
+class TeacherCache:
     """The teacher that was used last, loaded once."""
 
     def __init__(self) -> None:
@@ -40,12 +40,12 @@ class Teachers:
         return self.held[reference]
 
 
-def attempt(task: Task, teachers: Teachers) -> None:
+def run_task(task: Task, teachers: TeacherCache) -> None:
     """Takes a run to its end. Whatever goes wrong with it stays in its directory, as `error.json`."""
     run = task.run
-    (run.place / ERROR).unlink(missing_ok=True)
+    (run.directory / ERROR).unlink(missing_ok=True)
     try:
-        distill(run.recipe, run.place, teachers[run.recipe.teacher], task.shared)
+        distill(run.recipe, run.directory, teachers[run.recipe.teacher], task.shared)
     except Exception as error:
         run.fail(type(error).__name__, str(error), traceback.format_exc())
         logger.warning("%s failed: %s: %s", run.name, type(error).__name__, str(error).partition("\n")[0])

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from subquad.config import Recipe
-from subquad.data import check_corpus
+from subquad.data import check_data
 from subquad.distill.pipeline import stage_keys, stage_tokens
-from subquad.distill.stage_cache import SharedStages
+from subquad.distill.stage_cache import StageCache
 from subquad.modeling.teachers import check_reference
-from subquad.study.eta import Left, Speeds, amount, expected, speeds, spoken, what_is_left
+from subquad.study.eta import RemainingWork, Speeds, amount, expected, remaining_work, speeds, spoken
 from subquad.study.evaluation import check_suites, evaluate_study
 from subquad.study.execute import Task
 from subquad.study.local_engine import run_here, run_in_processes
 from subquad.study.lock import StudyLock
-from subquad.study.progress import INTERVAL, Live
+from subquad.study.progress import INTERVAL, ProgressReporter
 from subquad.study.results import table_rows, write_results
 from subquad.study.runs import Run, all_runs, find_runs
-from subquad.study.scheduler import Board
+from subquad.study.scheduler import Scheduler
 from subquad.utils import UserError, nearest
 
 ENGINES = ("local", "ray")
@@ -65,18 +65,18 @@ def run_study(
     runs = find_runs(recipes, output)
     with StudyLock(output) as lock:
         shared = shared_stages(runs, output)
-        board = Board(Task(run, shared) for run in runs if run.state != "finished")
-        live = Live(runs, shared, lambda: under_way(board, engine), say, jobs, interval)
+        board = Scheduler(Task(run, shared) for run in runs if run.state != "finished")
+        live = ProgressReporter(runs, shared, lambda: under_way(board, engine), say, jobs, interval)
 
         def changed() -> None:
             if live.changed():
                 write_results(output, runs)
 
         write_results(output, runs)
-        shared.forget(needed(runs))
+        shared.prune(needed(runs))
         with live.ticking():
             run_all(board, jobs, engine, lock, changed)
-        shared.forget(needed(runs))
+        shared.prune(needed(runs))
         if suites:
             for name, why in evaluate_study(runs, output, suites).items():
                 say(f"{name} failed: {why}")
@@ -98,10 +98,10 @@ def check(recipes: Sequence[Recipe], jobs: int, engine: str, suites: Sequence[st
         check_suites(suites)
     for recipe in recipes:
         check_reference(recipe.teacher)
-        check_corpus(recipe.corpus)
+        check_data(recipe.data)
 
 
-def run_all(board: Board, jobs: int, engine: str, lock: StudyLock, changed: Callable[[], None]) -> None:
+def run_all(board: Scheduler, jobs: int, engine: str, lock: StudyLock, changed: Callable[[], None]) -> None:
     if engine == "ray":
         from subquad.study.ray_engine import run_on_cluster
 
@@ -112,14 +112,14 @@ def run_all(board: Board, jobs: int, engine: str, lock: StudyLock, changed: Call
         run_in_processes(board, jobs, lock, changed)
 
 
-def under_way(board: Board, engine: str) -> list[Run]:
+def under_way(board: Scheduler, engine: str) -> list[Run]:
     """Of those that Ray has, the ones that it has started."""
     given = [task.run for task in list(board.running)]
     return [run for run in given if run.state == "unfinished"] if engine == "ray" else given
 
 
-def shared_stages(runs: Sequence[Run], output: Path) -> SharedStages:
-    return SharedStages.among(output / STAGES, [stage_keys(run.recipe).values() for run in runs])
+def shared_stages(runs: Sequence[Run], output: Path) -> StageCache:
+    return StageCache.among(output / STAGES, [stage_keys(run.recipe).values() for run in runs])
 
 
 def needed(runs: Iterable[Run]) -> set[str]:
@@ -131,7 +131,7 @@ def describe_plan(recipes: Sequence[Recipe], output: str | os.PathLike, jobs: in
     """What a study would do: its runs, the tokens that are left to each, and how long that takes as far as runs in the
     directory have shown."""
     runs = find_runs(recipes, Path(output))
-    left = what_is_left(runs, shared_stages(runs, Path(output)))
+    left = remaining_work(runs, shared_stages(runs, Path(output)))
     known = speeds(all_runs(Path(output)))
     cells = [["run", "state", "tokens", "left", "expected"]]
     for one in left:
@@ -148,7 +148,7 @@ def describe_plan(recipes: Sequence[Recipe], output: str | os.PathLike, jobs: in
     )
 
 
-def told(left: Sequence[Left], known: Speeds, jobs: int) -> str:
+def told(left: Sequence[RemainingWork], known: Speeds, jobs: int) -> str:
     """The expected time in words, with what it rests on."""
     seconds = expected(left, known, jobs)
     if seconds is None:

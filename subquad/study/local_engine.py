@@ -14,20 +14,20 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from subquad.study.execute import Task, Teachers, attempt, environment
+from subquad.study.execute import Task, TeacherCache, environment, run_task
 from subquad.study.lock import StudyLock
-from subquad.study.scheduler import Board
+from subquad.study.scheduler import Scheduler
 from subquad.study.worker import work
 
 Changed = Callable[[], None]
 
 
-def run_here(board: Board, changed: Changed) -> None:
+def run_here(board: Scheduler, changed: Changed) -> None:
     """One run after the other. `changed` is called when one starts and when one ends."""
-    teachers = Teachers()
+    teachers = TeacherCache()
     while (task := board.next()) is not None:
         changed()
-        attempt(task, teachers)
+        run_task(task, teachers)
         board.end(task)
         changed()
 
@@ -39,7 +39,7 @@ class Worker:
     task: Task | None = None
 
 
-def run_in_processes(board: Board, jobs: int, lock: StudyLock, changed: Changed) -> None:
+def run_in_processes(board: Scheduler, jobs: int, lock: StudyLock, changed: Changed) -> None:
     """Up to `jobs` runs at once, with an equal part of the cores each, and a GPU each where there are some."""
     workers: dict[int, Worker] = {}
     try:
@@ -65,7 +65,7 @@ def run_in_processes(board: Board, jobs: int, lock: StudyLock, changed: Changed)
             worker.process.join()
 
 
-def end_of_task(board: Board, workers: dict[int, Worker], slot: int) -> None:
+def end_of_task(board: Scheduler, workers: dict[int, Worker], slot: int) -> None:
     worker = workers[slot]
     assert worker.task is not None
     try:
@@ -74,7 +74,7 @@ def end_of_task(board: Board, workers: dict[int, Worker], slot: int) -> None:
         worker.process.join()
         del workers[slot]
         code = worker.process.exitcode or 0
-        board.died(worker.task, f"by signal {-code}" if code < 0 else f"with exit code {code}")
+        board.on_worker_exit(worker.task, f"by signal {-code}" if code < 0 else f"with exit code {code}")
         return
     board.end(worker.task)
     worker.task = None

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from subquad.distill.pipeline import stage_tokens
-from subquad.distill.stage_cache import SharedStages
-from subquad.study.eta import amount, expected, measured, speeds, spoken, what_is_left
+from subquad.distill.stage_cache import StageCache
+from subquad.study.eta import amount, expected, measured, remaining_work, speeds, spoken
 from subquad.study.runs import Run
 
 INTERVAL = 30.0
@@ -16,7 +16,7 @@ SHOWN = 4
 """Runs under way that a line tells of."""
 
 
-class Live:
+class ProgressReporter:
     """Tells of the runs of a study through `say`; those that were finished before only count.
 
     running: gives the runs that are under way.
@@ -25,7 +25,7 @@ class Live:
     def __init__(
         self,
         runs: Sequence[Run],
-        shared: SharedStages,
+        shared: StageCache,
         running: Callable[[], list[Run]],
         say: Callable[[str], None],
         jobs: int = 1,
@@ -78,7 +78,7 @@ class Live:
         more = f"; and {len(under_way) - SHOWN} more" if len(under_way) > SHOWN else ""
         told.append(f"{len(under_way)} running" + (f" ({shown}{more})" if under_way else ""))
         left = [run for run in self.runs if run.name in names or run.state in ("new", "unfinished")]
-        seconds = expected(what_is_left(left, self.shared), speeds(self.runs), self.jobs)
+        seconds = expected(remaining_work(left, self.shared), speeds(self.runs), self.jobs)
         return ", ".join(told) + ("" if seconds is None else f"; about {spoken(seconds)} of training left")
 
 

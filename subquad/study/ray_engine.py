@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from subquad.study.execute import Task, Teachers, attempt
-from subquad.study.scheduler import DEATHS, Board
+from subquad.study.execute import Task, TeacherCache, run_task
+from subquad.study.scheduler import MAX_RETRIES, Scheduler
 from subquad.utils import UserError, quiet_libraries
 
 PASSED_ON = ("SUBQUAD_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
 """Variables that a run sees as the study does."""
 
 Changed = Callable[[], None]
-teachers = Teachers()  # of a worker, which Ray lets run task after task
+teachers = TeacherCache()  # of a worker, which Ray lets run task after task
 
 
 def import_ray() -> Any:
@@ -51,12 +51,12 @@ def share(nodes: list[dict[str, Any]], jobs: int) -> dict[str, float]:
     return {"num_cpus": max(1, int(min(resources["CPU"] for resources in alive) // jobs))}
 
 
-def run_on_cluster(board: Board, jobs: int, changed: Changed) -> None:
+def run_on_cluster(board: Scheduler, jobs: int, changed: Changed) -> None:
     """All runs that need not wait are Ray's to place; `jobs` is how many a machine has at once."""
     ray = import_ray()
     connect(ray)
     resources = share(ray.nodes(), jobs)
-    remote = ray.remote(max_retries=DEATHS - 1, **resources)(run_remotely)
+    remote = ray.remote(max_retries=MAX_RETRIES - 1, **resources)(run_remotely)
     settings = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     started: dict[Any, Task] = {}
     try:
@@ -74,7 +74,7 @@ def run_on_cluster(board: Board, jobs: int, changed: Changed) -> None:
             ray.cancel(reference, force=True)
 
 
-def end(ray: Any, board: Board, task: Task, reference: Any) -> None:
+def end(ray: Any, board: Scheduler, task: Task, reference: Any) -> None:
     try:
         ray.get(reference)
     except Exception as error:  # Ray's own: the retries are used up, or the task could not even begin
@@ -86,7 +86,7 @@ def run_remotely(task: Task, directory: Path, settings: dict[str, str], threads:
     """In a worker of Ray's, on any machine."""
     import torch
 
-    shared = directory / task.run.place.parent
+    shared = directory / task.run.directory.parent
     if not directory.is_dir() or not shared.is_dir():
         raise UserError(f"this machine does not see {directory} and {shared}; expected directories that all share")
     os.environ.update(settings)
@@ -94,4 +94,4 @@ def run_remotely(task: Task, directory: Path, settings: dict[str, str], threads:
     quiet_libraries()
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
-    attempt(task, teachers)
+    run_task(task, teachers)

@@ -14,7 +14,7 @@ from subquad.analysis.saved_matrices import Beside, unpack
 from subquad.config import Recipe
 from subquad.distill.stage_cache import ORDER
 from subquad.evaluate.jobs import MATRICES
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.study.runs import Run, find_runs, read, run_directories
 from subquad.utils import UserError, run_info, write_json_atomic
 
@@ -39,7 +39,7 @@ RUN_COLUMNS = (
     "recipe",
     "error",
 )
-ROW_FIELDS = tuple(field.name for field in fields(Row) if field.name != "model")
+ROW_FIELDS = tuple(field.name for field in fields(Result) if field.name != "model")
 ROW_COLUMNS = ("run", "source", *ROW_FIELDS)
 
 
@@ -64,7 +64,7 @@ def _short(error: dict[str, Any] | None) -> str | None:
     return None if error is None else f"{error['type']}: {error['message']}"
 
 
-def write_database(path: Path, runs: Sequence[Run], rows: Sequence[Row]) -> None:
+def write_database(path: Path, runs: Sequence[Run], rows: Sequence[Result]) -> None:
     """`runs`, one row a run, and `rows`, one a measured number."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
@@ -127,12 +127,12 @@ def own_records(run: Run) -> list[tuple[Any, ...]]:
     return found
 
 
-def evaluation_rows(output: Path) -> list[Row]:
+def evaluation_rows(output: Path) -> list[Result]:
     """Of all evaluations beside the runs; a teacher that was measured in several stands there once."""
-    found: dict[tuple[Any, ...], Row] = {}
+    found: dict[tuple[Any, ...], Result] = {}
     for path in sorted(output.glob(f"evaluation*/{RESULTS}")):
         for values in (read(path) or {}).get("rows", []):
-            row = Row.from_dict(values)
+            row = Result.from_dict(values)
             found.setdefault(row.subject, row)
     return list(found.values())
 

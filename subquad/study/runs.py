@@ -21,35 +21,35 @@ class Run:
     """A recipe and its directory, which may not exist yet."""
 
     recipe: Recipe
-    place: Path
+    directory: Path
 
     @property
     def name(self) -> str:
-        return self.place.name
+        return self.directory.name
 
     @property
     def state(self) -> State:
         """`failed` until it is tried again; `unfinished` where it was cut off, or is running."""
-        if (self.place / RESULT).exists():
+        if (self.directory / RESULT).exists():
             return "finished"
-        if (self.place / ERROR).exists():
+        if (self.directory / ERROR).exists():
             return "failed"
-        return "unfinished" if (self.place / RECIPE).exists() else "new"
+        return "unfinished" if (self.directory / RECIPE).exists() else "new"
 
     def result(self) -> dict[str, Any] | None:
         """What stands in `result.json`: the row, and the versions, commit and device behind it."""
-        return read(self.place / RESULT)
+        return read(self.directory / RESULT)
 
     def error(self) -> dict[str, Any] | None:
         """`type`, `message` and `traceback` of a failed run."""
-        return None if self.state == "finished" else read(self.place / ERROR)
+        return None if self.state == "finished" else read(self.directory / ERROR)
 
     def fail(self, kind: str, message: str, traceback: str = "") -> None:
         """Leaves why the run failed, in its directory."""
-        self.place.mkdir(parents=True, exist_ok=True)
-        if not (self.place / RECIPE).exists():
-            write_text_atomic(self.place / RECIPE, self.recipe.to_yaml())
-        write_json_atomic(self.place / ERROR, {"type": kind, "message": message, "traceback": traceback})
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not (self.directory / RECIPE).exists():
+            write_text_atomic(self.directory / RECIPE, self.recipe.to_yaml())
+        write_json_atomic(self.directory / ERROR, {"type": kind, "message": message, "traceback": traceback})
 
 
 def read(path: Path) -> dict[str, Any] | None:

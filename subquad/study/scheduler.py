@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from subquad.study.execute import Task
 
-DEATHS = 3
+MAX_RETRIES = 3
 """So often a run's process may die before the run counts as failed."""
 
 
-class Board:
+class Scheduler:
     """The tasks of a study, each waiting, running or ended."""
 
     def __init__(self, tasks: Iterable[Task]):
@@ -37,12 +37,12 @@ class Board:
         """Of one that ran to its end or its error."""
         self.running.remove(task)
 
-    def died(self, task: Task, how: str) -> None:
+    def on_worker_exit(self, task: Task, how: str) -> None:
         """Of one whose process was killed: it goes on from its last checkpoint, unless that happens again and again."""
         self.running.remove(task)
         name = task.run.name
         self.deaths[name] = self.deaths.get(name, 0) + 1
-        if self.deaths[name] < DEATHS:
+        if self.deaths[name] < MAX_RETRIES:
             self.waiting.insert(0, task)
         else:
-            task.run.fail("WorkerDied", f"its process died {DEATHS} times, at last {how}; is there memory enough?")
+            task.run.fail("WorkerDied", f"its process died {MAX_RETRIES} times, at last {how}; is there memory enough?")

@@ -42,7 +42,7 @@ def format_study(runs: Sequence[Run]) -> str:
     for run in failed:
         error = run.error() or {}
         message = str(error.get("message", "")).partition("\n")[0]
-        lines.append(f"{run.name} failed: {error.get('type')}: {message} (all of it in {run.place / 'error.json'})")
+        lines.append(f"{run.name} failed: {error.get('type')}: {message} (all of it in {run.directory / 'error.json'})")
     if failed:
         lines.append(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
     if waiting:

@@ -17,16 +17,16 @@ def work(connection: Connection, lock: StudyLock, threads: int) -> None:
     quiet_libraries()
     import torch
 
-    from subquad.study.execute import Teachers, attempt
+    from subquad.study.execute import TeacherCache, run_task
 
     torch.set_num_threads(threads)
-    teachers = Teachers()
+    teachers = TeacherCache()
     while True:
         try:
             task = connection.recv()
         except EOFError:
             return
-        attempt(task, teachers)
+        run_task(task, teachers)
         connection.send("ended")
 
 

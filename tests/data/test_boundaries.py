@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from subquad.config import Corpus
+from subquad.config import Data
 from subquad.data import token_rows
 from subquad.data.cache import HEADER
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    def write(*texts: str, **settings) -> Corpus:
+    def write(*texts: str, **settings) -> Data:
         path = tmp_path / "a.jsonl"
         path.write_text("\n".join(json.dumps({"text": t}) for t in texts))
-        return Corpus(**{"source": str(path), "valid": str(path), "context": 8, **settings})
+        return Data(**{"source": str(path), "validation": str(path), "seq_len": 8, **settings})
 
     return write
 
@@ -115,7 +115,7 @@ def test_special_tokens_in_a_text_begin_no_document(corpus, tokenizer):
 
 def test_line_ends_of_other_systems(corpus, tokenizer, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"One.\r\nTwo.\r\n<|endoftext|>\r\nThree and more.\r\n")
-    some = Corpus(source=str(tmp_path / "a.txt"), valid=str(tmp_path / "a.txt"), context=4)
+    some = Data(source=str(tmp_path / "a.txt"), validation=str(tmp_path / "a.txt"), seq_len=4)
     found = in_file(token_rows(some, tokenizer, "train"))
     assert tokenizer.decode(found["input_ids"].tolist()) == "<|endoftext|>One.\nTwo.<|endoftext|>Three and mor"
 

@@ -8,10 +8,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from subquad.config import Corpus, load_recipe
-from subquad.data import check_corpus, documents, token_rows
+from subquad.config import Data, load_recipe
+from subquad.data import check_data, documents, token_rows
 from subquad.data.chat import Conversation
-from subquad.data.encoding import TOKEN, UNCOUNTED, Encoder
+from subquad.data.encoding import LOSS_IGNORED, TOKEN, Encoder
 from subquad.utils import UserError
 
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -54,10 +54,10 @@ def chat_tokenizer(make_tokenizer):
 def talks(tmp_path):
     """Conversations as a corpus, held out the same ones."""
 
-    def write(*conversations, name: str = "a.jsonl", **settings) -> Corpus:
+    def write(*conversations, name: str = "a.jsonl", **settings) -> Data:
         path = tmp_path / name
         path.write_text("\n".join(json.dumps({"messages": c}) for c in conversations))
-        return Corpus(**{"source": str(path), "valid": str(path), "context": 8, "chat": True, **settings})
+        return Data(**{"source": str(path), "validation": str(path), "seq_len": 8, "chat": True, **settings})
 
     return write
 
@@ -65,7 +65,7 @@ def talks(tmp_path):
 def learned(tokenizer, *conversations, loss_on="assistant") -> tuple[str, str]:
     """The text of all tokens and of those that count."""
     found = Encoder(tokenizer, loss_on).encode([Conversation.create(c, "here") for c in conversations])
-    counted = found[(found & UNCOUNTED) == 0]
+    counted = found[(found & LOSS_IGNORED) == 0]
     return tokenizer.decode((found & TOKEN).tolist()), tokenizer.decode((counted & TOKEN).tolist())
 
 
@@ -162,10 +162,10 @@ def test_labels_of_whole_conversations(talks, chat_tokenizer):
 def test_another_template_or_loss_is_another_cache(talks, chat_tokenizer, cache):
     corpus = talks(TALK)
     token_rows(corpus, chat_tokenizer(CHATML), "train")
-    token_rows(corpus, chat_tokenizer(CHATML), "valid")
+    token_rows(corpus, chat_tokenizer(CHATML), "validation")
     assert len(list(cache.iterdir())) == 1
     token_rows(corpus, chat_tokenizer(PLAIN), "train")
-    token_rows(corpus.model_copy(update={"loss_on": "assistant"}), chat_tokenizer(CHATML), "train")
+    token_rows(corpus.model_copy(update={"assistant_only_loss": True}), chat_tokenizer(CHATML), "train")
     assert len(list(cache.iterdir())) == 3
 
 
@@ -179,15 +179,15 @@ def test_text_and_conversations_in_a_mixture(talks, chat_tokenizer, tmp_path):
 
 def test_held_out_conversations_are_whole(talks):
     some = talks(*[[{"role": "user", "content": f"talk {i} " * (i % 7 + 1)}] for i in range(30)]).source
-    train, valid = (list(documents(some, part, column="messages", chat=True)) for part in ("train", "valid"))
+    train, valid = (list(documents(some, part, column="messages", chat=True)) for part in ("train", "validation"))
     assert train + valid == list(documents(some, "all", column="messages", chat=True))
     assert 1 <= len(valid) <= 3
     many = talks(*[[{"role": "user", "content": f"talk {i}"}] for i in range(1000)]).source
-    train, valid = (list(documents(many, part, column="messages", chat=True)) for part in ("train", "valid"))
+    train, valid = (list(documents(many, part, column="messages", chat=True)) for part in ("train", "validation"))
     assert len(train) + len(valid) == 1000
     assert 20 < len(valid) < 90
     two = talks(TALK, TALK[:2]).source
-    parts = [len(list(documents(two, part, column="messages", chat=True))) for part in ("train", "valid")]
+    parts = [len(list(documents(two, part, column="messages", chat=True))) for part in ("train", "validation")]
     assert parts == [1, 1]
 
 
@@ -195,28 +195,28 @@ def test_held_out_conversations_are_whole(talks):
 
 
 def test_a_column_of_messages_is_chat_and_the_other_way_round():
-    assert Corpus(source="x", column="messages").chat
-    assert Corpus(source="x", chat=True).column == "messages"
-    assert (Corpus(source="x").chat, Corpus(source="x").column) == (False, "text")
-    named = Corpus(source="x", chat=True, column="talk")
+    assert Data(source="x", column="messages").chat
+    assert Data(source="x", chat=True).column == "messages"
+    assert (Data(source="x").chat, Data(source="x").column) == (False, "text")
+    named = Data(source="x", chat=True, column="talk")
     assert (named.chat, named.column) == (True, "talk")
-    assert not Corpus(source="x", column="messages", chat=False).chat
+    assert not Data(source="x", column="messages", chat=False).chat
 
 
 def test_the_recipe_says_so_too(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("teacher: nano\ncorpus: {source: a.txt}\nstages: {hidden: {tokens: 1000, lr: 1e-3}}\n")
-    recipe = load_recipe(path, ["corpus.chat=true", "corpus.loss_on=assistant"])
-    assert recipe.corpus.column == "messages"
+    path.write_text("teacher: nano\ndata: {source: a.txt}\nstages: {hidden: {tokens: 1000, lr: 1e-3}}\n")
+    recipe = load_recipe(path, ["data.chat=true", "data.assistant_only_loss=true"])
+    assert recipe.data.column == "messages"
     path.write_text(recipe.to_yaml())
     assert load_recipe(path) == recipe
-    path.write_text("teacher: nano\ncorpus: {source: a.txt}\nstages: {hidden: {tokens: 1000, lr: 1e-3}}\n")
+    path.write_text("teacher: nano\ndata: {source: a.txt}\nstages: {hidden: {tokens: 1000, lr: 1e-3}}\n")
     for change, expected in [
-        ("corpus.loss_on=assistant", "corpus: loss_on: got 'assistant' without chat, expected `chat: true` or"),
+        ("data.assistant_only_loss=true", "corpus: loss_on: got 'assistant' without chat, expected `chat: true` or"),
         ("corpus.loss_on=user", "corpus.loss_on: got 'user', expected one of all, assistant"),
         ("corpus.documents=apart", "corpus.documents: got 'apart', expected one of separate, joined"),
-        ("corpus.chat=yes", "corpus.chat: got 'yes', expected true or false"),
-        ("corpus.colum=x", "unknown key 'corpus.colum'; did you mean 'corpus.column'?"),
+        ("data.chat=yes", "data.chat: got 'yes', expected true or false"),
+        ("data.colum=x", "unknown key 'data.colum'; did you mean 'data.column'?"),
     ]:
         with pytest.raises(UserError) as caught:
             load_recipe(path, [change])
@@ -231,7 +231,7 @@ def test_a_tokenizer_without_a_template_is_refused(talks, chat_tokenizer):
 def test_text_files_hold_no_conversations(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match=r"a.txt' holds no conversations; expected .jsonl or .parquet or a data set"):
-        check_corpus(Corpus(source=str(tmp_path / "a.txt"), chat=True))
+        check_data(Data(source=str(tmp_path / "a.txt"), chat=True))
 
 
 @pytest.mark.parametrize(
@@ -259,10 +259,10 @@ def test_bad_records_are_told_with_file_and_line(tmp_path, record, expected):
 def test_the_first_bad_record_shows_in_the_check(tmp_path):
     Path(tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user"}]}')
     with pytest.raises(UserError, match=r"a.jsonl:1: message 1: no 'content'"):
-        check_corpus(Corpus(source=str(tmp_path / "a.jsonl"), chat=True))
+        check_data(Data(source=str(tmp_path / "a.jsonl"), chat=True))
     pyarrow.parquet.write_table(pyarrow.table({"messages": [[{"role": "user"}]]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a.parquet: row 1: message 1: no 'content'"):
-        check_corpus(Corpus(source=str(tmp_path / "a.parquet"), column="messages"))
+        check_data(Data(source=str(tmp_path / "a.parquet"), column="messages"))
 
 
 def test_calls_of_tools_need_no_content():

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from subquad.config import Corpus
-from subquad.data import check_corpus, corpora, documents, readers, sources, stdlib
+from subquad.config import Data
+from subquad.data import check_data, corpora, documents, readers, sources, stdlib
 from subquad.utils import UserError
 
 PROSE = "First line.\nSecond line.\n\nAnother paragraph, ünï.\n"
@@ -36,11 +36,11 @@ def refusal(source: str, split: str = "all") -> str:
 
 
 def test_standard_library_keeps_its_own_split():
-    read = {part: list(documents("python-stdlib", part)) for part in ("train", "valid", "all")}
-    for split in ("train", "valid"):
+    read = {part: list(documents("python-stdlib", part)) for part in ("train", "validation", "all")}
+    for split in ("train", "validation"):
         assert sorted(read[split]) == sorted(text for text in stdlib.documents(split))
-    assert sorted(read["train"] + read["valid"]) == sorted(read["all"])
-    assert 25 < len(read["valid"]) < 70
+    assert sorted(read["train"] + read["validation"]) == sorted(read["all"])
+    assert 25 < len(read["validation"]) < 70
 
 
 def test_standard_library_begins_with_a_mixture_of_files():
@@ -61,7 +61,7 @@ def test_text_without_separators_is_cut_at_blank_lines():
     name = put("a.txt", (paragraph + "\n") * 100)
     found = list(documents(name, "all"))
     assert len(found) > 3
-    assert all(readers.PASSAGE <= len(text) < readers.PASSAGE + 1100 for text in found[:-1])
+    assert all(readers.PASSAGE_CHARACTERS <= len(text) < readers.PASSAGE_CHARACTERS + 1100 for text in found[:-1])
     assert all(text.endswith("word ") for text in found)
     assert "\n\n".join(found) == ((paragraph + "\n") * 100).strip("\n")
     assert list(documents(put("b.txt", PROSE), "all")) == [PROSE.strip("\n")]
@@ -69,7 +69,7 @@ def test_text_without_separators_is_cut_at_blank_lines():
 
 def test_text_without_blank_lines_is_cut_at_last():
     found = list(documents(put("a.txt", "a line of text\n" * 40_000), "all"))
-    assert max(map(len, found)) < 11 * readers.PASSAGE
+    assert max(map(len, found)) < 11 * readers.PASSAGE_CHARACTERS
     assert all(set(text.split("\n")) == {"a line of text"} for text in found)
 
 
@@ -112,18 +112,18 @@ def test_home_directory(here, monkeypatch):
 def test_of_many_documents_one_in_twenty_is_held_out():
     texts = [f"document {i}" for i in range(2000)]
     name = put("a.jsonl", "\n".join(json.dumps({"text": t}) for t in texts))
-    train, valid = list(documents(name, "train")), list(documents(name, "valid"))
+    train, valid = list(documents(name, "train")), list(documents(name, "validation"))
     assert sorted(train + valid) == sorted(texts)
     assert 60 < len(valid) < 140
     shuffled = put("b.jsonl", "\n".join(json.dumps({"text": t}) for t in reversed(texts)))
-    assert list(documents(shuffled, "valid")) == valid[::-1]
+    assert list(documents(shuffled, "validation")) == valid[::-1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 30, 200])
 def test_of_few_documents_the_end_is_held_out(count):
     texts = [f"document {i}\n" + "some words in a line\n" * 40 for i in range(count)]
     name = put("a.jsonl", "\n".join(json.dumps({"text": t}) for t in texts))
-    train, valid = "".join(documents(name, "train")), "".join(documents(name, "valid"))
+    train, valid = "".join(documents(name, "train")), "".join(documents(name, "validation"))
     assert train + valid == "".join(texts)
     assert 0.03 < len(valid) / len(train + valid) < 0.09
     assert train.endswith("\n")
@@ -131,20 +131,20 @@ def test_of_few_documents_the_end_is_held_out(count):
 
 def test_a_single_line_is_split_too():
     name = put("a.txt", "x" * 100)
-    assert (list(documents(name, "train")), list(documents(name, "valid"))) == (["x" * 95], ["x" * 5])
+    assert (list(documents(name, "train")), list(documents(name, "validation"))) == (["x" * 95], ["x" * 5])
     tiny = put("b.txt", "xy")
-    assert (list(documents(tiny, "train")), list(documents(tiny, "valid"))) == (["x"], ["y"])
+    assert (list(documents(tiny, "train")), list(documents(tiny, "validation"))) == (["x"], ["y"])
 
 
 def test_a_held_out_source_leaves_all_of_the_other_for_training():
     train, valid = put("train.txt", PROSE), put("valid.txt", "other")
-    corpus = Corpus(source=train, valid=valid)
-    for split, expected in (("train", train), ("valid", valid)):
+    corpus = Data(source=train, validation=valid)
+    for split, expected in (("train", train), ("validation", valid)):
         ((source, part, weight),) = sources.parts_of(corpus, split)
         assert (source.name, part, weight) == (expected, "all", 1)
-    assert sources.parts_of(Corpus(source=train), "valid")[0][1] == "valid"
+    assert sources.parts_of(Data(source=train), "validation")[0][1] == "validation"
     # the nano teacher knows the training side of the standard library by heart
-    assert sources.parts_of(Corpus(source=train, valid="python-stdlib"), "valid")[0][1] == "valid"
+    assert sources.parts_of(Data(source=train, validation="python-stdlib"), "validation")[0][1] == "validation"
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -197,22 +197,22 @@ def test_what_does_not_exist_is_refused_with_the_nearest_name(monkeypatch):
 def test_mistakes_show_before_anything_is_read():
     with pytest.raises(UserError):
         documents("nowhere.txt", "train")
-    with pytest.raises(ValueError, match="expected 'train', 'valid' or 'all'"):
+    with pytest.raises(ValueError, match="expected 'train', 'validation' or 'all'"):
         documents("python-stdlib", "test")
 
 
 def test_check_corpus():
     good, empty, bad = put("a.txt", PROSE), put("b.txt", " \n\n"), put("c.txt", b"\xff")
-    check_corpus(Corpus(source=good))
-    check_corpus(Corpus(source="python-stdlib", valid=good))
+    check_data(Data(source=good))
+    check_data(Data(source="python-stdlib", validation=good))
     for corpus, expected in [
-        (Corpus(source=empty), "corpus 'b.txt' is empty; expected text"),
-        (Corpus(source=good, valid=empty), "corpus 'b.txt' is empty; expected text"),
-        (Corpus(source=good, valid=bad), "c.txt: not UTF-8 at byte 0"),
-        (Corpus(source="d.txt"), "corpus 'd.txt': no such file or directory; did you mean "),
+        (Data(source=empty), "corpus 'b.txt' is empty; expected text"),
+        (Data(source=good, validation=empty), "corpus 'b.txt' is empty; expected text"),
+        (Data(source=good, validation=bad), "c.txt: not UTF-8 at byte 0"),
+        (Data(source="d.txt"), "corpus 'd.txt': no such file or directory; did you mean "),
     ]:
         with pytest.raises(UserError) as caught:
-            check_corpus(corpus)
+            check_data(corpus)
         assert expected in str(caught.value)
 
 
@@ -243,7 +243,10 @@ def hub(here, monkeypatch):
 @pytest.mark.usefixtures("hub")
 def test_hub_data_set():
     assert list(documents("owner/good", "all")) == ["text 0", "text 1", "text 2"]
-    assert "".join(documents("owner/good", "train")) + "".join(documents("owner/good", "valid")) == "text 0text 1text 2"
+    assert (
+        "".join(documents("owner/good", "train")) + "".join(documents("owner/good", "validation"))
+        == "text 0text 1text 2"
+    )
     assert refusal("owner/images") == "corpus 'owner/images': no column 'text'; found image, label"
     assert refusal("owner/none") == (
         "corpus 'owner/none': not a local file, and the hub gave no such data set (no route to the hub)"
@@ -252,7 +255,7 @@ def test_hub_data_set():
 
 @pytest.mark.usefixtures("hub")
 def test_hub_data_set_by_subset_split_and_column():
-    corpus = Corpus(source="owner/any", subset="en", split="test", streaming=False, column="body", valid="owner/any")
+    corpus = Data(source="owner/any", subset="en", split="test", streaming=False, column="body", validation="owner/any")
     ((source, part, _),) = sources.parts_of(corpus, "train")
     assert list(corpora.part_documents(source, part)) == ["other"]
     prints = {

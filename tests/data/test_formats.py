@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from subquad.config import Corpus
-from subquad.data import check_corpus, documents, readers
+from subquad.config import Data
+from subquad.data import check_data, documents, readers
 from subquad.data.chat import Conversation
 from subquad.utils import UserError
 
@@ -129,7 +129,7 @@ def test_what_is_no_text_in_parquet():
     assert refusal("a.parquet", parquet(text=array)) == "a.parquet: row 2: not UTF-8 at its byte 1"
     Path("a.parquet").write_bytes(parquet(text=pyarrow.array([], pyarrow.string())))
     with pytest.raises(UserError, match=r"corpus 'a.parquet' is empty; expected text"):
-        check_corpus(Corpus(source="a.parquet"))
+        check_data(Data(source="a.parquet"))
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
@@ -141,7 +141,7 @@ def test_a_package_that_is_missing_is_named(name, package, monkeypatch):
     message = f"corpus '{name}' needs the package {package}: `pip install \"subquad[data]\"`"
     assert refusal(name, b"") == message
     with pytest.raises(UserError) as caught:
-        check_corpus(Corpus(source=name))
+        check_data(Data(source=name))
     assert str(caught.value) == message
 
 

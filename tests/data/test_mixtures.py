@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from subquad.config import Corpus, load_recipe
-from subquad.data import check_corpus, sources, token_rows
-from subquad.data.mixtures import Turns
+from subquad.config import Data, load_recipe
+from subquad.data import check_data, sources, token_rows
+from subquad.data.mixtures import MixtureSchedule
 from subquad.utils import UserError
 
 
@@ -17,7 +17,7 @@ from subquad.utils import UserError
     "weights", [[1], [0.7, 0.3], [1, 2], [0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [3, 1, 1, 1, 1, 1], [0.123456, 1e-3, 7]]
 )
 def test_any_first_turns_hold_the_shares_to_within_one(weights):
-    turns = Turns(weights)
+    turns = MixtureSchedule(weights)
     had = [0] * len(weights)
     for i in range(1500):
         part, turn = turns[i]
@@ -29,11 +29,11 @@ def test_any_first_turns_hold_the_shares_to_within_one(weights):
 
 
 def test_turns_are_there_from_anywhere_and_in_another_process():
-    turns = Turns([0.7, 0.2, 0.1])
+    turns = MixtureSchedule([0.7, 0.2, 0.1])
     straight = [turns[i] for i in range(100)]
-    assert Turns([7, 2, 1])[99] == straight[99]
+    assert MixtureSchedule([7, 2, 1])[99] == straight[99]
     assert [pickle.loads(pickle.dumps(turns))[i] for i in reversed(range(100))] == straight[::-1]
-    assert Turns([7, 2, 1])[10**15] == (straight[0][0], 7 * 10**14)
+    assert MixtureSchedule([7, 2, 1])[10**15] == (straight[0][0], 7 * 10**14)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def mixture(tmp_path):
         path = tmp_path / f"{letter}.txt"
         path.write_text("\n<|endoftext|>\n".join(f"{letter}{i:02d}{letter * 4}" for i in range(count)))
         names[str(path)] = weight
-    return Corpus(source=names, valid=next(iter(names)), context=8)
+    return Data(source=names, validation=next(iter(names)), seq_len=8)
 
 
 def texts(rows, tokenizer) -> list[str]:
@@ -88,8 +88,8 @@ def test_a_limit_takes_each_share_of_it(mixture, tokenizer):
 
 
 def test_without_a_held_out_source_each_gives_its_own(mixture, tokenizer, tmp_path):
-    own = mixture.model_copy(update={"valid": None})
-    train, valid = (set(texts(token_rows(own, tokenizer, split), tokenizer)) for split in ("train", "valid"))
+    own = mixture.model_copy(update={"validation": None})
+    train, valid = (set(texts(token_rows(own, tokenizer, split), tokenizer)) for split in ("train", "validation"))
     assert {text[0] for text in valid} == {"a", "b", "c"}
     assert not train & valid
 
@@ -103,7 +103,7 @@ def test_a_source_that_is_wrong_is_named(mixture, tokenizer, tmp_path):
     for name, expected in (("empty.txt", r"empty.txt' is empty"), ("b.tx", "unknown|no such file")):
         wrong = mixture.model_copy(update={"source": {**mixture.source, str(tmp_path / name): 1.0}})
         with pytest.raises(UserError, match=expected):
-            check_corpus(wrong)
+            check_data(wrong)
 
 
 # ---------------------------------------------------------------------- in a recipe
@@ -112,15 +112,15 @@ def test_a_source_that_is_wrong_is_named(mixture, tokenizer, tmp_path):
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("teacher: nano\ncorpus: {source: a.txt}\nstages: {hidden: {tokens: 1000, lr: 1e-3}}\n")
+    path.write_text("teacher: nano\ndata: {source: a.txt}\nstages: {hidden: {tokens: 1000, lr: 1e-3}}\n")
     return lambda change: load_recipe(path, [change])
 
 
 def test_a_mixture_in_a_recipe(recipe, tmp_path):
-    full = "corpus.source={python-stdlib: 1, o/chat: {weight: 2, column: messages, split: train_sft}, b.txt: 3e-1}"
+    full = "data.source={python-stdlib: 1, o/chat: {weight: 2, column: messages, split: train_sft}, b.txt: 3e-1}"
     loaded = recipe(full)
-    assert loaded.corpus.source["python-stdlib"] == 1
-    assert loaded.corpus.source["o/chat"].split == "train_sft"
+    assert loaded.data.source["python-stdlib"] == 1
+    assert loaded.data.source["o/chat"].split == "train_sft"
     (tmp_path / "again.yaml").write_text(loaded.to_yaml())
     assert load_recipe(tmp_path / "again.yaml") == loaded
 
@@ -128,36 +128,36 @@ def test_a_mixture_in_a_recipe(recipe, tmp_path):
 def test_what_a_share_leaves_open_is_as_in_the_corpus(monkeypatch):
     monkeypatch.setattr(sources, "resolve", lambda name, **settings: sources.Source(name, "hub", **settings))
     shares = {"a": 1, "b": {"column": "messages", "subset": "x"}, "c": {"chat": True, "split": "test"}}
-    found = [s for s, _, _ in sources.parts_of(Corpus(source=shares, column="body", streaming=False), "train")]
+    found = [s for s, _, _ in sources.parts_of(Data(source=shares, column="body", streaming=False), "train")]
     assert [(s.column, s.chat, s.split, s.subset) for s in found] == [
         ("body", False, "train", None),
         ("messages", True, "train", "x"),
         ("messages", True, "test", None),
     ]
     assert not any(s.streaming for s in found)
-    chat = sources.parts_of(Corpus(source={"a": 1, "b": {"column": "text"}}, chat=True), "train")
+    chat = sources.parts_of(Data(source={"a": 1, "b": {"column": "text"}}, chat=True), "train")
     assert [(s.column, s.chat) for s, _, _ in chat] == [("messages", True), ("text", False)]
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("{a.txt: 0}", "corpus.source: got 0 for 'a.txt', expected a weight above 0"),
-        ("{a.txt: -0.5}", "corpus.source: got -0.5 for 'a.txt', expected a weight above 0"),
-        ("{a.txt: .nan}", "corpus.source: got nan for 'a.txt', expected a weight above 0"),
-        ("{a.txt: .inf}", "corpus.source: got inf for 'a.txt', expected a weight above 0"),
-        ("{a.txt: much}", "corpus.source: got 'much' for 'a.txt', expected a weight above 0"),
-        ("{a.txt: true}", "corpus.source: got true for 'a.txt', expected a weight above 0"),
-        ("{a.txt: {weight: 0}}", "corpus.source: got 0 for weight of 'a.txt', expected a weight above 0"),
-        ("{a.txt: {weigth: 1}}", "corpus.source: unknown key 'weigth' of 'a.txt'; did you mean 'weight'?"),
-        ("{a.txt: {chat: yes}}", "corpus.source: got 'yes' for chat of 'a.txt', expected true or false"),
-        ("{a.txt: {column: 5}}", "corpus.source: got 5 for column of 'a.txt', expected text"),
-        ("{}", "corpus.source: got a mixture without a source, expected names of sources, each with its weight"),
-        ("5", "corpus.source: got 5, expected the name of a source, or names with weights"),
-        ("", "corpus.source: got null, expected the name of a source, or names with weights"),
+        ("{a.txt: 0}", "data.source: got 0 for 'a.txt', expected a weight above 0"),
+        ("{a.txt: -0.5}", "data.source: got -0.5 for 'a.txt', expected a weight above 0"),
+        ("{a.txt: .nan}", "data.source: got nan for 'a.txt', expected a weight above 0"),
+        ("{a.txt: .inf}", "data.source: got inf for 'a.txt', expected a weight above 0"),
+        ("{a.txt: much}", "data.source: got 'much' for 'a.txt', expected a weight above 0"),
+        ("{a.txt: true}", "data.source: got true for 'a.txt', expected a weight above 0"),
+        ("{a.txt: {weight: 0}}", "data.source: got 0 for weight of 'a.txt', expected a weight above 0"),
+        ("{a.txt: {weigth: 1}}", "data.source: unknown key 'weigth' of 'a.txt'; did you mean 'weight'?"),
+        ("{a.txt: {chat: yes}}", "data.source: got 'yes' for chat of 'a.txt', expected true or false"),
+        ("{a.txt: {column: 5}}", "data.source: got 5 for column of 'a.txt', expected text"),
+        ("{}", "data.source: got a mixture without a source, expected names of sources, each with its weight"),
+        ("5", "data.source: got 5, expected the name of a source, or names with weights"),
+        ("", "data.source: got null, expected the name of a source, or names with weights"),
     ],
 )
 def test_a_wrong_mixture_is_refused_in_one_line(recipe, change, expected):
     with pytest.raises(UserError) as caught:
-        recipe(f"corpus.source={change}")
-    assert str(caught.value) == f"--set corpus.source={change}: {expected}"
+        recipe(f"data.source={change}")
+    assert str(caught.value) == f"--set data.source={change}: {expected}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from subquad.config import Corpus
+from subquad.config import Data
 from subquad.data import packing, token_rows
 from subquad.data.encoding import TOKEN
 from subquad.utils import UserError, cache_dir
@@ -26,7 +26,7 @@ def source(tmp_path):
     texts = ["first document", "second, somewhat longer document", "third"]
     path.write_text("\n".join(json.dumps({"text": t}) for t in texts))
     (tmp_path / "valid.txt").write_text("held-out text")
-    return Corpus(source=str(path), valid=str(tmp_path / "valid.txt"), context=8)
+    return Data(source=str(path), validation=str(tmp_path / "valid.txt"), seq_len=8)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def long_source(tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"{i:03d} " * 250}) for i in range(400)))
     (tmp_path / "valid.txt").write_text("held-out text")
-    return Corpus(source=str(path), valid=str(tmp_path / "valid.txt"), context=64)
+    return Data(source=str(path), validation=str(tmp_path / "valid.txt"), seq_len=64)
 
 
 def stream(rows, tokenizer) -> str:
@@ -109,10 +109,10 @@ def test_worker_processes_read_the_same(long_source, tokenizer):
 def test_training_and_held_out_rows_share_no_text(tmp_path, tokenizer):
     path = tmp_path / "lines.txt"
     path.write_text("\n".join(f"{i:07d}" for i in range(4000)))
-    corpus = Corpus(source=str(path), context=16)
+    corpus = Data(source=str(path), seq_len=16)
     numbers = [
         set(re.findall(r"\d{7}", stream(token_rows(corpus, tokenizer, split), tokenizer)))
-        for split in ("train", "valid")
+        for split in ("train", "validation")
     ]
     assert numbers[0] & numbers[1] == set()
     assert len(numbers[0]) > 3700
@@ -166,7 +166,7 @@ def test_text_is_tokenised_once(source, tokenizer, cache, monkeypatch):
 
 def test_another_text_or_tokenizer_is_another_file(source, tokenizer, make_tokenizer, cache):
     token_rows(source, tokenizer, "train")
-    token_rows(source, tokenizer, "valid")
+    token_rows(source, tokenizer, "validation")
     assert len(list(cache.iterdir())) == 2
     token_rows(source, make_tokenizer(eos_token="</s>"), "train")
     assert len(list(cache.iterdir())) == 3
@@ -234,27 +234,27 @@ def test_a_cache_that_cannot_be_written_is_a_users_error(source, tokenizer, tmp_
 
 
 def test_too_little_text(source, tokenizer):
-    short = source.model_copy(update={"context": 64})
+    short = source.model_copy(update={"seq_len": 64})
     with pytest.raises(UserError) as caught:
         token_rows(short, tokenizer, "train")
     assert str(caught.value) == (
         f"corpus {short.source!r} has 54 tokens of training text, too few for one row; "
-        "expected at least corpus.context = 64"
+        "expected at least data.seq_len = 64"
     )
     with pytest.raises(UserError, match=r"valid.txt' has 14 tokens of held-out text, too few for one row"):
-        token_rows(short, tokenizer, "valid")
+        token_rows(short, tokenizer, "validation")
 
 
 def test_an_empty_text(tmp_path, tokenizer):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(UserError, match="has 0 tokens of training text"):
-        token_rows(Corpus(source=str(tmp_path / "empty.txt")), tokenizer, "train")
+        token_rows(Data(source=str(tmp_path / "empty.txt")), tokenizer, "train")
 
 
 def test_bad_text_leaves_no_cache(tmp_path, tokenizer, cache):
     (tmp_path / "bad.txt").write_bytes(b"good text\n\n\xff")
     with pytest.raises(UserError, match=r"bad\.txt: not UTF-8 at byte 11"):
-        token_rows(Corpus(source=str(tmp_path / "bad.txt"), context=2), tokenizer, "train")
+        token_rows(Data(source=str(tmp_path / "bad.txt"), seq_len=2), tokenizer, "train")
     assert list(cache.iterdir()) == []
 
 
@@ -271,7 +271,7 @@ def test_long_documents_raise_no_warning(source, tokenizer, caplog, capfd):
 
 
 def test_standard_library(tokenizer):
-    corpus = Corpus(source="python-stdlib", context=512)
+    corpus = Data(source="python-stdlib", seq_len=512)
     rows = token_rows(corpus, tokenizer, "train", limit=20_000)
     assert len(rows) == 40
     assert "import" in stream(rows, tokenizer)

@@ -235,7 +235,7 @@ def test_the_head_of_a_family(family):
         logits = teacher(tokens).logits.flatten(0, 1)
         teacher_hidden = teacher.base_model(tokens).last_hidden_state.flatten(0, 1)
     expected = on_logits(student(tokens).logits.flatten(0, 1), logits, labels)
-    hidden = student.backbone(tokens).flatten(0, 1)
+    hidden = student.last_hidden_state(tokens).flatten(0, 1)
     found = fused_distillation_loss(hidden, teacher_hidden, labels, heads[1], heads[0], chunk=10)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(x[0], learning, allow_unused=True) for x in (found, expected)]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from subquad.distill.layerwise import layerwise, matrix_distance, output_distance
-from subquad.distill.losses import Pair, distillation_loss, divergence_per_token, divergence_slope
+from subquad.distill.losses import LogProbs, distillation_loss, divergence_grad, divergence_per_token
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -61,20 +61,20 @@ def test_distillation_loss_is_its_definition(divergence, temperature, ignored):
 def test_the_slope_of_a_divergence_is_its_gradient(divergence, beta):
     x, log_p = logits(seed=1, grad=True), logits(seed=2).mul(3).log_softmax(-1)
     log_q = x.mul(3).log_softmax(-1)
-    expected = torch.autograd.grad(divergence_per_token(Pair.of(log_p, log_q), divergence, beta).sum(), x)[0]
-    slope = 3 * divergence_slope(Pair.of(log_p, log_q.detach()), divergence, beta)
+    expected = torch.autograd.grad(divergence_per_token(LogProbs.of(log_p, log_q), divergence, beta).sum(), x)[0]
+    slope = 3 * divergence_grad(LogProbs.of(log_p, log_q.detach()), divergence, beta)
     torch.testing.assert_close(slope, expected, rtol=0, atol=1e-10)
 
 
 def test_jensen_shannon_lies_between_the_two_kl_divergences():
     """GKD: over beta it goes to the forward KL, over 1 - beta to the reverse one; at 1/2 it is symmetric."""
     log_p, log_q = logits(seed=1).log_softmax(-1), logits(seed=2).log_softmax(-1)
-    forward, reverse = (divergence_per_token(Pair.of(log_p, log_q), d, 0.5) for d in ("forward", "reverse"))
-    small, large = (divergence_per_token(Pair.of(log_p, log_q), "jsd", beta) for beta in (1e-6, 1 - 1e-6))
+    forward, reverse = (divergence_per_token(LogProbs.of(log_p, log_q), d, 0.5) for d in ("forward", "reverse"))
+    small, large = (divergence_per_token(LogProbs.of(log_p, log_q), "jsd", beta) for beta in (1e-6, 1 - 1e-6))
     torch.testing.assert_close(small / 1e-6, forward, rtol=1e-4, atol=0)
     torch.testing.assert_close(large / 1e-6, reverse, rtol=1e-4, atol=0)
-    swapped = divergence_per_token(Pair.of(log_q, log_p), "jsd", 0.5)
-    torch.testing.assert_close(divergence_per_token(Pair.of(log_p, log_q), "jsd", 0.5), swapped)
+    swapped = divergence_per_token(LogProbs.of(log_q, log_p), "jsd", 0.5)
+    torch.testing.assert_close(divergence_per_token(LogProbs.of(log_p, log_q), "jsd", 0.5), swapped)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -83,8 +83,8 @@ def test_probabilities_that_underflow_do_no_harm(divergence):
     log_p = torch.tensor([[0.0, -200.0, -200.0]]).log_softmax(-1)
     log_q = torch.tensor([[0.0, -200.0, -5.0]]).log_softmax(-1)
     for a, b in ((log_p, log_q), (log_q, log_p)):
-        assert divergence_per_token(Pair.of(a, b), divergence, 0.5).isfinite().all()
-        assert divergence_slope(Pair.of(a, b), divergence, 0.5).isfinite().all()
+        assert divergence_per_token(LogProbs.of(a, b), divergence, 0.5).isfinite().all()
+        assert divergence_grad(LogProbs.of(a, b), divergence, 0.5).isfinite().all()
 
 
 def test_distillation_loss_chunks_change_nothing(monkeypatch):

@@ -142,7 +142,7 @@ def test_a_directory_of_something_else_is_refused(recipe_path, tmp_path):
 
 def test_a_context_past_the_teachers_is_refused(recipe_path, tmp_path):
     with pytest.raises(UserError, match="reads at most 64 tokens"):
-        distill(load_recipe(recipe_path, ["corpus.context=128"]), tmp_path / "out")
+        distill(load_recipe(recipe_path, ["data.seq_len=128"]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("stages", ["matrix", "hidden", "end_to_end"])

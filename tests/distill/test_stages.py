@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import subquad
 from subquad import mixers
 from subquad.config import EndToEnd, Hidden, Matrix
-from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, keeps_apart
+from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, respects_document_boundaries
 
 STAGES = ("matrix", "hidden", "end_to_end")
 
@@ -45,7 +45,7 @@ def checksum(model):
 def test_a_stage_lowers_its_loss_and_trains_what_it_says(mixer, stage, teacher):
     torch.manual_seed(1)
     ids = torch.randint(0, 64, (2, 24))
-    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", calibration=ids).requires_grad_(True)
+    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=ids).requires_grad_(True)
     objective = make(stage, teacher, ids)
     before, teacher_before = checksum(student), checksum(teacher)
     trained = objective.trained(student)
@@ -78,13 +78,13 @@ def test_every_parameter_of_a_mixer_is_reached_by_stage_2(mixer, teacher):
     """After one step, so that gates which start at zero have moved, a gradient reaches every parameter."""
     torch.manual_seed(2)
     ids = torch.randint(0, 64, (2, 24))
-    student = subquad.linearize(teacher, mixer, calibration=ids).requires_grad_(True)
+    student = subquad.linearize(teacher, mixer, scale_ids=ids).requires_grad_(True)
     objective = HiddenAlignment(teacher, Hidden(tokens=1, lr=1.0), ids)
     with torch.no_grad():
         for parameter in objective.trained(student):
             parameter.add_(0.05 * torch.randn_like(parameter))
     student(objective=objective, **objective.targets({"input_ids": ids})).loss.backward()
-    silent = [n for b in student.blocks for n, p in b.named_parameters() if p.grad is None or not p.grad.any()]
+    silent = [n for b in student.mixer_layers for n, p in b.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent
 
 
@@ -101,10 +101,10 @@ def test_the_control_with_copied_weights_has_nothing_to_learn(teacher):
 @pytest.mark.parametrize("mixer", mixers.names())
 def test_stage_1_in_blocks_of_rows_is_the_same(mixer, teacher):
     ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(3))
-    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", calibration=ids).requires_grad_(True)
+    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=ids).requires_grad_(True)
     found = []
     for rows in (1024, 7):
-        objective = MatrixMixing(teacher, Matrix(tokens=1, lr=1.0, rows=rows))
+        objective = MatrixMixing(teacher, Matrix(tokens=1, lr=1.0, row_chunk_size=rows))
         student.zero_grad()
         loss = student(objective=objective, **objective.targets({"input_ids": ids})).loss
         loss.backward()
@@ -121,7 +121,7 @@ def test_packed_documents_are_learned_as_each_alone(mixer, stage, teacher):
     """Two documents in a row, kept apart by their positions: the loss is the mean over the tokens of each alone."""
     a, b = torch.randint(3, 64, (1, 9)), torch.randint(3, 64, (1, 15))
     calibration = torch.randint(3, 64, (2, 12))
-    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", calibration=calibration)
+    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=calibration)
     objective = make(stage, teacher, calibration)
 
     def measured(ids, lengths):
@@ -137,11 +137,11 @@ def test_packed_documents_are_learned_as_each_alone(mixer, stage, teacher):
 
 
 def test_a_teacher_that_keeps_documents_apart_is_told_from_one_that_does_not(teacher):
-    assert keeps_apart(teacher)
+    assert respects_document_boundaries(teacher)
     forgetful = LlamaForCausalLM(teacher.config).eval()
     whole = forgetful.base_model.forward
     forgetful.base_model.forward = lambda position_ids=None, **kwargs: whole(**kwargs)
-    assert not keeps_apart(forgetful)
+    assert not respects_document_boundaries(forgetful)
 
 
 def test_stage_1_of_a_batch_is_the_mean_of_its_rows(teacher):

@@ -156,8 +156,10 @@ def test_an_average_is_what_it_says_and_survives_an_interruption(recipe_path, tm
 def test_held_out_loss_is_measured_and_the_best_weights_kept(recipe_path, tmp_path):
     """At a rate that ruins the student, the best weights are the first that were measured."""
     wild = ["lr=0.3", "schedule=constant", "warmup=0.0", "max_grad_norm=1e6"]
-    sets = ["evaluation.every=1", "checkpoint.every=1", "checkpoint.keep=9"]
-    best = train(recipe_path, tmp_path / "best", *only("hidden", *wild), *sets, "evaluation.keep_best=true")
+    sets = ["evaluation.eval_steps=1", "checkpoint.save_steps=1", "checkpoint.save_total_limit=9"]
+    best = train(
+        recipe_path, tmp_path / "best", *only("hidden", *wild), *sets, "evaluation.load_best_model_at_end=true"
+    )
     last = train(recipe_path, tmp_path / "last", *only("hidden", *wild), *sets)
     losses = {m["step"]: m["held_out_loss"] for m in metrics(tmp_path / "last") if "held_out_loss" in m}
     assert len(losses) == 4
@@ -170,7 +172,7 @@ def test_held_out_loss_is_measured_and_the_best_weights_kept(recipe_path, tmp_pa
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(stage, recipe_path, tmp_path):
     wild = ["lr=1e30", "schedule=constant", "warmup=0.0", "max_grad_norm=1e30"]
     with pytest.raises(UserError, match=rf"stage {stage}, step [234]: the (loss|gradient) is not finite") as caught:
-        train(recipe_path, tmp_path / "out", *only(stage, *wild), "checkpoint.every=1")
+        train(recipe_path, tmp_path / "out", *only(stage, *wild), "checkpoint.save_steps=1")
     assert "layer" in str(caught.value)
     assert (tmp_path / "out" / "checkpoints" / stage / "checkpoint-1" / "model.safetensors").exists()
 
@@ -205,7 +207,7 @@ def test_warm_up_stable_decay(recipe_path, tmp_path):
 
 
 def test_a_plan_of_layers_is_taught(recipe_path, tmp_path):
-    row = distill(load_recipe(recipe_path, ["student.layers={default: gla, '1': attention}"]), tmp_path / "out")
+    row = distill(load_recipe(recipe_path, ["student.layer_types={default: gla, '1': attention}"]), tmp_path / "out")
     assert row["mixer"] == "hybrid"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert [layer["mixer"] for layer in config["layers"]] == ["gla", "attention"]
+    assert [layer["mixer"] for layer in config["layer_specs"]] == ["gla", "attention"]

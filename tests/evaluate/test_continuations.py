@@ -5,13 +5,13 @@ import torch
 
 import subquad
 from subquad.evaluate.generation import (
-    agreement_rows,
+    agreement_results,
     common_prefix,
     continuations,
     first_word,
     last_word_scores,
     repeated_share,
-    repetition_rows,
+    repetition_results,
 )
 from subquad.evaluate.results import one
 
@@ -33,7 +33,7 @@ def test_common_prefix_and_agreement():
     a = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [9, 2, 3, 4]])
     b = torch.tensor([[1, 2, 3, 4], [1, 2, 0, 4], [1, 2, 3, 4]])
     assert common_prefix(a, b).tolist() == [4, 2, 0]
-    rows = agreement_rows("text", a, b, lengths=(2, 4, 256))
+    rows = agreement_results("text", a, b, lengths=(2, 4, 256))
     assert one(rows, metric="common_prefix").value == 2
     assert one(rows, metric="same_continuation", length=2).value == pytest.approx(2 / 3)
     assert one(rows, metric="same_continuation", length=4).value == pytest.approx(1 / 3)
@@ -46,7 +46,7 @@ def test_what_goes_round_in_circles_is_degenerate():
     assert repeated_share(circle).item() == pytest.approx(1 - 3 / 27)
     assert repeated_share(straight).item() == 0
     assert repeated_share(straight[:, :3]).item() == 0
-    rows = repetition_rows("text", torch.cat([circle, straight]))
+    rows = repetition_results("text", torch.cat([circle, straight]))
     assert one(rows, metric="degenerate").value == 0.5
 
 

@@ -11,16 +11,16 @@ from handmade import PREVIOUS, UNIFORM, made_heads, previous_and_uniform
 
 import subquad
 from subquad.analysis.diagnostics import (
-    comparison_rows,
-    diagnostics_rows,
-    half_life_rows,
+    comparison_results,
+    diagnostics_results,
+    half_life_results,
     matrices_beside,
-    profile_rows,
+    matrix_results,
 )
 from subquad.analysis.half_life import half_lives
-from subquad.analysis.hidden_states import state_rows
-from subquad.analysis.layer_access import Stack, stacks
-from subquad.analysis.layer_errors import divergence, error_rows, origin_rows, swap_rows
+from subquad.analysis.hidden_states import hidden_state_results
+from subquad.analysis.layer_access import LayerAccess, stacks
+from subquad.analysis.layer_errors import divergence, layer_error_results, output_error_results, swap_results
 from subquad.evaluate.perplexity import compare
 from subquad.evaluate.results import one, select
 from subquad.utils import UserError
@@ -47,7 +47,7 @@ def of_head(found, metric: str, head: int) -> list[float]:
 
 
 def test_heads_of_a_made_model(made, rows):
-    found = profile_rows(made, rows)
+    found = matrix_results(made, rows)
     assert of_head(found, "mass_1", PREVIOUS) == pytest.approx([1, 1], abs=1e-6)
     assert of_head(found, "memory_length", PREVIOUS) == pytest.approx([1.5, 1.5], abs=1e-5)
     assert of_head(found, "entropy", PREVIOUS) == pytest.approx([0, 0], abs=1e-4)
@@ -61,7 +61,7 @@ def test_heads_of_a_made_model(made, rows):
 
 
 def test_what_is_drawn_are_the_matrices(made, rows):
-    student = subquad.linearize(made, "retnet", calibration=TEXT)
+    student = subquad.linearize(made, "retnet", scale_ids=TEXT)
     M, A = matrices_beside(student, made, rows[0], 1)
     torch.testing.assert_close(A, made_heads(T), atol=1e-5, rtol=1e-5)
     assert M.shape == A.shape
@@ -81,8 +81,8 @@ PLANS = {
 def test_a_model_compared_with_itself(make_teacher, rows, family, side):
     model = make_teacher(family)
     if side == "student":
-        model = subquad.linearize(model, layers=PLANS[family], calibration=TEXT)
-    found = diagnostics_rows(model, rows, model, top=4)
+        model = subquad.linearize(model, layer_types=PLANS[family], scale_ids=TEXT)
+    found = diagnostics_results(model, rows, model, top=4)
     assert {row.value for row in select(found, metric="overlap")} == {1}
     assert {row.value for row in select(found, metric="frobenius")} == {0}
     assert {row.value for row in select(found, metric="cka")} == {1}
@@ -96,9 +96,9 @@ def test_a_model_compared_with_itself(make_teacher, rows, family, side):
 @pytest.mark.parametrize("family", PLANS)
 def test_a_student_differs_from_its_teacher(make_teacher, rows, family):
     teacher = make_teacher(family)
-    student = subquad.linearize(teacher, layers=PLANS[family], calibration=TEXT)
-    found = diagnostics_rows(student, rows, teacher, top=4)
-    back = diagnostics_rows(teacher, rows, student, top=4)  # either may stand on either side
+    student = subquad.linearize(teacher, layer_types=PLANS[family], scale_ids=TEXT)
+    found = diagnostics_results(student, rows, teacher, top=4)
+    back = diagnostics_results(teacher, rows, student, top=4)  # either may stand on either side
     for metric, worse in (("overlap", 0.99), ("cka", 0.9999), ("row_cosine", 0.99)):
         assert one(found, metric=metric, layer=None, head=None).value < worse
         assert one(back, metric=metric, layer=None, head=None).value < worse
@@ -110,19 +110,19 @@ def test_a_student_differs_from_its_teacher(make_teacher, rows, family):
 @pytest.mark.parametrize("mixer", ["gla", "deltanet", "gated_deltanet", "mamba2", "xlstm", "metala"])
 def test_blocks_of_rows_are_rows_of_the_whole(make_teacher, mixer):
     teacher = make_teacher("qwen2")
-    student = subquad.linearize(teacher, mixer, calibration=TEXT)
+    student = subquad.linearize(teacher, mixer, scale_ids=TEXT)
     ids = torch.randint(3, 61, (1, 75), generator=torch.Generator().manual_seed(1))
-    whole = comparison_rows(student, teacher, ids) + profile_rows(student, ids)
+    whole = comparison_results(student, teacher, ids) + matrix_results(student, ids)
     for block in (1, 7, 64):
-        parts = comparison_rows(student, teacher, ids, block=block) + profile_rows(student, ids, block)
+        parts = comparison_results(student, teacher, ids, block=block) + matrix_results(student, ids, block)
         assert [(r.metric, r.layer, r.head) for r in parts] == [(r.metric, r.layer, r.head) for r in whole]
         assert [r.value for r in parts] == pytest.approx([r.value for r in whole], rel=2e-4, abs=2e-4)
 
 
 def test_kept_attention_overlaps_and_a_mixer_does_not(make_teacher, rows):
     teacher = make_teacher()
-    student = subquad.linearize(teacher, layers={"default": "gla", "0": "attention"}, calibration=TEXT)
-    found = comparison_rows(student, teacher, rows, top=4)
+    student = subquad.linearize(teacher, layer_types={"default": "gla", "0": "attention"}, scale_ids=TEXT)
+    found = comparison_results(student, teacher, rows, top=4)
     assert one(found, metric="overlap", layer=0, head=None).value == 1
     assert one(found, metric="overlap", layer=1, head=None).value < 0.95
 
@@ -133,8 +133,8 @@ def test_an_untrained_student_overlaps_less_than_one_that_was_copied():
     ids = torch.tensor([tokenizer(text).input_ids[:96]])
     values = {}
     for copy_qkv in (False, True):
-        student = subquad.linearize(nano, "gated_deltanet", copy_qkv=copy_qkv, calibration=ids)
-        found = comparison_rows(student, nano, ids) + state_rows(student, nano, ids)
+        student = subquad.linearize(nano, "gated_deltanet", copy_qkv=copy_qkv, scale_ids=ids)
+        found = comparison_results(student, nano, ids) + hidden_state_results(student, nano, ids)
         values[copy_qkv] = [one(found, metric=m, layer=None, head=None).value for m in ("overlap", "cka")]
     assert values[False][0] < values[True][0] < 0.9
     assert values[False][1] < values[True][1] < 0.999
@@ -145,7 +145,7 @@ def test_an_untrained_student_overlaps_less_than_one_that_was_copied():
 
 @pytest.mark.parametrize("mixer", ["mamba2", "gla", "gated_deltanet", "kda", "xlstm"])
 def test_half_life_is_what_it_was_set_to(teacher, rows, mixer):
-    student = subquad.linearize(teacher, mixer, half_life=12.0, calibration=TEXT)
+    student = subquad.linearize(teacher, mixer, half_life=12.0, scale_ids=TEXT)
     if mixer != "xlstm":  # a bias in the gate's projection or its input moves no fresh student: its weights are zero
         torch.testing.assert_close(
             half_lives(student, rows)[1].float(),
@@ -153,27 +153,27 @@ def test_half_life_is_what_it_was_set_to(teacher, rows, mixer):
             rtol=1e-4,
             atol=0,
         )
-    found = half_life_rows(student, rows)
+    found = half_life_results(student, rows)
     assert one(found, layer=0, head=2).value == pytest.approx(12, rel=1e-4)
     assert one(found, layer=None).value == pytest.approx(12, rel=1e-4)
 
 
 def test_half_lives_of_retnet_and_of_spread_channels(teacher, rows):
-    retnet = half_lives(subquad.linearize(teacher, "retnet", calibration=TEXT), rows)[0]
+    retnet = half_lives(subquad.linearize(teacher, "retnet", scale_ids=TEXT), rows)[0]
     expected = [math.log(2) / -math.log1p(-(2.0 ** (-5 - h))) for h in range(4)]
     assert retnet.tolist() == pytest.approx(expected, rel=1e-5)
-    metala = half_lives(subquad.linearize(teacher, "metala", calibration=TEXT), rows)[0]
+    metala = half_lives(subquad.linearize(teacher, "metala", scale_ids=TEXT), rows)[0]
     assert metala.shape == (4, 8)
     assert metala[1, [0, -1]].tolist() == pytest.approx([1, 256], rel=1e-3)
 
 
 def test_half_life_is_of_the_mean_log_decay(teacher, rows):
-    student = subquad.linearize(teacher, "gla", calibration=TEXT)
+    student = subquad.linearize(teacher, "gla", scale_ids=TEXT)
     with torch.no_grad():
-        student.blocks[0].mixer.decay_up.weight.normal_(std=2.0, generator=torch.Generator().manual_seed(0))
+        student.mixer_layers[0].mixer.decay_up.weight.normal_(std=2.0, generator=torch.Generator().manual_seed(0))
     decays = []
     with torch.no_grad():
-        hook = student.blocks[0].mixer.register_forward_pre_hook(
+        hook = student.mixer_layers[0].mixer.register_forward_pre_hook(
             lambda mixer, args: decays.append(mixer.log_decay(args[0]))
         )
         for ids in rows:
@@ -185,18 +185,18 @@ def test_half_life_is_of_the_mean_log_decay(teacher, rows):
 
 
 def test_mixers_without_decay_have_no_half_life(teacher, rows):
-    assert half_life_rows(subquad.linearize(teacher, "deltanet", calibration=TEXT), rows) == []
-    assert half_life_rows(teacher, rows) == []
-    hybrid = subquad.linearize(teacher, layers={"default": "gla", "1": "attention"}, calibration=TEXT)
-    assert [r.layer for r in half_life_rows(hybrid, rows)] == [None, *[0] * 5]
+    assert half_life_results(subquad.linearize(teacher, "deltanet", scale_ids=TEXT), rows) == []
+    assert half_life_results(teacher, rows) == []
+    hybrid = subquad.linearize(teacher, layer_types={"default": "gla", "1": "attention"}, scale_ids=TEXT)
+    assert [r.layer for r in half_life_results(hybrid, rows)] == [None, *[0] * 5]
 
 
 # ---------------------------------------------------------------------- where errors arise
 
 
 def test_the_error_arises_where_it_was_put(teacher, rows):
-    student = subquad.linearize(teacher, layers={"default": "attention", "1": "gla"}, calibration=TEXT)
-    found = origin_rows(student, teacher, rows)
+    student = subquad.linearize(teacher, layer_types={"default": "attention", "1": "gla"}, scale_ids=TEXT)
+    found = layer_error_results(student, teacher, rows)
     for metric in ("mixer_error", "layer_error", "swap_kl"):
         assert abs(one(found, metric=metric, layer=0).value) < 1e-6
         assert one(found, metric=metric, layer=1).value > 1e-2
@@ -210,10 +210,10 @@ def test_the_error_arises_where_it_was_put(teacher, rows):
 
 
 def test_a_mixer_that_says_nothing_has_an_error_of_one(teacher, rows):
-    student = subquad.linearize(teacher, "gla", calibration=TEXT)
+    student = subquad.linearize(teacher, "gla", scale_ids=TEXT)
     with torch.no_grad():
-        student.blocks[0].mixer.o_proj.weight.zero_()
-    found = error_rows(student, teacher, rows)
+        student.mixer_layers[0].mixer.o_proj.weight.zero_()
+    found = output_error_results(student, teacher, rows)
     assert one(found, metric="mixer_error", layer=0).value == 1
     assert one(found, metric="mixer_error", layer=1).value != pytest.approx(1, abs=1e-3)
 
@@ -235,22 +235,22 @@ def everything(model) -> tuple:
 
 def test_models_are_as_they_were(make_teacher, rows):
     teacher = make_teacher("mistral").train()
-    student = subquad.linearize(teacher, layers={"default": "gla", "1": "attention"}, calibration=TEXT)
+    student = subquad.linearize(teacher, layer_types={"default": "gla", "1": "attention"}, scale_ids=TEXT)
     before = everything(teacher), everything(student)
-    diagnostics_rows(student, rows, teacher, top=4)
-    diagnostics_rows(teacher, rows, student, top=4)
+    diagnostics_results(student, rows, teacher, top=4)
+    diagnostics_results(teacher, rows, student, top=4)
     assert (everything(teacher), everything(student)) == before
     assert teacher.training
     assert student.training
 
 
 def test_models_are_as_they_were_after_a_failure(teacher, rows):
-    student = subquad.linearize(teacher, "gla", calibration=TEXT)
+    student = subquad.linearize(teacher, "gla", scale_ids=TEXT)
     before = everything(teacher), everything(student)
     ours, theirs = stacks(student, teacher)
 
     def fail() -> None:
-        with ours.ours(), theirs.ours(), theirs.with_layer(1, ours):
+        with ours.installed(), theirs.installed(), theirs.with_layer(1, ours):
             assert theirs.layers[1] is ours.layers[1]
             assert theirs.mixing[0] is theirs.blocks[0]
             raise RuntimeError("on purpose")
@@ -265,22 +265,22 @@ def test_a_plain_model_gives_the_same_in_our_form(make_teacher, rows):
         model = make_teacher(family)
         with torch.no_grad():
             whole = model(rows, use_cache=False).logits
-            with Stack(model).ours():
+            with LayerAccess(model).installed():
                 again = model(rows, use_cache=False).logits
         torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_models_that_do_not_correspond_are_refused(make_teacher, rows):
     teacher = make_teacher()
-    student = subquad.linearize(teacher, "gla", calibration=TEXT)
+    student = subquad.linearize(teacher, "gla", scale_ids=TEXT)
     with pytest.raises(UserError, match="the student has 2 layers, the teacher 3"):
-        swap_rows(student, make_teacher(num_hidden_layers=3), rows)
+        swap_results(student, make_teacher(num_hidden_layers=3), rows)
     with pytest.raises(UserError, match="layer 0 has 4 heads over 32 channels, the teacher's 2 over 32"):
-        state_rows(student, make_teacher(num_attention_heads=2), rows)
+        hidden_state_results(student, make_teacher(num_attention_heads=2), rows)
     with pytest.raises(UserError, match="top: got 24 for texts of 24 tokens, expected 1 to 23"):
-        comparison_rows(student, teacher, rows, top=24)
+        comparison_results(student, teacher, rows, top=24)
     with pytest.raises(UserError, match="texts of 1 token, expected at least 2"):
-        state_rows(student, teacher, rows[:, :1])
+        hidden_state_results(student, teacher, rows[:, :1])
 
 
 # ---------------------------------------------------------------------- memory
@@ -294,7 +294,7 @@ from subquad.ops.bench import peak_rss
 torch.set_num_threads(1)
 nano, _ = subquad.load_teacher("nano")
 nano.model.layers, nano.config.num_hidden_layers = nano.model.layers[:1], 1
-student = subquad.linearize(nano, sys.argv[1], calibration=torch.arange(12)[None])
+student = subquad.linearize(nano, sys.argv[1], scale_ids=torch.arange(12)[None])
 ids = torch.randint(3, 4000, (1, 4096))
 found = comparison_rows(student, nano, ids) + profile_rows(student, ids)
 assert all(0 <= row.value < 4096 for row in found)

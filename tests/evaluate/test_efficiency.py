@@ -7,7 +7,7 @@ import torch
 
 import subquad
 from subquad.evaluate.baselines import int8_teacher, windowed_teacher
-from subquad.evaluate.efficiency import cache_bytes, efficiency_rows, prefill, timed, with_peak
+from subquad.evaluate.efficiency import cache_bytes, efficiency_results, prefill, timed, with_peak
 from subquad.evaluate.results import one, select
 from subquad.modeling.cache import CACHE_ARGUMENT
 
@@ -15,7 +15,7 @@ from subquad.modeling.cache import CACHE_ARGUMENT
 def test_rows_of_a_teacher_and_its_student(make_teacher):
     teacher = make_teacher()
     models = {"teacher": teacher, "gla": subquad.linearize(teacher, "gla").eval()}
-    rows = efficiency_rows(models, [16, 64], batches=(1, 2), repeats=2)
+    rows = efficiency_results(models, [16, 64], batches=(1, 2), repeats=2)
     held = {
         name: [one(found, metric="cache_bytes", length=n, batch=1).value for n in (16, 64)]
         for name, found in rows.items()
@@ -34,7 +34,7 @@ def test_rows_of_a_teacher_and_its_student(make_teacher):
 
 def test_a_length_that_would_take_too_long_is_left_out(make_teacher, caplog):
     caplog.set_level("INFO", logger="subquad")
-    rows = efficiency_rows({"teacher": make_teacher()}, [8, 64], repeats=1, seconds=0.0)
+    rows = efficiency_results({"teacher": make_teacher()}, [8, 64], repeats=1, seconds=0.0)
     assert {row.length for row in rows["teacher"]} == {8}
     assert "leaving out 64 tokens" in caplog.text
 

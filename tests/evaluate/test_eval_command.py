@@ -11,8 +11,8 @@ from subquad import cli
 from subquad.analysis.saved_matrices import unpack
 from subquad.evaluate import command
 from subquad.evaluate import jobs as plan
-from subquad.evaluate.results import Row, one, select
-from subquad.evaluate.runner import evaluate, load_subject
+from subquad.evaluate.results import Result, one, select
+from subquad.evaluate.runner import evaluate, load_eval_model
 from subquad.evaluate.suites import PARTS, QUICK, Settings, settings_of
 from subquad.evaluate.table import tables
 from subquad.utils import UserError
@@ -44,7 +44,7 @@ def test_a_quick_evaluation_on_disk(shop, tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"versions", "device", "recipe", "rows"} <= set(results)
     assert results["parts"]["planned"] == results["parts"]["finished"]
-    rows = [Row.from_dict(row) for row in results["rows"]]
+    rows = [Result.from_dict(row) for row in results["rows"]]
     assert {row.model for row in rows} == {"student", "teacher"}
     of_teacher = select(rows, model="teacher")
     assert one(of_teacher, metric="kl").value == 0
@@ -78,7 +78,7 @@ def test_recall_diagnostics_and_pictures(shop, tmp_path, capsys):
     assert cli.main(args) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["parts"]["failed"] == {}
-    rows = [Row.from_dict(row) for row in results["rows"]]
+    rows = [Result.from_dict(row) for row in results["rows"]]
     of_teacher = select(rows, model="teacher", layer=None, head=None)
     assert one(of_teacher, metric="overlap").value == 1
     of_student = select(rows, model="student", layer=None, head=None)
@@ -100,7 +100,7 @@ def test_recall_diagnostics_and_pictures(shop, tmp_path, capsys):
 def test_json_is_all_that_stands_on_stdout(shop, capsys):
     assert cli.main(arguments(shop, "--suite", "language", "--json")) == 0
     found = json.loads(capsys.readouterr().out)
-    assert one([Row.from_dict(row) for row in found["rows"]], model="student", metric="perplexity").value > 1
+    assert one([Result.from_dict(row) for row in found["rows"]], model="student", metric="perplexity").value > 1
 
 
 def test_finished_parts_are_not_computed_again(shop, tmp_path, monkeypatch, capsys):
@@ -134,11 +134,11 @@ def test_a_model_that_changed_is_measured_anew(shop, tmp_path):
     from dataclasses import replace
 
     settings = replace(
-        settings, corpus=command.corpus_of(str(shop / "text.txt"), None).model_copy(update={"context": 32})
+        settings, corpus=command.corpus_of(str(shop / "text.txt"), None).model_copy(update={"seq_len": 32})
     )
 
     def perplexity(identity, model):
-        subject = plan.Subject("it", model, tokenizer, (identity,))
+        subject = plan.EvalModel("it", model, tokenizer, (identity,))
         rows, _ = evaluate([subject], None, settings, tmp_path / "out")
         return one(rows, metric="perplexity").value
 
@@ -153,11 +153,11 @@ def test_identity_follows_the_files(shop, tmp_path):
 
     place = tmp_path / "student"
     shutil.copytree(shop / "student", place)
-    before = load_subject(str(place)).identity
-    assert load_subject(str(place)).identity == before
+    before = load_eval_model(str(place)).identity
+    assert load_eval_model(str(place)).identity == before
     student = subquad.linearize(subquad.load_teacher(shop / "teacher")[0], "retnet")
     student.save_pretrained(place)
-    assert load_subject(str(place)).identity != before
+    assert load_eval_model(str(place)).identity != before
 
 
 MISTAKES = {
@@ -239,11 +239,11 @@ def test_suites():
 
 def test_the_table_has_a_line_a_model_and_a_column_a_metric():
     rows = [
-        Row("text", "perplexity", 20.5, stderr=0.25, model="gla"),
-        Row("text", "perplexity", 10.0, model="nano"),
-        Row("text", "kl", 0.5, model="gla"),
-        Row("cost", "cache_bytes", 2.0**20, length=1024, batch=8, model="gla"),
-        Row("cost", "seconds_per_token", 0.002, length=1024, model="gla"),
+        Result("text", "perplexity", 20.5, stderr=0.25, model="gla"),
+        Result("text", "perplexity", 10.0, model="nano"),
+        Result("text", "kl", 0.5, model="gla"),
+        Result("cost", "cache_bytes", 2.0**20, length=1024, batch=8, model="gla"),
+        Result("cost", "seconds_per_token", 0.002, length=1024, model="gla"),
     ]
     text = tables(rows)
     assert "20.50 ±0.25" in text

@@ -5,16 +5,18 @@ import torch
 from handmade import previous_matrix, uniform_matrix
 
 from subquad.analysis.plots import FAINTEST, decay_figure, layers_figure, matrices_figure, recall_figure, save
-from subquad.evaluate.results import Row
+from subquad.evaluate.results import Result
 from subquad.utils import UserError
 
 RECALL = [
-    Row(task=task, metric="acc", value=length / 1000 + depth / 2, length=length, depth=depth)
+    Result(task=task, metric="acc", value=length / 1000 + depth / 2, length=length, depth=depth)
     for task in ("needle_number", "induction")
     for length in (128, 256)
     for depth in (0.0, 0.5, 1.0)
 ]
-COPY = [Row(task="copy", metric=metric, value=value, length=128) for metric, value in (("acc", 0.75), ("chance", 0.25))]
+COPY = [
+    Result(task="copy", metric=metric, value=value, length=128) for metric, value in (("acc", 0.75), ("chance", 0.25))
+]
 
 
 def matrices():
@@ -66,8 +68,8 @@ def test_recall_shows_a_cell_for_each_length_and_depth():
 
 
 def test_a_metric_by_layer_is_a_line_a_model():
-    rows = [Row(task="states", metric="cka", value=1 - i / 10, layer=i) for i in (2, 0, 1)]
-    rows += [Row(task="states", metric="cka", value=0.5), Row(task="states", metric="cosine", value=0.1, layer=0)]
+    rows = [Result(task="states", metric="cka", value=1 - i / 10, layer=i) for i in (2, 0, 1)]
+    rows += [Result(task="states", metric="cka", value=0.5), Result(task="states", metric="cosine", value=0.1, layer=0)]
     figure = layers_figure({"gla": rows, "xlstm": rows[:3]}, "cka", "students")
     (axes,) = figure.axes
     assert [line.get_label() for line in axes.lines] == ["gla", "xlstm"]
@@ -80,7 +82,7 @@ def test_a_metric_by_layer_is_a_line_a_model():
 
 
 def test_many_models_are_told_apart():
-    rows = [Row(task="states", metric="cka", value=1 - i / 10, layer=i) for i in range(2)]
+    rows = [Result(task="states", metric="cka", value=1 - i / 10, layer=i) for i in range(2)]
     (axes,) = layers_figure({str(number): rows for number in range(11)}, "cka", "students").axes
     assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 11
 

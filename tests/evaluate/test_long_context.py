@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import subquad
-from subquad.config import Corpus
-from subquad.evaluate.long_context import check_lengths, context_rows, long_documents, position_losses, readable
+from subquad.config import Data
+from subquad.evaluate.long_context import check_lengths, context_results, long_documents, position_losses, readable
 from subquad.evaluate.results import one, select
 from subquad.utils import UserError
 
@@ -32,17 +32,17 @@ def test_bins_and_the_extrapolation_point():
     losses = torch.full((2, 63), 1.0)
     losses[:, 7:15] = 0.5
     losses[:, 31:] = 0.9
-    rows = context_rows("book", losses, [8, 16, 32, 64, 128])
+    rows = context_results("book", losses, [8, 16, 32, 64, 128])
     by_position = {row.length: row.value for row in select(rows, metric="perplexity_by_position")}
     assert by_position == pytest.approx({8: math.e, 16: math.exp(0.5), 32: math.e, 64: math.exp(0.9)}, rel=1e-6)
     assert one(rows, metric="perplexity", length=16).value == pytest.approx(math.exp((7 + 4) / 15), rel=1e-6)
     assert one(rows, metric="extrapolation_point").value == 32
-    assert not select(context_rows("book", torch.ones(2, 63), [8, 64]), metric="extrapolation_point")
+    assert not select(context_results("book", torch.ones(2, 63), [8, 64]), metric="extrapolation_point")
 
 
 def test_long_documents_are_whole_or_said_not_to_be(caplog, tmp_path):
     tokenizer = subquad.load_teacher("nano")[1]
-    corpus = Corpus(source="python-stdlib")
+    corpus = Data(source="python-stdlib")
     rows = long_documents(corpus, tokenizer, 2048, 3)
     assert rows.shape == (3, 2048)
     eos = tokenizer.eos_token_id
@@ -50,7 +50,7 @@ def test_long_documents_are_whole_or_said_not_to_be(caplog, tmp_path):
     assert not caplog.records
     short = tmp_path / "short.jsonl"
     short.write_text("".join(json.dumps({"text": f"x{n} = {n}\n" * 9}) + "\n" for n in range(99)))
-    across = long_documents(Corpus(source=str(short), valid=str(short)), tokenizer, 1024, 2)
+    across = long_documents(Data(source=str(short), validation=str(short)), tokenizer, 1024, 2)
     assert across.shape == (2, 1024)
     assert (across == eos).any()
     assert "reading across documents" in caplog.text

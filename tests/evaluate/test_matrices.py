@@ -6,8 +6,8 @@ import pytest
 import torch
 from handmade import PREVIOUS, UNIFORM, made_heads, previous_matrix, uniform_matrix
 
-from subquad.analysis.hidden_states import Likeness
-from subquad.analysis.mixing_matrices import Comparison, Profile, distance_bins, sums_by_distance, top_weights
+from subquad.analysis.hidden_states import LinearCKA
+from subquad.analysis.mixing_matrices import MatrixComparison, MatrixStats, distance_bins, sums_by_distance, top_weights
 
 CPU = torch.device("cpu")
 T = 24
@@ -17,15 +17,15 @@ def random_matrix(heads: int = 3, length: int = T, seed: int = 0) -> torch.Tenso
     return torch.randn(heads, length, length, generator=torch.Generator().manual_seed(seed)).tril()
 
 
-def profile(M: torch.Tensor, block: int = 1000) -> Profile:
-    found = Profile(len(M), M.shape[-1], CPU)
+def profile(M: torch.Tensor, block: int = 1000) -> MatrixStats:
+    found = MatrixStats(len(M), M.shape[-1], CPU)
     for first in range(0, M.shape[-1], block):
         found.add(M[:, first : first + block], first)
     return found
 
 
-def comparison(M: torch.Tensor, A: torch.Tensor, top: int = 4, block: int = 1000) -> Comparison:
-    found = Comparison(len(M), top, CPU)
+def comparison(M: torch.Tensor, A: torch.Tensor, top: int = 4, block: int = 1000) -> MatrixComparison:
+    found = MatrixComparison(len(M), top, CPU)
     for first in range(0, M.shape[-1], block):
         found.add(M[:, first : first + block], A[:, first : first + block], first)
     return found
@@ -97,13 +97,13 @@ def test_diversity_of_known_heads():
 def test_a_matrix_compared_with_itself():
     A = random_matrix().softmax(-1).tril()
     found = comparison(A, A)
-    assert found.overlap().tolist() == [1, 1, 1]
+    assert found.topk_mass_overlap().tolist() == [1, 1, 1]
     assert found.frobenius().tolist() == [0, 0, 0]
     torch.testing.assert_close(found.row_cosine(), torch.ones(3, dtype=torch.float64))
 
 
 def test_ties_do_not_keep_a_matrix_from_overlapping_with_itself():
-    assert comparison(made_heads(T), made_heads(T)).overlap().tolist() == [1, 1]
+    assert comparison(made_heads(T), made_heads(T)).topk_mass_overlap().tolist() == [1, 1]
 
 
 def test_overlap_is_the_share_of_the_mass_on_the_tokens_that_both_choose():
@@ -115,19 +115,19 @@ def test_overlap_is_the_share_of_the_mass_on_the_tokens_that_both_choose():
             theirs = set(a[:seen].topk(4).indices.tolist())
             both = theirs & set(m[:seen].abs().topk(4).indices.tolist())
             shares.append((a[list(both)].sum() / a[list(theirs)].sum()).item())
-    assert comparison(M, A).overlap()[0].item() == pytest.approx(sum(shares) / len(shares), rel=1e-6)
+    assert comparison(M, A).topk_mass_overlap()[0].item() == pytest.approx(sum(shares) / len(shares), rel=1e-6)
     assert len(shares) == T - 4
 
 
 def test_one_that_attends_to_all_alike_overlaps_by_chance():
     A, M = previous_matrix(T)[None], uniform_matrix(T)[None]
     found = comparison(M, A)
-    assert found.overlap().item() == pytest.approx(found.chance())
+    assert found.topk_mass_overlap().item() == pytest.approx(found.chance())
     assert found.chance() == pytest.approx(sum(4 / (i + 1) for i in range(4, T)) / (T - 4))
     # its mass lies on one token, which is among the four of one that sees the last four
     band = torch.ones(T, T).tril().triu(-3)[None]
-    assert comparison(band, A).overlap().item() == 1
-    assert comparison(torch.eye(T)[None], A).overlap().item() == pytest.approx(
+    assert comparison(band, A).topk_mass_overlap().item() == 1
+    assert comparison(torch.eye(T)[None], A).topk_mass_overlap().item() == pytest.approx(
         sum(3 / i for i in range(4, T)) / (T - 4)  # the first place is taken, three are left for the other i
     )
 
@@ -178,7 +178,7 @@ def test_blocks_of_rows_do_not_change_anything(block):
 def test_cka_is_the_definition_by_kernels():
     generator = torch.Generator().manual_seed(0)
     X, Y = (torch.randn(30, 5, generator=generator) @ torch.randn(5, 5, generator=generator) + 4 for _ in range(2))
-    found = Likeness(5, CPU)
+    found = LinearCKA(5, CPU)
     for x, y in zip(X.split(7), Y.split(7), strict=True):
         found.add(x, y)
     X, Y = (Z.double() - Z.double().mean(0) for Z in (X, Y))
@@ -191,10 +191,10 @@ def test_cka_does_not_see_rotations_and_the_cosine_does():
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(200, 6, generator=generator).double()
     turn = torch.linalg.qr(torch.randn(6, 6, generator=generator).double()).Q
-    found = Likeness(6, CPU)
+    found = LinearCKA(6, CPU)
     found.add(X, 3 * X @ turn + 1)
     assert found.cka() == pytest.approx(1, abs=1e-9)
     assert abs(found.cosine()) < 0.8
-    other = Likeness(6, CPU)
+    other = LinearCKA(6, CPU)
     other.add(X, torch.randn(200, 6, generator=generator))
     assert other.cka() < 0.3

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from subquad.analysis.mqar import ALIKE, Setting, accuracy, build, mqar_rows, sequences, train
+from subquad.analysis.mqar import ALIKE, Setting, accuracy, build, mqar_results, sequences, train
 from subquad.utils import UserError
 
 TINY = Setting(pairs=3, vocabulary=12, width=16, heads=2, layers=1, steps=2, batch=4)
@@ -33,21 +33,21 @@ def test_a_model_that_was_taught_nothing_guesses():
 
 def test_models_hold_nothing_of_a_teacher_and_the_same_every_time():
     one, same = build("deltanet", TINY), build("deltanet", TINY)
-    mixer = one.blocks[0].mixer
+    mixer = one.mixer_layers[0].mixer
     assert (mixer.o_norm == 1).all()
     assert mixer.q_conv.shape[-1] == 4
     assert {name: getattr(mixer.options, name) for name in ALIKE} == ALIKE
-    assert mixer.layout.num_heads * mixer.layout.head_dim**2 == TINY.state
+    assert mixer.spec.num_heads * mixer.spec.head_dim**2 == TINY.state
     for a, b in zip(one.parameters(), same.parameters(), strict=True):
         assert torch.equal(a, b)
     train(one, TINY)
     train(same, TINY)
-    assert torch.equal(mixer.q_proj.weight, same.blocks[0].mixer.q_proj.weight)
-    assert not torch.equal(mixer.q_proj.weight, build("deltanet", TINY).blocks[0].mixer.q_proj.weight)
+    assert torch.equal(mixer.q_proj.weight, same.mixer_layers[0].mixer.q_proj.weight)
+    assert not torch.equal(mixer.q_proj.weight, build("deltanet", TINY).mixer_layers[0].mixer.q_proj.weight)
 
 
 def test_rows_name_mixer_and_state():
-    found = mqar_rows(["gla", "softmax"], heads=(1, 2), setting=TINY)
+    found = mqar_results(["gla", "softmax"], heads=(1, 2), setting=TINY)
     assert [(row.model, row.task) for row in found] == [
         (name, f"mqar_state_{state}") for name in ("gla", "softmax") for state in (256, 128)
     ]
@@ -62,7 +62,7 @@ def test_rows_name_mixer_and_state():
 )
 def test_the_delta_rule_recalls_more_than_addition_at_equal_state(delta, additive):
     """As published (arXiv 2406.06484, section 5.1): as many keys as a head has directions, which addition confuses."""
-    found = {row.model: row for row in mqar_rows([delta, additive], heads=[4])}
+    found = {row.model: row for row in mqar_results([delta, additive], heads=[4])}
     print({name: f"{row.value:.3f} +- {row.stderr:.3f}" for name, row in found.items()})
     assert found[delta].task == found[additive].task == "mqar_state_256"
     assert found[additive].value > 0.125  # it has learned that the answer is one of the values told
@@ -75,4 +75,4 @@ def test_mistakes_are_said():
     with pytest.raises(UserError, match="pairs: got 70 for a vocabulary of 128; expected 1 to 64"):
         Setting(pairs=70, vocabulary=128)
     with pytest.raises(UserError, match="unknown mixer 'glaa'"):
-        mqar_rows(["glaa"], setting=TINY)
+        mqar_results(["glaa"], setting=TINY)

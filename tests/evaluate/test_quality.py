@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import subquad
 from subquad.evaluate.efficiency import cache_bytes, decode_speed
-from subquad.evaluate.perplexity import compare, language_rows, recovered_share, token_sums, unigram_loss
+from subquad.evaluate.perplexity import compare, language_results, recovered_share, token_sums, unigram_loss
 from subquad.evaluate.results import one
 
 
@@ -63,8 +63,8 @@ def test_perplexity_is_the_reference(teacher):
 
 def test_rows_of_a_model_beside_itself_and_of_an_untrained_student(teacher):
     rows = [torch.randint(0, 50, (6, 20))]
-    itself = language_rows("text", token_sums(teacher, teacher, rows), unigram=10.0)
-    student = language_rows("text", token_sums(subquad.linearize(teacher, "gla"), teacher, rows), unigram=10.0)
+    itself = language_results("text", token_sums(teacher, teacher, rows), unigram=10.0)
+    student = language_results("text", token_sums(subquad.linearize(teacher, "gla"), teacher, rows), unigram=10.0)
     for metric, of_itself in (("kl", 0), ("top1_agreement", 1), ("top5_agreement", 1), ("recovered_share", 1)):
         row = one(itself, metric=metric)
         assert row.value == row.low == row.high == of_itself, metric
@@ -101,7 +101,7 @@ def test_bits_per_byte_count_the_text_that_was_predicted(nano):
     sums = token_sums(model, None, [ids], tokenizer)
     first = len(tokenizer.decode(ids[0, :1]).encode())
     assert sums[0, 2] == len(text.encode()) - first
-    bits = one(language_rows("text", sums), metric="bits_per_byte").value
+    bits = one(language_results("text", sums), metric="bits_per_byte").value
     loss = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     assert bits == pytest.approx(loss / math.log(2) / (len(text.encode()) - first), rel=1e-5)
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from workshop import EOS, sentences, tiny_teacher
 
 import subquad
-from subquad.analysis.recall import answers, ask, recall_rows
+from subquad.analysis.recall import answers, ask, recall_results
 from subquad.analysis.recall_tasks import COPIED, TASKS, Item, Question, Source, make
 from subquad.evaluate.results import one, select
 from subquad.modeling.linearize import evaluating
@@ -122,7 +122,7 @@ def test_the_same_seed_asks_the_same(tokenizer, haystack):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_model_that_copies_solves_it(task, tokenizer, haystack):
-    found = recall_rows(Copier(len(tokenizer)), tokenizer, haystack, [task], [LENGTH], DEPTHS, items=2)
+    found = recall_results(Copier(len(tokenizer)), tokenizer, haystack, [task], [LENGTH], DEPTHS, items=2)
     for metric in ("acc", "acc_generated"):
         assert {row.value for row in select(found, metric=metric)} == {1}
     assert one(found, metric="acc", depth=None).stderr == 0
@@ -135,7 +135,7 @@ def test_a_model_that_cannot_read_is_at_chance(task, tokenizer, haystack, reader
     with torch.no_grad():
         for layer in reader.model.layers:
             layer.self_attn.o_proj.weight.zero_()
-    found = recall_rows(reader, tokenizer, haystack, [task], [LENGTH], DEPTHS, items=40)
+    found = recall_results(reader, tokenizer, haystack, [task], [LENGTH], DEPTHS, items=40)
     acc = one(found, metric="acc", depth=None)
     assert one(found, metric="chance", depth=None).value == 0.25
     assert abs(acc.value - 0.25) < 4 * (0.25 * 0.75 / 120) ** 0.5
@@ -148,12 +148,14 @@ def test_one_that_finds_all_answers_alike_is_at_chance_exactly(tokenizer, haysta
         def follow(self, row):
             return torch.zeros_like(row)
 
-    found = recall_rows(Indifferent(len(tokenizer)), tokenizer, haystack, ["assoc_tokens"], [64], DEPTHS, items=2)
+    found = recall_results(Indifferent(len(tokenizer)), tokenizer, haystack, ["assoc_tokens"], [64], DEPTHS, items=2)
     assert {row.value for row in select(found, metric="acc")} == {0.25}
 
 
 def test_rows_are_by_length_and_depth(tokenizer, haystack):
-    found = recall_rows(Copier(len(tokenizer)), tokenizer, haystack, ["induction", "copy"], [48, 64], DEPTHS, items=2)
+    found = recall_results(
+        Copier(len(tokenizer)), tokenizer, haystack, ["induction", "copy"], [48, 64], DEPTHS, items=2
+    )
     for task, depths in (("induction", {None, *DEPTHS}), ("copy", {None})):
         rows = select(found, task=task, metric="acc")
         assert {(row.length, row.depth) for row in rows} == {(length, d) for length in (48, 64) for d in depths}
@@ -163,7 +165,7 @@ def test_rows_are_by_length_and_depth(tokenizer, haystack):
 @pytest.mark.parametrize("plan", [None, {"default": "gated_deltanet"}, {"default": "gla", "1": "attention"}])
 def test_scores_are_those_of_whole_texts_and_of_generation(plan, reader):
     """The likelihood of an answer is that in the whole text; the answer that `generate` writes is generated."""
-    model = reader if plan is None else subquad.linearize(reader, layers=plan, calibration=torch.arange(12)[None])
+    model = reader if plan is None else subquad.linearize(reader, layer_types=plan, scale_ids=torch.arange(12)[None])
     generator = torch.Generator().manual_seed(0)
     contexts = torch.randint(3, 300, (3, 30), generator=generator)
     model.eval()
@@ -206,12 +208,12 @@ def test_batches_do_not_change_the_answers(tokenizer, haystack, reader, monkeypa
 def test_mistakes_are_said(tokenizer, haystack):
     model = Copier(len(tokenizer))
     with pytest.raises(UserError, match="unknown recall task 'needle_numbr'; did you mean 'needle_number'"):
-        recall_rows(model, tokenizer, haystack, ["needle_numbr"])
+        recall_results(model, tokenizer, haystack, ["needle_numbr"])
     with pytest.raises(UserError, match=r"length: got 12, expected at least \d+ tokens, which its needle_word takes"):
-        recall_rows(model, tokenizer, haystack, ["needle_word"], [12])
+        recall_results(model, tokenizer, haystack, ["needle_word"], [12])
     with pytest.raises(UserError, match=r"haystack: got 20 tokens of text, expected at least \d+"):
-        recall_rows(model, tokenizer, haystack[:20], ["needle_word"], [LENGTH])
+        recall_results(model, tokenizer, haystack[:20], ["needle_word"], [LENGTH])
     with pytest.raises(UserError, match=r"depths: got \[50\], expected numbers from 0 to 1"):
-        recall_rows(model, tokenizer, haystack, ["copy"], [64], [50])
+        recall_results(model, tokenizer, haystack, ["copy"], [64], [50])
     with pytest.raises(UserError, match=r"recall needs \d+ different tokens, of which the tokenizer has 299"):
-        recall_rows(model, tokenizer, haystack, ["assoc_tokens"], [4096])
+        recall_results(model, tokenizer, haystack, ["assoc_tokens"], [4096])

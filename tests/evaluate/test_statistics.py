@@ -11,11 +11,11 @@ from subquad.evaluate.recovery import (
     mean_recovered,
     recovered,
     recovered_above_chance,
-    recovery_rows,
-    summary_rows,
+    recovery_results,
+    summary_results,
     win_and_tie_rate,
 )
-from subquad.evaluate.results import Row, of, one, select
+from subquad.evaluate.results import Result, of, one, select
 from subquad.evaluate.statistics import estimate, mean
 
 
@@ -65,7 +65,7 @@ def test_recovered_shares(scores):
 
 def test_a_model_beside_itself_recovers_all(scores):
     itself = TaskScores(scores.teacher, scores.teacher, 0.5)
-    for row in recovery_rows("task", itself):
+    for row in recovery_results("task", itself):
         expected = {"difference": 0.0, "teacher_above_chance": 1.0}.get(row.metric, 1.0)
         assert row.value == expected, row
         if row.stderr is not None:
@@ -89,7 +89,7 @@ def test_the_mean_leaves_out_what_the_teacher_does_not_know(scores):
     assert found.n == 1
     assert found.value == pytest.approx(0.5)
     assert mean_recovered({"unknown": tasks["unknown"]}) is None
-    rows = summary_rows(tasks)
+    rows = summary_results(tasks)
     assert one(rows, metric="recovered_share").value == pytest.approx(0.5)
     assert one(rows, metric="win_and_tie@0").value == 0.5
     assert one(rows, metric="win_and_tie@0").n == 2
@@ -103,7 +103,7 @@ def test_win_and_tie_rate_at_tolerances():
 
 
 def test_rows_go_to_dictionaries_and_back():
-    row = Row("text", "perplexity", 3.5, stderr=0.1, length=512)
+    row = Result("text", "perplexity", 3.5, stderr=0.1, length=512)
     named = of("gla", "nano", [row])[0]
     assert named.as_dict() == {
         "model": "gla",
@@ -114,7 +114,7 @@ def test_rows_go_to_dictionaries_and_back():
         "stderr": 0.1,
         "length": 512,
     }
-    assert Row.from_dict(named.as_dict()) == named
+    assert Result.from_dict(named.as_dict()) == named
     assert select([named], model="gla", length=512) == [named]
     with pytest.raises(LookupError, match="0 rows"):
         one([named], metric="kl")

@@ -48,14 +48,14 @@ def student_of(
     family: str = "llama", layers: dict | None = None, target: str = "qwen3_5", **changes
 ) -> SubquadForCausalLM:
     teacher = teacher_of(family, **changes)
-    return shaken(subquad.linearize(teacher, layers=layers or PURE, calibration=TEXT, export=target))
+    return shaken(subquad.linearize(teacher, layer_types=layers or PURE, scale_ids=TEXT, export_target=target))
 
 
 def saved_student(directory: Path, layers: dict | None = None, target: str = "qwen3_5", **changes) -> Path:
     """A student with a tokenizer, on disk."""
     workshop.tiny_teacher(directory / "teacher", **{"num_hidden_layers": 4, "head_dim": 32, **changes})
     teacher, tokenizer = subquad.load_teacher(directory / "teacher")
-    student = shaken(subquad.linearize(teacher, layers=layers or PURE, calibration=TEXT, export=target))
+    student = shaken(subquad.linearize(teacher, layer_types=layers or PURE, scale_ids=TEXT, export_target=target))
     student.save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")
     return directory / "student"

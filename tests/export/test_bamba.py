@@ -9,7 +9,7 @@ from subquad.cli import main
 from subquad.export import export, to_bamba
 from subquad.export.bamba import has_group_norm
 from subquad.mixers import AttentionSpec, create
-from subquad.modeling.calibrate import Scene
+from subquad.modeling.calibrate import LayerCalibrator
 from subquad.utils import UserError
 from tests.modeling.modeling_cases import TEXT, logits, shaken
 
@@ -58,13 +58,13 @@ def test_the_norms_epsilon_goes_too():
     """Where it decides: outputs as small as its root."""
     student = student_of("llama", PURE, "bamba")
     with torch.no_grad():
-        for block in student.blocks:
+        for block in student.mixer_layers:
             block.mixer.v_proj.weight.mul_(1e-3)
     ids = torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(1))
     expected = logits(student, ids)
     assert relative(logits(to_bamba(student), ids), expected) < 1e-5
-    for block in student.blocks:
-        block.mixer.norm_eps *= block.layout.head_dim
+    for block in student.mixer_layers:
+        block.mixer.norm_eps *= block.spec.head_dim
     assert relative(logits(student, ids), expected) > 1e-3
 
 
@@ -77,12 +77,14 @@ def test_a_process_without_subquad_gives_the_same(tmp_path):
 
 
 def made_with(**options):
-    return shaken(subquad.linearize(teacher_of("llama"), "mamba2", calibration=TEXT, **options))
+    return shaken(subquad.linearize(teacher_of("llama"), "mamba2", scale_ids=TEXT, **options))
 
 
 def hybrid(entry, family="llama", **changes):
-    options = made_with(export="bamba").config.layers[0]
-    return subquad.linearize(teacher_of(family, **changes), layers={"default": options, "1": entry}, calibration=TEXT)
+    options = made_with(export="bamba").config.layer_specs[0]
+    return subquad.linearize(
+        teacher_of(family, **changes), layer_types={"default": options, "1": entry}, scale_ids=TEXT
+    )
 
 
 REFUSED = {
@@ -133,7 +135,7 @@ def test_what_cannot_go_is_refused_with_the_reason_and_nothing_is_written(case, 
 )
 def test_what_cannot_go_is_refused_at_the_start(how, message):
     with pytest.raises(UserError, match=message):
-        subquad.linearize(teacher_of("llama"), calibration=TEXT, export="bamba", **how)
+        subquad.linearize(teacher_of("llama"), scale_ids=TEXT, export_target="bamba", **how)
 
 
 @needs_group_norm
@@ -157,12 +159,12 @@ def test_calibration_sees_the_gate_where_it_stands():
     with torch.no_grad():
         for projection in mixer.projections().values():
             projection.weight.mul_(20.0)
-    mixer.start_at(torch.ones(2), x[0])
-    scene = object.__new__(Scene)
+    mixer.init_from_teacher(torch.ones(2), x[0])
+    scene = object.__new__(LayerCalibrator)
     scene.mixer, scene.x, scene.positions = mixer, x, None
     with torch.no_grad():
-        core, _ = mixer.core_inputs(x, None, None, None)
-        o = mixer.augment(mixer._run(core, None, None)[0], core) * mixer.gate(x)
+        core, _ = mixer.op_inputs(x, None, None, None)
+        o = mixer.add_skip(mixer.run_op(core, None, None)[0], core) * mixer.gate(x)
         scene.target = 0.7 * o / o.square().mean(-1, keepdim=True).sqrt()
         scene.metric = torch.eye(6).expand(2, 6, 6)
         errors, scale = scene.errors()

@@ -24,7 +24,10 @@ def student(tmp_path_factory):
 
 
 def test_from_teacher_to_a_model_for_others(student, tmp_path, capsys):
-    assert json.loads((student / "config.json").read_text())["layers"][2] == {"mixer": "attention", "qk_norm": 1e-8}
+    assert json.loads((student / "config.json").read_text())["layer_specs"][2] == {
+        "mixer": "attention",
+        "qk_norm": 1e-8,
+    }
     assert main(["export", str(student), "--format", "qwen3_5", "-o", str(tmp_path / "served")]) == 0
     out = capsys.readouterr().out
     assert "parameters as qwen3_5 in" in out

@@ -34,7 +34,7 @@ def place(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("smollm2")
     teacher, tokenizer = subquad.load_teacher("smollm2-135m")
     text = tokenizer(PAGE, return_tensors="pt").input_ids
-    student = subquad.linearize(teacher, calibration=text, export="qwen3_5").eval()
+    student = subquad.linearize(teacher, scale_ids=text, export_target="qwen3_5").eval()
     student.save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")
     export(directory / "student", directory / "served", "qwen3_5")

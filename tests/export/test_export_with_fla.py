@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
 teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).eval()
-student = subquad.linearize(teacher, calibration=torch.arange(3, 15)[None], export="qwen3_5").eval()
+student = subquad.linearize(teacher, scale_ids=torch.arange(3, 15)[None], export_target="qwen3_5").eval()
 to_qwen3_5(student)
 assert importlib.util.find_spec("fla") is not None
 """

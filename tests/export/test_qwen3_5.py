@@ -68,7 +68,7 @@ def test_it_is_the_students_own_weights_that_count():
     student = student_of("llama", REGULAR)
     before = to_qwen3_5(student)
     with torch.no_grad():
-        student.blocks[1].attention.q_proj.norm.weight.mul_(1.5)
+        student.mixer_layers[1].attention.q_proj.norm.weight.mul_(1.5)
     ids = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(1))
     assert relative(logits(before, ids), logits(student, ids)) > 1e-3
     assert relative(logits(to_qwen3_5(student), ids), logits(student, ids)) < 1e-5
@@ -101,17 +101,17 @@ OPTIONS = {"v_activation": "silu", "biases": False, "norm_eps": 1e-6, "qk_activa
 
 
 def free_form(mixer="gated_deltanet", **options):
-    return shaken(subquad.linearize(teacher_of("llama"), mixer, calibration=TEXT, **options))
+    return shaken(subquad.linearize(teacher_of("llama"), mixer, scale_ids=TEXT, **options))
 
 
 def hybrid(entry, family="llama", **changes):
     layers = {"default": {"mixer": "gated_deltanet", **OPTIONS}, "1": entry}
-    return subquad.linearize(teacher_of(family, **changes), layers=layers, calibration=TEXT)
+    return subquad.linearize(teacher_of(family, **changes), layer_types=layers, scale_ids=TEXT)
 
 
 def biased():
     student = student_of()
-    student.blocks[2].mixer.b_proj.bias = torch.nn.Parameter(torch.ones(4))
+    student.mixer_layers[2].mixer.b_proj.bias = torch.nn.Parameter(torch.ones(4))
     return student
 
 
@@ -173,7 +173,7 @@ TEACHERS = {
 def test_a_teacher_that_is_no_qwen3_5_is_refused_before_it_is_taught(family):
     changes, reason = TEACHERS[family]
     with pytest.raises(UserError, match=f"cannot be exported: .*({reason})"):
-        subquad.linearize(teacher_of(family, **changes), calibration=TEXT, export="qwen3_5")
+        subquad.linearize(teacher_of(family, **changes), scale_ids=TEXT, export_target="qwen3_5")
 
 
 def test_something_at_the_output_is_left_alone(tmp_path):

@@ -27,13 +27,13 @@ OWN_VALUES: dict[str, tuple[dict, ...]] = {
     "mamba2": ({"discretization": "zoh"}, {"discretization": "zoh", "short_conv": 0}),
     "gla": ({"decay_rank": 3},),
     "metala": ({"decay_rank": 3},),
-    "deltanet": ({"write_strength": 0.5},),
+    "deltanet": ({"beta_init": 0.5},),
     "gated_deltanet": (
-        {"write_strength": 0.5},
+        {"beta_init": 0.5},
         {"v_activation": "silu", "biases": False, "norm_eps": 1e-5},
         {"v_activation": "silu", "short_conv": 0},
     ),
-    "kda": ({"write_strength": 0.5},),
+    "kda": ({"beta_init": 0.5},),
     "hgrn2": ({"lower_bound": 0.3},),
 }
 

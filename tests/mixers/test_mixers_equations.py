@@ -147,25 +147,25 @@ def test_fresh_output_of_a_head_has_the_scale_that_was_set(name, gate):
 def test_fresh_memory_is_halved_after_the_half_life(name):
     mixer = mixers.create(name, LAYOUTS["plain"], half_life=20.0)
     x = draw(1, 5, 24) * 0
-    core, _ = mixer.core_inputs(x, None, None, None)
+    core, _ = mixer.op_inputs(x, None, None, None)
     log_decay = F.logsigmoid(core["forget_gate"]) if name == "xlstm" else core["log_decay"]
     assert torch.allclose((20 * log_decay).exp(), torch.tensor(0.5), rtol=1e-4)
 
 
 def test_fresh_metala_spreads_half_lives_from_one_token_to_the_longest():
-    core, _ = mixers.create("metala", LAYOUTS["plain"], half_life=128.0).core_inputs(draw(1, 3, 24), None, None, None)
+    core, _ = mixers.create("metala", LAYOUTS["plain"], half_life=128.0).op_inputs(draw(1, 3, 24), None, None, None)
     half_lives = math.log(0.5) / core["log_decay"][0, 0]
     assert torch.allclose(half_lives, 128.0 ** torch.linspace(0, 1, 8).expand(3, 8), rtol=1e-3)
 
 
 def test_retnet_forgets_by_head_as_published():
-    core, _ = mixers.create("retnet", LAYOUTS["plain"]).core_inputs(draw(2, 4, 24), None, None, None)
+    core, _ = mixers.create("retnet", LAYOUTS["plain"]).op_inputs(draw(2, 4, 24), None, None, None)
     assert torch.allclose(core["log_decay"].exp(), 1 - torch.tensor([1 / 32, 1 / 64, 1 / 128]).expand(2, 4, 3))
 
 
 @pytest.mark.parametrize("name", ["deltanet", "gated_deltanet"])
-def test_fresh_write_strength(name):
-    core, _ = mixers.create(name, LAYOUTS["plain"], write_strength=0.2).core_inputs(draw(1, 3, 24), None, None, None)
+def test_fresh_beta_init(name):
+    core, _ = mixers.create(name, LAYOUTS["plain"], beta_init=0.2).op_inputs(draw(1, 3, 24), None, None, None)
     assert torch.allclose(core["beta"], torch.tensor(0.2))
 
 
@@ -183,7 +183,7 @@ def test_fresh_convolution_changes_nothing(name, width):
 def test_rotary_leaves_channels_past_its_size_alone():
     mixer = build("retnet", short_conv=0, qk_activation="none")
     x = draw(1, 6, 24)
-    core, _ = mixer.core_inputs(x, rotary(torch.arange(6)[None], head_dim=4), None, None)
-    plain, _ = build("retnet", short_conv=0, qk_activation="none", rotary=False).core_inputs(x, None, None, None)
+    core, _ = mixer.op_inputs(x, rotary(torch.arange(6)[None], head_dim=4), None, None)
+    plain, _ = build("retnet", short_conv=0, qk_activation="none", rotary=False).op_inputs(x, None, None, None)
     assert torch.equal(core["q"][..., 4:], plain["q"][..., 4:])
     assert not torch.allclose(core["q"][:, 1:, :, :4], plain["q"][:, 1:, :, :4])

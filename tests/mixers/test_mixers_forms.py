@@ -60,10 +60,10 @@ def test_mixing_matrix_times_v_is_the_core_output(case, dtype):
     name, options = case
     mixer = build(name, "biased", dtype=dtype, **options)
     x, positions = inputs(21, dtype)
-    core, _ = mixer.core_inputs(x, positions, None, None)
-    o, _ = mixer._run(core, None, None)
+    core, _ = mixer.op_inputs(x, positions, None, None)
+    o, _ = mixer.run_op(core, None, None)
     if name == "mamba2":  # its skip D belongs to the matrix
-        o = mixer.augment(o, core)
+        o = mixer.add_skip(o, core)
     M = mixer.mixing_matrix(core)
     assert M.shape == (2, 2, 21, 21)
     assert torch.equal(M, M.tril()), "the matrix looks ahead"
@@ -92,7 +92,7 @@ def test_matrix_depends_on_the_parameters_that_it_names_and_no_other(case):
     M = mixer.matrix(x, positions)
     (M * draw(*M.shape, seed=2)).sum().backward()
     behind = {key for key, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
-    assert behind == {key for key, _ in mixer.named_parameters() if key.split(".")[0] in mixer.BEHIND_MATRIX}
+    assert behind == {key for key, _ in mixer.named_parameters() if key.split(".")[0] in mixer.VALUE_PATH_PARAMS}
 
 
 @pytest.mark.parametrize("name", mixers.REGISTRY)

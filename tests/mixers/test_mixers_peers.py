@@ -29,9 +29,9 @@ def peer(name, core, initial_state=None):
 def test_output_state_and_gradients_are_the_references(name, options, layout):
     mixer = build(name, layout, **options)
     x = draw(2, 75, 24)
-    core, _ = mixer.core_inputs(x, None, None, None)
+    core, _ = mixer.op_inputs(x, None, None, None)
     core = {key: t.detach().requires_grad_() for key, t in core.items()}
-    found, (state,) = mixer._run(core, None, None)
+    found, (state,) = mixer.run_op(core, None, None)
     expected, wanted = peer(name, core)
     assert distance(found, expected) < 2e-6
     assert distance(state, wanted) < 2e-6
@@ -43,7 +43,7 @@ def test_output_state_and_gradients_are_the_references(name, options, layout):
     )
     for key, (mine, theirs) in zip(core, pairs, strict=True):
         assert distance(mine, theirs) < 2e-5, key
-    more, (last,) = mixer._run(core, (state,), None)
+    more, (last,) = mixer.run_op(core, (state,), None)
     expected, wanted = peer(name, core, state)
     assert distance(more, expected) < 2e-6
     assert distance(last, wanted) < 2e-6
@@ -85,7 +85,7 @@ def test_the_whole_of_hgrn2(bound):
 def test_fresh_hgrn2_spreads_half_lives_from_one_token_to_the_longest(bound):
     mixer = build("hgrn2", lower_bound=bound, half_life=64.0)
     mixer.reset_parameters()
-    core, _ = mixer.core_inputs(draw(1, 3, 24), None, None, None)
+    core, _ = mixer.op_inputs(draw(1, 3, 24), None, None, None)
     half_lives = -torch.log(torch.tensor(2.0)) / core["log_decay"][0, 0]
     assert torch.allclose(half_lives, 64.0 ** torch.linspace(0, 1, 8).expand(3, 8), rtol=1e-3)
 
@@ -93,6 +93,6 @@ def test_fresh_hgrn2_spreads_half_lives_from_one_token_to_the_longest(bound):
 def test_fresh_kda_halves_its_memory_after_the_half_life():
     mixer = build("kda", half_life=20.0)
     mixer.reset_parameters()
-    core, _ = mixer.core_inputs(draw(1, 3, 24), None, None, None)
+    core, _ = mixer.op_inputs(draw(1, 3, 24), None, None, None)
     assert torch.allclose((20 * core["log_decay"]).exp(), torch.tensor(0.5), rtol=1e-4)
     assert torch.allclose(core["beta"], torch.tensor(0.1))

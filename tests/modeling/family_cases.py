@@ -137,4 +137,4 @@ def family(name: str) -> PreTrainedModel:
 @cache
 def student(name: str, plan: str) -> SubquadForCausalLM:
     """Shared by tests: look, do not touch."""
-    return shaken(subquad.linearize(family(name), layers=PLANS[plan], calibration=TEXT))
+    return shaken(subquad.linearize(family(name), layer_types=PLANS[plan], scale_ids=TEXT))

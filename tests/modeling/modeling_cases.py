@@ -19,10 +19,10 @@ def shaken(student: SubquadForCausalLM, seed: int = 0) -> SubquadForCausalLM:
     """The student, every parameter of its mixers that no teacher has moved away from its neutral start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for block in student.blocks:
+        for block in student.mixer_layers:
             if not isinstance(block, MixerLayer):
                 continue
-            copied = {id(p) for p in block.copied_parameters()}
+            copied = {id(p) for p in block.projection_parameters()}
             for parameter in block.parameters():
                 if id(parameter) not in copied:
                     parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
@@ -30,7 +30,7 @@ def shaken(student: SubquadForCausalLM, seed: int = 0) -> SubquadForCausalLM:
 
 
 def student_of(teacher, mixer: str, **options) -> SubquadForCausalLM:
-    return shaken(subquad.linearize(teacher, mixer, calibration=TEXT, **options))
+    return shaken(subquad.linearize(teacher, mixer, scale_ids=TEXT, **options))
 
 
 def checksum(model) -> str:

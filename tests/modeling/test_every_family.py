@@ -10,8 +10,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import subquad
-from subquad.modeling.attention.discovery import attentions, find_attention, random_tokens, record
-from subquad.modeling.attention.tracing import watch
+from subquad.modeling.attention.discovery import (
+    attention_modules,
+    collect_activations,
+    discover_attention,
+    random_tokens,
+)
+from subquad.modeling.attention.tracing import trace_attention
 from subquad.modeling.positions import find_position_table
 from subquad.utils import UserError
 
@@ -35,7 +40,7 @@ def near(found, expected, tolerance=1e-4):
 @each_family
 def test_softmax_reproduces_the_teacher(name, ids):
     teacher = family(name)
-    control = subquad.linearize(teacher, "softmax", calibration=TEXT)
+    control = subquad.linearize(teacher, "softmax", scale_ids=TEXT)
     assert near(logits(control, ids), logits(teacher, ids), 1e-5)
     mask = torch.ones_like(ids)
     mask[0, :6], mask[1, 12:] = 0, 0
@@ -66,10 +71,12 @@ def test_copied_projections_give_what_the_teachers_give(name, ids):
     teacher = build(name)
     if name not in HAVE_EXPERTS:  # they have no kernel for it
         teacher.double()
-    copied = subquad.linearize(teacher, "gla", calibration=TEXT)
-    sites = find_attention(teacher)
-    for site, block, recording in zip(sites, copied.blocks, record(teacher, attentions(sites), ids), strict=True):
-        layout, x = site.layout, recording.hidden_states
+    copied = subquad.linearize(teacher, "gla", scale_ids=TEXT)
+    sites = discover_attention(teacher)
+    for site, block, recording in zip(
+        sites, copied.mixer_layers, collect_activations(teacher, attention_modules(sites), ids), strict=True
+    ):
+        layout, x = site.spec, recording.hidden_states
         groups = layout.num_heads // layout.num_kv_heads
         with torch.no_grad():
             q, k, v = by_hand(name, site.module, x, layout)
@@ -130,7 +137,7 @@ def test_saved_and_loaded_student_has_the_same_weights(name, plan, ids, tmp_path
     model = student(name, plan)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.layers == model.config.layers
+    assert loaded.config.layer_specs == model.config.layer_specs
     expected = model.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     for key, tensor in loaded.state_dict().items():
@@ -143,7 +150,7 @@ def test_saved_and_loaded_student_has_the_same_weights(name, plan, ids, tmp_path
 
 @each_family
 def test_gradient_checkpointing_gives_the_same_gradients(name, ids):
-    model = shaken(subquad.linearize(family(name), layers=PLANS["hybrid"], calibration=TEXT))
+    model = shaken(subquad.linearize(family(name), layer_types=PLANS["hybrid"], scale_ids=TEXT))
 
     def gradients():
         model.zero_grad()
@@ -187,18 +194,18 @@ def test_no_tensor_has_two_time_axes(name):
     teacher = build(
         name, **{"n_positions" if name in ("gpt2", "gpt_bigcode", "gptj") else "max_position_embeddings": LONG}
     )
-    assert run_long(subquad.linearize(teacher, "retnet", calibration=TEXT)).isfinite().all()
+    assert run_long(subquad.linearize(teacher, "retnet", scale_ids=TEXT)).isfinite().all()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("mixer", EIGHT)
 def test_no_tensor_of_any_mixer_has_two_time_axes(mixer):
-    assert run_long(subquad.linearize(build("mistral"), mixer, calibration=TEXT)).isfinite().all()
+    assert run_long(subquad.linearize(build("mistral"), mixer, scale_ids=TEXT)).isfinite().all()
 
 
 def test_two_time_axes_would_be_seen():
     with pytest.raises(AssertionError, match=r"gives \[2, 4, 521, 521\]|gives \[.*521, 521\]"), torch.no_grad():
-        run_long(subquad.linearize(build("mistral"), "softmax", calibration=TEXT))
+        run_long(subquad.linearize(build("mistral"), "softmax", scale_ids=TEXT))
 
 
 # ---------------------------------------------------------------------- learned positions
@@ -234,7 +241,7 @@ def test_short_position_table_is_not_overrun_when_linearizing():
     teacher = build("gpt2", n_positions=20)
     assert subquad.linearize(teacher, "gla").config.positions == 20
     with pytest.raises(UserError, match="calibration: got 21 tokens a row; the teacher has 20 learned positions"):
-        subquad.linearize(teacher, "gla", calibration=torch.ones(1, 21, dtype=torch.long))
+        subquad.linearize(teacher, "gla", scale_ids=torch.ones(1, 21, dtype=torch.long))
 
 
 # ---------------------------------------------------------------------- norms of queries and keys
@@ -254,13 +261,13 @@ NORMED = {
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name in NORMED])
 def test_kept_norms_give_what_the_teachers_give(name):
     teacher = build(name)
-    kept = subquad.linearize(teacher, "retnet", qk_norm=True, rotary=False, qk_activation="none", calibration=TEXT)
+    kept = subquad.linearize(teacher, "retnet", qk_norm=True, rotary=False, qk_activation="none", scale_ids=TEXT)
     for site, call, block in zip(
-        find_attention(teacher), watch(teacher, random_tokens(teacher)), kept.blocks, strict=True
+        discover_attention(teacher), trace_attention(teacher, random_tokens(teacher)), kept.mixer_layers, strict=True
     ):
-        assert site.layout.qk_norm == NORMED[name]
-        core, _ = block.mixer.core_inputs(call.hidden_states, None, None, None)
-        groups = site.layout.num_heads // site.layout.num_kv_heads
+        assert site.spec.qk_norm == NORMED[name]
+        core, _ = block.mixer.op_inputs(call.hidden_states, None, None, None)
+        groups = site.spec.num_heads // site.spec.num_kv_heads
         # at the first token rotary turns nothing
         for part, values, repeats in (("q", call.query, 1), ("k", call.key, groups)):
             wanted = values.repeat_interleave(repeats, 1)[:, :, 0]
@@ -270,7 +277,7 @@ def test_kept_norms_give_what_the_teachers_give(name):
 @pytest.mark.parametrize("name", ["qwen3", "olmo2", "persimmon"])
 def test_student_with_kept_norms_decodes_pads_and_loads(name, ids, tmp_path):
     plan = {"default": {"mixer": "gated_deltanet", "qk_norm": True}, "1": {"mixer": "retnet", "qk_norm": True}}
-    model = shaken(subquad.linearize(family(name), layers=plan, calibration=TEXT))
+    model = shaken(subquad.linearize(family(name), layer_types=plan, scale_ids=TEXT))
     full = logits(model, ids, use_cache=False)
     cache = model.new_cache()
     pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split([5, 1, 11], 1)]
@@ -281,4 +288,4 @@ def test_student_with_kept_norms_decodes_pads_and_loads(name, ids, tmp_path):
 
 def test_norms_that_are_not_there_cannot_be_kept():
     with pytest.raises(UserError, match="qk_norm: the teacher has no norm of queries and keys"):
-        subquad.linearize(family("llama"), "gla", qk_norm=True, calibration=TEXT)
+        subquad.linearize(family("llama"), "gla", qk_norm=True, scale_ids=TEXT)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import subquad
-from subquad.modeling.attention.discovery import attentions, find_attention, record
+from subquad.modeling.attention.discovery import attention_modules, collect_activations, discover_attention
 from subquad.modeling.attention.scores import attention_rows
 from subquad.utils import UserError
 
@@ -35,11 +35,11 @@ TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attent
 )
 def test_attention_is_found_with_its_layout(make_teacher, family, head_dim, qkv_bias, output_bias):
     teacher = make_teacher(family)
-    sites = find_attention(teacher)
+    sites = discover_attention(teacher)
     assert [site.index for site in sites] == [0, 1]
     assert [site.module for site in sites] == [layer.self_attn for layer in teacher.model.layers]
     for site in sites:
-        layout = site.layout
+        layout = site.spec
         assert (layout.hidden_size, layout.num_heads, layout.num_kv_heads) == (32, 4, 2)
         assert (layout.head_dim, layout.value_dim) == (head_dim, head_dim)
         assert (layout.qkv_bias, layout.output_bias) == (qkv_bias, output_bias)
@@ -50,9 +50,9 @@ def test_a_bias_of_any_projection_counts(make_teacher):
     teacher = make_teacher()
     v = teacher.model.layers[1].self_attn.v_proj
     v.bias = torch.nn.Parameter(torch.arange(16.0))
-    assert [site.layout.qkv_bias for site in find_attention(teacher)] == [False, True]
+    assert [site.spec.qkv_bias for site in discover_attention(teacher)] == [False, True]
     student = subquad.linearize(teacher, "gla")
-    mixer = student.blocks[1].mixer
+    mixer = student.mixer_layers[1].mixer
     expected = torch.cat([torch.arange(8.0)] * 2 + [torch.arange(8.0, 16)] * 2)
     assert torch.equal(mixer.v_proj.bias, expected)
     assert not mixer.q_proj.bias.any()
@@ -191,16 +191,18 @@ def test_attention_that_is_written_out_is_read(family):
     xglm = {"d_model": 32, "ffn_dim": 40, "num_layers": 2, "attention_heads": 4, "vocab_size": 61}
     config = AutoConfig.for_model(family, **(gpt if family == "codegen" else xglm))
     teacher = AutoModelForCausalLM.from_config(config).eval()
-    student = subquad.linearize(teacher, "gla", calibration=TEXT)
+    student = subquad.linearize(teacher, "gla", scale_ids=TEXT)
     for recording, block in zip(
-        record(teacher, attentions(find_attention(teacher)), TEXT), student.blocks, strict=True
+        collect_activations(teacher, attention_modules(discover_attention(teacher)), TEXT),
+        student.mixer_layers,
+        strict=True,
     ):
         with torch.no_grad():
             assert torch.allclose(block.mixer.o_proj(recording.heads), recording.output, atol=1e-6)
     if family == "xglm":
         own = teacher.model.layers[0].self_attn.k_proj
-        assert torch.equal(student.blocks[0].mixer.k_proj.weight, own.weight)
-        assert torch.equal(student.blocks[0].mixer.k_proj.bias, own.bias)
+        assert torch.equal(student.mixer_layers[0].mixer.k_proj.weight, own.weight)
+        assert torch.equal(student.mixer_layers[0].mixer.k_proj.bias, own.bias)
     assert logits(student, TEXT).isfinite().all()
 
 
@@ -210,15 +212,15 @@ def test_window_is_found_also_where_the_text_is_too_short_to_show_it(family, win
     """Phi-MoE tells its attention nothing of it: only the mask is made by it."""
     if family == "gemma2" and window is None:
         pytest.skip("it always has one")
-    sites = find_attention(build(family, sliding_window=window))
-    assert [site.layout.window for site in sites] == [window, None if family == "gemma2" else window]
+    sites = discover_attention(build(family, sliding_window=window))
+    assert [site.spec.window for site in sites] == [window, None if family == "gemma2" else window]
 
 
 @pytest.mark.skipif("gemma4_text" not in FAMILIES, reason="this transformers has it not")
 def test_layers_may_differ_in_their_heads():
     teacher = build("gemma4_text")
-    assert [site.layout.head_dim for site in find_attention(teacher)] == [8, 8, 16]
-    config = subquad.linearize(teacher, "gla", calibration=TEXT).config
+    assert [site.spec.head_dim for site in discover_attention(teacher)] == [8, 8, 16]
+    config = subquad.linearize(teacher, "gla", scale_ids=TEXT).config
     assert config.hidden_size == 32
     assert not hasattr(config, "head_dim")
 
@@ -245,28 +247,28 @@ def test_experts_that_see_tokens_in_another_order_do_not_disturb():
         return own(*args, **kwargs)
 
     attention.forward = forward
-    assert len(find_attention(teacher)) == 2
+    assert len(discover_attention(teacher)) == 2
 
 
 def test_a_teacher_in_bfloat16_is_read_as_in_float32():
     wide, narrow = build("gpt_neox"), build("gpt_neox").bfloat16()
-    for a, b in zip(find_attention(wide), find_attention(narrow), strict=True):
-        assert a.layout == b.layout
+    for a, b in zip(discover_attention(wide), discover_attention(narrow), strict=True):
+        assert a.spec == b.spec
         assert all(torch.equal(a.sources[part].rows, b.sources[part].rows) for part in "qkv")
-    assert logits(subquad.linearize(narrow, "gla", calibration=TEXT), TEXT).dtype == torch.bfloat16
+    assert logits(subquad.linearize(narrow, "gla", scale_ids=TEXT), TEXT).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", ["plain", "wide-biased-tied", "mistral", "qwen3"])
 def test_recorded_attention_is_reproduced_by_its_matrix(make_teacher, ids, family):
     """What stage 1 aims at: the teacher's probabilities, sliding window included, give the teacher's heads."""
     teacher = make_teacher(family)
-    sites = find_attention(teacher)
+    sites = discover_attention(teacher)
     chosen = teacher.config._attn_implementation
-    for site, recording in zip(sites, record(teacher, attentions(sites), ids), strict=True):
+    for site, recording in zip(sites, collect_activations(teacher, attention_modules(sites), ids), strict=True):
         attention = site.module
-        P = attention_rows(attention, site.layout.window, 0, recording.args, recording.kwargs)
+        P = attention_rows(attention, site.spec.window, 0, recording.args, recording.kwargs)
         assert P.shape == (3, 4, 11, 11)
-        some = attention_rows(attention, site.layout.window, 0, recording.args, recording.kwargs, slice(4, 9))
+        some = attention_rows(attention, site.spec.window, 0, recording.args, recording.kwargs, slice(4, 9))
         assert torch.allclose(some, P[:, :, 4:9], atol=1e-6)
         assert torch.allclose(P.sum(-1), torch.ones(()), atol=1e-5)
         assert torch.equal(P, P.tril())

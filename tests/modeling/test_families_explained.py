@@ -4,8 +4,8 @@ import pytest
 import torch
 from family_cases import FAMILIES, family, student
 
-from subquad.analysis.ablations import ablation_rows
-from subquad.analysis.diagnostics import diagnostics_rows
+from subquad.analysis.ablations import ablation_results
+from subquad.analysis.diagnostics import diagnostics_results
 from subquad.evaluate.results import one, select
 
 FEW = ("gemma2", "gpt_neox", "gpt2", "falcon", "gpt_oss", "glm")
@@ -15,16 +15,16 @@ ROWS = torch.randint(3, 61, (1, 20), generator=torch.Generator().manual_seed(5))
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 def test_every_family_is_explained(name):
     teacher, hybrid = family(name), student(name, "hybrid")
-    itself = diagnostics_rows(teacher, ROWS, teacher, top=4)
+    itself = diagnostics_results(teacher, ROWS, teacher, top=4)
     assert {row.value for row in select(itself, metric="overlap")} == {1}
     assert {row.value for row in select(itself, metric="cka")} == {1}
     for metric in ("mixer_error", "layer_error", "swap_kl"):
         assert one(itself, metric=metric, layer=None).value == pytest.approx(0, abs=1e-6)
-    found = diagnostics_rows(hybrid, ROWS, teacher, top=4)
+    found = diagnostics_results(hybrid, ROWS, teacher, top=4)
     assert one(found, metric="overlap", layer=1, head=None).value == 1  # its attention is kept
     assert one(found, metric="overlap", layer=0, head=None).value < 1
     assert abs(one(found, metric="swap_kl", layer=1).value) < 1e-6
     assert one(found, metric="swap_kl", layer=0).value > 1e-4
     assert one(found, metric="mixer_error", layer=0).value > 1e-2
-    parts = {row.task for row in ablation_rows(hybrid, ROWS, window=8)}
+    parts = {row.task for row in ablation_results(hybrid, ROWS, window=8)}
     assert {"without_mixers", "without_attention", "frozen_gate", "frozen_decay"} <= parts

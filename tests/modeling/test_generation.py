@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 import subquad
-from subquad.modeling.cache import StateLayer, SubquadCache
+from subquad.modeling.cache import RecurrentCacheLayer, SubquadCache
 
 CASES = [(mixer, {}) for mixer in ALL] + [
     ("gla", {"short_conv": 4, "rotary": True}),
@@ -236,7 +236,9 @@ def test_cache_of_another_plan_is_refused(teacher, ids):
     with pytest.raises(TypeError, match="DynamicLayer for layer 0, which is a recurrent mixer"):
         student_of(teacher, "gla")(input_ids=ids, past_key_values=other)
     with pytest.raises(TypeError, match="a recurrent mixer and keeps no keys and values"):
-        student_of(teacher, "softmax")(input_ids=ids, past_key_values=SubquadCache([StateLayer(), StateLayer()]))
+        student_of(teacher, "softmax")(
+            input_ids=ids, past_key_values=SubquadCache([RecurrentCacheLayer(), RecurrentCacheLayer()])
+        )
 
 
 @pytest.mark.parametrize("implementation", ["static", "offloaded_static", "quantized", "offloaded"])
@@ -259,7 +261,7 @@ def test_assisted_generation_is_refused(teacher, ids, mixer):
 
 @pytest.mark.parametrize("layers", [{"default": "gla"}, {"default": "gla", "1": "attention"}], ids=["gla", "hybrid"])
 def test_pipeline_writes_what_generate_does(make_teacher, layers):
-    student = shaken(subquad.linearize(make_teacher(vocab_size=256), layers=layers))
+    student = shaken(subquad.linearize(make_teacher(vocab_size=256), layer_types=layers))
     words = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -281,7 +283,7 @@ def test_pipeline_writes_what_generate_does(make_teacher, layers):
 )
 def test_prompt_in_chunks_gives_the_tokens_of_a_whole_one(teacher, ids, layers):
     layers = layers if isinstance(layers, dict) else {"default": layers}
-    student = shaken(subquad.linearize(teacher, layers=layers))
+    student = shaken(subquad.linearize(teacher, layer_types=layers))
     padded, mask = left_padded(ids, [11, 4, 7])
     settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     whole = student.generate(padded, **settings)
@@ -303,9 +305,9 @@ def test_masks_that_no_mixer_has_a_place_for_are_refused(teacher, ids):
 
 
 def test_mixed_plan_counts_positions_and_keeps_both_kinds_of_state(teacher, ids):
-    student = shaken(subquad.linearize(teacher, layers={"0": "gla", "1": "attention"}))
+    student = shaken(subquad.linearize(teacher, layer_types={"0": "gla", "1": "attention"}))
     cache = student.new_cache()
-    assert isinstance(cache.layers[0], StateLayer)
+    assert isinstance(cache.layers[0], RecurrentCacheLayer)
     pieces = [logits(student, piece, past_key_values=cache) for piece in ids.split([4, 1, 6], dim=1)]
     assert torch.allclose(torch.cat(pieces, 1), logits(student, ids), atol=1e-4)
     assert cache.get_seq_length(0) == cache.get_seq_length(1) == 11

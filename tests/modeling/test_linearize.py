@@ -60,9 +60,9 @@ def test_teacher_does_not_notice(make_teacher, mixer, copy_qkv):
 @pytest.mark.parametrize("mixer", EIGHT)
 def test_projections_give_what_the_teachers_give(make_teacher, ids, mixer, family):
     teacher = make_teacher(family)
-    student = subquad.linearize(teacher, mixer, calibration=TEXT)
-    K = student.blocks[0].mixer.layout.head_dim
-    for seen, block in zip(attention_inputs(teacher, ids), student.blocks, strict=True):
+    student = subquad.linearize(teacher, mixer, scale_ids=TEXT)
+    K = student.mixer_layers[0].mixer.spec.head_dim
+    for seen, block in zip(attention_inputs(teacher, ids), student.mixer_layers, strict=True):
         parts = block.mixer.projections()
         assert set(parts) == ({"q", "v", "o"} if mixer in ("metala", "hgrn2") else {"q", "k", "v", "o"})
         for head in range(4):
@@ -70,16 +70,16 @@ def test_projections_give_what_the_teachers_give(make_teacher, ids, mixer, famil
             assert torch.allclose(parts["q"](seen["x"])[..., own], seen["q"][..., own], atol=1e-6)
             for part in parts.keys() & {"k", "v"}:
                 assert torch.allclose(parts[part](seen["x"])[..., own], seen[part][..., grouped], atol=1e-6)
-    for layer, block in zip(teacher.model.layers, student.blocks, strict=True):
+    for layer, block in zip(teacher.model.layers, student.mixer_layers, strict=True):
         assert torch.equal(block.mixer.o_proj.weight, layer.self_attn.o_proj.weight)
 
 
 @pytest.mark.parametrize("mixer", EIGHT)
 def test_without_the_copy_projections_are_random(make_teacher, mixer):
     teacher = make_teacher("wide-biased-tied")
-    student = subquad.linearize(teacher, mixer, copy_qkv=False, calibration=TEXT)
-    copied = subquad.linearize(teacher, mixer, calibration=TEXT)
-    for block, other in zip(student.blocks, copied.blocks, strict=True):
+    student = subquad.linearize(teacher, mixer, copy_qkv=False, scale_ids=TEXT)
+    copied = subquad.linearize(teacher, mixer, scale_ids=TEXT)
+    for block, other in zip(student.mixer_layers, copied.mixer_layers, strict=True):
         for part, projection in block.mixer.projections().items():
             assert not torch.isclose(projection.weight, other.mixer.projections()[part].weight).float().mean() > 0.01
             assert float(projection.weight.detach().std()) == pytest.approx(0.2, rel=0.15)
@@ -92,7 +92,7 @@ def test_without_the_copy_projections_are_random(make_teacher, mixer):
 @pytest.mark.parametrize("family", ["plain", "wide-biased-tied"])
 def test_everything_outside_attention_is_identical(make_teacher, family, mixer, copy_qkv):
     teacher = make_teacher(family)
-    student = subquad.linearize(teacher, mixer, copy_qkv, calibration=TEXT)
+    student = subquad.linearize(teacher, mixer, copy_qkv, scale_ids=TEXT)
     outside = {k: v for k, v in teacher.state_dict().items() if ".self_attn." not in k}
     found = {k.removeprefix("base."): v for k, v in student.state_dict().items() if ".self_attn." not in k}
     assert found.keys() == outside.keys()
@@ -115,8 +115,8 @@ def test_resized_embeddings_and_a_changed_head_are_kept(teacher, ids):
 @pytest.mark.parametrize("mixer", EIGHT)
 def test_output_norms_start_at_the_teachers_scale_per_head(make_teacher, ids, mixer, family):
     teacher = make_teacher(family)
-    student = subquad.linearize(teacher, mixer, calibration=ids)
-    for seen, block in zip(attention_inputs(teacher, ids), student.blocks, strict=True):
+    student = subquad.linearize(teacher, mixer, scale_ids=ids)
+    for seen, block in zip(attention_inputs(teacher, ids), student.mixer_layers, strict=True):
         rms = seen["heads"].unflatten(-1, (4, -1)).square().mean((0, 1, 3)).sqrt()
         gate = 0.5 if mixer in ("xlstm", "kda") else 1.0  # a sigmoid gate is half open and stands behind the norm
         assert torch.allclose(block.mixer.o_norm * gate, rms[:, None].expand_as(block.mixer.o_norm), rtol=1e-5)
@@ -124,8 +124,8 @@ def test_output_norms_start_at_the_teachers_scale_per_head(make_teacher, ids, mi
 
 def test_default_calibration_is_near_the_scale_on_text(teacher, ids):
     """Without tokens the teacher writes its own; no special value, but the right order of magnitude."""
-    measured = subquad.linearize(teacher, "gla", calibration=ids).blocks[1].mixer.o_norm
-    drawn = subquad.linearize(teacher, "gla").blocks[1].mixer.o_norm
+    measured = subquad.linearize(teacher, "gla", scale_ids=ids).mixer_layers[1].mixer.o_norm
+    drawn = subquad.linearize(teacher, "gla").mixer_layers[1].mixer.o_norm
     assert ((drawn / measured) > 0.3).all()
     assert ((drawn / measured) < 3).all()
 
@@ -146,11 +146,11 @@ def test_a_seed_decides_everything_and_disturbs_nothing(teacher, mixer):
     text = None if mixer == "gla" else TEXT  # once with tokens that the teacher writes
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = subquad.linearize(teacher, mixer, copy_qkv=False, calibration=text, seed=3)
+    first = subquad.linearize(teacher, mixer, copy_qkv=False, scale_ids=text, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert checksum(subquad.linearize(teacher, mixer, copy_qkv=False, calibration=text, seed=3)) == checksum(first)
-    assert checksum(subquad.linearize(teacher, mixer, copy_qkv=False, calibration=text, seed=4)) != checksum(first)
+    assert checksum(subquad.linearize(teacher, mixer, copy_qkv=False, scale_ids=text, seed=3)) == checksum(first)
+    assert checksum(subquad.linearize(teacher, mixer, copy_qkv=False, scale_ids=text, seed=4)) != checksum(first)
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["built", "loaded"])
@@ -160,7 +160,7 @@ def test_softmax_without_the_copy_is_drawn_anew(make_teacher, tmp_path, loaded):
         teacher.save_pretrained(tmp_path)
         teacher = AutoModelForCausalLM.from_pretrained(tmp_path)
     student = subquad.linearize(teacher, "softmax", copy_qkv=False)
-    for layer, block in zip(teacher.model.layers, student.blocks, strict=True):
+    for layer, block in zip(teacher.model.layers, student.mixer_layers, strict=True):
         for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
             mine, own = getattr(block.attention, part), getattr(layer.self_attn, part)
             assert not torch.isclose(mine.weight, own.weight).float().mean() > 0.01
@@ -171,7 +171,7 @@ def test_softmax_without_the_copy_is_drawn_anew(make_teacher, tmp_path, loaded):
 @pytest.mark.parametrize("mixer", ALL)
 def test_bfloat16_teacher_gives_a_bfloat16_student(make_teacher, ids, mixer):
     teacher = make_teacher("wide-biased-tied").to(torch.bfloat16)
-    student = subquad.linearize(teacher, mixer, calibration=TEXT)
+    student = subquad.linearize(teacher, mixer, scale_ids=TEXT)
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     found = logits(student, ids)
     assert found.dtype == torch.bfloat16
@@ -182,9 +182,9 @@ def test_bfloat16_teacher_gives_a_bfloat16_student(make_teacher, ids, mixer):
 
 @pytest.mark.parametrize("mixer", EIGHT)
 def test_options_reach_the_mixer_and_the_plan(teacher, mixer):
-    student = subquad.linearize(teacher, mixer, short_conv=2, qk_activation="none", calibration=TEXT)
-    assert student.config.layers == [{"mixer": mixer, "short_conv": 2, "qk_activation": "none"}] * 2
-    for block in student.blocks:
+    student = subquad.linearize(teacher, mixer, short_conv=2, qk_activation="none", scale_ids=TEXT)
+    assert student.config.layer_specs == [{"mixer": mixer, "short_conv": 2, "qk_activation": "none"}] * 2
+    for block in student.mixer_layers:
         assert isinstance(block, MixerLayer)
         assert type(block.mixer) is mixers.get(mixer)
         assert block.mixer.options.short_conv == 2
@@ -207,7 +207,7 @@ def test_wrong_mixer_or_option_is_refused(teacher, arguments, message):
 def test_teacher_that_hangs_on_a_quantizer_linearizes_and_saves(make_teacher, ids, tmp_path):
     """As `transformers` leaves a model read from GGUF, which refuses `save_pretrained`."""
     teacher = make_teacher("wide-biased-tied")
-    expected = logits(subquad.linearize(teacher, "gla", calibration=ids), ids)
+    expected = logits(subquad.linearize(teacher, "gla", scale_ids=ids), ids)
 
     class Quantizer:
         quantization_config = {"quant_method": "gguf"}  # noqa: RUF012
@@ -217,7 +217,7 @@ def test_teacher_that_hangs_on_a_quantizer_linearizes_and_saves(make_teacher, id
     teacher.quantization_method = "gguf"
     teacher.is_quantized = True
     teacher.config.quantization_config = Quantizer.quantization_config
-    student = subquad.linearize(teacher, "gla", calibration=ids)
+    student = subquad.linearize(teacher, "gla", scale_ids=ids)
     student.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, ids), expected)
@@ -234,7 +234,7 @@ def test_student_in_training_has_the_teachers_mode(teacher):
 @pytest.mark.parametrize("build", [SubquadForCausalLM, AutoModelForCausalLM.from_config], ids=["class", "auto"])
 @pytest.mark.parametrize("mixer", EIGHT)
 def test_model_made_from_a_configuration_stands_at_the_neutral_start(teacher, mixer, build):
-    student = subquad.linearize(teacher, mixer, copy_qkv=False, calibration=TEXT)
+    student = subquad.linearize(teacher, mixer, copy_qkv=False, scale_ids=TEXT)
     fresh = dict(build(student.config).named_parameters())
     assert all(parameter.isfinite().all() for parameter in fresh.values())
     drawn = ("_proj.weight", "decay_down.weight", "o_norm")

@@ -27,7 +27,7 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_to
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
 def student(request):
     name, plan = request.param
-    return shaken(subquad.linearize(build(name), layers=PLANS[plan], calibration=TEXT))
+    return shaken(subquad.linearize(build(name), layer_types=PLANS[plan], scale_ids=TEXT))
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_prompts_of_one_token_and_of_none(student, ids):
 
 @pytest.mark.parametrize("plan", ["gated_deltanet", "hybrid", "window"])
 def test_a_prompt_of_five_thousand_tokens(plan):
-    student = shaken(subquad.linearize(build("llama", max_position_embeddings=8192), layers=PLANS[plan]))
+    student = shaken(subquad.linearize(build("llama", max_position_embeddings=8192), layer_types=PLANS[plan]))
     long = torch.randint(3, 61, (1, 5000), generator=torch.Generator().manual_seed(5))
     written = student.generate(long, **GREEDY)
     assert torch.equal(written, student.generate(long, use_cache=False, **GREEDY))
@@ -192,6 +192,6 @@ def test_embeddings_can_be_replaced(student, ids):
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", [pytest.param("gated_deltanet", marks=pytest.mark.sample), "window"])
 def test_compiled_student_gives_the_same(ids, plan):
-    student = shaken(subquad.linearize(build("llama"), layers=PLANS[plan], calibration=TEXT))
+    student = shaken(subquad.linearize(build("llama"), layer_types=PLANS[plan], scale_ids=TEXT))
     compiled = torch.compile(student, backend="eager")
     assert near(logits(compiled, ids), logits(student, ids))

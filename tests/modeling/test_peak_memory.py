@@ -29,7 +29,7 @@ windows = {} if family == "llama" else {"sliding_window": 512}
 config = AutoConfig.for_model(family, **sizes, **windows)
 with torch.no_grad():
     teacher = AutoModelForCausalLM.from_config(config).eval()
-    student = subquad.linearize(teacher, mixer, calibration=torch.arange(3, 15)[None])
+    student = subquad.linearize(teacher, mixer, scale_ids=torch.arange(3, 15)[None])
     ids = torch.randint(3, 61, (1, T))
     mask = torch.ones_like(ids)
     mask[:, : T // 4] = how != "padded"

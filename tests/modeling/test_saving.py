@@ -84,7 +84,7 @@ def test_configuration_holds_the_teachers_unchanged_and_the_plan(make_teacher, t
     written = json.loads((tmp_path / "student" / "config.json").read_text())
     assert written["model_type"] == "subquad"
     assert written["architectures"] == ["SubquadForCausalLM"]
-    assert written["layers"] == [{"mixer": mixer, **options}] * 2
+    assert written["layer_specs"] == [{"mixer": mixer, **options}] * 2
     assert written["base_config"]["model_type"] == "qwen2"
     config = AutoConfig.from_pretrained(tmp_path / "student")
     assert type(config) is SubquadConfig
@@ -187,7 +187,7 @@ def test_checkpoint_that_does_not_match_is_refused_by_its_keys(checkpoint, load,
 def test_checkpoint_of_another_mixer_is_refused(checkpoint):
     path, _ = checkpoint
     config = json.loads((path / "config.json").read_text())
-    config["layers"] = [{"mixer": "gla"}] * 2
+    config["layer_specs"] = [{"mixer": "gla"}] * 2
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"missing: .*decay_down.weight.*; unexpected: .*"):
         AutoModelForCausalLM.from_pretrained(path)
@@ -196,7 +196,7 @@ def test_checkpoint_of_another_mixer_is_refused(checkpoint):
 def test_plan_of_another_length_is_refused(checkpoint):
     path, _ = checkpoint
     config = json.loads((path / "config.json").read_text())
-    config["layers"] = config["layers"][:1]
+    config["layer_specs"] = config["layer_specs"][:1]
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="the plan names 1 layers; the model has 2"):
         AutoModelForCausalLM.from_pretrained(path)
@@ -209,17 +209,17 @@ def entry(name, index, **changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("layers"), "the plan names 0 layers; the model has 2"),
+        (lambda c: c.pop("layer_specs"), "the plan names 0 layers; the model has 2"),
         (lambda c: c.pop("attention"), "the plan names 2 layers; the model has 0"),
-        (lambda c: c.update(layers="gla"), "layers: got 'gla', expected a list of mappings"),
+        (lambda c: c.update(layer_specs="gla"), "layers: got 'gla', expected a list of mappings"),
         (lambda c: c.pop("base_config"), "base_config: missing; expected the configuration of the teacher"),
         (lambda c: c["base_config"].pop("model_type"), "base_config: unknown model_type None"),
         (lambda c: c["base_config"].update(model_type="nope"), "base_config: unknown model_type 'nope'"),
-        (lambda c: c["layers"][0].pop("mixer"), "layers: 0: unknown mixer None"),
-        (entry("layers", 1, mixer="gal"), "layers: 1: unknown mixer 'gal'; did you mean 'gla'"),
-        (entry("layers", 1, foo=3), "unknown mixer option 'foo'"),
-        (entry("layers", 1, mixer="attention", window="a"), "layers: 1: window: got 'a'"),
-        (entry("layers", 1, mixer="attention", windw=3), "layers: 1: unknown option 'windw' of attention"),
+        (lambda c: c["layer_specs"][0].pop("mixer"), "layers: 0: unknown mixer None"),
+        (entry("layer_specs", 1, mixer="gal"), "layers: 1: unknown mixer 'gal'; did you mean 'gla'"),
+        (entry("layer_specs", 1, foo=3), "unknown mixer option 'foo'"),
+        (entry("layer_specs", 1, mixer="attention", window="a"), "layers: 1: window: got 'a'"),
+        (entry("layer_specs", 1, mixer="attention", windw=3), "layers: 1: unknown option 'windw' of attention"),
         (
             entry("attention", 1, path="model.nothing"),
             "attention: layer 1: no module 'model.nothing' in the base model",

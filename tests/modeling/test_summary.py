@@ -9,7 +9,7 @@ from modeling_cases import ALL, logits, student_of
 
 import subquad
 from subquad.modeling.model_card import model_card
-from subquad.modeling.summary import layer_runs, outline, read_config, state_bytes, summary, teacher_bytes
+from subquad.modeling.summary import layer_ranges, meta_model, read_config, state_bytes, summary, teacher_bytes
 from subquad.utils import UserError
 
 
@@ -19,7 +19,7 @@ def test_bytes_and_parameters_are_those_of_the_student_at_work(make_teacher, ids
     model = student_of(teacher, mixer)
     cache = model.new_cache()
     logits(model, ids[:1], past_key_values=cache)
-    outlined = outline(model.config)
+    outlined = meta_model(model.config)
     assert state_bytes(outlined, 11) == cache.nbytes()
     assert outlined.num_parameters() == model.num_parameters()
     theirs = teacher(ids[:1], use_cache=True).past_key_values
@@ -34,7 +34,7 @@ def test_bytes_of_windows_and_shared_heads(name, plan):
     cache = model.new_cache()
     logits(model, ids, past_key_values=cache)
     places = sum(layer.states[2].nbytes for layer in cache.layers if type(layer).__name__ == "WindowLayer")
-    assert state_bytes(outline(model.config), 21) == cache.nbytes() - places
+    assert state_bytes(meta_model(model.config), 21) == cache.nbytes() - places
     theirs = family(name)(ids, use_cache=True).past_key_values
     assert teacher_bytes(model.config, 21) == sum(4 * (x.keys.numel() + x.values.numel()) for x in theirs.layers)
 
@@ -42,16 +42,16 @@ def test_bytes_of_windows_and_shared_heads(name, plan):
 def test_halves_are_counted_as_halves(teacher, tmp_path):
     student_of(teacher.to(torch.bfloat16), "softmax").save_pretrained(tmp_path)
     config = read_config(tmp_path)
-    assert state_bytes(outline(config), 10) == teacher_bytes(config, 10) == 2 * 10 * 2 * (8 + 8) * 2
+    assert state_bytes(meta_model(config), 10) == teacher_bytes(config, 10) == 2 * 10 * 2 * (8 + 8) * 2
     assert "bfloat16" in summary(config)
 
 
 def test_neighbours_that_are_alike_are_one_run(make_teacher):
     teacher = make_teacher(num_hidden_layers=6)
     model = subquad.linearize(
-        teacher, layers={"default": "gla", "2": "attention", "4,5": {"mixer": "gla", "decay_rank": 2}}
+        teacher, layer_types={"default": "gla", "2": "attention", "4,5": {"mixer": "gla", "decay_rank": 2}}
     )
-    labels = [label for label, _ in layer_runs(model.config)]
+    labels = [label for label, _ in layer_ranges(model.config)]
     assert labels == ["0-1", "2", "3", "4-5"]
     text = summary(model.config)
     assert "  0-1  gla\n  2    attention\n  3    gla\n  4-5  gla (decay_rank=2)\n" in text

@@ -119,7 +119,7 @@ def test_gguf_file_linearizes_and_saves(make_teacher, tmp_path, ids):
     model, tokenizer = subquad.load_teacher(path)
     assert torch.allclose(logits(model, ids), logits(teacher, ids), atol=1e-4)
     assert tokenizer.decode(tokenizer("x = 1", add_special_tokens=False)["input_ids"]) == "x = 1"
-    student = subquad.linearize(model, "gla", calibration=ids)
+    student = subquad.linearize(model, "gla", scale_ids=ids)
     student.save_pretrained(tmp_path / "student")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert torch.equal(logits(loaded, ids), logits(student, ids))

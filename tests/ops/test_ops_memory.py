@@ -52,18 +52,18 @@ def test_what_was_derived_from_a_buffer_is_derived_anew_when_it_moves():
     def make():
         return [work("y", n) for n in (5, 50)]  # the second request moves the buffer of the first
 
-    first = work.once("views", make)
-    assert work.once("views", make) is first
+    first = work.cached_view("views", make)
+    assert work.cached_view("views", make) is first
     assert first[0].data_ptr() == first[1].data_ptr()
     moved = work("y", 500)
-    again = work.once("views", make)
+    again = work.cached_view("views", make)
     assert {x.data_ptr() for x in again} == {moved.data_ptr()}
 
 
 def test_views_are_not_remembered_without_end():
     work = space()
     for n in range(2 * REMEMBERED):
-        work.once(("number", n), lambda n=n: n + 1)
+        work.cached_view(("number", n), lambda n=n: n + 1)
     assert len(work.views) <= REMEMBERED
 
 

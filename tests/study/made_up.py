@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from subquad.analysis.mixing_matrices import attended
+from subquad.analysis.mixing_matrices import normalized_abs_rows
 from subquad.analysis.saved_matrices import pack
 from subquad.config import Recipe
 from subquad.distill.stage_cache import ORDER
@@ -36,7 +36,7 @@ def recipes(mixers=tuple(GOODNESS), sets=STAGE_SETS, copies=(True, False), seeds
         Recipe.model_validate(
             {
                 "teacher": "nano",
-                "corpus": {"source": "python-stdlib"},
+                "data": {"source": "python-stdlib"},
                 "student": {"mixer": mixer, "copy_qkv": copy and mixer != "softmax"},
                 "stages": dict.fromkeys(stages, stage),
                 "seed": seed,
@@ -74,13 +74,13 @@ def finish(run: Run) -> None:
         "decode_tokens_per_second": 200 * draw.uniform(0.7, 1.3) / (1 + GOODNESS[mixer]),
         "state_bytes": 150_000,
     }
-    run.place.mkdir(parents=True, exist_ok=True)
-    (run.place / "recipe.yaml").write_text(run.recipe.to_yaml())
+    run.directory.mkdir(parents=True, exist_ok=True)
+    (run.directory / "recipe.yaml").write_text(run.recipe.to_yaml())
     layers = [{"mixer": "attention" if mixer == "softmax" else mixer}] * LAYERS
-    (run.place / "config.json").write_text(json.dumps({"layers": layers}))
+    (run.directory / "config.json").write_text(json.dumps({"layer_specs": layers}))
     head = {"versions": {"subquad": "0.1.0", "torch": "2"}, "commit": "0" * 40, "device": "cpu, 1 threads"}
-    (run.place / "result.json").write_text(json.dumps({"digest": run.recipe.digest(), **head, "row": row}))
-    with (run.place / "metrics.jsonl").open("w") as file:
+    (run.directory / "result.json").write_text(json.dumps({"digest": run.recipe.digest(), **head, "row": row}))
+    with (run.directory / "metrics.jsonl").open("w") as file:
         for stage in stages:
             for step in range(1, 33):
                 value = (1 + kl) * (0.4 + 0.6 * math.exp(-step / 10)) * (1 + draw.gauss(0, 0.02))
@@ -133,6 +133,10 @@ def evaluation(output: Path, runs: list[Run]) -> None:
     (output / "evaluation" / "matrices").mkdir(parents=True)
     for run in runs:
         ours, theirs = (torch.rand(12, 12).tril() for _ in range(2))
-        kept = {"heads": pack({(layer, 0): (attended(ours), attended(theirs)) for layer in (0, LAYERS - 1)})}
+        kept = {
+            "heads": pack(
+                {(layer, 0): (normalized_abs_rows(ours), normalized_abs_rows(theirs)) for layer in (0, LAYERS - 1)}
+            )
+        }
         (output / "evaluation" / "matrices" / f"{run.name}.json").write_text(json.dumps(kept))
     (output / "evaluation" / "results.json").write_text(json.dumps({"versions": {}, "rows": rows}))

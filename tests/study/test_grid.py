@@ -14,9 +14,9 @@ from subquad.cli import main
 from subquad.config import load_study
 from subquad.distill import pipeline
 from subquad.distill.progress import read_jsonl
-from subquad.distill.stage_cache import SharedStages
+from subquad.distill.stage_cache import StageCache
 from subquad.evaluate import command
-from subquad.evaluate.runner import Finished
+from subquad.evaluate.runner import ResultCache
 from subquad.study import execute as work
 from subquad.study import local_engine as processes
 from subquad.study import lock
@@ -24,7 +24,7 @@ from subquad.study.grid import describe_plan, run_study, shared_stages
 from subquad.study.lock import StudyLock
 from subquad.study.ray_engine import share
 from subquad.study.runs import find_runs
-from subquad.study.scheduler import DEATHS, Board
+from subquad.study.scheduler import MAX_RETRIES, Scheduler
 from subquad.study.table import format_study
 from subquad.utils import UserError
 
@@ -79,7 +79,7 @@ def test_a_changed_recipe_runs_only_what_is_new(study_recipe, tmp_path, counted)
 
 def test_shared_stages_are_trained_once_and_change_nothing(study_recipe, tmp_path, counted):
     recipes = load_study(study_recipe, [*SHORT[:2], TWO_ENDS])
-    places = [run.place for run in find_runs(recipes, tmp_path / "study")]
+    places = [run.directory for run in find_runs(recipes, tmp_path / "study")]
     run_study(recipes, tmp_path / "study")
     first, second = (place.name for place in places)
     assert counted == [(first, "matrix"), (first, "hidden"), (first, "end_to_end"), (second, "end_to_end")]
@@ -106,9 +106,9 @@ def test_stages_are_shared_by_those_alone_that_have_all_before_them_in_common(st
     for other in (
         "seed=1",
         "student.copy_qkv=false",
-        "corpus.context=16",
+        "data.seq_len=16",
         "stages.matrix.lr=1",
-        "evaluation.tokens=64",
+        "evaluation.eval_tokens=64",
     ):
         assert not set(plain.values()) & set(keys(other).values())
     # Past UNIGRAM_TOKENS an epoch is as long as the run, and so is the order of its rows.
@@ -116,10 +116,10 @@ def test_stages_are_shared_by_those_alone_that_have_all_before_them_in_common(st
 
 
 def test_a_run_that_has_come_further_takes_nothing(tmp_path):
-    shared = SharedStages(tmp_path / "stages", frozenset({"a", "b"}))
+    shared = StageCache(tmp_path / "stages", frozenset({"a", "b"}))
     (tmp_path / "stages" / "a").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "hidden-done").mkdir(parents=True)
-    shared.put({"matrix": "a", "hidden": "b"}, tmp_path / "run")
+    shared.restore({"matrix": "a", "hidden": "b"}, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["hidden-done"]
 
 
@@ -180,7 +180,7 @@ def test_evaluation_joins_the_results(study_recipe, tmp_path, capsys):
 
 def test_an_evaluation_holds_one_student_at_a_time_and_measures_the_teacher_once(study_recipe, tmp_path, monkeypatch):
     asked, computed = [], []
-    run, compute = command.run, Finished.run
+    run, compute = command.run, ResultCache.run
 
     def one_by_one(models, **rest):
         asked.append(len(models))
@@ -191,7 +191,7 @@ def test_an_evaluation_holds_one_student_at_a_time_and_measures_the_teacher_once
         compute(self, part)
 
     monkeypatch.setattr(command, "run", one_by_one)
-    monkeypatch.setattr(Finished, "run", note)
+    monkeypatch.setattr(ResultCache, "run", note)
     recipes = load_study(study_recipe, [*SHORT, "seed=[0,1]"])
     run_study(recipes, tmp_path, suites=["language"])
     assert asked == [1, 1]
@@ -282,7 +282,7 @@ def tasks(study_recipe, output, *overrides):
 def test_a_run_waits_for_a_stage_that_another_trains(study_recipe, tmp_path):
     one, two = tasks(study_recipe, tmp_path, TWO_ENDS)
     (other,) = tasks(study_recipe, tmp_path, "student.mixer=retnet")
-    board = Board([one, two, other])
+    board = Scheduler([one, two, other])
     assert board.next() is one
     assert board.next() is other
     assert board.next() is None
@@ -296,10 +296,10 @@ def test_a_run_waits_for_a_stage_that_another_trains(study_recipe, tmp_path):
 
 def test_a_run_whose_process_dies_again_and_again_has_failed(study_recipe, tmp_path):
     (task,) = tasks(study_recipe, tmp_path)
-    board = Board([task])
-    for _ in range(DEATHS):
+    board = Scheduler([task])
+    for _ in range(MAX_RETRIES):
         assert board.next() is task
-        board.died(task, "by signal 9")
+        board.on_worker_exit(task, "by signal 9")
     assert not board
     assert task.run.state == "failed"
     assert "by signal 9" in task.run.error()["message"]

@@ -22,8 +22,8 @@ TWELVE = [
     "stages.matrix=null",
     "stages.hidden={tokens: 256, lr: 1e-3, batch_size: 2}",
     "stages.end_to_end=[{tokens: 128, lr: 1e-3, batch_size: 2}, {tokens: 256, lr: 1e-3, batch_size: 2}]",
-    "evaluation.tokens=128",
-    "checkpoint.every=1",
+    "evaluation.eval_tokens=128",
+    "checkpoint.save_steps=1",
 ]
 TIMED = ("seconds", "decode_tokens_per_second")
 """What no two runs have in common."""

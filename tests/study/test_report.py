@@ -199,7 +199,7 @@ def test_runs_of_an_older_recipe_are_left_out_and_said(tmp_path):
 
 
 def test_a_real_study_is_drawn(study_recipe, tmp_path):
-    run_study(load_study(study_recipe, ["student.layers=[null, {default: gla, 1: attention}]"]), tmp_path)
+    run_study(load_study(study_recipe, ["student.layer_types=[null, {default: gla, 1: attention}]"]), tmp_path)
     page = write_report(tmp_path).read_text()
     assert "hybrid" in page
     assert (tmp_path / "report" / "student.svg").exists()

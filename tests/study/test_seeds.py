@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from subquad.report.text import distinguished, notes, summary
-from subquad.study.aggregate import T_QUANTILES, Mean, best, groups, labels, stands_out
+from subquad.report.text import distinguished, report_notes, summary
+from subquad.study.aggregate import T_QUANTILES, Mean, best, groups, labels, significant_best
 from subquad.study.runs import find_runs
 from tests.study.made_up import STAGE_SETS, recipes, study
 
@@ -28,9 +28,9 @@ def test_an_interval_covers_the_truth_as_often_as_it_says(seeds):
 def test_one_seed_has_no_interval_and_is_apart_from_nothing():
     one, sure = Mean.of([3.0]), Mean.of([9.0, 9.1])
     assert (one.low, one.high, one.n) == (None, None, 1)
-    assert not one.apart(sure)
-    assert not sure.apart(one)
-    assert sure.apart(Mean.of([1.0, 1.1]))
+    assert not one.intervals_disjoint(sure)
+    assert not sure.intervals_disjoint(one)
+    assert sure.intervals_disjoint(Mean.of([1.0, 1.1]))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_the_best_stands_out_only_where_its_interval_is_apart(three_seeds):
         for group in three_seeds
         if group.mixer in ("xlstm", "retnet") and group.stages == "1+2+3" and group.copied
     ]
-    assert stands_out(far, "perplexity", lower=True) is first
+    assert significant_best(far, "perplexity", lower=True) is first
     assert distinguished(far, first) == "Its interval lies apart from all others."
 
 
@@ -65,23 +65,25 @@ def test_nothing_stands_out_where_intervals_overlap(tmp_path):
     first = best(found, "perplexity", lower=True)
     mine, other = (group.mean("perplexity") for group in found)
     assert mine.high > other.low, "made up so that they overlap"
-    assert stands_out(found, "perplexity", lower=True) is None
+    assert significant_best(found, "perplexity", lower=True) is None
     assert "overlaps that of mamba2: no difference is shown" in distinguished(found, first)
 
 
 def test_with_one_seed_nothing_stands_out(tmp_path):
     found = groups(study(tmp_path, recipes(("gla", "retnet"), seeds=(0,)), evaluated=False))
-    assert stands_out(found, "perplexity", lower=True) is None
+    assert significant_best(found, "perplexity", lower=True) is None
     assert "With one seed there is no interval" in dict(summary(found, []))["Best student"]
-    assert any("One seed of everything" in note for note in notes([r for g in found for r in g.runs], found, [], 0))
+    assert any(
+        "One seed of everything" in note for note in report_notes([r for g in found for r in g.runs], found, [], 0)
+    )
 
 
 def test_a_rival_with_one_seed_keeps_the_best_from_standing_out(tmp_path):
     runs = study(tmp_path, recipes(("xlstm", "retnet"), seeds=(0, 1, 2)), evaluated=False)
     lonely = [r for r in runs if not (r.recipe.student.mixer == "retnet" and r.recipe.seed)]
     found = groups(lonely)
-    assert stands_out(found, "perplexity", lower=True) is None
-    assert any("have one seed" in note for note in notes(lonely, found, [], 0))
+    assert significant_best(found, "perplexity", lower=True) is None
+    assert any("have one seed" in note for note in report_notes(lonely, found, [], 0))
 
 
 def test_nothing_finished_says_so(tmp_path):

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from subquad.mixers import AttentionSpec
 from subquad.mixers.rotary import STYLES, rotate
 from subquad.modeling.attention.norms import Norm, read_norm
-from subquad.modeling.attention.tracing import ROWS, TOKENS, Call, same, watch
+from subquad.modeling.attention.tracing import ROWS, TOKENS, AttentionCall, same_values, trace_attention
 from subquad.utils import UserError
 
 TOLERANCE = 2e-2
@@ -29,7 +29,7 @@ another channel, on five independent rows, does not come near."""
 
 
 @dataclass(frozen=True)
-class Source:
+class ProjectionSlice:
     """Where the channels of q, k or v come from: rows of one projection, in head order, perhaps through a norm."""
 
     projection: str
@@ -38,14 +38,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class AttentionSite:
+class AttentionInfo:
     """One layer's attention: `module` stands at `path` in the model; `layout` is what a mixer must know of it."""
 
     index: int
     path: str
     module: nn.Module
-    layout: AttentionSpec
-    sources: dict[str, Source]
+    spec: AttentionSpec
+    sources: dict[str, ProjectionSlice]
     output: str
     """Name of the output projection inside the module."""
     norms: dict[str, Norm] = field(default_factory=dict)
@@ -71,12 +71,12 @@ class AttentionSite:
     def norm(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Weight and bias `[num_heads, head_dim]` of the norm of "q" or "k"."""
         _, _, weight, bias = self.norms[name]
-        groups = self.layout.num_heads // len(weight)
+        groups = self.spec.num_heads // len(weight)
         return weight.repeat_interleave(groups, 0), None if bias is None else bias.repeat_interleave(groups, 0)
 
     def _per_query_head(self, rows: Tensor) -> Tensor:
-        groups = self.layout.num_heads // self.layout.num_kv_heads
-        return rows.unflatten(0, (self.layout.num_kv_heads, -1)).repeat_interleave(groups, dim=0).flatten(0, 1)
+        groups = self.spec.num_heads // self.spec.num_kv_heads
+        return rows.unflatten(0, (self.spec.num_kv_heads, -1)).repeat_interleave(groups, dim=0).flatten(0, 1)
 
 
 def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -85,7 +85,7 @@ def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return (weight.T if isinstance(module, Conv1D) else weight), bias  # type: ignore[return-value]
 
 
-def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
+def discover_attention(model: PreTrainedModel) -> list[AttentionInfo]:
     """The attention of every layer, in order; UserError with what was missing where it cannot be read."""
     name = type(model).__name__
     if model.get_output_embeddings() is None:
@@ -95,7 +95,7 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        calls = watch(model, random_tokens(model))
+        calls = trace_attention(model, random_tokens(model))
     finally:
         for module, mode in training:
             module.training = mode
@@ -109,16 +109,16 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
         raise UserError(
             f"{name} cannot be linearized: {len(calls)} attentions in {layers} layers; expected one a layer, run once"
         )
-    check_own_keys(name, calls)
+    check_no_kv_sharing(name, calls)
     paths = {id(module): path for path, module in model.named_modules()}
-    return [read_site(i, paths[id(call.module)], call, model.config) for i, call in enumerate(calls)]
+    return [read_attention(i, paths[id(call.module)], call, model.config) for i, call in enumerate(calls)]
 
 
-def check_own_keys(name: str, calls: list[Call]) -> None:
+def check_no_kv_sharing(name: str, calls: list[AttentionCall]) -> None:
     """UserError where a layer attends to the keys and values of another (Gemma 3n): a mixer there has nothing to copy,
     and nothing of its own to read them from."""
     for index, call in enumerate(calls):
-        lender = next((i for i in range(index) if same(calls[i].key, call.key)), None)
+        lender = next((i for i in range(index) if same_values(calls[i].key, call.key)), None)
         if lender is not None:
             raise UserError(
                 f"{name} cannot be linearized: layer {index} has no keys and values of its own, it attends to those of "
@@ -132,7 +132,7 @@ def random_tokens(model: PreTrainedModel) -> Tensor:
     return torch.randint(vocabulary, (ROWS, TOKENS), generator=generator).to(model.device)
 
 
-def read_site(index: int, path: str, call: Call, config: Any) -> AttentionSite:
+def read_attention(index: int, path: str, call: AttentionCall, config: Any) -> AttentionInfo:
     where = f"layer {index} ({type(call.module).__name__})"
     if getattr(call.module, "is_causal", True) is False:
         raise UserError(f"{where} looks both ways; expected causal attention")
@@ -152,21 +152,21 @@ def read_site(index: int, path: str, call: Call, config: Any) -> AttentionSite:
                 f"input; its parts are {', '.join(n for n in call.parts if '.' not in n)}"
             )
         sources[name] = source
-    output = next((n for n in linears(call) if same(call.parts[n][0], call.mixed)), None)
+    output = next((n for n in linears(call) if same_values(call.parts[n][0], call.mixed)), None)
     if output is None:
         raise UserError(
             f"{where} cannot be linearized: no projection takes what attention gives as it is; a gate or a norm stands "
             "between"
         )
     returned = call.output[0] if isinstance(call.output, tuple) else call.output
-    if not isinstance(returned, Tensor) or not same(returned, call.parts[output][1]):
+    if not isinstance(returned, Tensor) or not same_values(returned, call.parts[output][1]):
         raise UserError(
             f"{where} cannot be linearized: what it returns is not what its output projection, {output}, gives; "
             "something is added to it or done with it inside, which a mixer in its place would leave out"
         )
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
     if kv_heads == heads:  # some repeat them before attention does
-        kv_heads = undo_repeat(sources, heads)
+        kv_heads = collapse_repeated_kv(sources, heads)
     projections = {name: call.module.get_submodule(source.projection) for name, source in sources.items()}
     norms = read_norms(call, sources)
     layout = AttentionSpec(
@@ -182,12 +182,12 @@ def read_site(index: int, path: str, call: Call, config: Any) -> AttentionSite:
         window=call.window,
         qk_norm=norms["q"][0] if norms else None,
         qk_norm_eps=norms["q"][1] if norms else 1e-6,
-        returns=len(call.output) if isinstance(call.output, tuple) else 0,
+        num_outputs=len(call.output) if isinstance(call.output, tuple) else 0,
     )
-    return AttentionSite(index, path, call.module, layout, sources, output, norms)
+    return AttentionInfo(index, path, call.module, layout, sources, output, norms)
 
 
-def read_norms(call: Call, sources: dict[str, Source]) -> dict[str, Norm]:
+def read_norms(call: AttentionCall, sources: dict[str, ProjectionSlice]) -> dict[str, Norm]:
     """Those of queries and keys; empty unless both have one, of the same kind."""
     found = {}
     for name, values in (("q", call.query), ("k", call.key)):
@@ -198,7 +198,7 @@ def read_norms(call: Call, sources: dict[str, Source]) -> dict[str, Norm]:
     return found if len(found) == 2 and found["q"][0] == found["k"][0] else {}
 
 
-def undo_repeat(sources: dict[str, Source], heads: int) -> int:
+def collapse_repeated_kv(sources: dict[str, ProjectionSlice], heads: int) -> int:
     """Heads of keys and values without what is repeated for each head of a group, in `sources` too."""
     rows = {name: sources[name].rows.view(heads, -1) for name in ("k", "v")}
     for kv_heads in (n for n in range(1, heads) if heads % n == 0):
@@ -209,7 +209,7 @@ def undo_repeat(sources: dict[str, Source], heads: int) -> int:
     return heads
 
 
-def adds_to_scores(call: Call) -> bool:
+def adds_to_scores(call: AttentionCall) -> bool:
     """Whether scores are anything but (scaled) products of queries and keys, of the last `window` tokens."""
     distance = (torch.arange(TOKENS).unsqueeze(-1) - torch.arange(TOKENS)).to(call.query.device)
     seen = (distance >= 0) & (distance < (call.window or TOKENS))
@@ -225,28 +225,30 @@ def adds_to_scores(call: Call) -> bool:
     return not (bool((mask[..., seen] == 0).all()) and bool((mask[..., ~seen] < -1e3).all()))
 
 
-def linears(call: Call) -> list[str]:
+def linears(call: AttentionCall) -> list[str]:
     return [name for name in call.parts if isinstance(call.module.get_submodule(name), nn.Linear | Conv1D)]
 
 
-def trace(call: Call, values: Tensor) -> Source | None:
+def trace(call: AttentionCall, values: Tensor) -> ProjectionSlice | None:
     """Finds each channel of `values`, `[B, H, T, D]`, among the outputs of projections of the layer's input, on the
     first token, where rotary turns nothing: directly, or as the output of a norm whose input is found there."""
     x = call.hidden_states
     names = linears(call)
     offered = {
-        n: first_token(call.parts[n][1]) for n in names if same(call.parts[n][0], x) and by_token(call.parts[n][1])
+        n: first_token(call.parts[n][1])
+        for n in names
+        if same_values(call.parts[n][0], x) and by_token(call.parts[n][1])
     }
     # Some scale queries before attention does, and long-context rotary scales all.
     factors = [1.0, values.shape[-1] ** -0.5]
     if call.position_embeddings is not None:
         factors.append(float(call.position_embeddings[0].flatten()[0]))
 
-    def among_projections(wanted: Tensor) -> Source | None:
+    def among_projections(wanted: Tensor) -> ProjectionSlice | None:
         for name, channels in offered.items():
             rows = match(wanted, channels, factors)
             if rows is not None:
-                return Source(name, rows)
+                return ProjectionSlice(name, rows)
         return None
 
     wanted = first_token(values.transpose(1, 2))
@@ -259,7 +261,7 @@ def trace(call: Call, values: Tensor) -> Source | None:
         rows = match(wanted, first_token(given), factors)
         behind = None if rows is None else among_projections(first_token(taken)[rows])
         if behind is not None:
-            return Source(behind.projection, behind.rows, norm=name)
+            return ProjectionSlice(behind.projection, behind.rows, norm=name)
     return None
 
 
@@ -297,7 +299,7 @@ def match(wanted: Tensor, offered: Tensor, factors: list[float]) -> Tensor | Non
     return None
 
 
-def rotary_style(call: Call, source: Source) -> str | None:
+def rotary_style(call: AttentionCall, source: ProjectionSlice) -> str | None:
     """How the queries were turned, one of `mixers.rotary.STYLES`; None where they were not, or in no known way."""
     if call.position_embeddings is None:
         return None
@@ -322,7 +324,7 @@ def rotary_style(call: Call, source: Source) -> str | None:
 
 
 @dataclass
-class Recording:
+class LayerActivations:
     """What one layer, or its attention, was given and what it made of it, in one forward of the teacher."""
 
     args: tuple[Any, ...]
@@ -344,8 +346,8 @@ def layer_path(path: str) -> str:
 
 
 @contextmanager
-def listen(
-    modules: Sequence[tuple[nn.Module, nn.Module | None]], each: Callable[[int, Recording], None]
+def capture_activations(
+    modules: Sequence[tuple[nn.Module, nn.Module | None]], each: Callable[[int, LayerActivations], None]
 ) -> Iterator[None]:
     """While it lasts, `each(index, recording)` is called as soon as one of `modules` has run.
 
@@ -363,7 +365,7 @@ def listen(
 
         def after(_module, _args, output, given=given, index=index):
             output = output[0] if isinstance(output, tuple) else output
-            each(index, Recording(output=output, **given))
+            each(index, LayerActivations(output=output, **given))
             given.clear()
 
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -377,22 +379,22 @@ def listen(
             hook.remove()
 
 
-def attentions(sites: Sequence[AttentionSite]) -> list[tuple[nn.Module, nn.Module | None]]:
+def attention_modules(sites: Sequence[AttentionInfo]) -> list[tuple[nn.Module, nn.Module | None]]:
     """The attentions of a model with their output projections, for `listen`."""
     return [(site.module, site.module.get_submodule(site.output)) for site in sites]
 
 
 @torch.no_grad()
-def record(
+def collect_activations(
     model: PreTrainedModel,
     modules: Sequence[tuple[nn.Module, nn.Module | None]],
     input_ids: Tensor,
     position_ids: Tensor | None = None,
-) -> list[Recording]:
+) -> list[LayerActivations]:
     """Runs `model` once on `input_ids: [B, T]`, all tokens real, and records every one of `modules` (see `listen`).
     Positions that restart are documents that do not see each other."""
-    heard: dict[int, Recording] = {}
+    heard: dict[int, LayerActivations] = {}
     where = {} if position_ids is None else {"position_ids": position_ids}
-    with listen(modules, heard.__setitem__):
+    with capture_activations(modules, heard.__setitem__):
         model.base_model(input_ids=input_ids, use_cache=False, **where)
     return [heard[index] for index in range(len(modules))]

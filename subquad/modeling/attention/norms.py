@@ -3,7 +3,7 @@
 import torch.nn as nn
 from torch import Tensor
 
-from subquad.mixers.norms import qk_normed
+from subquad.mixers.norms import qk_norm
 from subquad.modeling.attention.tracing import TOKENS
 
 KINDS = ("rms-head", "rms-all", "layer-head", "layer-all")
@@ -20,7 +20,7 @@ def read_norm(module: nn.Module, taken: Tensor, given: Tensor, heads: int) -> No
     eps = 1e-6 if eps is None else float(eps)
     best: tuple[float, Norm] | None = None
     for kind in KINDS:
-        n = qk_normed(x, kind, eps)
+        n = qk_norm(x, kind, eps)
         about = (0, 1)
         if kind.startswith("layer"):
             centred, mean = n - n.mean(about), n.mean(about)
@@ -28,7 +28,7 @@ def read_norm(module: nn.Module, taken: Tensor, given: Tensor, heads: int) -> No
             bias = y.mean(about) - weight * mean
         else:
             weight, bias = (n * y).sum(about) / n.square().sum(about), None
-        error = float((qk_normed(x, kind, eps, weight, bias) - y).square().mean() / y.square().mean())
+        error = float((qk_norm(x, kind, eps, weight, bias) - y).square().mean() / y.square().mean())
         if best is None or error < 1e-2 * best[0]:  # a kind with more freedom must be worth it
             best = error, (kind, eps, weight, bias)
     return best[1] if best is not None and best[0] < 1e-4 else None

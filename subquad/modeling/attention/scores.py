@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from subquad.modeling.attention.tracing import attention_implementation
-from subquad.modeling.masks import added_mask, describe_columns
+from subquad.modeling.masks import additive_mask, doc_ids_and_positions
 
 BY_ROWS = "subquad_rows"
 PROBE = 6
@@ -90,8 +90,8 @@ def with_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any], mask: Tens
 
 
 def _mask(x: Tensor, window: int | None, sinks: int, rows: slice) -> Tensor:
-    documents, places = describe_columns(None, len(x), x.shape[1], x.device)
-    return added_mask((documents[:, rows], places[:, rows]), (documents, places), window, sinks, x.dtype)
+    documents, places = doc_ids_and_positions(None, len(x), x.shape[1], x.device)
+    return additive_mask((documents[:, rows], places[:, rows]), (documents, places), window, sinks, x.dtype)
 
 
 def _whole(attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -26,7 +26,7 @@ ROWS, TOKENS = 5, 13
 
 
 @dataclass
-class Call:
+class AttentionCall:
     """One attention at work: what it was given, what reached the attention function (`[B, H, T, D]`), what that made
     of it (`[B, T, H, V]`), and what the module's parts took and gave, by name."""
 
@@ -63,13 +63,13 @@ class Call:
         return self.kwargs.get("position_embeddings")
 
 
-_calls: list[Call] = []
+_calls: list[AttentionCall] = []
 
 
 def _watched_attention(module, query, key, value, attention_mask, **options):
     plain = {name: option for name, option in options.items() if name not in ("softcap", "s_aux")}
     mixed = sdpa_attention_forward(module, query, key, value, attention_mask, **plain)[0]
-    _calls.append(Call(module, query, key, value, mixed, attention_mask, options=options))
+    _calls.append(AttentionCall(module, query, key, value, mixed, attention_mask, options=options))
     return mixed, None
 
 
@@ -102,7 +102,7 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
             config._attn_implementation = chosen  # type: ignore[union-attr]
 
 
-class WrittenOut(TorchFunctionMode):
+class EagerAttentionTracer(TorchFunctionMode):
     """Sees softmax(q k^T) v where it is written out, or given to torch's own function for it, in whichever module is
     the last of `running`."""
 
@@ -120,13 +120,13 @@ class WrittenOut(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention:
             q, k, v, mask = (*args, None)[:4]
             mask = (kwargs or {}).get("attn_mask", mask)
-            _calls.append(Call(self.running[-1], q, k, v, out.transpose(1, 2), mask))
+            _calls.append(AttentionCall(self.running[-1], q, k, v, out.transpose(1, 2), mask))
         elif func in self.SOFTMAXES:
             self.probabilities = out if self.scored is not None else None
-        elif func in self.MATMULS and self.probabilities is not None and same(args[0], self.probabilities):
+        elif func in self.MATMULS and self.probabilities is not None and same_values(args[0], self.probabilities):
             given = (*self.scored, args[1], out, self.probabilities)  # type: ignore[misc]
             q, k, v, o, p = (x if x.dim() == 4 else x.unflatten(0, (ROWS, -1)) for x in given)
-            _calls.append(Call(self.running[-1], q, k, v, o.transpose(1, 2), probabilities=p))
+            _calls.append(AttentionCall(self.running[-1], q, k, v, o.transpose(1, 2), probabilities=p))
             self.scored = self.probabilities = None
         elif func in self.MATMULS and out.shape[-2:] == (TOKENS, TOKENS):
             self.scored = args[0], args[1].transpose(-1, -2)
@@ -134,7 +134,7 @@ class WrittenOut(TorchFunctionMode):
 
 
 @torch.no_grad()
-def watch(model: PreTrainedModel, input_ids: Tensor) -> list[Call]:
+def trace_attention(model: PreTrainedModel, input_ids: Tensor) -> list[AttentionCall]:
     """Runs `model` once on `[B, T]` tokens and looks into its attentions. UserError where it fails."""
     given: dict[nn.Module, tuple[tuple, dict[str, Any]]] = {}
     made: dict[nn.Module, Any] = {}
@@ -156,7 +156,7 @@ def watch(model: PreTrainedModel, input_ids: Tensor) -> list[Call]:
         with attention_implementation(model, WATCHED):
             model(input_ids=input_ids, use_cache=False)
         if not _calls:
-            with attention_implementation(model, "eager"), WrittenOut(running):
+            with attention_implementation(model, "eager"), EagerAttentionTracer(running):
                 model(input_ids=input_ids, use_cache=False)
         calls = list(_calls)
     except Exception as error:
@@ -178,6 +178,6 @@ def watch(model: PreTrainedModel, input_ids: Tensor) -> list[Call]:
     return calls
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same numbers in the same order, whatever their axes."""
     return a.numel() == b.numel() and torch.equal(a.flatten(), b.flatten())

@@ -24,13 +24,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.checks import work_dtype
-from subquad.ops.engine.channel_decay import ChannelFrame
-from subquad.ops.engine.functions import FirstDerivative, LoopedFunction
+from subquad.ops.checks import compute_dtype
+from subquad.ops.engine.channel_decay import ChannelDecay
+from subquad.ops.engine.functions import OnceDifferentiable, VmapByLoopFunction
 from subquad.ops.engine.product_tree import tokens
-from subquad.ops.engine.scalar_decay import Levels, ScalarFrame, decay_levels
-from subquad.ops.engine.segments import Layout, Segment, StateScan, Tokens
-from subquad.ops.engine.updates import Kept, additive_backward, additive_forward, delta_backward, delta_forward
+from subquad.ops.engine.scalar_decay import LogCumDecay, ScalarDecay, cumulative_decay
+from subquad.ops.engine.segments import ChunkedView, Layout, Segment, StateScan
+from subquad.ops.engine.updates import (
+    SavedForBackward,
+    additive_backward,
+    additive_forward,
+    delta_backward,
+    delta_forward,
+)
 from subquad.ops.engine.workspace import Workspace
 
 
@@ -52,7 +58,7 @@ class Inputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChunkSpec:
     """What a call asks for besides tensors.
 
     With `eps` the output is divided by what one more value channel, always one, reads: by max(|x|, floor), or by
@@ -72,7 +78,7 @@ def run(inputs: Inputs, layout: Layout, scale: float, eps: float | None = None) 
     if layout.B > 1 and 2 * layout.matrices < layout.BH:
         return _in_batches(inputs, layout, scale, eps)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    plan = Plan(layout, scale, work_dtype(inputs.q), keep, eps)
+    plan = ChunkSpec(layout, scale, compute_dtype(inputs.q), keep, eps)
     if torch.compiler.is_compiling():
         from subquad.ops.engine import compiled
 
@@ -81,7 +87,7 @@ def run(inputs: Inputs, layout: Layout, scale: float, eps: float | None = None) 
     return o, final
 
 
-def empty_results(inputs: Inputs, plan: Plan) -> tuple[Tensor | None, ...]:
+def empty_results(inputs: Inputs, plan: ChunkSpec) -> tuple[Tensor | None, ...]:
     """What `Chunked` returns, not yet computed: o, the final states, and what is kept: A, U, the inverse, states, and
     of a normaliser its level and slope."""
     q, v, layout, C = inputs.q, inputs.v, plan.layout, plan.layout.C
@@ -116,21 +122,21 @@ def _in_batches(inputs: Inputs, layout: Layout, scale: float, eps: float | None)
     return torch.cat(outputs), torch.cat(states, 1)
 
 
-class Chunked(LoopedFunction):
+class Chunked(VmapByLoopFunction):
     """(*Inputs, plan) -> (o, final states, and what is kept for the backward pass)."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
         inputs, plan = Inputs(*args[:-1]), args[-1]
         layout, work = plan.layout, Workspace(inputs.q, plan.dtype)
-        frame = make_frame(plan, inputs, work)
+        frame = make_decay(plan, inputs, work)
         results = empty_results(inputs, plan)
         o, final, A, U, inverse, slots, level, slope = results
         assert o is not None and final is not None and slots is not None  # noqa: PT018
-        kept = Kept(StateScan(layout, slots, plan.keep), A, U, inverse)
+        kept = SavedForBackward(StateScan(layout, slots, plan.keep), A, U, inverse)
         normalizer = None if level is None or slope is None else Normalizer(plan, inputs.floor, level, slope)
         update = additive_forward if inputs.beta is None else delta_forward
-        sources, target = Sources(plan, inputs, work), Tokens(layout, o)
+        sources, target = ChunkInputs(plan, inputs, work), ChunkedView(layout, o)
         for segment in layout.segments():
             rows, keys = sources.rows(segment)
             values = sources.values(segment)
@@ -156,7 +162,7 @@ class Chunked(LoopedFunction):
         return (*grads, *(None,) * (len(ctx.needs_input_grad) - len(grads)))
 
 
-class ChunkedBackward(FirstDerivative):
+class ChunkedBackward(OnceDifferentiable):
     """(do, d_final, *Inputs, *kept, o, plan) -> the gradients of the first seven inputs."""
 
     @staticmethod
@@ -164,13 +170,13 @@ class ChunkedBackward(FirstDerivative):
         *tensors, A, U, inverse, slots, level, slope, o, plan = args
         inputs, layout = Inputs(*tensors), plan.layout
         V, beta = inputs.v.shape[-1], inputs.beta
-        kept = Kept(StateScan(layout, slots, True), A, U, inverse)
+        kept = SavedForBackward(StateScan(layout, slots, True), A, U, inverse)
         work = Workspace(inputs.q, plan.dtype)
-        frame = make_frame(plan, inputs, work)
-        grads = Gradients(plan, inputs, slots, work)
-        reading = Reading(plan, do if do is not None else torch.zeros_like(inputs.v), o, level, slope)
+        frame = make_decay(plan, inputs, work)
+        grads = InputGrads(plan, inputs, slots, work)
+        reading = OutputGrad(plan, do if do is not None else torch.zeros_like(inputs.v), o, level, slope)
         update = additive_backward if beta is None else delta_backward
-        sources, carry = Sources(plan, inputs, work), torch.zeros_like(slots[0])
+        sources, carry = ChunkInputs(plan, inputs, work), torch.zeros_like(slots[0])
         for segment in reversed(layout.segments()):
             raw_rows, raw_keys = sources.rows(segment, "raw")
             m, C, R, K = raw_rows.shape
@@ -189,13 +195,13 @@ class ChunkedBackward(FirstDerivative):
         return grads.results(d_final)
 
 
-class Sources:
+class ChunkInputs:
     """The segments of q, k, v and beta."""
 
-    def __init__(self, plan: Plan, inputs: Inputs, work: Workspace) -> None:
+    def __init__(self, plan: ChunkSpec, inputs: Inputs, work: Workspace) -> None:
         self.plan, self.work = plan, work
-        self.q, self.k, self.v = (Tokens(plan.layout, x) for x in (inputs.q, inputs.k, inputs.v))
-        self.beta = None if inputs.beta is None else Tokens(plan.layout, inputs.beta)
+        self.q, self.k, self.v = (ChunkedView(plan.layout, x) for x in (inputs.q, inputs.k, inputs.v))
+        self.beta = None if inputs.beta is None else ChunkedView(plan.layout, inputs.beta)
         self.K, self.V = inputs.q.shape[-1], inputs.v.shape[-1]
 
     def rows(self, segment: Segment, name: str = "decayed") -> tuple[Tensor, Tensor]:
@@ -222,10 +228,10 @@ class Sources:
 class Normalizer:
     """Divides reads [m, C, V + 1] and remembers by what, level, and its derivative by the last channel, slope."""
 
-    def __init__(self, plan: Plan, floor: Tensor | None, level: Tensor, slope: Tensor) -> None:
+    def __init__(self, plan: ChunkSpec, floor: Tensor | None, level: Tensor, slope: Tensor) -> None:
         assert plan.eps is not None
-        self.eps, self.floor = plan.eps, None if floor is None else Tokens(plan.layout, floor)
-        self.to_level, self.to_slope = Tokens(plan.layout, level), Tokens(plan.layout, slope)
+        self.eps, self.floor = plan.eps, None if floor is None else ChunkedView(plan.layout, floor)
+        self.to_level, self.to_slope = ChunkedView(plan.layout, level), ChunkedView(plan.layout, slope)
 
     def divide(self, reads: Tensor, segment: Segment) -> Tensor:
         m, C, _ = reads.shape
@@ -241,18 +247,20 @@ class Normalizer:
         return reads[..., :-1].div_(level)
 
 
-class Reading:
+class OutputGrad:
     """The gradient of what queries read: that of the output, through the normaliser if there is one."""
 
-    def __init__(self, plan: Plan, do: Tensor, o: Tensor | None, level: Tensor | None, slope: Tensor | None) -> None:
-        self.V, self.do = do.shape[-1], Tokens(plan.layout, do)
+    def __init__(
+        self, plan: ChunkSpec, do: Tensor, o: Tensor | None, level: Tensor | None, slope: Tensor | None
+    ) -> None:
+        self.V, self.do = do.shape[-1], ChunkedView(plan.layout, do)
         self.share = self.d_level = None
         if level is not None:
             assert o is not None
             assert slope is not None
             share = level.reciprocal()
             d_level = torch.linalg.vecdot(do.to(level.dtype), o.to(level.dtype)).mul_(share).mul_(slope).neg_()
-            self.share, self.d_level = Tokens(plan.layout, share), Tokens(plan.layout, d_level)
+            self.share, self.d_level = ChunkedView(plan.layout, share), ChunkedView(plan.layout, d_level)
 
     def load(self, segment: Segment, reads: Tensor) -> Tensor:
         """Fill the queries' role of `reads` [m, C, R, V]."""
@@ -262,29 +270,31 @@ class Reading:
         return reads
 
 
-class Gradients:
+class InputGrads:
     """The results of the backward pass, filled segment by segment."""
 
-    def __init__(self, plan: Plan, inputs: Inputs, slots: Tensor, work: Workspace) -> None:
+    def __init__(self, plan: ChunkSpec, inputs: Inputs, chunk_states: Tensor, work: Workspace) -> None:
         layout = plan.layout
         q, k, v, log_decay, beta, *_ = inputs
         _, _, _, wants_decay, _, wants_input, self.wants_initial, *_ = plan.needed
         self.plan, self.work, self.beta, self.wants_gates = plan, work, beta, wants_decay or wants_input
         self.q, self.k, self.v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        self.to_q, self.to_k, self.to_v = (Tokens(layout, x) for x in (self.q, self.k, self.v))
-        self.initial = slots.new_empty(layout.sequences, *slots.shape[1:])
+        self.to_q, self.to_k, self.to_v = (ChunkedView(layout, x) for x in (self.q, self.k, self.v))
+        self.initial = chunk_states.new_empty(layout.sequences, *chunk_states.shape[1:])
         gate_shape = layout.N, layout.BH, layout.C
         self.per_channel = False
         self.decay = self.d_beta = self.d_input = None
         if self.wants_gates and log_decay is not None:
             self.per_channel = log_decay.dim() == 4
-            self.decay = log_decay.new_empty(log_decay.shape) if self.per_channel else slots.new_empty(gate_shape)
+            self.decay = (
+                log_decay.new_empty(log_decay.shape) if self.per_channel else chunk_states.new_empty(gate_shape)
+            )
         if self.per_channel and self.decay is not None:
-            self.to_decay = Tokens(layout, self.decay)
+            self.to_decay = ChunkedView(layout, self.decay)
         if wants_input:
-            self.d_input = slots.new_empty(gate_shape)
+            self.d_input = chunk_states.new_empty(gate_shape)
         if beta is not None:
-            self.d_beta, self.strength = slots.new_empty(gate_shape), layout.gates(beta, slots.dtype)
+            self.d_beta, self.strength = chunk_states.new_empty(gate_shape), layout.gates(beta, chunk_states.dtype)
 
     def store(self, segment: Segment, d_rows: Tensor, d_keys: Tensor, raw_rows: Tensor, gates: tuple) -> None:
         s = slice(segment.first, segment.first + segment.n)
@@ -313,13 +323,13 @@ class Gradients:
         return self.q, self.k, self.v, decay, d_beta, d_input, initial
 
 
-def make_frame(plan: Plan, inputs: Inputs, work: Workspace) -> ScalarFrame | ChannelFrame:
+def make_decay(plan: ChunkSpec, inputs: Inputs, work: Workspace) -> ScalarDecay | ChannelDecay:
     log_decay = inputs.log_decay
     if log_decay is not None and log_decay.dim() == 4:
-        return ChannelFrame(plan.layout, log_decay, work)
+        return ChannelDecay(plan.layout, log_decay, work)
     levels = None
     if inputs.rows is not None:
-        levels = Levels(*(x for x in inputs[7:11] if x is not None))
+        levels = LogCumDecay(*(x for x in inputs[7:11] if x is not None))
     elif log_decay is not None:
-        levels = decay_levels(plan.layout, log_decay)
-    return ScalarFrame(plan.layout, levels, work, plan.dtype, inputs.input_gate is not None)
+        levels = cumulative_decay(plan.layout, log_decay)
+    return ScalarDecay(plan.layout, levels, work, plan.dtype, inputs.input_gate is not None)

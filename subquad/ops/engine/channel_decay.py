@@ -14,22 +14,22 @@ from torch import Tensor
 
 from subquad.ops.engine.product_tree import Tree, tokens
 from subquad.ops.engine.scalar_decay import LOG2E
-from subquad.ops.engine.segments import Layout, Segment, Tokens
+from subquad.ops.engine.segments import ChunkedView, Layout, Segment
 from subquad.ops.engine.workspace import Workspace
 
 
-class ChannelFrame:
+class ChannelDecay:
     """As `ScalarFrame`, for a log decay [B, T, H, K]."""
 
     def __init__(self, layout: Layout, log_decay: Tensor, work: Workspace) -> None:
-        self.layout, self.log_decay, self.work = layout, Tokens(layout, log_decay), work
+        self.layout, self.log_decay, self.work = layout, ChunkedView(layout, log_decay), work
 
     def total(self, segment: Segment) -> Tensor:
         return self.tree.root.view(segment.n, self.layout.BH, -1, 1)
 
     def _plant(self, segment: Segment, shape: torch.Size) -> None:
         """The tree of a segment, with the factors of all its blocks."""
-        self.tree = self.work.once(("tree", shape), lambda: Tree(self.work, *shape))
+        self.tree = self.work.cached_view(("tree", shape), lambda: Tree(self.work, *shape))
         self.log_decay.load(segment, self.tree.steps, LOG2E).exp2_()
         for level in self.tree.levels:
             level.multiply()

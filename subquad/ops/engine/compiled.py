@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.ops.checks import work_dtype
+from subquad.ops.checks import compute_dtype
 from subquad.ops.engine import autograd as engine
 from subquad.ops.engine.segments import Layout
 
@@ -21,18 +21,18 @@ PLAN = "SymInt[] sizes, SymInt[]? bounds, float scale, bool keep, float? eps"
 KEPT = "Tensor A, Tensor U, Tensor inverse, Tensor slots, Tensor level, Tensor slope"
 
 
-def run(inputs: engine.Inputs, plan: engine.Plan) -> tuple[Tensor, Tensor]:
+def run(inputs: engine.Inputs, plan: engine.ChunkSpec) -> tuple[Tensor, Tensor]:
     layout = plan.layout
     sizes = [layout.B, layout.T, layout.H, layout.C, layout.matrices]
     o, final, *_ = forward(*inputs, sizes, layout.bounds, plan.scale, plan.keep, plan.eps)
     return o, final
 
 
-def _plan(q: Tensor, settings: Sequence[Any], needed: Sequence[bool] = ()) -> engine.Plan:
+def _plan(q: Tensor, settings: Sequence[Any], needed: Sequence[bool] = ()) -> engine.ChunkSpec:
     sizes, bounds, scale, keep, eps = settings
     B, T, H, C, matrices = sizes
     layout = Layout(B, T, H, C, matrices, None if bounds is None else list(bounds))
-    return engine.Plan(layout, scale, work_dtype(q), keep, eps, tuple(needed))
+    return engine.ChunkSpec(layout, scale, compute_dtype(q), keep, eps, tuple(needed))
 
 
 def _present(x: Tensor) -> Tensor | None:

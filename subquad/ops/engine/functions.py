@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class LoopedFunction(torch.autograd.Function):
+class VmapByLoopFunction(torch.autograd.Function):
     """Under `vmap` one call after the other: right, if not fast."""
 
     @classmethod
@@ -25,7 +25,7 @@ class LoopedFunction(torch.autograd.Function):
         return outputs, tuple(None if x is None else 0 for x in outputs)
 
 
-class FirstDerivative(LoopedFunction):
+class OnceDifferentiable(VmapByLoopFunction):
     """A backward pass."""
 
     @staticmethod

@@ -22,7 +22,7 @@ def tokens(work: Workspace, name: str, m: int, C: int, R: int, K: int) -> tuple[
         rows, keys = work(name, m * C * (R + 1) * K).split([m * C * R * K, m * C * K])
         return rows.view(m, C, R, K), keys.view(m, C, K)
 
-    return work.once((name, m, C, R, K), make)
+    return work.cached_view((name, m, C, R, K), make)
 
 
 class Tree:
@@ -53,12 +53,12 @@ class Level:
         now, grads = halves("decayed"), halves("gradients")
         was, products = ([x.view(P, -1, K) for x in tokens(work, n, P, h, R, K)] for n in (f"was{level}", "moved"))
         self.block = work("block", P, h * R, h)
-        self.dots, self.dots_was = (Dots(work, rows, keys, self.block) for rows, keys in (now, was))
-        self.products = Product(self.block, was[1], products[0]), Product(self.block.mT, was[0], products[1])
+        self.dots, self.dots_was = (BlockDot(work, rows, keys, self.block) for rows, keys in (now, was))
+        self.products = BlockMatmul(self.block, was[1], products[0]), BlockMatmul(self.block.mT, was[0], products[1])
         sides: list = [now, was, grads, products, factors.unsqueeze(2).unbind(1), d_totals.unbind(1)]
         if R == 1:
             sides = [[_stack(*both)] for both in sides]
-        self.sides = [Side(*views) for views in zip(*sides, strict=True)]
+        self.sides = [TreeSide(*views) for views in zip(*sides, strict=True)]
 
     def multiply(self) -> None:
         """The factors of blocks twice as large: more exact than exponentials of sums, and faster."""
@@ -71,7 +71,7 @@ class Level:
         return A.as_strided(shape, strides, A.storage_offset() + h * row)
 
 
-class Side:
+class TreeSide:
     """What moves at a level, [P, r, K]; with one row a token, rows and keys at once, [2, P, r, K]."""
 
     def __init__(
@@ -107,7 +107,7 @@ class Side:
             self.d_total.addcmul_(was, grad)
 
 
-class Dots:
+class BlockDot:
     """block [P, h R, h] = rows keys^T."""
 
     def __init__(self, work: Workspace, rows: Tensor, keys: Tensor, block: Tensor) -> None:
@@ -122,7 +122,7 @@ class Dots:
         return torch.sum(torch.mul(self.x, self.y, out=self.each), -1, out=self.block)
 
 
-class Product:
+class BlockMatmul:
     """out = x y; the smallest term by term, several times as fast as PyTorch's loop for them."""
 
     def __init__(self, x: Tensor, y: Tensor, out: Tensor) -> None:

@@ -19,27 +19,27 @@ from subquad.ops.engine.segments import Layout, Segment
 from subquad.ops.engine.workspace import Workspace
 
 LOG2E = 1 / math.log(2)
-FORGOTTEN = -1000.0  # exp of it is zero even in float64; -inf would make differences of sums NaN
+MIN_LOG_DECAY = -1000.0  # exp of it is zero even in float64; -inf would make differences of sums NaN
 
 
-class Levels(NamedTuple):
+class LogCumDecay(NamedTuple):
     rows: Tensor  # [N, BH, C] float64
     columns: Tensor  # [N, BH, C]
     start: Tensor  # [N, BH, 1]
     end: Tensor  # [N, BH, 1]
 
 
-def decay_levels(layout: Layout, log_decay: Tensor) -> Levels:
+def cumulative_decay(layout: Layout, log_decay: Tensor) -> LogCumDecay:
     """Levels of a decay [B, T, H]: its running sum within the chunk."""
-    since = (layout.gates(log_decay, torch.float64).clamp_min_(FORGOTTEN) * LOG2E).cumsum(-1)
-    return Levels(since, since, torch.zeros_like(since[..., :1]), since[..., -1:])
+    since = (layout.gates(log_decay, torch.float64).clamp_min_(MIN_LOG_DECAY) * LOG2E).cumsum(-1)
+    return LogCumDecay(since, since, torch.zeros_like(since[..., :1]), since[..., -1:])
 
 
-class ScalarFrame:
+class ScalarDecay:
     """Products and decays of the chunks of one segment; `levels` None is no decay at all."""
 
     def __init__(
-        self, layout: Layout, levels: Levels | None, work: Workspace, dtype: torch.dtype, input_gate: bool = False
+        self, layout: Layout, levels: LogCumDecay | None, work: Workspace, dtype: torch.dtype, input_gate: bool = False
     ) -> None:
         self.layout, self.levels, self.work, self.input_gate = layout, levels, work, input_gate
         self.P = self.E = self.totals = None

@@ -30,9 +30,11 @@ class Segment(NamedTuple):
 class Layout:
     """Where the tokens of q-shaped tensors [B, T, H, D] go, and at which chunks documents begin and end."""
 
-    def __init__(self, B: int, T: int, H: int, C: int, matrices: int, bounds: list[int] | None = None) -> None:
+    def __init__(
+        self, B: int, T: int, H: int, C: int, matrices_per_segment: int, bounds: list[int] | None = None
+    ) -> None:
         self.B, self.T, self.H, self.BH = B, T, H, B * H
-        self.C, self.matrices, self.bounds = C, matrices, bounds
+        self.C, self.matrices, self.bounds = C, matrices_per_segment, bounds
         self.N = -(-T // self.C)
         # `Packing` has made the bounds of documents multiples of C.
         chunks = [0, self.N] if bounds is None else [b // self.C for b in bounds]
@@ -41,7 +43,7 @@ class Layout:
         self.first = {a: n for n, (a, b) in enumerate(self.spans) if a < b}
         self.last = {b - 1: n for n, (a, b) in enumerate(self.spans) if a < b}
         self.empty = [n for n, (a, b) in enumerate(self.spans) if a == b]
-        most = max(1, matrices // max(1, self.BH))
+        most = max(1, matrices_per_segment // max(1, self.BH))
         self.n = max(1, -(-self.N // max(1, -(-self.N // most))))  # as even as may be
 
     def segments(self) -> list[Segment]:
@@ -59,7 +61,7 @@ class Layout:
         return tokens.reshape(self.B, self.N * self.C, self.H)[:, : self.T]
 
 
-class Tokens:
+class ChunkedView:
     """A tensor [B, T, H, D], or [B, T, H] as D = 1, seen as chunks [N, B, H, C, D], to copy segments from and to."""
 
     def __init__(self, layout: Layout, x: Tensor) -> None:
@@ -70,7 +72,7 @@ class Tokens:
         self.whole = x[:, :length].view(B, self.count, layout.C, H, D).permute(1, 0, 3, 2, 4)
         self.rest = x[:, length:].transpose(1, 2)  # the tokens of a part chunk, [B, H, fewer than C, D]
 
-    def load(self, segment: Segment, out: Tensor, scale: float = 1.0, by: Tokens | None = None) -> Tensor:
+    def load(self, segment: Segment, out: Tensor, scale: float = 1.0, by: ChunkedView | None = None) -> Tensor:
         """Copy a segment into `out` [m, C, D], times a number or `by`, token by token; zeros fill a part chunk."""
         target = self._chunks(out, segment)
         n = min(segment.n, self.count - segment.first)
@@ -94,7 +96,7 @@ class Tokens:
         return x.view(segment.n, self.layout.B, self.layout.H, *x.shape[1:])
 
 
-class Packing:
+class VarlenPadding:
     """Documents of a packed sequence moved apart, so that each begins with a chunk; nothing to do without documents."""
 
     def __init__(self, q: Tensor, v: Tensor, chunk_size: int | None, cu_seqlens: Tensor | None) -> None:
@@ -148,10 +150,10 @@ def _copy(source: Tensor, target: Tensor, factor: float | Tensor) -> None:
 class StateScan:
     """The order in which states pass from chunk to chunk, forward and backward, starting anew at each document."""
 
-    def __init__(self, layout: Layout, slots: Tensor, keep: bool) -> None:
+    def __init__(self, layout: Layout, chunk_states: Tensor, keep: bool) -> None:
         """`slots`, [chunks + 1, BH, K, V], holds the states of all chunks, or if none is kept of one segment."""
-        self.layout, self.slots, self.keep = layout, slots, keep
-        self.each = slots.unbind(0)
+        self.layout, self.slots, self.keep = layout, chunk_states, keep
+        self.each = chunk_states.unbind(0)
 
     def base(self, segment: Segment) -> int:
         """The slot of the segment's first chunk."""

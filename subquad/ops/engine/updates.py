@@ -11,15 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.engine.channel_decay import ChannelFrame
-from subquad.ops.engine.scalar_decay import ScalarFrame
+from subquad.ops.engine.channel_decay import ChannelDecay
+from subquad.ops.engine.scalar_decay import ScalarDecay
 from subquad.ops.engine.segments import Segment, StateScan
 from subquad.ops.engine.workspace import Workspace
 
-Frame = ScalarFrame | ChannelFrame
+Decay = ScalarDecay | ChannelDecay
 
 
-class Kept(NamedTuple):
+class SavedForBackward(NamedTuple):
     """What the forward pass leaves for the backward one; without gradients the same, for one segment at a time."""
 
     states: StateScan
@@ -36,8 +36,8 @@ class Kept(NamedTuple):
 
 def additive_forward(
     segment: Segment,
-    frame: Frame,
-    kept: Kept,
+    frame: Decay,
+    kept: SavedForBackward,
     rows: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -63,8 +63,8 @@ def additive_forward(
 
 def additive_backward(
     segment: Segment,
-    frame: Frame,
-    kept: Kept,
+    frame: Decay,
+    kept: SavedForBackward,
     decayed: tuple[Tensor, Tensor, Tensor],
     reads: Tensor,
     d_final: Tensor | None,
@@ -89,8 +89,8 @@ def additive_backward(
 
 def delta_forward(
     segment: Segment,
-    frame: Frame,
-    kept: Kept,
+    frame: Decay,
+    kept: SavedForBackward,
     rows: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -119,8 +119,8 @@ def delta_forward(
 
 def delta_backward(
     segment: Segment,
-    frame: Frame,
-    kept: Kept,
+    frame: Decay,
+    kept: SavedForBackward,
     decayed: tuple[Tensor, Tensor, Tensor],
     reads: Tensor,
     d_final: Tensor | None,

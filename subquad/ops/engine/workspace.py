@@ -37,7 +37,7 @@ class Workspace:
         view = self.views[(name, shape)] = buffer[:size].view(shape)
         return view
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def cached_view(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` derives from buffers, made anew only when some buffer was replaced: a view costs as much as a
         small op."""
         if (made := self.views.get(key)) is not None:
