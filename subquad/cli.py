@@ -267,7 +267,7 @@ def run_linearize(args: argparse.Namespace) -> None:
     if args.calibrate is not None:
         rows = token_rows(Data(source=args.calibrate, seq_len=256), tokenizer, "train", limit=CALIBRATION)
         tokens = torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
-    given = {"copy_qkv": not args.no_copy, "calibrate": tokens, "seed": args.seed, "export": args.export}
+    given = {"copy_qkv": not args.no_copy, "calibration_ids": tokens, "seed": args.seed, "export_target": args.export}
     student = linearize(teacher, layer_types=layers, **given)
     student.save_pretrained(output)
     tokenizer.save_pretrained(output)

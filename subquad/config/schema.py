@@ -165,7 +165,7 @@ class Student(Section):
             raise UserError(f"unknown mixer {name!r}{nearest(name, mixers.names())}")
         return name
 
-    @field_validator("options")
+    @field_validator("mixer_kwargs")
     @classmethod
     def _options_exist(cls, options: dict[str, Any], info: Any) -> dict[str, Any]:
         from subquad import mixers
@@ -177,14 +177,14 @@ class Student(Section):
             mixers.get(mixer).Options.create(options)
         return options
 
-    @field_validator("layers")
+    @field_validator("layer_types")
     @classmethod
     def _plan_is_one(cls, layers: dict[str, Any] | None, info: Any) -> dict[str, Any] | None:
         from subquad.modeling.layer_types import layer_spec
 
         if layers is None:
             return None
-        if info.data.get("options"):
+        if info.data.get("mixer_kwargs"):
             raise UserError("options stand beside a plan; expected them inside its entries")
         if not layers:
             raise UserError("an empty plan; expected entries such as default: gla")
@@ -192,13 +192,13 @@ class Student(Section):
             layer_spec(entry, key)
         return layers
 
-    @field_validator("export")
+    @field_validator("export_target")
     @classmethod
     def _plan_can_go(cls, export: str | None, info: Any) -> str | None:
         from subquad.modeling.export_target import check_mixers, find_target
 
         if export is not None:
-            layers = info.data.get("layers")
+            layers = info.data.get("layer_types")
             entries = [info.data.get("mixer", "gated_deltanet")] if layers is None else list(layers.values())
             names = (entry if isinstance(entry, str) else entry["mixer"] for entry in entries)
             check_mixers(names, find_target(export))
@@ -338,10 +338,10 @@ class Evaluation(Section):
     load_best_model_at_end: Switch = False
     """A stage ends with its weights of the lowest held-out loss, not with its last."""
 
-    @field_validator("keep_best")
+    @field_validator("load_best_model_at_end")
     @classmethod
     def _it_is_measured(cls, best: bool, info: Any) -> bool:
-        if best and info.data.get("every") is None:
+        if best and info.data.get("eval_steps") is None:
             raise UserError("got true without evaluation.eval_steps, expected a number of steps there")
         return best
 

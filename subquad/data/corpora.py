@@ -8,7 +8,7 @@ from subquad.config import Data
 from subquad.data import stdlib
 from subquad.data.chat import Conversation
 from subquad.data.readers import PASSAGE_CHARACTERS, Document, read
-from subquad.data.sources import Source, parts_of, resolve
+from subquad.data.sources import Source, SplitOrAll, parts_of, resolve
 from subquad.utils import UserError
 
 MIN_DOCS_FOR_HASH_SPLIT = 200

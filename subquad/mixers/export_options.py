@@ -1,5 +1,5 @@
 """What a mixer needs to be a layer of a model that others serve: SiLU on values too, gates without biases, an epsilon
-that is the model's. Off by default; `linearize(..., export=...)` turns it on (docs/serving.md)."""
+that is the model's. Off by default; `linearize(..., export_target=...)` turns it on (docs/serving.md)."""
 
 from dataclasses import dataclass
 

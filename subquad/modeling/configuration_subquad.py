@@ -46,8 +46,8 @@ class SubquadConfig(PreTrainedConfig):
         **kwargs: Any,
     ):
         self.base_config = make_base_config(base_config) if isinstance(base_config, dict) else base_config
-        self.layer_specs = copied("layers", layer_specs)
-        self.attention_specs = copied("attention", attention_specs)
+        self.layer_specs = copied("layer_specs", layer_specs)
+        self.attention_specs = copied("attention_specs", attention_specs)
         self.max_learned_positions = max_learned_positions
         self.use_cache = use_cache
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
@@ -81,12 +81,12 @@ class SubquadConfig(PreTrainedConfig):
             raise UserError(f"the plan names {len(self.layer_specs)} layers; the model has {len(self.attention_specs)}")
         wanted = {f.name: f.default is MISSING for f in fields(AttentionSpec)} | {"path": True}
         for index, (layer, place) in enumerate(zip(self.layer_specs, self.attention_specs, strict=True)):
-            layer_spec(layer, f"layers: {index}")
+            layer_spec(layer, f"layer_specs: {index}")
             missing = [name for name, needed in wanted.items() if needed and name not in place]
             unknown = [name for name in place if name not in wanted]
             if missing or unknown:
                 wrong = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
-                raise UserError(f"attention: layer {index}: {wrong}; expected {', '.join(wanted)}")
+                raise UserError(f"attention_specs: layer {index}: {wrong}; expected {', '.join(wanted)}")
 
 
 def make_base_config(values: dict[str, Any]) -> PreTrainedConfig:

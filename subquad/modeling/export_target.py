@@ -50,7 +50,7 @@ class ExportTarget:
     @property
     def supported_layers(self) -> str:
         return (
-            f"what can go: layers of {self.mixer} as linearize(..., export='{self.key}') makes them, and layers that "
+            f"what can go: layers of {self.mixer} as linearize(..., export_target='{self.key}') makes them, and layers that "
             "keep the teacher's whole attention"
         )
 

@@ -24,21 +24,23 @@ def layer_specs(layers: Mapping[str, LayerType], count: int) -> list[dict[str, A
         UserError: unknown mixer or option, a layer that there is not, named twice, or left out.
     """
     if not isinstance(layers, Mapping) or not layers:
-        raise UserError(f"layers: got {layers!r}, expected a mapping such as {{'default': 'gla', '0,8': 'attention'}}")
+        raise UserError(
+            f"layer_types: got {layers!r}, expected a mapping such as {{'default': 'gla', '0,8': 'attention'}}"
+        )
     plan: dict[int, dict[str, Any]] = {}
     for key, entry in layers.items():
         if key == "default":
             continue
         for index in layer_numbers(str(key), count):
             if index in plan:
-                raise UserError(f"layers: layer {index} is named twice")
-            plan[index] = layer_spec(entry, f"layers: {key}")
+                raise UserError(f"layer_types: layer {index} is named twice")
+            plan[index] = layer_spec(entry, f"layer_types: {key}")
     if "default" in layers:
-        default = layer_spec(layers["default"], "layers: default")
+        default = layer_spec(layers["default"], "layer_types: default")
         plan = {index: plan.get(index, default) for index in range(count)}
     missing = [str(index) for index in range(count) if index not in plan]
     if missing:
-        raise UserError(f"layers: no entry for layer {', '.join(missing)}; name them, or give a 'default'")
+        raise UserError(f"layer_types: no entry for layer {', '.join(missing)}; name them, or give a 'default'")
     return [dict(plan[index]) for index in range(count)]
 
 
@@ -48,11 +50,13 @@ def layer_numbers(text: str, count: int) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise UserError(f"layers: got {text!r}, expected layer numbers such as '0,8,16' or '2-5', or 'default'")
+            raise UserError(
+                f"layer_types: got {text!r}, expected layer numbers such as '0,8,16' or '2-5', or 'default'"
+            )
         found += range(int(first), int(last if dash else first) + 1)
     outside = [str(index) for index in found if index >= count]
     if outside:
-        raise UserError(f"layers: there is no layer {', '.join(outside)}; the teacher has {count}, counted from 0")
+        raise UserError(f"layer_types: there is no layer {', '.join(outside)}; the teacher has {count}, counted from 0")
     return found
 
 

@@ -55,7 +55,9 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             try:
                 attention = base.get_submodule(place["path"])
             except AttributeError as error:
-                raise UserError(f"attention: layer {index}: no module {place['path']!r} in the base model") from error
+                raise UserError(
+                    f"attention_specs: layer {index}: no module {place['path']!r} in the base model"
+                ) from error
             block = make_mixer_layer(attention, layout, index, layer)
             base.set_submodule(place["path"], block)
             self._mixer_layers.append(block)

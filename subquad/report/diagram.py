@@ -19,7 +19,7 @@ LEFT, RIGHT, WIDE, HIGH = 0.3, 5.5, 2.9, 0.62
 def layers_of(run: Run) -> list[str]:
     """The mixer of each layer of a finished run, from its saved configuration."""
     config = read(run.directory / "config.json") or {}
-    return [entry["mixer"] for entry in config.get("layers", [])]
+    return [entry["mixer"] for entry in config.get("layer_specs", [])]
 
 
 def student_figure(recipe: Recipe, layers: Sequence[str]) -> Figure:

@@ -81,7 +81,7 @@ def made_with(**options):
 
 
 def hybrid(entry, family="llama", **changes):
-    options = made_with(export="bamba").config.layer_specs[0]
+    options = made_with(export_target="bamba").config.layer_specs[0]
     return subquad.linearize(
         teacher_of(family, **changes), layer_types={"default": options, "1": entry}, scale_ids=TEXT
     )

@@ -20,7 +20,7 @@ sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_lay
 teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).eval()
 text = torch.arange(3, 15)[None]
 for mixer in mixers.names():
-    student = subquad.linearize(teacher, mixer, calibration=text)
+    student = subquad.linearize(teacher, mixer, scale_ids=text)
     assert student.generate(text, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 15)
     student(input_ids=torch.randint(3, 61, (2, 70)), labels=torch.randint(3, 61, (2, 70))).loss.backward()
 """
