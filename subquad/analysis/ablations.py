@@ -20,8 +20,7 @@ from subquad.evaluate.results import Result
 from subquad.mixers import Mixer
 from subquad.mixers.gla import logsigmoid_inverse
 from subquad.modeling.layers import AttentionLayer, MixerLayer
-from subquad.modeling.linearize import evaluating
-from subquad.utils import UserError
+from subquad.utils import UserError, eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ def ablation_results(
         score: of a model on `rows`, by the name `metric`.
     """
     stack = LayerAccess(model)
-    with evaluating(model):
+    with eval_mode(model):
         intact = score(model, rows)
         with cut(stack.mixing):
             nothing = score(model, rows)
@@ -183,7 +182,7 @@ def mean_gates(model: PreTrainedModel, rows: Tensor) -> list[tuple[Mixer, Tensor
     """The mixers of a student that have an output gate, with its mean over all tokens, `[H, V]`."""
     stack = LayerAccess(model)
     sums: dict[int, Tensor] = {}
-    with evaluating(model):
+    with eval_mode(model):
         for ids in rows.split(1):
             for index, recording in enumerate(stack.record(stack.mixing, ids)):
                 block = stack.blocks[index]

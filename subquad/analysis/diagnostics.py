@@ -17,9 +17,8 @@ from subquad.analysis.layer_access import LayerAccess, stacks
 from subquad.analysis.layer_errors import layer_error_results
 from subquad.analysis.mixing_matrices import MatrixComparison, MatrixStats, distance_bins
 from subquad.evaluate.results import Result
-from subquad.modeling.attention.discovery import LayerActivations
-from subquad.modeling.linearize import evaluating
-from subquad.utils import UserError
+from subquad.modeling.attention.activations import LayerActivations
+from subquad.utils import UserError, eval_mode
 
 BLOCK_ENTRIES = 2**22
 """Entries of a block of matrix rows, over all heads: 34 MB in float64, of which a handful exist at a time."""
@@ -51,7 +50,7 @@ def matrix_results(model: PreTrainedModel, rows: Tensor, block: int | None = Non
     stack = LayerAccess(model)
     T = rows.shape[1]
     profiles = [MatrixStats(b.spec.num_heads, T, model.device) for b in stack.blocks]
-    with evaluating(model):
+    with eval_mode(model):
         for ids in rows.split(1):
             for index, recording in enumerate(stack.record(stack.mixing, ids)):
                 for first, M in blocks(
@@ -108,7 +107,7 @@ def comparison_results(
     ours, theirs = stacks(student, teacher)
     heads = [b.spec.num_heads for b in ours.blocks]
     found = [MatrixComparison(H, top, student.device) for H in heads]
-    with evaluating(student), evaluating(teacher):
+    with eval_mode(student), eval_mode(teacher):
         for ids in rows.split(1):
             for index, recording in enumerate(theirs.record(theirs.mixing, ids)):
                 A = matrix_of(theirs, index, recording)
@@ -146,7 +145,7 @@ def matrices_beside(
     ours, theirs = stacks(student, teacher)
     if not -len(ours) <= layer < len(ours):
         raise UserError(f"layer: got {layer}, expected 0 to {len(ours) - 1}")
-    with evaluating(student), evaluating(teacher):
+    with eval_mode(student), eval_mode(teacher):
         recording = theirs.record([theirs.mixing[layer]], ids.view(1, -1))[0]
         return tuple(matrix_of(stack, layer, recording)(slice(None)) for stack in (ours, theirs))  # type: ignore[return-value]
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from subquad.analysis.layer_access import LayerAccess
 from subquad.mixers.norms import upcast
 from subquad.modeling.layers import MixerLayer
-from subquad.modeling.linearize import evaluating
+from subquad.utils import eval_mode
 
 FOREVER = 2.0**30
 """Half-life in tokens of a decay that is too near one to be told from it."""
@@ -33,7 +33,7 @@ def mean_log_decays(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]
     """Of each layer, over all tokens of `rows: [N, T]`, `[H]` or `[H, K]` in float64; None where it has no decay."""
     stack = LayerAccess(model)
     sums: list[Tensor | None] = [None] * len(stack)
-    with evaluating(model):
+    with eval_mode(model):
         for ids in rows.split(1):
             for index, recording in enumerate(stack.record(stack.mixing, ids)):
                 block = stack.blocks[index]

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from subquad.analysis.layer_access import stacks
 from subquad.evaluate.results import Result
-from subquad.modeling.linearize import evaluating
-from subquad.utils import UserError
+from subquad.utils import UserError, eval_mode
 
 
 class LinearCKA:
@@ -61,7 +60,7 @@ def hidden_state_results(student: PreTrainedModel, teacher: PreTrainedModel, row
     ours, theirs = stacks(student, teacher)
     hidden = ours.blocks[0].spec.hidden_size
     found = [LinearCKA(hidden, student.device) for _ in range(len(ours))]
-    with evaluating(student), evaluating(teacher):
+    with eval_mode(student), eval_mode(teacher):
         for ids in rows.split(1):
             pairs = zip(ours.record(ours.layers, ids), theirs.record(theirs.layers, ids), strict=True)
             for likeness, (a, b) in zip(found, pairs, strict=True):

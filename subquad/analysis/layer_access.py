@@ -10,7 +10,8 @@ import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.modeling.attention.discovery import LayerActivations, capture_activations, discover_attention, layer_path
+from subquad.modeling.attention.activations import LayerActivations, capture_activations, layer_path
+from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.attention.scores import with_mask
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from subquad.analysis.layer_access import run_on, stacks
 from subquad.evaluate.results import Result
-from subquad.modeling.linearize import evaluating
+from subquad.utils import eval_mode
 
 CHUNK = 256
 """Tokens whose distributions over the vocabulary are compared at a time."""
@@ -32,7 +32,7 @@ def output_error_results(student: PreTrainedModel, teacher: PreTrainedModel, row
     """
     ours, theirs = stacks(student, teacher)
     wrong, power = (torch.zeros(2, len(ours), dtype=torch.float64) for _ in range(2))
-    with evaluating(student), evaluating(teacher):
+    with eval_mode(student), eval_mode(teacher):
         for ids in rows.split(1):
             heard = [theirs.record(modules, ids) for modules in (theirs.mixing, theirs.layers)]
             with ours.installed():
@@ -51,7 +51,7 @@ def swap_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tenso
     divergence from its own distribution of the next token, and `swap_loss`, by how much its loss rises; in nats."""
     ours, theirs = stacks(student, teacher)
     totals = torch.zeros(2, len(ours), dtype=torch.float64)
-    with evaluating(student), evaluating(teacher):
+    with eval_mode(student), eval_mode(teacher):
         for ids in rows.split(1):
             ids = ids.to(teacher.device)
             whole = next_logits(teacher, ids)

@@ -27,9 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from subquad import mixers
 from subquad.evaluate.results import Result
 from subquad.modeling.layers import MixerLayer
-from subquad.modeling.linearize import evaluating, linearize
+from subquad.modeling.linearize import linearize
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.utils import UserError
+from subquad.utils import UserError, eval_mode
 
 ALIKE: dict[str, Any] = {"short_conv": 4, "output_gate": "none", "half_life": 1024.0}
 """Options of every mixer: a convolution that shows a value the key before it, no gate, and nothing forgotten before a
@@ -170,7 +170,7 @@ def accuracy(model: SubquadForCausalLM, setting: Setting) -> tuple[float, int]:
     see, and of how many."""
     generator = torch.Generator().manual_seed(setting.seed + 1)
     tokens, targets = sequences(setting, CHECKED, generator)
-    with evaluating(model):
+    with eval_mode(model):
         guesses = torch.cat(
             [model(input_ids=t, use_cache=False).logits.argmax(-1) for t in tokens.split(setting.batch)]
         )

@@ -22,9 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.analysis.recall_tasks import TASKS, Item, Question, Source, make
 from subquad.evaluate.results import Result
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.modeling.linearize import evaluating
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.utils import UserError, nearest
+from subquad.utils import UserError, eval_mode, nearest
 
 BATCH_TOKENS = 4096
 """Tokens of contexts that are read at a time."""
@@ -78,7 +77,7 @@ def recall_results(
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise UserError(f"depths: got {list(depths)}, expected numbers from 0 to 1")
     found = []
-    with evaluating(model):
+    with eval_mode(model):
         for task, length in itertools.product(tasks, lengths):
             source = Source(tokenizer, haystack, random.Random(f"{seed} {task} {length}"))
             found += summary(task, length, list(answers(model, make(task, source, length, depths, items))))

@@ -20,14 +20,8 @@ from subquad.data.packing import next_labels
 from subquad.distill.fused_loss import Head, fused_distillation_loss, read_head
 from subquad.distill.layerwise import layerwise, matrix_distance, output_distance
 from subquad.distill.losses import distillation_loss
-from subquad.modeling.attention.discovery import (
-    AttentionInfo,
-    LayerActivations,
-    attention_modules,
-    collect_activations,
-    discover_attention,
-    layer_path,
-)
+from subquad.modeling.attention.activations import LayerActivations, attention_modules, collect_activations, layer_path
+from subquad.modeling.attention.discovery import AttentionInfo, discover_attention
 from subquad.modeling.attention.scores import attention_rows, cut_arguments, with_mask
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 

@@ -21,7 +21,7 @@ from transformers import Cache, PreTrainedModel
 
 from subquad.evaluate.results import Result
 from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
-from subquad.modeling.linearize import evaluating
+from subquad.utils import eval_mode
 
 logger = logging.getLogger(__name__)
 TASK = "cost"
@@ -35,7 +35,7 @@ def decode_speed(model: PreTrainedModel, prompt: Tensor, tokens: int = 64) -> di
 
     Returns decode_tokens_per_second (from the median step) and state_bytes (after the prompt and those tokens).
     """
-    with evaluating(model):
+    with eval_mode(model):
         out = prefill(model, prompt)
         seconds = decode(model, out, tokens)
     return {
@@ -150,7 +150,7 @@ def _measured(models: Mapping[str, PreTrainedModel], length: int, batch: int, re
             vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment, union-attr]
             ids = torch.randint(vocabulary, (batch, length), generator=generator)
             read = functools.partial(prefill, model, ids)
-            with evaluating(model):
+            with eval_mode(model):
                 if repeat == 0:  # also the warm-up
                     out, peak = with_peak(read, model.device)
                     held = {"peak_bytes": peak, "cache_bytes": cache_bytes(out[CACHE_ARGUMENT])}

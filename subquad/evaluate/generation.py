@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import mean
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.modeling.linearize import evaluating
+from subquad.utils import eval_mode
 
 LENGTHS = (16, 64, 256)
 GRAM = 4
@@ -24,7 +24,7 @@ DEGENERATE_SHARE = 0.5
 def continuations(model: PreTrainedModel, prompts: Tensor, tokens: int, rows_a_batch: int = 16) -> Tensor:
     """Greedy continuations of `prompts: [N, T]`: `[N, tokens]`. The end of a text does not stop them."""
     written = []
-    with evaluating(model):
+    with eval_mode(model):
         for some in prompts.split(rows_a_batch):
             fed, cache, found = some.to(model.device), None, []
             for _ in range(tokens):
@@ -85,7 +85,7 @@ def last_words(
     encoded = [tokenizer(text).input_ids for text in contexts]
     longest_first = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     words: dict[int, str] = {}
-    with evaluating(model):
+    with eval_mode(model):
         for start in range(0, len(encoded), rows_a_batch):
             some = longest_first[start : start + rows_a_batch]
             width = len(encoded[some[0]])

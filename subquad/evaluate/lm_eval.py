@@ -21,8 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.evaluate.recovery import TaskScores
 from subquad.evaluate.results import Result
-from subquad.modeling.linearize import evaluating
-from subquad.utils import UserError, cache_dir, nearest, write_text_atomic
+from subquad.utils import UserError, cache_dir, eval_mode, nearest, write_text_atomic
 
 HUB_TASKS = (
     "lambada_openai",
@@ -258,7 +257,7 @@ def zero_shot(
     some: dict[str, Any] = {"limit": limit}
     if task.file is not None:
         some = {"samples": {task.name: spread(len(task.items()), limit)}}
-    with evaluating(model):
+    with eval_mode(model):
         lm = HFLM(
             pretrained=model,
             tokenizer=tokenizer,  # type: ignore[arg-type]

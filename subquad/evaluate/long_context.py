@@ -19,10 +19,9 @@ from subquad.data import token_rows
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import estimate
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.modeling.linearize import evaluating
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.positions import find_position_table
-from subquad.utils import UserError
+from subquad.utils import UserError, eval_mode
 
 logger = logging.getLogger(__name__)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -57,7 +56,7 @@ def position_losses(model: PreTrainedModel, ids: Tensor, piece: int = PIECE, lab
     """Loss in nats of each next token of `ids: [N, T]`: `[N, T - 1]`, float32. One row at a time, piece after piece."""
     losses = torch.empty(len(ids), ids.shape[1] - 1)
     with (
-        evaluating(model),
+        eval_mode(model),
         tqdm(total=ids.numel(), desc=label, unit="tok", unit_scale=True, leave=False, disable=None) as bar,
     ):
         for row, into in zip(ids, losses, strict=True):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.data.packing import LOSS_IGNORED_LABEL, next_labels
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import Estimate, estimate
-from subquad.modeling.linearize import evaluating
+from subquad.utils import eval_mode
 
 Batch = Tensor | Mapping[str, Tensor]
 """Tokens `[B, T]`, or what `subquad.data` gives: `input_ids`, and where they matter `position_ids` and `labels`."""
@@ -38,13 +38,13 @@ def token_sums(
     KL(teacher, student), and how often the teacher's likeliest token is the student's too, or among its five.
     """
     rows = []
-    with evaluating(model):
+    with eval_mode(model):
         for batch in batches:
             ids, given, labels = _unpack(batch)
             logits = _logits(model, ids, given)
             others = None
             if teacher is not None and teacher is not model:
-                with evaluating(teacher):
+                with eval_mode(teacher):
                     others = _logits(teacher, ids, given)
             elif teacher is model:
                 others = logits

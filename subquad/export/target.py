@@ -22,9 +22,8 @@ from subquad.modeling.attention.tracing import AttentionCall, trace_attention
 from subquad.modeling.decoder_weights import DecoderWeights, has_bias, read_decoder
 from subquad.modeling.export_target import ExportTarget, unsupported_attention
 from subquad.modeling.layers import AttentionLayer, MixerLayer
-from subquad.modeling.linearize import evaluating
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.utils import UserError
+from subquad.utils import UserError, eval_mode
 
 TOLERANCE = 1e-5
 """Difference of logits, over their size, that rounding in float32 leaves between two ways to compute the same, where a
@@ -93,7 +92,7 @@ def convert(student: SubquadForCausalLM, host: Host) -> PreTrainedModel:
     """
     target = host.target
     try:
-        with evaluating(student):
+        with eval_mode(student):
             return converted(student, host)
     except Unfit as reason:
         raise UserError(

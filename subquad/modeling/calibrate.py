@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from subquad.mixers import Mixer
 from subquad.mixers.norms import head_norm
-from subquad.modeling.attention.discovery import AttentionInfo, LayerActivations, attention_modules, capture_activations
+from subquad.modeling.attention.activations import LayerActivations, attention_modules, capture_activations
+from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError

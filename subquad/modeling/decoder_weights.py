@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.modeling.attention.discovery import layer_path, random_tokens
+from subquad.modeling.attention.activations import layer_path
+from subquad.modeling.attention.discovery import random_tokens
 from subquad.modeling.attention.scores import hidden_states_of
 from subquad.modeling.attention.tracing import same_values
 from subquad.utils import UserError

@@ -50,8 +50,8 @@ class ExportTarget:
     @property
     def supported_layers(self) -> str:
         return (
-            f"what can go: layers of {self.mixer} as linearize(..., export_target='{self.key}') makes them, and layers that "
-            "keep the teacher's whole attention"
+            f"supported layers: {self.mixer} made by linearize(..., export_target='{self.key}'), and layers that keep "
+            "the teacher's full attention"
         )
 
     def norm_eps(self, eps: float, layout: AttentionSpec) -> float:

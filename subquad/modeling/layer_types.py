@@ -25,7 +25,7 @@ def layer_specs(layers: Mapping[str, LayerType], count: int) -> list[dict[str, A
     """
     if not isinstance(layers, Mapping) or not layers:
         raise UserError(
-            f"layer_types: got {layers!r}, expected a mapping such as {{'default': 'gla', '0,8': 'attention'}}"
+            f"layer_types: got {layers!r}, expected a mapping like {{'default': 'gla', '0,8': 'attention'}}"
         )
     plan: dict[int, dict[str, Any]] = {}
     for key, entry in layers.items():
@@ -50,9 +50,7 @@ def layer_numbers(text: str, count: int) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise UserError(
-                f"layer_types: got {text!r}, expected layer numbers such as '0,8,16' or '2-5', or 'default'"
-            )
+            raise UserError(f"layer_types: got {text!r}, expected layer numbers like '0,8,16' or '2-5', or 'default'")
         found += range(int(first), int(last if dash else first) + 1)
     outside = [str(index) for index in found if index >= count]
     if outside:

@@ -1,8 +1,7 @@
 """From a teacher to a student: attention out, mixers in, what the teacher knows copied."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,24 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from subquad import mixers
 from subquad.mixers import Mixer
 from subquad.modeling import calibrate as calibrated
-from subquad.modeling.attention.discovery import (
-    AttentionInfo,
-    LayerActivations,
-    attention_modules,
-    capture_activations,
-    discover_attention,
-    random_tokens,
-)
+from subquad.modeling.attention.activations import AttentionStats, collect_attention_stats
+from subquad.modeling.attention.discovery import AttentionInfo, discover_attention, random_tokens
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.export_target import restrict_to_target, set_epsilon
 from subquad.modeling.layer_types import layer_spec, layer_specs
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM, make_config
 from subquad.modeling.positions import check_positions_and_cache, find_position_table
-from subquad.utils import UserError
-
-INPUTS = 1024
-"""Tokens of a layer's input that are kept while its attention is heard."""
+from subquad.utils import UserError, eval_mode
 
 
 def linearize(
@@ -103,7 +93,7 @@ def linearize(
             if not copy_qkv and plan[block.index]["mixer"] == mixers.SOFTMAX:
                 block.attention.apply(student.base._init_weights)  # type: ignore[union-attr]
         if calibration_ids is not None:
-            with evaluating(teacher):
+            with eval_mode(teacher):
                 calibrated.calibrate(student, teacher, sites, calibration_ids)
         check_student(student, type(teacher).__name__)
     return student.requires_grad_(True).train(teacher.training)
@@ -117,7 +107,7 @@ def check_teacher(teacher: PreTrainedModel) -> None:
             f"{type(teacher).__name__} cannot be linearized: AutoModelForCausalLM makes none from its "
             f"{type(teacher.config).__name__}, so that a saved student could not be loaded"
         )
-    with evaluating(teacher):
+    with eval_mode(teacher):
         check_positions_and_cache(teacher)
 
 
@@ -127,7 +117,7 @@ def check_student(student: SubquadForCausalLM, name: str) -> None:
     states of cross-attention, or takes none)."""
     tokens = random_tokens(student)[:2, :4]
     try:
-        with evaluating(student):
+        with eval_mode(student):
             out = student(input_ids=tokens[:, :3], use_cache=True)
             student(input_ids=tokens[:, 3:], use_cache=True, **{CACHE_ARGUMENT: out[CACHE_ARGUMENT]})
     except Exception as error:
@@ -151,42 +141,6 @@ def copy_projections(site: AttentionInfo, mixer: Mixer) -> None:
                 kept[f"{name}_norm{part}"].copy_(values)
 
 
-class AttentionStats:
-    """What is known of one attention at work: the scale of its heads' outputs, and tokens that it was given."""
-
-    def __init__(self, site: AttentionInfo):
-        self.layout = site.spec
-        self.squares: list[Tensor] = []
-        self.inputs: list[Tensor] = []
-
-    def add(self, recording: LayerActivations) -> None:
-        assert recording.heads is not None
-        heads = recording.heads.float().reshape(-1, self.layout.num_heads, self.layout.value_dim)
-        self.squares.append(heads.square().mean(-1))
-        if sum(map(len, self.inputs)) < INPUTS:
-            self.inputs.append(recording.hidden_states.reshape(-1, self.layout.hidden_size))
-
-    def scale(self) -> Tensor:
-        """Root mean square of each head's output, `[H]`."""
-        return torch.cat(self.squares).mean(0).sqrt()
-
-    def tokens(self) -> Tensor:
-        """`[tokens, hidden]`, no more than `INPUTS`."""
-        return torch.cat(self.inputs)[:INPUTS]
-
-
-@contextmanager
-def collect_attention_stats(teacher: PreTrainedModel, sites: list[AttentionInfo]) -> Iterator[list[AttentionStats]]:
-    """Hears the attentions of `sites` while `teacher` works."""
-    heard = [AttentionStats(site) for site in sites]
-    with (
-        evaluating(teacher),
-        torch.no_grad(),
-        capture_activations(attention_modules(sites), lambda i, seen: heard[i].add(seen)),
-    ):
-        yield heard
-
-
 @torch.no_grad()
 def init_mixer(site: AttentionInfo, block: MixerLayer | AttentionLayer, heard: AttentionStats, copy_qkv: bool) -> None:
     """Gives what stands in the place of one attention its start."""
@@ -201,18 +155,6 @@ def init_mixer(site: AttentionInfo, block: MixerLayer | AttentionLayer, heard: A
         norm.fill_(F.linear(heard.tokens().float(), weight.float()).square().mean().sqrt().item())
 
 
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """`model` in evaluation mode, and each of its modules as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 @torch.no_grad()
 def sample_tokens(teacher: PreTrainedModel, rows: int = 16, length: int = 24, seed: int = 0) -> Tensor:
     """`[rows, length]` tokens drawn from the teacher's own distribution: text that it knows, without a corpus."""
@@ -220,7 +162,7 @@ def sample_tokens(teacher: PreTrainedModel, rows: int = 16, length: int = 24, se
     vocab: int = teacher.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     tokens = torch.randint(vocab, (rows, 1), generator=generator).to(teacher.device)
     cache, fed = None, tokens
-    with evaluating(teacher):
+    with eval_mode(teacher):
         while tokens.shape[1] < length:
             out = teacher(input_ids=fed, use_cache=True, **{CACHE_ARGUMENT: cache})
             cache = out[CACHE_ARGUMENT]

@@ -22,6 +22,7 @@ from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
 from subquad.modeling.configuration_subquad import SubquadConfig
 from subquad.modeling.layers import AttentionLayer, MixerLayer
+from subquad.modeling.masks import prepare_mask_and_positions
 from subquad.utils import UserError
 
 
@@ -219,57 +220,6 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
-
-
-def prepare_mask_and_positions(
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    B: int,
-    T: int,
-    seen: int,
-    device: torch.device,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Our 4D mask (see `layers.py`) and explicit positions `[B, T]`, from what a caller gave."""
-    if attention_mask is not None and attention_mask.dim() == 4:
-        raise ValueError("attention_mask: got 4 axes, expected [batch, tokens]; a mixer has no place for a T x T mask")
-    if attention_mask is not None and attention_mask.shape != (B, seen + T):
-        if attention_mask.shape != (B, T):
-            raise ValueError(
-                f"attention_mask: got {list(attention_mask.shape)}, expected {[B, seen + T]} (all tokens seen so far)"
-            )
-        attention_mask = torch.cat([attention_mask.new_ones(B, seen), attention_mask], dim=1)
-    begins = None
-    if cu_seqlens is not None:
-        if B != 1 or seen or int(cu_seqlens[0]) or int(cu_seqlens[-1]) != T:
-            raise ValueError(
-                f"cu_seq_lens_q: got {cu_seqlens.tolist()} for {B} rows of {T} tokens after {seen}; expected documents "
-                "of one row, from 0 to its length, without a cache that holds anything"
-            )
-        begins = cu_seqlens[(cu_seqlens > 0) & (cu_seqlens < T)].long().to(device)
-        if position_ids is None:
-            places = torch.arange(T, device=device)
-            first = torch.cat([begins.new_zeros(1), begins])
-            position_ids = (places - first[torch.searchsorted(begins, places, right=True)]).unsqueeze(0)
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if position_ids is None:
-        if padded:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)[:, -T:]  # type: ignore[union-attr]
-        else:
-            position_ids = torch.arange(seen, seen + T, device=device).expand(B, T)
-    position_ids = position_ids.expand(B, T)
-    mask = attention_mask.bool() if padded else torch.empty(B, 0, dtype=torch.bool, device=device)  # type: ignore[union-attr]
-    if seen == 0:
-        starts = position_ids[:, 1:] == 0
-        if padded:  # neither padding nor the first token behind it starts another document
-            starts = starts & mask[:, 1:] & (mask[:, :-1].cumsum(1) > 0)
-        if begins is not None:
-            starts[:, begins - 1] = True
-        if bool(starts.any()):
-            documents = torch.ones_like(position_ids)
-            documents[:, 1:] += starts.cumsum(1)
-            mask = documents.masked_fill(~mask, 0) if padded else documents
-    return mask[:, None, None, :], position_ids
 
 
 def _listed(keys: Iterable[str], shown: int = 6) -> str:

@@ -14,8 +14,7 @@ import subquad
 from subquad.analysis.recall import answers, ask, recall_results
 from subquad.analysis.recall_tasks import COPIED, TASKS, Item, Question, Source, make
 from subquad.evaluate.results import one, select
-from subquad.modeling.linearize import evaluating
-from subquad.utils import UserError
+from subquad.utils import UserError, eval_mode
 
 LENGTH = 192
 WITH_DEPTH = [task for task in TASKS if task != "copy"]
@@ -193,7 +192,7 @@ def test_scores_are_those_of_whole_texts_and_of_generation(plan, reader):
 
 def test_batches_do_not_change_the_answers(tokenizer, haystack, reader, monkeypatch):
     items = made("needle_word", tokenizer, haystack)
-    with evaluating(reader):
+    with eval_mode(reader):
         together = list(answers(reader, items))
         monkeypatch.setattr("subquad.analysis.recall.BATCH_TOKENS", 1)
         alone = list(answers(reader, items))

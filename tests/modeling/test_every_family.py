@@ -10,12 +10,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import subquad
-from subquad.modeling.attention.discovery import (
-    attention_modules,
-    collect_activations,
-    discover_attention,
-    random_tokens,
-)
+from subquad.modeling.attention.activations import attention_modules, collect_activations
+from subquad.modeling.attention.discovery import discover_attention, random_tokens
 from subquad.modeling.attention.tracing import trace_attention
 from subquad.modeling.positions import find_position_table
 from subquad.utils import UserError

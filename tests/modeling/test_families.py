@@ -16,7 +16,8 @@ from transformers import (
 )
 
 import subquad
-from subquad.modeling.attention.discovery import attention_modules, collect_activations, discover_attention
+from subquad.modeling.attention.activations import attention_modules, collect_activations
+from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.attention.scores import attention_rows
 from subquad.utils import UserError
 

@@ -1,0 +1,23 @@
+# -inf in a real head: a teacher with a bias of -inf on padded rows, in subquad's own stage 3
+from common import *
+
+from subquad.config import EndToEnd
+from subquad.distill.stages import EndToEndDistillation
+
+t = tiny("phi", vocab_size=64, tie_word_embeddings=False)
+with torch.no_grad():
+    t.lm_head.bias[61:] = float("-inf")
+ids = torch.randint(3, 61, (2, 14), generator=torch.Generator().manual_seed(3))
+
+
+def go():
+    s = subquad.linearize(t, "gla")
+    o = EndToEndDistillation(t, EndToEnd(tokens=100, lr=1e-4))
+    out = s(objective=o, **o.targets({"input_ids": ids}))
+    assert out.loss.isfinite(), float(out.loss)
+
+
+attempt("stage 3 of a teacher whose head masks padded tokens by -inf", go)
+with torch.no_grad():
+    t.lm_head.bias[61:] = -1e9
+attempt("... by -1e9", go)
