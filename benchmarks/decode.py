@@ -146,7 +146,7 @@ def python_share(student, batch: int, repeats: int) -> dict[str, float]:
     cache = student_cache(student, batch)
     token = torch.zeros(batch, 1, dtype=torch.long)
     block = student.blocks[0]
-    x = torch.randn(batch, 1, block.layout.hidden_size, dtype=student.dtype)
+    x = torch.randn(batch, 1, block.spec.hidden_size, dtype=student.dtype)
     position = student.base.model.rotary_emb(x, torch.tensor([[9]]))
     states = cache.layers[0].states
     mixer = block.mixer

@@ -35,7 +35,7 @@ class LayerAccess:
         self.blocks: Sequence[MixerLayer | AttentionLayer]
         if isinstance(model, SubquadForCausalLM):
             self.root = model.base
-            self.paths = [place["path"] for place in model.config.attention]
+            self.paths = [place["path"] for place in model.config.attention_specs]
             self.blocks = model.mixer_layers
         else:
             sites = discover_attention(model)

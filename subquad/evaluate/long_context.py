@@ -74,7 +74,7 @@ def position_losses(model: PreTrainedModel, ids: Tensor, piece: int = PIECE, lab
 
 def readable(model: PreTrainedModel, lengths: Sequence[int]) -> list[int]:
     """Those lengths that the model can read at all: learned positions end with their table."""
-    table = model.config.positions if isinstance(model, SubquadForCausalLM) else find_position_table(model)
+    table = model.config.max_learned_positions if isinstance(model, SubquadForCausalLM) else find_position_table(model)
     return [length for length in lengths if table is None or length <= table]
 
 

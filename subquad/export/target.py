@@ -102,7 +102,7 @@ def convert(student: SubquadForCausalLM, host: Host) -> PreTrainedModel:
 
 def converted(student: SubquadForCausalLM, host: Host) -> PreTrainedModel:
     check_layers(student, host.target)
-    body = read_decoder(student, [f"base.{place['path']}" for place in student.config.attention])
+    body = read_decoder(student, [f"base.{place['path']}" for place in student.config.attention_specs])
     kept = read_kept(student)
     check_epsilons(student, body.eps, kept, host.target)
     width = max([b.mixer.options.short_conv for b in student.mixer_layers if isinstance(b, MixerLayer)] or [4]) or 4
@@ -177,7 +177,7 @@ def read_kept(student: SubquadForCausalLM) -> Kept:
     found = {}
     for call in trace_attention(student, random_tokens(student)):
         i = numbers[id(call.module)]
-        found[i] = read_attention(i, student.config.attention[i]["path"], call, student.config.base_config), call
+        found[i] = read_attention(i, student.config.attention_specs[i]["path"], call, student.config.base_config), call
     return found
 
 
@@ -307,7 +307,9 @@ def compare(student: SubquadForCausalLM, model: PreTrainedModel) -> None:
     in float32."""
     wide, narrow = (m if m.dtype == torch.float32 else copy_of(m) for m in (student, model))
     tokens = random_tokens(student)
-    last = min(getattr(student.config, "max_position_embeddings", 2048), student.config.positions or 2**31) - 1
+    last = (
+        min(getattr(student.config, "max_position_embeddings", 2048), student.config.max_learned_positions or 2**31) - 1
+    )
     places = torch.linspace(0, last, tokens.shape[1], device=tokens.device).long().expand_as(tokens)
     given = {"input_ids": tokens, "position_ids": places, "attention_mask": torch.ones_like(tokens)}
     error = distance(*(m(**given, use_cache=False).logits for m in (narrow, wide)))

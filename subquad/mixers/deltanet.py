@@ -33,7 +33,7 @@ class DeltaNetOptions(Options):
 class DeltaNet(Mixer):
     name = "deltanet"
     Options = DeltaNetOptions
-    KNOBS: CalibrationGrid = (("beta_init", (0.03, 0.06, 0.12, 0.25, 0.5)),)
+    CALIBRATED_PARAMS: CalibrationGrid = (("beta_init", (0.03, 0.06, 0.12, 0.25, 0.5)),)
     options: DeltaNetOptions
 
     def build(self) -> None:
@@ -47,7 +47,7 @@ class DeltaNet(Mixer):
         """beta of each head, `[H]`, where its projection gives zero."""
         self.b_proj.bias.copy_(torch.logit(strength))
 
-    def feature(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+    def feature_map(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
         return l2_norm(super().feature_map(x, position_embeddings))
 
     def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:

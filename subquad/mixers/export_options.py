@@ -64,7 +64,7 @@ class ExportMixin(Mixer):
             nn.init.normal_(self.g_proj.weight, std=self.spec.initializer_range)
 
     @torch.no_grad()
-    def start_at(self, rms: Tensor, x: Tensor) -> None:
+    def init_from_teacher(self, rms: Tensor, x: Tensor) -> None:
         super().init_from_teacher(rms, x)
         if self.scales_values:
             self.set_value_scale(VALUE_SIZE / rms.clamp_min(1e-4))

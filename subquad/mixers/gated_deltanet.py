@@ -30,7 +30,7 @@ class GatedDeltaNetOptions(DeltaNetOptions, ExportOptions):
 class GatedDeltaNet(ExportMixin, DeltaNet):
     name = "gated_deltanet"
     Options = GatedDeltaNetOptions  # type: ignore[assignment]
-    KNOBS = (*DeltaNet.KNOBS, ("half_life", HALF_LIVES))
+    CALIBRATED_PARAMS = (*DeltaNet.CALIBRATED_PARAMS, ("half_life", HALF_LIVES))
     options: GatedDeltaNetOptions
 
     def build(self) -> None:
@@ -46,7 +46,7 @@ class GatedDeltaNet(ExportMixin, DeltaNet):
         nn.init.zeros_(self.A_log)
         self.set_half_life(self.per_head(self.options.half_life))
 
-    def stand_on(self, constant: Tensor) -> None:
+    def init_bias_free_gates(self, constant: Tensor) -> None:
         super().init_bias_free_gates(constant)
         self.constant = constant
         self.set_beta_init(self.per_head(self.options.beta_init))

@@ -33,7 +33,7 @@ class GLA(Mixer):
     name = "gla"
     Options = GLAOptions
     options: GLAOptions
-    KNOBS: CalibrationGrid = (("half_life", HALF_LIVES),)
+    CALIBRATED_PARAMS: CalibrationGrid = (("half_life", HALF_LIVES),)
 
     def build(self) -> None:
         H, K = self.spec.num_heads, self.spec.head_dim

@@ -38,7 +38,7 @@ class HGRN2(Mixer):
     Options = HGRN2Options
     options: HGRN2Options
     has_key_projection = False
-    KNOBS = (("half_life", LONGEST_HALF_LIVES),)
+    CALIBRATED_PARAMS = (("half_life", LONGEST_HALF_LIVES),)
 
     def build(self) -> None:
         self.f_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads * self.spec.head_dim)

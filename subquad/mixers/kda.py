@@ -28,7 +28,7 @@ class KDAOptions(DeltaNetOptions):
 class KDA(DeltaNet):
     name = "kda"
     Options = KDAOptions
-    KNOBS = (*DeltaNet.KNOBS, ("half_life", HALF_LIVES))
+    CALIBRATED_PARAMS = (*DeltaNet.CALIBRATED_PARAMS, ("half_life", HALF_LIVES))
     options: KDAOptions
 
     def build(self) -> None:

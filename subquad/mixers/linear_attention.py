@@ -43,7 +43,7 @@ class LinearAttention(Mixer):
             return super().mixing_matrix(core, rows)
         return ops.normalized_matrix(core["q"], core["k"], rows=rows)
 
-    def _run(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+    def run_op(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
         if not self.options.normalizer:
             return super().run_op(core, state, cu_seqlens)
         form = "step" if core["q"].shape[1] == 1 and cu_seqlens is None else "chunk"

@@ -39,7 +39,7 @@ class Mamba2(ExportMixin):
     Options = Mamba2Options
     options: Mamba2Options
     gate_before_norm = True
-    KNOBS = (("half_life", HALF_LIVES),)
+    CALIBRATED_PARAMS = (("half_life", HALF_LIVES),)
 
     def build(self) -> None:
         super().build()
@@ -66,7 +66,7 @@ class Mamba2(ExportMixin):
             return {"log_decay": -step}
         return {"log_decay": -step * upcast(self.A_log).exp(), "k": core["k"] * step.unsqueeze(-1).to(core["k"].dtype)}
 
-    def augment(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
+    def add_skip(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
         return o + self.D.to(o.dtype).unsqueeze(-1) * core["v"]
 
     def mixing_matrix(self, core: dict[str, Tensor], rows: slice | None = None) -> Tensor:

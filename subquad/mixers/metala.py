@@ -26,7 +26,7 @@ class MetaLA(GLA):
     name = "metala"
     Options = MetaLAOptions
     has_key_projection = False
-    KNOBS = (("half_life", LONGEST_HALF_LIVES),)
+    CALIBRATED_PARAMS = (("half_life", LONGEST_HALF_LIVES),)
 
     def build(self) -> None:
         super().build()
@@ -43,6 +43,6 @@ class MetaLA(GLA):
         log_decay = self.log_decay(x)
         return {"log_decay": log_decay, "k": -torch.expm1(log_decay).to(core["q"].dtype)}
 
-    def augment(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
+    def add_skip(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
         weight = (core["q"] * core["k"] * self.augmentation).sum(-1, keepdim=True) * self.spec.head_dim**-0.5
         return o + weight * core["v"]

@@ -24,7 +24,7 @@ class XLSTMOptions(Options):
 class XLSTM(Mixer):
     name = "xlstm"
     Options = XLSTMOptions
-    KNOBS = (("half_life", HALF_LIVES),)
+    CALIBRATED_PARAMS = (("half_life", HALF_LIVES),)
 
     def build(self) -> None:
         self.i_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads)
@@ -47,6 +47,6 @@ class XLSTM(Mixer):
     def mixing_matrix(self, core: dict[str, Tensor], rows: slice | None = None) -> Tensor:
         return ops.mlstm_matrix(core["q"], core["k"], core["input_gate"], core["forget_gate"], rows=rows)
 
-    def _run(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+    def run_op(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
         form = "step" if core["q"].shape[1] == 1 and cu_seqlens is None else "chunk"
         return ops.mlstm(**core, initial_state=state or None, form=form, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]

@@ -194,7 +194,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         }
 
     def check_positions(self, position_ids: Tensor) -> None:
-        table = self.config.positions
+        table = self.config.max_learned_positions
         if table is not None and int(position_ids.max()) >= table:
             raise ValueError(
                 f"position {int(position_ids.max())} is past the table of {table} learned positions that the "

@@ -130,7 +130,7 @@ def documents():
             time.sleep(60 if mode == "hang" else 0.5)
         yield f"document {i} " * 10
 
-encoding.BATCH_CHARACTERS, encoding.ALONE = 2000, 1 if mode == "hang" else 1000
+encoding.BATCH_CHARACTERS, encoding.IN_PROCESS_BATCHES = 2000, 1 if mode == "hang" else 1000
 encoder = encoding.Encoder(byte_tokenizer(eos_token="<|endoftext|>"))
 print(cached("key", "a corpus", lambda: encoding.token_stream(encoder, documents(), None, "a corpus", 2)), flush=True)
 """

@@ -61,7 +61,7 @@ def gate_values(mixer, x, H):
 
 def written_out(mixer, x, cos, sin):
     """The block's output on x [T, hidden] in float64, by the equations."""
-    layout, options, own = mixer.layout, mixer.options, dict(mixer.named_parameters())
+    layout, options, own = mixer.spec, mixer.options, dict(mixer.named_parameters())
     T, H, K = x.shape[0], layout.num_heads, layout.head_dim
 
     def projected(part):

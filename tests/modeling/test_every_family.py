@@ -210,7 +210,7 @@ def test_two_time_axes_would_be_seen():
 @each_family
 def test_position_table_is_found_where_there_is_one(name):
     assert find_position_table(family(name)) == (64 if name in LEARNED_POSITIONS else None)
-    assert student(name, "retnet").config.positions == (64 if name in LEARNED_POSITIONS else None)
+    assert student(name, "retnet").config.max_learned_positions == (64 if name in LEARNED_POSITIONS else None)
 
 
 @pytest.mark.parametrize("name", LEARNED_POSITIONS)
@@ -235,7 +235,7 @@ def test_running_past_learned_positions_is_refused(name, tmp_path):
 
 def test_short_position_table_is_not_overrun_when_linearizing():
     teacher = build("gpt2", n_positions=20)
-    assert subquad.linearize(teacher, "gla").config.positions == 20
+    assert subquad.linearize(teacher, "gla").config.max_learned_positions == 20
     with pytest.raises(UserError, match="calibration: got 21 tokens a row; the teacher has 20 learned positions"):
         subquad.linearize(teacher, "gla", scale_ids=torch.ones(1, 21, dtype=torch.long))
 
