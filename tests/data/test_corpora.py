@@ -154,12 +154,16 @@ def test_a_held_out_source_leaves_all_of_the_other_for_training():
     ("name", "content", "expected"),
     [
         ("a.txt", b"good\nbad \xff here", "a.txt: not UTF-8 at byte 9 (0xff); convert it to UTF-8"),
-        ("a.txt.gz", gzip.compress(b"good\n\xe9"), "a.txt.gz: not UTF-8 at byte 5 (0xe9); convert it to UTF-8"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"good\n\xe9", mtime=0),
+            "a.txt.gz: not UTF-8 at byte 5 (0xe9); convert it to UTF-8",
+        ),
         ("a.txt", b"text\nwith\0zero", "a.txt: not text: a zero byte at byte 9"),
         ("a.py", b"x = 1\n\0", "a.py: not text: a zero byte at byte 6"),
         ("a.txt.gz", b"not packed", "a.txt.gz: damaged .gz file, behind byte 0 of its content"),
         ("a.txt.xz", b"not packed", "a.txt.xz: damaged .xz file, behind byte 0 of its content"),
-        ("a.txt.gz", gzip.compress(PROSE.encode())[:-9], "a.txt.gz: damaged .gz file"),
+        ("a.txt.gz", gzip.compress(PROSE.encode(), mtime=0)[:-9], "a.txt.gz: damaged .gz file"),
         ("a.jsonl", '{"text": "a"}\nnot json', "a.jsonl:2: not JSON (Expecting value"),
         ("a.jsonl", '{"txt": "a", "id": 1}', "a.jsonl:1: no text under the key 'text'; found 'txt', 'id'"),
         ("a.jsonl", '{"text": 5}', "a.jsonl:1: no text under the key 'text'; found int"),
