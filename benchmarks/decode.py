@@ -145,7 +145,7 @@ def python_share(student, batch: int, repeats: int) -> dict[str, float]:
     what a mixer takes above a recording of the same operations (TorchScript's, run one by one, nothing fused)."""
     cache = student_cache(student, batch)
     token = torch.zeros(batch, 1, dtype=torch.long)
-    block = student.blocks[0]
+    block = student.mixer_layers[0]
     x = torch.randn(batch, 1, block.spec.hidden_size, dtype=student.dtype)
     position = student.base.model.rotary_emb(x, torch.tensor([[9]]))
     states = cache.layers[0].states
@@ -175,7 +175,7 @@ def python_share(student, batch: int, repeats: int) -> dict[str, float]:
                 if repeat >= 5:
                     times[name].append(time.perf_counter() - start)
     step, ours, plain = (1e3 * min(values) for values in times.values())
-    layers = len(student.blocks)
+    layers = len(student.mixer_layers)
     return {"step_ms": step, "mixers_ms": layers * ours, "share": layers * max(0.0, ours - plain) / step}
 
 

@@ -288,8 +288,8 @@ def _decoding(size: Size) -> dict[str, Call]:
 def peak_memory(kind: str, size: Size) -> int:
     """Bytes by which one forward and backward pass raises the peak of a fresh process."""
     program = (
-        "from subquad.ops import bench\n"
-        f"size, function = bench.{size!r}, bench.kinds()[{kind!r}]\n"
+        "from benchmarks import ops_timing as bench\n"
+        f"size, function = bench.{size!r}, bench.variants()[{kind!r}]\n"
         "bench.forward_backward(function, bench.arguments(bench.Size(64)))()\n"
         "a = bench.arguments(size)\n"
         "before = bench.peak_rss()\n"

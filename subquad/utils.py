@@ -24,13 +24,12 @@ NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 class UserError(ValueError):
     """An error that the user can fix: an unknown name, a missing file, an invalid value.
 
-    The message says what was wrong and what was expected, with the nearest valid name where there is one. Each line
-    reports one problem. The command line prints it on stderr without a traceback and exits with code 2.
+    The message has one line for each problem. A line says what was wrong and what was expected, with the nearest valid
+    name where there is one. The command line prints it on stderr without a traceback and exits with code 2.
     """
 
-    def __init__(self, message: object):
-        lines = (" ".join(line.split()) for line in str(message).splitlines())
-        super().__init__("\n".join(line for line in lines if line))
+    def __init__(self, *problems: object):
+        super().__init__("\n".join(" ".join(str(problem).split()) for problem in problems))
 
 
 def nearest(name: object, valid: Iterable[str]) -> str:

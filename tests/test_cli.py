@@ -53,7 +53,7 @@ def test_study_writes_a_student_each_and_their_table(capsys, recipe_path, tmp_pa
     results = json.loads((tmp_path / "s" / "results.json").read_text())
     assert [row["mixer"] for row in results["rows"]] == ["retnet", "xlstm"]
     columns = (
-        "mixer parameters tokens perplexity teacher_perplexity unigram_perplexity initial_kl kl top1_agreement "
+        "mixer parameters tokens perplexity teacher_perplexity unigram_perplexity kl_at_init kl top1_agreement "
         "recovered_share seconds decode_tokens_per_second state_bytes"
     )
     assert set(columns.split()) <= results["rows"][0].keys()

@@ -101,10 +101,10 @@ def parts(stack: LayerAccess, rows: Tensor, window: int) -> Iterator[tuple[str, 
         yield "without_layer", index, cut([module])
     if stack.root is stack.model:  # a plain transformer
         return
-    mixers = [block.mixer for block in stack.blocks if isinstance(block, MixerLayer)]
-    kept = [block for block in stack.blocks if isinstance(block, AttentionLayer)]
+    mixers = [block.mixer for block in stack.mixer_layers if isinstance(block, MixerLayer)]
+    kept = [block for block in stack.mixer_layers if isinstance(block, AttentionLayer)]
     if mixers and kept:
-        yield "without_mixers", None, cut([b for b in stack.blocks if isinstance(b, MixerLayer)])
+        yield "without_mixers", None, cut([b for b in stack.mixer_layers if isinstance(b, MixerLayer)])
         yield "without_attention", None, cut(kept)
     wide = [block for block in kept if block.window is None or block.window > window]
     if wide:
@@ -185,13 +185,13 @@ def mean_gates(model: PreTrainedModel, rows: Tensor) -> list[tuple[Mixer, Tensor
     with eval_mode(model):
         for ids in rows.split(1):
             for index, recording in enumerate(stack.record(stack.mixing, ids)):
-                block = stack.blocks[index]
+                block = stack.mixer_layers[index]
                 gate = block.mixer.gate(recording.hidden_states) if isinstance(block, MixerLayer) else None
                 if gate is not None:
                     sums[index] = sums.get(index, 0.0) + gate.double().sum((0, 1))
     found = []
     for index, total in sums.items():
-        block = stack.blocks[index]
+        block = stack.mixer_layers[index]
         assert isinstance(block, MixerLayer)
         found.append((block.mixer, (total / rows.numel()).to(block.mixer.o_proj.weight.dtype)))
     return found
@@ -203,7 +203,7 @@ def frozen_decays(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
     a token writes is tied to what it forgets (MetaLA, HGRN2), only what it forgets is frozen."""
     means = mean_log_decays(model, rows)
     with ExitStack() as undo:
-        for block, mean in zip(LayerAccess(model).blocks, means, strict=True):
+        for block, mean in zip(LayerAccess(model).mixer_layers, means, strict=True):
             if isinstance(block, MixerLayer) and mean is not None:
                 undo.enter_context(replaced(block.mixer, "gates", _steady(block.mixer.gates, mean)))
         yield

@@ -49,12 +49,12 @@ def matrix_results(model: PreTrainedModel, rows: Tensor, block: int | None = Non
     `mass_1`, `mass_2_3` ... (by distance); of each layer `diversity`. Means over heads and layers have none named."""
     stack = LayerAccess(model)
     T = rows.shape[1]
-    profiles = [MatrixStats(b.spec.num_heads, T, model.device) for b in stack.blocks]
+    profiles = [MatrixStats(b.spec.num_heads, T, model.device) for b in stack.mixer_layers]
     with eval_mode(model):
         for ids in rows.split(1):
             for index, recording in enumerate(stack.record(stack.mixing, ids)):
                 for first, M in blocks(
-                    matrix_of(stack, index, recording), stack.blocks[index].spec.num_heads, T, block
+                    matrix_of(stack, index, recording), stack.mixer_layers[index].spec.num_heads, T, block
                 ):
                     profiles[index].add(M, first)
     found = by_head("entropy", [p.entropy() for p in profiles], T, rows.numel())
@@ -105,7 +105,7 @@ def comparison_results(
     if not 0 < top < T:
         raise UserError(f"top: got {top} for texts of {T} tokens, expected 1 to {T - 1}")
     ours, theirs = stacks(student, teacher)
-    heads = [b.spec.num_heads for b in ours.blocks]
+    heads = [b.spec.num_heads for b in ours.mixer_layers]
     found = [MatrixComparison(H, top, student.device) for H in heads]
     with eval_mode(student), eval_mode(teacher):
         for ids in rows.split(1):
@@ -123,7 +123,7 @@ def comparison_results(
 def matrix_of(stack: LayerAccess, index: int, recording: LayerActivations) -> Callable[[slice], Tensor]:
     """Gives rows of the mixing matrix of layer `index` of one text, `[H, rows, T]`, on what a layer was given: its own,
     or that of the model that it is compared with."""
-    rows_of = stack.blocks[index].matrix_rows(*recording.args, **recording.kwargs)
+    rows_of = stack.mixer_layers[index].matrix_rows(*recording.args, **recording.kwargs)
     return lambda rows: rows_of(rows)[0]
 
 

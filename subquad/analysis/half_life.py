@@ -36,7 +36,7 @@ def mean_log_decays(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]
     with eval_mode(model):
         for ids in rows.split(1):
             for index, recording in enumerate(stack.record(stack.mixing, ids)):
-                block = stack.blocks[index]
+                block = stack.mixer_layers[index]
                 if not isinstance(block, MixerLayer):
                     continue
                 x, positions = recording.hidden_states, recording.kwargs.get("position_embeddings")

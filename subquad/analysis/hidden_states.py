@@ -58,7 +58,7 @@ def hidden_state_results(student: PreTrainedModel, teacher: PreTrainedModel, row
     if rows.shape[1] < 2:
         raise UserError(f"rows: got texts of {rows.shape[1]} token, expected at least 2: the first is left out")
     ours, theirs = stacks(student, teacher)
-    hidden = ours.blocks[0].spec.hidden_size
+    hidden = ours.mixer_layers[0].spec.hidden_size
     found = [LinearCKA(hidden, student.device) for _ in range(len(ours))]
     with eval_mode(student), eval_mode(teacher):
         for ids in rows.split(1):

@@ -32,15 +32,15 @@ class LayerAccess:
         self.model = model
         self.root: nn.Module = model
         self.paths: list[str]
-        self.blocks: Sequence[MixerLayer | AttentionLayer]
+        self.mixer_layers: Sequence[MixerLayer | AttentionLayer]
         if isinstance(model, SubquadForCausalLM):
             self.root = model.base
             self.paths = [place["path"] for place in model.config.attention_specs]
-            self.blocks = model.mixer_layers
+            self.mixer_layers = model.mixer_layers
         else:
             sites = discover_attention(model)
             self.paths = [site.path for site in sites]
-            self.blocks = [AttentionLayer(site.module, site.spec, site.index) for site in sites]
+            self.mixer_layers = [AttentionLayer(site.module, site.spec, site.index) for site in sites]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -78,7 +78,7 @@ class LayerAccess:
         before = self.mixing
         hooks = [layer.register_forward_pre_hook(_without_mask, with_kwargs=True) for layer in self.layers]
         try:
-            for path, block in zip(self.paths, self.blocks, strict=True):
+            for path, block in zip(self.paths, self.mixer_layers, strict=True):
                 self.root.set_submodule(path, block)
             yield
         finally:
@@ -114,7 +114,7 @@ def stacks(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[LayerAcc
     ours, theirs = LayerAccess(student), LayerAccess(teacher)
     if len(ours) != len(theirs):
         raise UserError(f"the student has {len(ours)} layers, the teacher {len(theirs)}; expected the same number")
-    for index, (a, b) in enumerate(zip(ours.blocks, theirs.blocks, strict=True)):
+    for index, (a, b) in enumerate(zip(ours.mixer_layers, theirs.mixer_layers, strict=True)):
         mine, its = (a.spec.num_heads, a.spec.hidden_size), (b.spec.num_heads, b.spec.hidden_size)
         if mine != its:
             raise UserError(

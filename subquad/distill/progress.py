@@ -55,7 +55,7 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics=None, **kwargs: Any
     ):
         if metrics and state.is_world_process_zero:
-            self._report(state, held_out_loss=metrics["eval_loss"], text_loss=metrics["eval_text_loss"])
+            self._report(state, validation_loss=metrics["eval_loss"], text_loss=metrics["eval_text_loss"])
 
     def _report(self, state: TrainerState, **values: Any) -> None:
         tokens = state.global_step * self.tokens_per_step
@@ -103,7 +103,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], target: Path, title: str) -> Non
         return
     figure = Figure(figsize=(1 + 3.6 * len(stages), 3.2), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        for key, name, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o--")):
+        for key, name, style in (("loss", "training", "-"), ("validation_loss", "held out", "o--")):
             points = [(row["tokens"], row[key]) for row in rows if row["stage"] == stage and key in row]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1.2, markersize=3)

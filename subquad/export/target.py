@@ -196,7 +196,7 @@ def identity_taps(channels: int, kernel: Tensor | None, width: int) -> Tensor:
 
 def convolution_weight(mixer: Any, names: tuple[str, ...], width: int) -> Tensor:
     """The short convolutions of a mixer in this order, as one of `[channels, 1, width]`."""
-    projections, kernels = mixer.projections(), mixer.kernels()
+    projections, kernels = mixer.projections(), mixer.conv_weights()
     taps = [identity_taps(projections[n].out_features, kernels.get(n), width) for n in names]
     return torch.cat(taps).unsqueeze(1).to(mixer.o_proj.weight)
 

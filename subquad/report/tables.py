@@ -117,7 +117,7 @@ GRID = (
     Column("kl", "KL, nats", 3, True),
     Column("top1_agreement", "top-1, %", 1, False, 100),
     Column("recovered_share", "recovered, %", 1, False, 100),
-    Column("initial_kl", "KL at the start", 2),
+    Column("kl_at_init", "KL at the start", 2),
     Column("seconds", "training, s", 0),
     Column("decode_tokens_per_second", "decoding, tokens/s", 0),
     Column("state_bytes", "state, KiB", 0, scale=1 / 1024),

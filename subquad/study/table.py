@@ -12,7 +12,7 @@ COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("tokens", "tokens", lambda n: f"{n / 1e3:.0f}k"),
     ("perplexity", "ppl", lambda x: f"{x:.2f}"),
     ("teacher_perplexity", "teacher", lambda x: f"{x:.2f}"),
-    ("initial_kl", "KL start", lambda x: f"{x:.2f}"),
+    ("kl_at_init", "KL init", lambda x: f"{x:.2f}"),
     ("kl", "KL", lambda x: f"{x:.3f}"),
     ("top1_agreement", "top-1", lambda x: f"{x:.1%}"),
     ("recovered_share", "recovered", lambda x: f"{x:.1%}"),

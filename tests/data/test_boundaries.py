@@ -64,7 +64,7 @@ def test_positions_restart_at_each_document_and_row(corpus, tokenizer, texts):
 def test_positions_say_which_tokens_share_a_document(corpus, tokenizer):
     """What attention and state need: position t - position within a row is the place where t's document begins."""
     texts = ["ab", "cdef", "g", "hijklmnopqrstuvw"]
-    rows = token_rows(corpus(*texts, context=6), tokenizer, "train")
+    rows = token_rows(corpus(*texts, seq_len=6), tokenizer, "train")
     found = in_file(rows)
     for ids, positions in zip(found["input_ids"].view(-1, 6), found["position_ids"].view(-1, 6), strict=True):
         begin = torch.arange(6) - positions
@@ -74,7 +74,7 @@ def test_positions_say_which_tokens_share_a_document(corpus, tokenizer):
 
 
 def test_joined_documents_have_no_positions(corpus, tokenizer, make_tokenizer):
-    some = corpus("short", "another", "third one", documents="joined")
+    some = corpus("short", "another", "third one", document_masking=False)
     for t in (tokenizer, make_tokenizer(), make_tokenizer(bos_token="<s>")):
         assert set(token_rows(some, t, "train")[0]) == {"input_ids"}
 

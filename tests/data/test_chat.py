@@ -62,9 +62,9 @@ def talks(tmp_path):
     return write
 
 
-def learned(tokenizer, *conversations, loss_on="assistant") -> tuple[str, str]:
+def learned(tokenizer, *conversations, assistant_only_loss=True) -> tuple[str, str]:
     """The text of all tokens and of those that count."""
-    found = Encoder(tokenizer, loss_on).encode([Conversation.create(c, "here") for c in conversations])
+    found = Encoder(tokenizer, assistant_only_loss).encode([Conversation.create(c, "here") for c in conversations])
     counted = found[(found & LOSS_IGNORED) == 0]
     return tokenizer.decode((found & TOKEN).tolist()), tokenizer.decode((counted & TOKEN).tolist())
 
@@ -74,7 +74,7 @@ def test_only_the_assistants_turns_count_with_their_ends(chat_tokenizer, templat
     tokenizer = chat_tokenizer(template)
     text = tokenizer.apply_chat_template(TALK, tokenize=False)
     assert learned(tokenizer, TALK) == (text, "hello <b><|im_end|> bye\n<|im_end|>")
-    assert learned(tokenizer, TALK, loss_on="all") == (text, text)
+    assert learned(tokenizer, TALK, assistant_only_loss=False) == (text, text)
     assert (
         learned(tokenizer, TALK, TALK[1:3], TALK[1:2])
         == (  # the last has no assistant
@@ -97,7 +97,7 @@ def test_a_template_that_cannot_be_split_is_refused(chat_tokenizer):
     assert str(caught.value).startswith(
         "here: the chat template can't be split into turns: message 3 is written otherwise in the whole conversation"
     )
-    assert learned(chat_tokenizer(FORGETFUL), TALK, loss_on="all")[0].startswith("system: b|user: h|")
+    assert learned(chat_tokenizer(FORGETFUL), TALK, assistant_only_loss=False)[0].startswith("system: b|user: h|")
 
 
 def test_a_template_that_drops_the_reasoning_of_earlier_turns(chat_tokenizer):
@@ -113,9 +113,9 @@ def test_a_template_that_drops_the_reasoning_of_earlier_turns(chat_tokenizer):
 
 
 def test_what_the_template_refuses_is_told_with_its_place(chat_tokenizer):
-    for loss_on in ("all", "assistant"):
+    for assistant_only_loss in (False, True):
         with pytest.raises(UserError, match=r"^here: the chat template refuses this conversation \(the user begins\)$"):
-            learned(chat_tokenizer(STRICT), TALK, loss_on=loss_on)
+            learned(chat_tokenizer(STRICT), TALK, assistant_only_loss=assistant_only_loss)
 
 
 def test_tokens_across_the_border_of_a_turn(make_tokenizer):
@@ -131,7 +131,7 @@ def test_tokens_across_the_border_of_a_turn(make_tokenizer):
 
 def test_rows_of_conversations(talks, chat_tokenizer):
     tokenizer = chat_tokenizer(CHATML)
-    corpus = talks(TALK, TALK[1:3], context=16, loss_on="assistant")
+    corpus = talks(TALK, TALK[1:3], seq_len=16, assistant_only_loss=True)
     rows = token_rows(corpus, tokenizer, "train")
     items = [rows._item(row, False) for row in rows._tokens[0]]
     ids, positions, labels = (
@@ -150,11 +150,11 @@ def test_rows_of_conversations(talks, chat_tokenizer):
 
 def test_labels_of_whole_conversations(talks, chat_tokenizer):
     tokenizer = chat_tokenizer(CHATML)
-    for documents_, counts in (("separate", False), ("joined", True)):
-        rows = token_rows(talks(*[TALK[1:3]] * 20, documents=documents_), tokenizer, "train")
+    for document_masking, counts in ((True, False), (False, True)):
+        rows = token_rows(talks(*[TALK[1:3]] * 20, document_masking=document_masking), tokenizer, "train")
         for row in rows:
             starts = row["input_ids"] == tokenizer.bos_token_id
-            assert ("position_ids" in row) == (documents_ == "separate")
+            assert ("position_ids" in row) == document_masking
             first = starts & (row.get("position_ids", torch.ones(8)) == 0)
             assert torch.equal(row["labels"] == -100, first & torch.tensor(not counts) & starts)
 
@@ -212,9 +212,9 @@ def test_the_recipe_says_so_too(tmp_path):
     assert load_recipe(path) == recipe
     path.write_text("teacher: nano\ndata: {source: a.txt}\nstages: {hidden: {tokens: 1000, lr: 1e-3}}\n")
     for change, expected in [
-        ("data.assistant_only_loss=true", "corpus: loss_on: got 'assistant' without chat, expected `chat: true` or"),
-        ("corpus.loss_on=user", "corpus.loss_on: got 'user', expected one of all, assistant"),
-        ("corpus.documents=apart", "corpus.documents: got 'apart', expected one of separate, joined"),
+        ("data.assistant_only_loss=true", "data: assistant_only_loss: got true without chat, expected `chat: true` or"),
+        ("data.assistant_only_loss=user", "data.assistant_only_loss: got 'user', expected true or false"),
+        ("data.document_masking=apart", "data.document_masking: got 'apart', expected true or false"),
         ("data.chat=yes", "data.chat: got 'yes', expected true or false"),
         ("data.colum=x", "unknown key 'data.colum'; did you mean 'data.column'?"),
     ]:

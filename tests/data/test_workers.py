@@ -22,7 +22,7 @@ DOCUMENTS = [f"document {i} " + "word " * (i * 7 % 50) for i in range(300)]
 def small(monkeypatch):
     """Batches of a few documents, and other processes after the first of them."""
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 2000)
-    monkeypatch.setattr(encoding, "ALONE", 1)
+    monkeypatch.setattr(encoding, "IN_PROCESS_BATCHES", 1)
 
 
 def tokens(tokenizer, limit=None, jobs=1, documents=DOCUMENTS) -> np.ndarray:

@@ -112,15 +112,15 @@ def test_bfloat16_is_near_and_its_weights_stay_float32(stage, recipe_path, tmp_p
 
 
 def test_frozen_groups_do_not_move_and_rates_are_their_own(recipe_path, tmp_path, fresh):
-    frozen = [f"groups.{name}.frozen=true" for name in ("body", "embeddings", "copied")]
+    frozen = [f"param_groups.{name}.frozen=true" for name in ("backbone", "embeddings", "attention_projections")]
     taught = train(recipe_path, tmp_path / "out", *only("end_to_end", *frozen))
     names = moved(taught, {k: v for k, v in fresh.items() if k in taught})
     assert names
     assert all(".mixer." in name and not any(f".{p}_proj" in name for p in "qkvo") for name in names)
-    slow = train(recipe_path, tmp_path / "slow", *only("end_to_end", "groups.copied.lr=1e-9"))
+    slow = train(recipe_path, tmp_path / "slow", *only("end_to_end", "param_groups.attention_projections.lr=1e-9"))
     q = next(name for name in slow if name.endswith("mixer.q_proj.weight"))
     assert 0 < (slow[q] - fresh[q]).abs().max() < 1e-7
-    everything = [f"groups.{name}.frozen=true" for name in ("new", "copied")]
+    everything = [f"param_groups.{name}.frozen=true" for name in ("mixer", "attention_projections")]
     with pytest.raises(UserError, match="is frozen"):
         train(recipe_path, tmp_path / "nothing", *only("hidden", *everything))
 
@@ -136,7 +136,7 @@ def test_low_rank_updates_are_merged(recipe_path, tmp_path, fresh):
 
 def test_an_average_is_what_it_says_and_survives_an_interruption(recipe_path, tmp_path, monkeypatch):
     plain = train(recipe_path, tmp_path / "plain", *only("hidden"))
-    averaged = train(recipe_path, tmp_path / "averaged", *only("hidden", "ema=0.5"))
+    averaged = train(recipe_path, tmp_path / "averaged", *only("hidden", "ema_decay=0.5"))
     assert moved(plain, averaged)
     end_of_step = trainer.Progress.on_step_end
 
@@ -148,20 +148,20 @@ def test_an_average_is_what_it_says_and_survives_an_interruption(recipe_path, tm
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Progress, "on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
-            train(recipe_path, tmp_path / "cut", *only("hidden", "ema=0.5"))
-    again = train(recipe_path, tmp_path / "cut", *only("hidden", "ema=0.5"))
+            train(recipe_path, tmp_path / "cut", *only("hidden", "ema_decay=0.5"))
+    again = train(recipe_path, tmp_path / "cut", *only("hidden", "ema_decay=0.5"))
     assert not moved(averaged, again)
 
 
-def test_held_out_loss_is_measured_and_the_best_weights_kept(recipe_path, tmp_path):
+def test_validation_loss_is_measured_and_the_best_weights_kept(recipe_path, tmp_path):
     """At a rate that ruins the student, the best weights are the first that were measured."""
-    wild = ["lr=0.3", "schedule=constant", "warmup=0.0", "max_grad_norm=1e6"]
+    wild = ["lr=0.3", "lr_scheduler=constant", "warmup=0.0", "max_grad_norm=1e6"]
     sets = ["evaluation.eval_steps=1", "checkpoint.save_steps=1", "checkpoint.save_total_limit=9"]
     best = train(
         recipe_path, tmp_path / "best", *only("hidden", *wild), *sets, "evaluation.load_best_model_at_end=true"
     )
     last = train(recipe_path, tmp_path / "last", *only("hidden", *wild), *sets)
-    losses = {m["step"]: m["held_out_loss"] for m in metrics(tmp_path / "last") if "held_out_loss" in m}
+    losses = {m["step"]: m["validation_loss"] for m in metrics(tmp_path / "last") if "validation_loss" in m}
     assert len(losses) == 4
     assert min(losses, key=losses.get) != 4
     assert moved(best, last)
@@ -170,7 +170,7 @@ def test_held_out_loss_is_measured_and_the_best_weights_kept(recipe_path, tmp_pa
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(stage, recipe_path, tmp_path):
-    wild = ["lr=1e30", "schedule=constant", "warmup=0.0", "max_grad_norm=1e30"]
+    wild = ["lr=1e30", "lr_scheduler=constant", "warmup=0.0", "max_grad_norm=1e30"]
     with pytest.raises(UserError, match=rf"stage {stage}, step [234]: the (loss|gradient) is not finite") as caught:
         train(recipe_path, tmp_path / "out", *only(stage, *wild), "checkpoint.save_steps=1")
     assert "layer" in str(caught.value)
@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(stage, recipe_pa
 
 
 def test_the_whole_layer_may_be_what_is_compared(recipe_path, tmp_path, fresh):
-    taught = train(recipe_path, tmp_path / "out", *only("hidden", "target=block"))
+    taught = train(recipe_path, tmp_path / "out", *only("hidden", "target=decoder_layer"))
     names = moved(taught, {k: v for k, v in fresh.items() if k in taught})
     assert any("mlp" in name for name in names)
     assert not any("embed" in name for name in names)
@@ -187,19 +187,21 @@ def test_the_whole_layer_may_be_what_is_compared(recipe_path, tmp_path, fresh):
 
 
 @pytest.mark.parametrize(
-    "text", ["divergence=reverse", "divergence=jsd", "text=teacher", "gradient_checkpointing=true"]
+    "text", ["divergence=reverse", "divergence=jsd", "data=teacher_generated", "gradient_checkpointing=true"]
 )
 def test_other_ways_to_the_end(text, recipe_path, tmp_path):
     taught = train(recipe_path, tmp_path / "out", *only("end_to_end", text, "ce_weight=0"))
     plain = train(recipe_path, tmp_path / "plain", *only("end_to_end", "ce_weight=0"))
     assert bool(moved(taught, plain)) == (text != "gradient_checkpointing=true")
-    if text == "text=teacher":
+    if text == "data=teacher_generated":
         again = train(recipe_path, tmp_path / "again", *only("end_to_end", text, "ce_weight=0"))
         assert not moved(taught, again)
 
 
 def test_warm_up_stable_decay(recipe_path, tmp_path):
-    train(recipe_path, tmp_path / "out", *only("hidden", "schedule=wsd", "warmup=0.25", "decay=0.25", "tokens=1024"))
+    train(
+        recipe_path, tmp_path / "out", *only("hidden", "lr_scheduler=wsd", "warmup=0.25", "decay=0.25", "tokens=1024")
+    )
     rates = [m["lr"] for m in metrics(tmp_path / "out")]
     assert len(rates) == 8
     assert rates[0] < rates[2] == rates[3] == rates[4] == 1e-3

@@ -201,8 +201,8 @@ def everything(model) -> dict:
 
 ABLATIONS = {
     "cut": lambda model, rows: cut(LayerAccess(model).mixing),
-    "window": lambda model, rows: windowed([model.blocks[1]], 3),
-    "short_conv": lambda model, rows: without_short_conv([model.blocks[0].mixer]),
+    "window": lambda model, rows: windowed([model.mixer_layers[1]], 3),
+    "short_conv": lambda model, rows: without_short_conv([model.mixer_layers[0].mixer]),
     "gate": frozen_gates,
     "decay": frozen_decays,
 }

@@ -252,7 +252,7 @@ def test_models_are_as_they_were_after_a_failure(teacher, rows):
     def fail() -> None:
         with ours.installed(), theirs.installed(), theirs.with_layer(1, ours):
             assert theirs.layers[1] is ours.layers[1]
-            assert theirs.mixing[0] is theirs.blocks[0]
+            assert theirs.mixing[0] is theirs.mixer_layers[0]
             raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):

@@ -134,7 +134,7 @@ def test_a_model_that_changed_is_measured_anew(shop, tmp_path):
     from dataclasses import replace
 
     settings = replace(
-        settings, corpus=command.corpus_of(str(shop / "text.txt"), None).model_copy(update={"seq_len": 32})
+        settings, text=command.corpus_of(str(shop / "text.txt"), None).model_copy(update={"seq_len": 32})
     )
 
     def perplexity(identity, model):
@@ -175,7 +175,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", list(MISTAKES))
 def test_mistakes_are_told_before_anything_is_loaded(shop, name, capsys, monkeypatch):
     monkeypatch.chdir(shop)
-    monkeypatch.setattr(command, "load_subject", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(command, "load_eval_model", lambda *a: pytest.fail("a model was loaded"))
     more, message = MISTAKES[name]
     assert cli.main([*arguments(shop), *more]) == 2
     assert message in capsys.readouterr().err

@@ -166,7 +166,7 @@ def test_blocks_of_rows_do_not_change_anything(block):
             getattr(profile(M, block), name)(), getattr(profile(M), name)(), rtol=1e-12, atol=1e-12
         )
     assert profile(M, block).diversity() == pytest.approx(profile(M).diversity(), rel=1e-12)
-    for name in ("overlap", "frobenius", "row_cosine"):
+    for name in ("topk_mass_overlap", "frobenius", "row_cosine"):
         whole, parts = comparison(M, A), comparison(M, A, block=block)
         torch.testing.assert_close(getattr(parts, name)(), getattr(whole, name)(), rtol=1e-12, atol=1e-12)
         assert parts.chance() == pytest.approx(whole.chance())

@@ -121,14 +121,14 @@ def test_what_cannot_go_is_refused_with_the_reason_and_nothing_is_written(case, 
     monkeypatch.setattr("subquad.export.load_teacher", lambda directory, dtype: (student, None))
     with pytest.raises(UserError, match=f"cannot be exported to Bamba: {reason}") as refused:
         export("student", tmp_path / "served", "bamba")
-    assert "what can go: layers of mamba2" in str(refused.value)
+    assert "supported layers: mamba2" in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"mixer": "gla"}, "gla cannot be exported to Bamba; what can go: layers of mamba2"),
+        ({"mixer": "gla"}, "gla cannot be exported to Bamba; supported layers: mamba2"),
         ({"mixer": "mamba2", "rotary": True}, "layer 0: rotary: got True, but a layer of Bamba has False"),
     ],
     ids=lambda value: "",
@@ -147,7 +147,7 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main(["export", str(made), "--format", "bamba", "-o", str(served)]) == 0
     assert "parameters as bamba in" in capsys.readouterr().out
     assert main(["export", str(made), "--format", "gguf", "-o", str(tmp_path / "x.gguf")]) == 2
-    assert "it is mamba2; what can go: layers of gated_deltanet" in capsys.readouterr().err
+    assert "it is mamba2; supported layers: gated_deltanet" in capsys.readouterr().err
 
 
 def test_calibration_sees_the_gate_where_it_stands():

@@ -43,7 +43,7 @@ def test_options_that_do_not_matter_there_are_free():
         ({"export_target": "qwen35"}, "export: unknown 'qwen35'; did you mean 'qwen3_5'"),
         (
             {"mixer": "gla", "export_target": "qwen3_5"},
-            "gla cannot be exported to Qwen3.5; what can go: layers of gated_delta",
+            "gla cannot be exported to Qwen3.5; supported layers: gated_delta",
         ),
         ({"mixer": "softmax", "export_target": "qwen3_5"}, "softmax cannot be exported"),
         ({"rotary": True, "export_target": "qwen3_5"}, "layer 0: rotary: got True, but a layer of Qwen3.5 has False"),
@@ -127,7 +127,7 @@ def test_norms_that_were_added_are_new_and_learn():
     added = student.mixer_layers[1].added_norms()
     assert sorted(added) == ["k", "q"]
     known = roles(student)
-    assert {known[id(p)] for p in added.values()} == {"new"}
+    assert {known[id(p)] for p in added.values()} == {"mixer"}
     assert known[id(student.mixer_layers[1].attention.q_proj.projection.weight)] == "copied"
     student(input_ids=TEXT, labels=TEXT).loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in added.values())

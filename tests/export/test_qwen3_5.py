@@ -153,7 +153,7 @@ def test_what_cannot_go_is_refused_with_the_reason_and_nothing_is_written(case, 
     for format in ("qwen3_5", "gguf"):
         with pytest.raises(UserError, match=reason) as refused:
             export("student", tmp_path / "served", format)
-        assert "what can go: " in str(refused.value)
+        assert "supported layers: " in str(refused.value)
         assert list(tmp_path.iterdir()) == []
 
 

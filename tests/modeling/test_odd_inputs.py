@@ -130,7 +130,7 @@ def test_a_copy_is_a_student_of_its_own(student, ids):
     twin = copy.deepcopy(student)
     expected = logits(student, ids)
     assert torch.equal(logits(twin, ids), expected)
-    assert twin.blocks[0] in list(twin.modules())
+    assert twin.mixer_layers[0] in list(twin.modules())
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()

@@ -132,8 +132,8 @@ def test_loading_with_a_device_map(teacher, ids, tmp_path, device_map):
 
 def test_retnet_forgets_as_published_right_after_loading(teacher, tmp_path):
     subquad.linearize(teacher, "retnet").save_pretrained(tmp_path)
-    mixer = AutoModelForCausalLM.from_pretrained(tmp_path).blocks[0].mixer
-    core, _ = mixer.core_inputs(torch.zeros(1, 2, 32), None, None, None)
+    mixer = AutoModelForCausalLM.from_pretrained(tmp_path).mixer_layers[0].mixer
+    core, _ = mixer.op_inputs(torch.zeros(1, 2, 32), None, None, None)
     assert torch.allclose(core["log_decay"][0, 0].exp(), 1 - 2.0 ** (-5 - torch.arange(4.0)))
 
 
@@ -210,22 +210,25 @@ def entry(name, index, **changes):
     ("change", "message"),
     [
         (lambda c: c.pop("layer_specs"), "the plan names 0 layers; the model has 2"),
-        (lambda c: c.pop("attention"), "the plan names 2 layers; the model has 0"),
-        (lambda c: c.update(layer_specs="gla"), "layers: got 'gla', expected a list of mappings"),
+        (lambda c: c.pop("attention_specs"), "the plan names 2 layers; the model has 0"),
+        (lambda c: c.update(layer_specs="gla"), "layer_specs: got 'gla', expected a list of mappings"),
         (lambda c: c.pop("base_config"), "base_config: missing; expected the configuration of the teacher"),
         (lambda c: c["base_config"].pop("model_type"), "base_config: unknown model_type None"),
         (lambda c: c["base_config"].update(model_type="nope"), "base_config: unknown model_type 'nope'"),
-        (lambda c: c["layer_specs"][0].pop("mixer"), "layers: 0: unknown mixer None"),
-        (entry("layer_specs", 1, mixer="gal"), "layers: 1: unknown mixer 'gal'; did you mean 'gla'"),
+        (lambda c: c["layer_specs"][0].pop("mixer"), "layer_specs: 0: unknown mixer None"),
+        (entry("layer_specs", 1, mixer="gal"), "layer_specs: 1: unknown mixer 'gal'; did you mean 'gla'"),
         (entry("layer_specs", 1, foo=3), "unknown mixer option 'foo'"),
-        (entry("layer_specs", 1, mixer="attention", window="a"), "layers: 1: window: got 'a'"),
-        (entry("layer_specs", 1, mixer="attention", windw=3), "layers: 1: unknown option 'windw' of attention"),
+        (entry("layer_specs", 1, mixer="attention", window="a"), "layer_specs: 1: window: got 'a'"),
+        (entry("layer_specs", 1, mixer="attention", windw=3), "layer_specs: 1: unknown option 'windw' of attention"),
         (
-            entry("attention", 1, path="model.nothing"),
-            "attention: layer 1: no module 'model.nothing' in the base model",
+            entry("attention_specs", 1, path="model.nothing"),
+            "attention_specs: layer 1: no module 'model.nothing' in the base model",
         ),
-        (lambda c: c["attention"][0].pop("head_dim"), "attention: layer 0: missing head_dim; expected hidden_size"),
-        (entry("attention", 0, extra=1), "attention: layer 0: unknown extra; expected hidden_size"),
+        (
+            lambda c: c["attention_specs"][0].pop("head_dim"),
+            "attention_specs: layer 0: missing head_dim; expected hidden_size",
+        ),
+        (entry("attention_specs", 0, extra=1), "attention_specs: layer 0: unknown extra; expected hidden_size"),
     ],
 )
 def test_broken_configuration_is_one_line_that_says_where(checkpoint, change, message):

@@ -33,7 +33,7 @@ def test_bytes_of_windows_and_shared_heads(name, plan):
     ids = torch.randint(3, 61, (1, 21))
     cache = model.new_cache()
     logits(model, ids, past_key_values=cache)
-    places = sum(layer.states[2].nbytes for layer in cache.layers if type(layer).__name__ == "WindowLayer")
+    places = sum(layer.states[2].nbytes for layer in cache.layers if type(layer).__name__ == "SlidingWindowCacheLayer")
     assert state_bytes(meta_model(model.config), 21) == cache.nbytes() - places
     theirs = family(name)(ids, use_cache=True).past_key_values
     assert teacher_bytes(model.config, 21) == sum(4 * (x.keys.numel() + x.values.numel()) for x in theirs.layers)

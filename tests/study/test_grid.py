@@ -376,7 +376,7 @@ def test_interrupted_it_goes_on(study_recipe, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "attempt", stop)
+        patch.setattr(processes, "run_task", stop)
         with pytest.raises(KeyboardInterrupt):
             run_study(recipes, tmp_path)
     assert "no run is finished yet" in format_study(find_runs(recipes, tmp_path))
