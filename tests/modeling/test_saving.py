@@ -226,7 +226,7 @@ def entry(name, index, **changes):
         ),
         (
             lambda c: c["attention_specs"][0].pop("head_dim"),
-            "attention_specs: layer 0: missing head_dim; expected hidden_size",
+            "attention_specs: layer 0: missing head_dim",
         ),
         (entry("attention_specs", 0, extra=1), "attention_specs: layer 0: unknown extra; expected hidden_size"),
     ],
