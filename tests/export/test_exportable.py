@@ -47,7 +47,7 @@ def test_options_that_do_not_matter_there_are_free():
         ),
         ({"mixer": "softmax", "export_target": "qwen3_5"}, "softmax cannot be exported"),
         ({"rotary": True, "export_target": "qwen3_5"}, "layer 0: rotary: got True, but a layer of Qwen3.5 has False"),
-        ({"layers": {"default": "gated_deltanet", "1": {"mixer": "attention", "window": 4}}}, "layer 1: .* window"),
+        ({"layer_types": {"default": "gated_deltanet", "1": {"mixer": "attention", "window": 4}}}, "layer 1: .* window"),
     ],
     ids=lambda value: "",
 )
@@ -128,7 +128,7 @@ def test_norms_that_were_added_are_new_and_learn():
     assert sorted(added) == ["k", "q"]
     known = roles(student)
     assert {known[id(p)] for p in added.values()} == {"mixer"}
-    assert known[id(student.mixer_layers[1].attention.q_proj.projection.weight)] == "copied"
+    assert known[id(student.mixer_layers[1].attention.q_proj.projection.weight)] == "attention_projections"
     student(input_ids=TEXT, labels=TEXT).loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in added.values())
 
@@ -181,9 +181,9 @@ def test_the_recipes_key(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     assert load_recipe(path).student.export_target == "qwen3_5"
-    with pytest.raises(UserError, match=r"student\.export: gla cannot be exported to Qwen3\.5"):
+    with pytest.raises(UserError, match=r"student\.export_target: gla cannot be exported to Qwen3\.5"):
         load_recipe(path, ["student.mixer=gla"])
-    with pytest.raises(UserError, match=r"student\.export: gla cannot be exported to Qwen3\.5"):
+    with pytest.raises(UserError, match=r"student\.export_target: gla cannot be exported to Qwen3\.5"):
         load_recipe(path, ["student.layer_types={default: gated_deltanet, 0: gla}"])
     with pytest.raises(UserError, match=r"student\.export"):
         load_recipe(path, ["student.export_target=gguf"])
