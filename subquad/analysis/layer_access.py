@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from subquad.modeling.attention.activations import LayerActivations, capture_activations, layer_path
 from subquad.modeling.attention.discovery import discover_attention
-from subquad.modeling.attention.scores import with_mask
+from subquad.modeling.attention.scores import replace_mask
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
@@ -99,12 +99,12 @@ class LayerAccess:
 
 
 def _without_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return with_mask(module, args, kwargs, None)
+    return replace_mask(module, args, kwargs, None)
 
 
 def run_on(module: nn.Module, recording: LayerActivations) -> Tensor:
     """What `module` makes of what another was given: a block, or a layer of a stack that is `ours`."""
-    args, kwargs = with_mask(module, recording.args, recording.kwargs, None)
+    args, kwargs = replace_mask(module, recording.args, recording.kwargs, None)
     given = module(*args, **kwargs)
     return given[0] if isinstance(given, tuple) else given
 

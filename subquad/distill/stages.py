@@ -22,7 +22,7 @@ from subquad.distill.layerwise import layerwise, matrix_distance, output_distanc
 from subquad.distill.losses import distillation_loss
 from subquad.modeling.attention.activations import LayerActivations, attention_modules, collect_activations, layer_path
 from subquad.modeling.attention.discovery import AttentionInfo, discover_attention
-from subquad.modeling.attention.scores import attention_rows, cut_arguments, with_mask
+from subquad.modeling.attention.scores import attention_probabilities, replace_mask, slice_arguments
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 Batch = dict[str, Tensor]
@@ -108,7 +108,7 @@ class MatrixMixing(LayerwiseDistillation):
         B, T, _ = recording.hidden_states.shape
         total = torch.zeros((), device=recording.hidden_states.device)
         for row, tokens in document_slices(documents, B, T):
-            args, kwargs = cut_arguments(recording.args, recording.kwargs, tokens, row)
+            args, kwargs = slice_arguments(recording.args, recording.kwargs, tokens, row)
             size = (tokens.stop - tokens.start) * (row.stop - row.start)
             total = total + size * self.distance(student, index, args, kwargs, tokens.stop - tokens.start)
         return total / (B * T)
@@ -120,7 +120,7 @@ class MatrixMixing(LayerwiseDistillation):
 
         @torch.no_grad()
         def target(rows: slice) -> Tensor:
-            return attention_rows(site.module, site.spec.window, 0, args, kwargs, rows)
+            return attention_probabilities(site.module, site.spec.window, 0, args, kwargs, rows)
 
         matrix = block.matrix_rows(*args, **kwargs)
         return matrix_distance(matrix, target, length, block.scale_invariant, self.rows)
@@ -159,7 +159,7 @@ class HiddenAlignment(LayerwiseDistillation):
     ) -> Tensor:
         mask = None if documents is None else documents[:, None, None, :]
         module = self.modules(student)[index]
-        args, kwargs = with_mask(module, recording.args, recording.kwargs, mask)
+        args, kwargs = replace_mask(module, recording.args, recording.kwargs, mask)
         given = module(*args, **kwargs)
         output = given[0] if isinstance(given, tuple) else given
         return output_distance(output, recording.output, self.target_norms[index])

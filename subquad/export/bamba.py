@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from subquad.export.target import Host, Kept, Sizes, Unfit, Weights, classes_named, convert, convolution_weight, rope_of
+from subquad.export.target import (
+    AttentionTraces,
+    Converter,
+    Sizes,
+    Unfit,
+    Weights,
+    classes_named,
+    conv_weight,
+    convert,
+    rope_parameters,
+)
 from subquad.mixers.mamba2 import Mamba2
 from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.attention.tracing import AttentionCall
@@ -33,7 +43,7 @@ def has_group_norm() -> bool:
     return "group_size" in signature(BambaRMSNormGated.__init__).parameters
 
 
-class Bamba(Host):
+class Bamba(Converter):
     target = TARGETS["bamba"]
     final_norm = "model.final_layernorm.weight"
     mlp = "feed_forward"
@@ -48,29 +58,29 @@ class Bamba(Host):
             )
         return config, model
 
-    def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: Kept) -> Any:
-        inner, hidden = sizes.mixer.num_heads * sizes.mixer.value_dim, sizes.common["hidden_size"]
+    def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: AttentionTraces) -> Any:
+        inner, hidden = sizes.mixer_spec.num_heads * sizes.mixer_spec.value_dim, sizes.common["hidden_size"]
         if inner % hidden:
             raise Unfit(f"its mixers have {inner} channels, which is no multiple of its {hidden} hidden ones")
         return self.classes()[0](
             **sizes.common,
             attn_layer_indices=sorted(kept) or [sizes.common["num_hidden_layers"] - 1],
-            mamba_n_heads=sizes.mixer.num_heads,
-            mamba_n_groups=sizes.mixer.num_heads,
-            mamba_d_head=sizes.mixer.value_dim,
-            mamba_d_state=sizes.mixer.head_dim,
-            mamba_d_conv=sizes.width,
+            mamba_n_heads=sizes.mixer_spec.num_heads,
+            mamba_n_groups=sizes.mixer_spec.num_heads,
+            mamba_d_head=sizes.mixer_spec.value_dim,
+            mamba_d_state=sizes.mixer_spec.head_dim,
+            mamba_d_conv=sizes.conv_width,
             mamba_expand=inner // hidden,
             mamba_conv_bias=False,
             mamba_proj_bias=False,
-            rope_parameters=rope_of(student, kept, sizes.heads[2])[0],
+            rope_parameters=rope_parameters(student, kept, sizes.attention_heads[2])[0],
         )
 
     def mixer(self, mixer: Mamba2, width: int, factor: float) -> Weights:
         W = {name: projection.weight.detach() for name, projection in mixer.projections().items()}
         own = {
             "in_proj.weight": torch.cat([mixer.g_proj.weight, W["v"], W["k"], W["q"], mixer.a_proj.weight]).detach(),
-            "conv1d.weight": convolution_weight(mixer, ("v", "k", "q"), width),
+            "conv1d.weight": conv_weight(mixer, ("v", "k", "q"), width),
             "dt_bias": mixer.a_proj.bias.detach(),
             "A_log": mixer.A_log.detach(),
             "D": mixer.D.detach() * mixer.spec.head_dim**0.5,
@@ -80,9 +90,9 @@ class Bamba(Host):
         return {f"mamba.{name}": weight for name, weight in own.items()}
 
     def attention(self, site: AttentionInfo, call: AttentionCall, factor: float) -> Weights:
-        q, k, v, o = (site.own_projection(name)[0] for name in "qkvo")
+        q, k, v, o = (site.projection_weights(name)[0] for name in "qkvo")
         K = site.spec.head_dim
-        scale = float(call.options.get("scaling") or K**-0.5) * K**0.5
+        scale = float(call.attention_kwargs.get("scaling") or K**-0.5) * K**0.5
         return {
             "self_attn.q_proj.weight": q if abs(scale - 1) < 1e-6 else q * scale,
             "self_attn.k_proj.weight": k,

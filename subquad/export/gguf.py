@@ -25,7 +25,7 @@ TYPES = {
 }
 """Of the numbers in matrices. Norms, gates and convolutions are float32 in each: they are few, and what they decide
 lasts."""
-NAMES = {
+TENSOR_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
@@ -50,7 +50,7 @@ NAMES = {
     "mlp.up_proj.weight": "ffn_up.weight",
     "mlp.down_proj.weight": "ffn_down.weight",
 }
-FLOAT32 = ("ssm_beta.weight", "ssm_alpha.weight", "ssm_conv1d.weight")
+FLOAT32_TENSORS = ("ssm_beta.weight", "ssm_alpha.weight", "ssm_conv1d.weight")
 
 
 def write_gguf(
@@ -61,7 +61,7 @@ def write_gguf(
     Raises:
         UserError: a model or a tokenizer that the format has no words for; the file may have been begun then.
     """
-    check(model.config)
+    check_config(model.config)
     kind, file_type = TYPES[type]
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_name(name)
@@ -79,7 +79,7 @@ def write_gguf(
     writer.close()
 
 
-def check(config: Any) -> None:
+def check_config(config: Any) -> None:
     """UserError where llama.cpp has no words for a configuration of Qwen3.5."""
     if config.linear_key_head_dim != config.linear_value_head_dim:
         raise UserError(
@@ -127,7 +127,7 @@ def add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def add_tensor(writer: gguf.GGUFWriter, key: str, tensor: Tensor, kind: gguf.GGMLQuantizationType) -> None:
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", key)
-    name = NAMES[layer[2] if layer else key]
+    name = TENSOR_NAMES[layer[2] if layer else key]
     tensor = tensor.detach().to("cpu", torch.float32)
     if name == "ssm_a":
         tensor = -tensor.exp()
@@ -136,7 +136,7 @@ def add_tensor(writer: gguf.GGUFWriter, key: str, tensor: Tensor, kind: gguf.GGM
     elif name.endswith("norm.weight") and name != "ssm_norm.weight":
         tensor = tensor + 1
     values = tensor.numpy()
-    if values.ndim == 1 or name in FLOAT32:
+    if values.ndim == 1 or name in FLOAT32_TENSORS:
         kind = gguf.GGMLQuantizationType.F32
     elif kind == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
         kind = gguf.GGMLQuantizationType.F16  # its blocks are 32 numbers of a row

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.export.target import Host, Kept, Sizes, Unfit, Weights, classes_named, convert, convolution_weight, rope_of
+from subquad.export.target import (
+    AttentionTraces,
+    Converter,
+    Sizes,
+    Unfit,
+    Weights,
+    classes_named,
+    conv_weight,
+    convert,
+    rope_parameters,
+)
 from subquad.mixers.gated_deltanet import GatedDeltaNet
 from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.attention.tracing import AttentionCall
@@ -25,7 +35,7 @@ def to_qwen3_5(student: SubquadForCausalLM) -> PreTrainedModel:
     return convert(student, Qwen3_5())
 
 
-class Qwen3_5(Host):
+class Qwen3_5(Converter):
     target = TARGETS["qwen3_5"]
     final_norm = "model.norm.weight"
     mlp = "mlp"
@@ -35,19 +45,19 @@ class Qwen3_5(Host):
     def classes(self) -> tuple[Any, Any]:
         return classes_named("Qwen3_5TextConfig", "Qwen3_5ForCausalLM")
 
-    def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: Kept) -> Any:
+    def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: AttentionTraces) -> Any:
         types = ["full_attention" if keep else "linear_attention" for keep in student.config.keeps_attention]
-        rope, channels = rope_of(student, kept, sizes.heads[2])
+        rope, channels = rope_parameters(student, kept, sizes.attention_heads[2])
         pairs = channels // 2  # text has one position for three sections, which must only cover all frequencies
         return self.classes()[0](
             **sizes.common,
             layer_types=types if kept else [*types, "full_attention"],
             attn_output_gate=True,
-            linear_num_key_heads=sizes.mixer.num_heads,
-            linear_num_value_heads=sizes.mixer.num_heads,
-            linear_key_head_dim=sizes.mixer.head_dim,
-            linear_value_head_dim=sizes.mixer.value_dim,
-            linear_conv_kernel_dim=sizes.width,
+            linear_num_key_heads=sizes.mixer_spec.num_heads,
+            linear_num_value_heads=sizes.mixer_spec.num_heads,
+            linear_key_head_dim=sizes.mixer_spec.head_dim,
+            linear_value_head_dim=sizes.mixer_spec.value_dim,
+            linear_conv_kernel_dim=sizes.conv_width,
             rope_parameters={
                 **rope,
                 "mrope_section": [-(-pairs // 3), (pairs + 1) // 3, pairs // 3],
@@ -63,7 +73,7 @@ class Qwen3_5(Host):
             "in_proj_z.weight": mixer.g_proj.weight.detach(),
             "in_proj_b.weight": mixer.b_proj.weight.detach(),
             "in_proj_a.weight": mixer.a_proj.weight.detach(),
-            "conv1d.weight": convolution_weight(mixer, ("q", "k", "v"), width),
+            "conv1d.weight": conv_weight(mixer, ("q", "k", "v"), width),
             "A_log": mixer.A_log.detach(),
             "dt_bias": mixer.dt_bias.detach(),
             "norm.weight": W["o"].new_ones(mixer.spec.value_dim),
@@ -74,9 +84,9 @@ class Qwen3_5(Host):
     def attention(self, site: AttentionInfo, call: AttentionCall, factor: float) -> Weights:
         """The gate of each head, which stands behind its queries, is sigmoid(0)."""
         H, K = site.spec.num_heads, site.spec.head_dim
-        q, k, v, o = (site.own_projection(name)[0] for name in "qkvo")
+        q, k, v, o = (site.projection_weights(name)[0] for name in "qkvo")
         by_head = q.unflatten(0, (H, K))
-        scale = float(call.options.get("scaling") or K**-0.5) * K**0.5
+        scale = float(call.attention_kwargs.get("scaling") or K**-0.5) * K**0.5
         norms = {name: exact_norm(site, name) for name in "qk"}
         return {
             "self_attn.q_proj.weight": torch.cat([by_head, torch.zeros_like(by_head)], dim=1).flatten(0, 1),
@@ -103,6 +113,6 @@ def exact_norm(site: AttentionInfo, name: str) -> Tensor:
     read = site.norms[name][2]
     if float((read - read[:1]).abs().max()) > 1e-3 * float(read.abs().max()):
         raise Unfit(f"layer {site.index}: its norm of {name} is not the same for every head")
-    module = site.module.get_submodule(site.sources[name].norm or "")
+    module = site.module.get_submodule(site.slices[name].norm or "")
     own: Tensor = module.weight.detach()  # type: ignore[union-attr, operator, assignment]
     return min((own, own + 1), key=lambda weight: float((weight - read[0]).abs().max()))

@@ -31,7 +31,7 @@ student does not show that it makes more of it."""
 IDENTITY_HEAD = 64
 """Channels of the one head of a layer that adds nothing: a size that every host has kernels for."""
 Weights = dict[str, Tensor]
-Kept = dict[int, tuple[AttentionInfo, AttentionCall]]
+AttentionTraces = dict[int, tuple[AttentionInfo, AttentionCall]]
 """Attentions that are kept, by layer."""
 
 
@@ -43,17 +43,17 @@ class Unfit(Exception):
 class Sizes:
     """What the configuration of every target says."""
 
-    width: int
+    conv_width: int
     """Taps of the short convolutions."""
-    mixer: AttentionSpec
+    mixer_spec: AttentionSpec
     """Of every mixer."""
-    heads: tuple[int, int, int]
+    attention_heads: tuple[int, int, int]
     """Query heads, key heads and channels of the attentions that are kept, or of the layer that adds nothing."""
     common: dict[str, Any]
     """Names and values that they share."""
 
 
-class Host:
+class Converter:
     """A target: its names of weights, and what stands there."""
 
     target: ClassVar[ExportTarget]
@@ -67,7 +67,7 @@ class Host:
         """Its configuration and its model; UserError where this `transformers` has none."""
         raise NotImplementedError
 
-    def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: Kept) -> Any:
+    def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: AttentionTraces) -> Any:
         raise NotImplementedError
 
     def mixer(self, mixer: Any, width: int, factor: float) -> Weights:
@@ -83,7 +83,7 @@ class Host:
 
 
 @torch.no_grad()
-def convert(student: SubquadForCausalLM, host: Host) -> PreTrainedModel:
+def convert(student: SubquadForCausalLM, host: Converter) -> PreTrainedModel:
     """The same model as the host's, in evaluation mode and the student's dtype, with its generation config; it has
     given the student's logits on random tokens far apart.
 
@@ -100,10 +100,10 @@ def convert(student: SubquadForCausalLM, host: Host) -> PreTrainedModel:
         ) from None
 
 
-def converted(student: SubquadForCausalLM, host: Host) -> PreTrainedModel:
+def converted(student: SubquadForCausalLM, host: Converter) -> PreTrainedModel:
     check_layers(student, host.target)
     body = read_decoder(student, [f"base.{place['path']}" for place in student.config.attention_specs])
-    kept = read_kept(student)
+    kept = trace_kept_attention(student)
     check_epsilons(student, body.eps, kept, host.target)
     width = max([b.mixer.options.short_conv for b in student.mixer_layers if isinstance(b, MixerLayer)] or [4]) or 4
     weights: Weights = {"model.embed_tokens.weight": body.embedding, host.final_norm: body.norm - host.norm_shift}
@@ -125,8 +125,8 @@ def converted(student: SubquadForCausalLM, host: Host) -> PreTrainedModel:
     if not kept:
         nothing = identity_layer(host, body)
         weights |= {f"model.layers.{len(body.layers)}.{name}": weight for name, weight in nothing.items()}
-    model = build(host, host.config(student, sizes_of(student, body, kept, width), kept), weights, student)
-    compare(student, model)
+    model = build_model(host, host.config(student, read_sizes(student, body, kept, width), kept), weights, student)
+    check_logits(student, model)
     return model
 
 
@@ -139,28 +139,28 @@ def check_layers(student: SubquadForCausalLM, target: ExportTarget) -> None:
         if isinstance(block, AttentionLayer):
             wrong = unsupported_attention(entry, block.spec, target)
             normed = block.spec.qk_norm is not None or block.added_norms()
-            if wrong is None and target.norms_attention and not normed:
+            if wrong is None and target.has_qk_norm and not normed:
                 wrong = f"it has no norm of queries and keys, as {target.title} has"
         elif block.mixer.name == target.mixer:
-            wrong = mixer_misfit(block.mixer, target)
+            wrong = unsupported_mixer(block.mixer, target)
         else:
             wrong = f"it is {entry['mixer']}"
         if wrong is not None:
             raise Unfit(f"layer {i}: {wrong}")
 
 
-def mixer_misfit(mixer: Any, target: ExportTarget) -> str | None:
-    for name, wanted in target.options.items():
+def unsupported_mixer(mixer: Any, target: ExportTarget) -> str | None:
+    for name, wanted in target.mixer_options.items():
         value = getattr(mixer.options, name)
         if name != "biases" and value != wanted:
             return f"its {name} is {value!r}, a layer of {target.title} has {wanted!r}"
-    biased = [name for name, part in mixer.named_children() if has_bias(part) and name not in target.biased]
+    biased = [name for name, part in mixer.named_children() if has_bias(part) and name not in target.biased_projections]
     return f"its {', '.join(biased)} have biases" if biased else None
 
 
-def check_epsilons(student: SubquadForCausalLM, eps: float, kept: Kept, target: ExportTarget) -> None:
+def check_epsilons(student: SubquadForCausalLM, eps: float, kept: AttentionTraces, target: ExportTarget) -> None:
     """Unfit where a norm has another epsilon than those of the layers: a target has one."""
-    found = {i: (site.spec.qk_norm_eps, eps) for i, (site, _) in kept.items() if target.norms_attention}
+    found = {i: (site.spec.qk_norm_eps, eps) for i, (site, _) in kept.items() if target.has_qk_norm}
     for i, block in enumerate(student.mixer_layers):
         if isinstance(block, MixerLayer):
             found[i] = block.mixer.norm_eps, target.norm_eps(eps, block.spec)
@@ -169,7 +169,7 @@ def check_epsilons(student: SubquadForCausalLM, eps: float, kept: Kept, target: 
             raise Unfit(f"layer {i}: a norm in it has the epsilon {own:g}, where the model's would be {wanted:g}")
 
 
-def read_kept(student: SubquadForCausalLM) -> Kept:
+def trace_kept_attention(student: SubquadForCausalLM) -> AttentionTraces:
     """The attentions that are kept, read at work, by layer."""
     if not any(student.config.keeps_attention):
         return {}
@@ -184,7 +184,7 @@ def read_kept(student: SubquadForCausalLM) -> Kept:
 # ---------------------------------------------------------------------- weights
 
 
-def identity_taps(channels: int, kernel: Tensor | None, width: int) -> Tensor:
+def pad_kernel(channels: int, kernel: Tensor | None, width: int) -> Tensor:
     """`[channels, width]`: a kernel with zeros in front, or one that changes nothing."""
     taps = torch.zeros(channels, width)
     if kernel is None:
@@ -194,14 +194,14 @@ def identity_taps(channels: int, kernel: Tensor | None, width: int) -> Tensor:
     return taps
 
 
-def convolution_weight(mixer: Any, names: tuple[str, ...], width: int) -> Tensor:
+def conv_weight(mixer: Any, names: tuple[str, ...], width: int) -> Tensor:
     """The short convolutions of a mixer in this order, as one of `[channels, 1, width]`."""
     projections, kernels = mixer.projections(), mixer.conv_weights()
-    taps = [identity_taps(projections[n].out_features, kernels.get(n), width) for n in names]
+    taps = [pad_kernel(projections[n].out_features, kernels.get(n), width) for n in names]
     return torch.cat(taps).unsqueeze(1).to(mixer.o_proj.weight)
 
 
-def identity_layer(host: Host, body: DecoderWeights) -> Weights:
+def identity_layer(host: Converter, body: DecoderWeights) -> Weights:
     """A layer that adds nothing: everything in it is zero."""
     hidden, inner = body.embedding.shape[1], len(body.layers[0].gate)
     shapes = {
@@ -218,16 +218,16 @@ def identity_layer(host: Host, body: DecoderWeights) -> Weights:
 # ---------------------------------------------------------------------- the model
 
 
-def sizes_of(student: SubquadForCausalLM, body: DecoderWeights, kept: Kept, width: int) -> Sizes:
+def read_sizes(student: SubquadForCausalLM, body: DecoderWeights, kept: AttentionTraces, width: int) -> Sizes:
     base: Any = student.config.base_config.get_text_config()  # type: ignore[union-attr]
     mixers = [block.spec for block in student.mixer_layers if isinstance(block, MixerLayer)]
-    only([(m.num_heads, m.head_dim, m.value_dim) for m in mixers], "mixers")
+    require_one_size([(m.num_heads, m.head_dim, m.value_dim) for m in mixers], "mixers")
     found = [(s.spec.num_heads, s.spec.num_kv_heads, s.spec.head_dim) for s, _ in kept.values()]
-    heads = only(found or [(1, 1, IDENTITY_HEAD)], "attentions")
+    heads = require_one_size(found or [(1, 1, IDENTITY_HEAD)], "attentions")
     common = {
         "vocab_size": len(body.embedding),
         "hidden_size": body.embedding.shape[1],
-        "intermediate_size": only([len(layer.gate) for layer in body.layers], "MLPs"),
+        "intermediate_size": require_one_size([len(layer.gate) for layer in body.layers], "MLPs"),
         "num_hidden_layers": len(student.mixer_layers) + (not kept),
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
@@ -242,7 +242,7 @@ def sizes_of(student: SubquadForCausalLM, body: DecoderWeights, kept: Kept, widt
     return Sizes(width, mixers[0], heads, common)
 
 
-def only(found: list[Any], what: str) -> Any:
+def require_one_size(found: list[Any], what: str) -> Any:
     if not found:
         raise Unfit(f"it has no {what}")
     if len(set(found)) != 1:
@@ -250,7 +250,7 @@ def only(found: list[Any], what: str) -> Any:
     return found[0]
 
 
-def rope_of(student: SubquadForCausalLM, kept: Kept, head_dim: int) -> tuple[dict[str, Any], int]:
+def rope_parameters(student: SubquadForCausalLM, kept: AttentionTraces, head_dim: int) -> tuple[dict[str, Any], int]:
     """The teacher's rotary embedding where attention is kept, else one that does not matter; and the channels of a head
     that it turns."""
     base: Any = student.config.base_config.get_text_config()  # type: ignore[union-attr]
@@ -287,7 +287,7 @@ def classes_named(config: str, model: str) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-def build(host: Host, config: Any, weights: Weights, student: SubquadForCausalLM) -> PreTrainedModel:
+def build_model(host: Converter, config: Any, weights: Weights, student: SubquadForCausalLM) -> PreTrainedModel:
     """The model with these weights, each a copy of its own, and the student's generation config."""
     with torch.device(student.device):
         model = host.classes()[1](config).to(student.dtype)
@@ -302,18 +302,18 @@ def build(host: Host, config: Any, weights: Weights, student: SubquadForCausalLM
     return model.eval()
 
 
-def compare(student: SubquadForCausalLM, model: PreTrainedModel) -> None:
+def check_logits(student: SubquadForCausalLM, model: PreTrainedModel) -> None:
     """Unfit where the two do not give the same logits, on random tokens at places as far apart as the teacher knows,
     in float32."""
-    wide, narrow = (m if m.dtype == torch.float32 else copy_of(m) for m in (student, model))
+    wide, narrow = (m if m.dtype == torch.float32 else float32_copy(m) for m in (student, model))
     tokens = random_tokens(student)
     last = (
         min(getattr(student.config, "max_position_embeddings", 2048), student.config.max_learned_positions or 2**31) - 1
     )
     places = torch.linspace(0, last, tokens.shape[1], device=tokens.device).long().expand_as(tokens)
     given = {"input_ids": tokens, "position_ids": places, "attention_mask": torch.ones_like(tokens)}
-    error = distance(*(m(**given, use_cache=False).logits for m in (narrow, wide)))
-    allowed = max(TOLERANCE, 3 * rounding(wide, tokens)) if student.dtype == torch.float32 else 3e-2
+    error = relative_error(*(m(**given, use_cache=False).logits for m in (narrow, wide)))
+    allowed = max(TOLERANCE, 3 * rounding_error(wide, tokens)) if student.dtype == torch.float32 else 3e-2
     if not error < allowed:
         raise Unfit(
             f"its logits differ from those of the new model by {error:.1e} of their size, where rounding leaves "
@@ -321,19 +321,19 @@ def compare(student: SubquadForCausalLM, model: PreTrainedModel) -> None:
         )
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm())
 
 
 @torch.no_grad()
-def rounding(student: PreTrainedModel, tokens: Tensor) -> float:
+def rounding_error(student: PreTrainedModel, tokens: Tensor) -> float:
     """What rounding leaves between two ways of a student to compute the same: a text at once, and token by token."""
     cache = student.new_cache()  # type: ignore[operator]
     steps = [student(input_ids=piece, past_key_values=cache).logits for piece in tokens.split(1, dim=1)]
-    return distance(torch.cat(steps, dim=1), student(input_ids=tokens, use_cache=False).logits)
+    return relative_error(torch.cat(steps, dim=1), student(input_ids=tokens, use_cache=False).logits)
 
 
-def copy_of(model: PreTrainedModel) -> PreTrainedModel:
+def float32_copy(model: PreTrainedModel) -> PreTrainedModel:
     """In float32."""
     return copy.deepcopy(model).float()

@@ -101,7 +101,7 @@ class LayerCalibrator:
         H, V = mixer.spec.num_heads, mixer.spec.value_dim
         assert recording.heads is not None
         self.target = recording.heads.float().unflatten(-1, (H, V))
-        output, _ = site.projection("o")
+        output, _ = site.expanded_weights("o")
         by_head = output.float().unflatten(-1, (H, V)).transpose(0, 1)  # [H, D, V]
         self.metric = by_head.mT @ by_head
         """What an error of a head costs in the layer's output, `[H, V, V]`."""

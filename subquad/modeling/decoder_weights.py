@@ -22,7 +22,7 @@ from subquad.modeling.attention.scores import hidden_states_of
 from subquad.modeling.attention.tracing import same_values
 from subquad.utils import UserError
 
-CLOSE = 1e-4
+TOLERANCE = 1e-4
 """Error, over the size of the values, below which two ways to compute something are the same in float32."""
 
 
@@ -51,7 +51,7 @@ class DecoderWeights:
     eps: float
 
 
-Seen = dict[nn.Module, tuple[Tensor, Tensor]]
+ModuleIO = dict[nn.Module, tuple[Tensor, Tensor]]
 """What each module took and gave."""
 
 
@@ -65,7 +65,7 @@ def read_decoder(model: PreTrainedModel, paths: Sequence[str]) -> DecoderWeights
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with watched(model) as seen:
+        with record_io(model) as seen:
             logits = model(input_ids=random_tokens(model), use_cache=False).logits
     finally:
         for module, training in modes:
@@ -74,9 +74,9 @@ def read_decoder(model: PreTrainedModel, paths: Sequence[str]) -> DecoderWeights
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[Seen]:
+def record_io(model: nn.Module) -> Iterator[ModuleIO]:
     """What the modules of `model` take and give while it lasts, as far as it is one tensor of hidden states."""
-    seen: Seen = {}
+    seen: ModuleIO = {}
 
     def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         given = output[0] if isinstance(output, tuple) else output
@@ -102,29 +102,33 @@ class ExportError(UserError):
 class DecoderReader:
     """Reads the parts of one model from what they took and gave."""
 
-    def __init__(self, model: PreTrainedModel, seen: Seen):
-        self.model, self.seen = model, seen
+    def __init__(self, model: PreTrainedModel, seen: ModuleIO):
+        self.model, self.io = model, seen
         config = getattr(model.config, "base_config", model.config).get_text_config()
         values = vars(config).values()
         known = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
-        self.factors = [1.0, *known, *(1 / v for v in known), *(v**0.5 for v in known)]
+        self.known_factors = [1.0, *known, *(1 / v for v in known), *(v**0.5 for v in known)]
         self.activation = getattr(config, "hidden_act", None)
         self.eps: set[float] = set()
 
     def read(self, attentions: Sequence[nn.Module], paths: Sequence[str], logits: Tensor) -> DecoderWeights:
         layers = [self.model.get_submodule(layer_path(path)) for path in paths]
         table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        found = [self.layer(i, *pair) for i, pair in enumerate(zip(layers, attentions, strict=True))]
-        first, last = self.seen[layers[0]][0], self.seen[layers[-1]][1]
-        embedded = self.factor(first, self.seen[table][1], first, "embeddings reach the first layer changed")
-        norm = self.norm_of(last, "behind the last layer")
-        if head not in self.seen or table not in self.seen:
+        found = [self.read_layer(i, *pair) for i, pair in enumerate(zip(layers, attentions, strict=True))]
+        first, last = self.io[layers[0]][0], self.io[layers[-1]][1]
+        embedded = self.require_factor(first, self.io[table][1], first, "embeddings reach the first layer changed")
+        norm = self.find_norm(last, "behind the last layer")
+        if head not in self.io or table not in self.io:
             raise ExportError("its embeddings or its head are not used as modules")
-        into_head, from_head = self.seen[head]
+        into_head, from_head = self.io[head]
         if has_bias(head):
             raise ExportError("its head has a bias")
-        before = self.factor(into_head, self.seen[norm][1], into_head, "something stands between last norm and head")
-        behind = self.factor(logits, from_head, logits, "its logits are not what its head gives (a cap?)") * before
+        before = self.require_factor(
+            into_head, self.io[norm][1], into_head, "something stands between last norm and head"
+        )
+        behind = (
+            self.require_factor(logits, from_head, logits, "its logits are not what its head gives (a cap?)") * before
+        )
         weight: Tensor = table.weight.detach()  # type: ignore[union-attr, operator, assignment]
         own: Tensor = head.weight.detach()  # type: ignore[union-attr, operator, assignment]
         tied = embedded == behind == 1.0 and own.data_ptr() == weight.data_ptr()
@@ -133,42 +137,42 @@ class DecoderReader:
             raise ExportError(f"its norms have different epsilons ({', '.join(map(str, sorted(self.eps)))})")
         return DecoderWeights(weight * embedded, found, last_weight, None if tied else own * behind, self.eps.pop())
 
-    def layer(self, index: int, layer: nn.Module, attention: nn.Module) -> DecoderLayerWeights:
+    def read_layer(self, index: int, layer: nn.Module, attention: nn.Module) -> DecoderLayerWeights:
         where = f"layer {index}"
-        if layer not in self.seen or attention not in self.seen:
+        if layer not in self.io or attention not in self.io:
             raise ExportError(f"{where} does not take hidden states and give them")
-        x, y = self.seen[layer]
-        taken, a = self.seen[attention]
-        norm = self.norm_of(x, f"of {where}")
-        if not same_values(self.seen[norm][1], taken):
+        x, y = self.io[layer]
+        taken, a = self.io[attention]
+        norm = self.find_norm(x, f"of {where}")
+        if not same_values(self.io[norm][1], taken):
             raise ExportError(f"attention of {where} is not given the norm of what the layer is given")
         inside = set(attention.modules())
         for module in layer.modules():
-            m, normed = self.seen.get(module, (None, None))
+            m, normed = self.io.get(module, (None, None))
             if module in inside or m is None or module is norm or normed is None or m.shape != x.shape:
                 continue
-            by = self.multiple(m - x, a, m)
+            by = self.find_factor(m - x, a, m)
             if by is not None and by != 0 and normed.shape == x.shape and self.is_norm(module):
-                return self.mlp(where, layer, module, m, y, (self.norm_weight(norm, where), by))
+                return self.read_mlp(where, layer, module, m, y, (self.norm_weight(norm, where), by))
         raise ExportError(
             f"{where} has more between its attention and its MLP than a sum and a norm (a second norm behind "
             "attention, or MLP and attention side by side)"
         )
 
-    def mlp(
+    def read_mlp(
         self, where: str, layer: nn.Module, norm: nn.Module, m: Tensor, y: Tensor, before: tuple[Tensor, float]
     ) -> DecoderLayerWeights:
-        x = self.seen[norm][1]
-        linears = [p for p in layer.modules() if isinstance(p, nn.Linear) and p in self.seen]
-        into = [p for p in linears if same_values(self.seen[p][0], x)]
-        halves = [(*half,) for p in into for half in self.halves(p, len(into) == 1)]
+        x = self.io[norm][1]
+        linears = [p for p in layer.modules() if isinstance(p, nn.Linear) and p in self.io]
+        into = [p for p in linears if same_values(self.io[p][0], x)]
+        halves = [(*half,) for p in into for half in self.gate_and_up(p, len(into) == 1)]
         for down in linears:
-            u, f = self.seen[down]
-            by = None if f.shape != y.shape else self.multiple(y - m, f, y)
+            u, f = self.io[down]
+            by = None if f.shape != y.shape else self.find_factor(y - m, f, y)
             if by is None or by == 0 or len(halves) != 2:
                 continue
             for (gate, g), (up, p) in (halves, halves[::-1]):
-                if g.shape == u.shape and allclose(F.silu(g) * p, u):
+                if g.shape == u.shape and all_close(F.silu(g) * p, u):
                     if any(has_bias(part) for part in (*into, down)):
                         raise ExportError(f"the MLP of {where} has biases")
                     down_weight = down.weight.detach() * by
@@ -177,16 +181,16 @@ class DecoderReader:
         told = "" if kind in (None, "silu", "swish") else f" (hidden_act is {kind!r})"
         raise ExportError(f"the MLP of {where} is not down(silu(gate x) * up x){told}, or a norm stands behind it")
 
-    def halves(self, projection: nn.Linear, fused: bool) -> list[tuple[Tensor, Tensor]]:
+    def gate_and_up(self, projection: nn.Linear, fused: bool) -> list[tuple[Tensor, Tensor]]:
         """Weight and output of a projection into the MLP; of its two halves where one makes both."""
-        weight, given = projection.weight.detach(), self.seen[projection][1]
+        weight, given = projection.weight.detach(), self.io[projection][1]
         if not fused or len(weight) % 2:
             return [(weight, given)]
         return list(zip(weight.chunk(2), given.chunk(2, dim=-1), strict=True))
 
-    def norm_of(self, x: Tensor, where: str) -> nn.Module:
+    def find_norm(self, x: Tensor, where: str) -> nn.Module:
         """The norm that is given `x`."""
-        for module, (taken, given) in self.seen.items():
+        for module, (taken, given) in self.io.items():
             if taken.shape == given.shape and same_values(taken, x) and self.is_norm(module):
                 return module
         raise ExportError(f"there is no RMS norm {where}")
@@ -199,10 +203,10 @@ class DecoderReader:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 1 or has_bias(module):
             return None
-        x, y = self.seen[module]
+        x, y = self.io[module]
         normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon(module))
         for candidate in (weight.detach(), weight.detach() + 1):
-            if allclose(normed * candidate.float(), y):
+            if all_close(normed * candidate.float(), y):
                 return candidate
         return None
 
@@ -213,29 +217,29 @@ class DecoderReader:
         self.eps.add(epsilon(module))
         return weight
 
-    def multiple(self, wanted: Tensor, of: Tensor, beside: Tensor) -> float | None:
+    def find_factor(self, wanted: Tensor, of: Tensor, beside: Tensor) -> float | None:
         """c with `wanted` = c `of`, up to what rounding leaves of a difference as large as `beside`; None if there is
         none. A c that the configuration knows is taken from there."""
         if wanted.shape != of.shape:
             return None
         w, o = wanted.double(), of.double()
         c = float((w * o).sum() / o.square().sum().clamp_min(1e-300))
-        tolerance = CLOSE * dtype_tolerance(wanted)
+        tolerance = TOLERANCE * dtype_tolerance(wanted)
         if bool(((w - c * o).abs() > tolerance * (beside.double().abs() + (c * o).abs().mean())).any()):
             return None
-        nearest = min(self.factors, key=lambda known: abs(known - c))
+        nearest = min(self.known_factors, key=lambda known: abs(known - c))
         return nearest if abs(nearest - c) < tolerance * abs(nearest) else c
 
-    def factor(self, wanted: Tensor, of: Tensor, beside: Tensor, reason: str) -> float:
-        c = self.multiple(wanted, of, beside)
+    def require_factor(self, wanted: Tensor, of: Tensor, beside: Tensor, reason: str) -> float:
+        c = self.find_factor(wanted, of, beside)
         if c is None:
             raise ExportError(reason)
         return c
 
 
-def allclose(found: Tensor, wanted: Tensor) -> bool:
+def all_close(found: Tensor, wanted: Tensor) -> bool:
     """Equal up to rounding."""
-    tolerance = CLOSE * dtype_tolerance(wanted) * float(wanted.float().abs().max())
+    tolerance = TOLERANCE * dtype_tolerance(wanted) * float(wanted.float().abs().max())
     return float((found.float() - wanted.float()).abs().max()) <= tolerance
 
 

@@ -16,11 +16,11 @@ from subquad.modeling.decoder_weights import read_decoder
 from subquad.modeling.layer_types import ATTENTION
 from subquad.utils import UserError, nearest
 
-EPSILON = 1e-8
+NORM_EPS = 1e-8
 """Of all norms of a student that is to leave, where its configuration has a word for it: its hosts have one epsilon for
 all. The 1e-5 of a Llama, harmless to the norms of its layers, would swallow what comes out of a first layer's mixer
 (SmolLM2: 2.8 nats at the start); they in turn do not feel 1e-8 (KL 2e-7 from the teacher's own logits)."""
-SERVED_MIXER = {
+MIXER_OPTIONS = {
     "qk_activation": "silu",
     "v_activation": "silu",
     "rotary": False,
@@ -40,11 +40,11 @@ class ExportTarget:
     key: str
     """How `export` and `--format` call it."""
     mixer: str
-    options: dict[str, Any]
+    mixer_options: dict[str, Any]
     """Of the mixer; `norm_eps` is the model's, and the convolution may have any width."""
-    norms_attention: bool
+    has_qk_norm: bool
     """Whether its attention has a norm of queries and keys."""
-    biased: tuple[str, ...] = ()
+    biased_projections: tuple[str, ...] = ()
     """Projections of the mixer that may have a bias."""
 
     @property
@@ -63,14 +63,14 @@ class ExportTarget:
 TARGETS = {
     target.key: target
     for target in (
-        ExportTarget("Qwen3.5", "qwen3_5", "gated_deltanet", SERVED_MIXER, norms_attention=True),
-        ExportTarget("Bamba", "bamba", "mamba2", {**SERVED_MIXER, "discretization": "zoh"}, False, ("a_proj",)),
+        ExportTarget("Qwen3.5", "qwen3_5", "gated_deltanet", MIXER_OPTIONS, has_qk_norm=True),
+        ExportTarget("Bamba", "bamba", "mamba2", {**MIXER_OPTIONS, "discretization": "zoh"}, False, ("a_proj",)),
     )
 }
 
 
 def restrict_to_target(
-    plan: list[dict[str, Any]], sites: Sequence[AttentionInfo], teacher: PreTrainedModel, target: str
+    layer_specs: list[dict[str, Any]], attention_layers: Sequence[AttentionInfo], teacher: PreTrainedModel, target: str
 ) -> tuple[list[dict[str, Any]], float]:
     """The plan with every entry in the form that `target` computes, and the epsilon for all norms of the student (see
     `set_epsilon`).
@@ -79,15 +79,15 @@ def restrict_to_target(
         UserError: an unknown target; a teacher, a mixer or an option that cannot go there, with the reason.
     """
     host = find_target(target)
-    check_mixers((entry["mixer"] for entry in plan), host)
-    eps = read_decoder(teacher, [site.path for site in sites]).eps
+    check_mixers((entry["mixer"] for entry in layer_specs), host)
+    eps = read_decoder(teacher, [site.path for site in attention_layers]).eps
     if hasattr(teacher.config, "rms_norm_eps"):
-        eps = min(eps, EPSILON)
+        eps = min(eps, NORM_EPS)
     restricted = [
         restrict_mixer(entry, f"layer {site.index}", site.spec, eps, host)
         if entry["mixer"] == host.mixer
         else restrict_attention(entry, site.spec, f"layer {site.index}", eps, host)
-        for entry, site in zip(plan, sites, strict=True)
+        for entry, site in zip(layer_specs, attention_layers, strict=True)
     ]
     return restricted, eps
 
@@ -99,7 +99,7 @@ def find_target(key: str) -> ExportTarget:
     return TARGETS[key]
 
 
-def set_epsilon(base: PreTrainedModel, eps: float) -> None:
+def set_norm_eps(base: PreTrainedModel, eps: float) -> None:
     """Gives every norm of `base` the epsilon `eps`, and writes it into its configuration."""
     if getattr(base.config, "rms_norm_eps", eps) == eps:
         return
@@ -110,42 +110,44 @@ def set_epsilon(base: PreTrainedModel, eps: float) -> None:
                 setattr(module, name, eps)
 
 
-def check_mixers(names: Iterable[str], host: ExportTarget) -> None:
+def check_mixers(names: Iterable[str], target: ExportTarget) -> None:
     """UserError where a plan names a mixer that the target does not have."""
     for name in names:
-        if name not in (host.mixer, ATTENTION):
-            raise UserError(f"{name} cannot be exported to {host.title}; {host.supported_layers}")
+        if name not in (target.mixer, ATTENTION):
+            raise UserError(f"{name} cannot be exported to {target.title}; {target.supported_layers}")
 
 
 def restrict_mixer(
-    entry: dict[str, Any], where: str, layout: AttentionSpec, eps: float, host: ExportTarget
+    entry: dict[str, Any], where: str, layout: AttentionSpec, eps: float, target: ExportTarget
 ) -> dict[str, Any]:
-    wanted = {**host.options, "norm_eps": host.norm_eps(eps, layout)}
+    wanted = {**target.mixer_options, "norm_eps": target.norm_eps(eps, layout)}
     for name, value in wanted.items():
         if entry.get(name, value) != value:
             raise UserError(
-                f"{where}: {name}: got {entry[name]!r}, but a layer of {host.title} has {value!r}; leave it out, or "
+                f"{where}: {name}: got {entry[name]!r}, but a layer of {target.title} has {value!r}; leave it out, or "
                 "leave out export"
             )
     return {**entry, **wanted}
 
 
 def restrict_attention(
-    entry: dict[str, Any], layout: AttentionSpec, where: str, eps: float, host: ExportTarget
+    entry: dict[str, Any], layout: AttentionSpec, where: str, eps: float, target: ExportTarget
 ) -> dict[str, Any]:
-    wrong = unsupported_attention(entry, layout, host)
+    wrong = unsupported_attention(entry, layout, target)
     if wrong is not None:
-        raise UserError(f"{where}: its attention cannot be exported to {host.title}: {wrong}; {host.supported_layers}")
-    return entry if not host.norms_attention or layout.qk_norm is not None else {**entry, "qk_norm": eps}
+        raise UserError(
+            f"{where}: its attention cannot be exported to {target.title}: {wrong}; {target.supported_layers}"
+        )
+    return entry if not target.has_qk_norm or layout.qk_norm is not None else {**entry, "qk_norm": eps}
 
 
-def unsupported_attention(entry: dict[str, Any], layout: AttentionSpec, host: ExportTarget) -> str | None:
+def unsupported_attention(entry: dict[str, Any], layout: AttentionSpec, target: ExportTarget) -> str | None:
     """Why the target has no attention like this, as far as a plan and a layout tell; None where it has."""
     if entry.get("window") is not None or layout.window is not None:
         return "it sees a window of the last tokens only"
     if layout.qkv_bias or layout.output_bias:
         return "its projections have biases"
-    if not host.norms_attention and (layout.qk_norm is not None or entry.get("qk_norm") is not None):
+    if not target.has_qk_norm and (layout.qk_norm is not None or entry.get("qk_norm") is not None):
         return "it has a norm of queries and keys"
     if layout.qk_norm not in (None, "rms-head"):
         return f"its norm of queries and keys is {layout.qk_norm}, not one over each head"

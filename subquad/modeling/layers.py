@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from subquad.mixers import AttentionSpec, Mixer
 from subquad.mixers.norms import head_norm
-from subquad.modeling.attention.scores import attention_rows, hidden_states_of
+from subquad.modeling.attention.scores import attention_probabilities, hidden_states_of
 from subquad.modeling.cache import CACHE_ARGUMENT, RecurrentCacheLayer, SlidingWindowCacheLayer, SubquadCache
 from subquad.modeling.masks import additive_mask, doc_ids_and_positions
 from subquad.utils import UserError
@@ -186,7 +186,7 @@ class AttentionLayer(TokenMixerLayer):
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
         """Gives rows of the attention probabilities, `[B, H, rows, T]`, on what `forward` takes."""
-        return lambda rows: attention_rows(self.attention, self.window, self.sinks, args, kwargs, rows)
+        return lambda rows: attention_probabilities(self.attention, self.window, self.sinks, args, kwargs, rows)
 
     def matrix_parameters(self) -> list[nn.Parameter]:
         """All of them: where one projection makes q, k and v, they cannot be told apart. v and the output have no

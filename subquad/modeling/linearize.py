@@ -15,7 +15,7 @@ from subquad.modeling import calibrate as calibrated
 from subquad.modeling.attention.activations import AttentionStats, collect_attention_stats
 from subquad.modeling.attention.discovery import AttentionInfo, discover_attention, random_tokens
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.modeling.export_target import restrict_to_target, set_epsilon
+from subquad.modeling.export_target import restrict_to_target, set_norm_eps
 from subquad.modeling.layer_types import layer_spec, layer_specs
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM, make_config
@@ -67,7 +67,7 @@ def linearize(
         base = copy.deepcopy(teacher)
         if export_target is not None:
             plan, eps = restrict_to_target(plan, sites, teacher, export_target)
-            set_epsilon(base, eps)
+            set_norm_eps(base, eps)
         for attribute in ("hf_quantizer", "quantization_method"):
             if hasattr(base, attribute):
                 delattr(base, attribute)
@@ -130,13 +130,13 @@ def copy_projections(site: AttentionInfo, mixer: Mixer) -> None:
     """The teacher's q, k, v and o into the mixer's, grouped heads expanded, and its norms of q and k where they are
     kept. A mixer without a key takes none."""
     for name, projection in mixer.projections().items():
-        weight, bias = site.projection(name)
+        weight, bias = site.expanded_weights(name)
         projection.weight.copy_(weight)
         if bias is not None and mixer.has_biases:
             projection.bias.copy_(bias)
     kept = mixer.qk_norms()
     for name in {key[0] for key in kept}:
-        for part, values in zip(("", "_bias"), site.norm(name), strict=True):
+        for part, values in zip(("", "_bias"), site.norm_weights(name), strict=True):
             if values is not None:
                 kept[f"{name}_norm{part}"].copy_(values)
 
@@ -146,13 +146,13 @@ def init_mixer(site: AttentionInfo, block: MixerLayer | AttentionLayer, heard: A
     """Gives what stands in the place of one attention its start."""
     if isinstance(block, MixerLayer):
         block.mixer.reset_parameters()
-        block.mixer.init_from_teacher(heard.scale(), heard.tokens())
+        block.mixer.init_from_teacher(heard.output_rms(), heard.input_tokens())
         if copy_qkv:
             copy_projections(site, block.mixer)
         return
     for name, norm in block.added_norms().items():
-        weight, _ = site.own_projection(name)
-        norm.fill_(F.linear(heard.tokens().float(), weight.float()).square().mean().sqrt().item())
+        weight, _ = site.projection_weights(name)
+        norm.fill_(F.linear(heard.input_tokens().float(), weight.float()).square().mean().sqrt().item())
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.modeling.attention.discovery import random_tokens
-from subquad.modeling.attention.tracing import TOKENS
+from subquad.modeling.attention.tracing import TRACE_LENGTH
 from subquad.utils import UserError
 
 
@@ -29,12 +29,12 @@ def find_position_table(model: PreTrainedModel) -> int | None:
             hook.remove()
     for table in tables:
         rows = looked_up.get(id(table))
-        if rows is None or rows.shape[-2] != TOKENS:
+        if rows is None or rows.shape[-2] != TRACE_LENGTH:
             continue
-        rows = rows.flatten(0, -2)[:TOKENS]
+        rows = rows.flatten(0, -2)[:TRACE_LENGTH]
         # some leave the first rows to padding
         first = int((table.weight - rows[0]).abs().sum(-1).argmin())
-        if first + TOKENS <= len(table.weight) and torch.equal(table.weight[first : first + TOKENS], rows):
+        if first + TRACE_LENGTH <= len(table.weight) and torch.equal(table.weight[first : first + TRACE_LENGTH], rows):
             return len(table.weight) - first
     return None
 

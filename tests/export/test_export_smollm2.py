@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import subquad
 from subquad.export import export
-from subquad.export.target import distance, rounding
+from subquad.export.target import relative_error, rounding_error
 from subquad.modeling.teachers import smollm2
 from subquad.utils import UserError
 from tests.modeling.modeling_cases import logits
@@ -60,7 +60,7 @@ def test_a_process_without_subquad_gives_the_same_logits(place, loaded):
     assert relative(steps, expected) < 1e-5
     assert relative(batch[:, 30:], logits(wide, ids, attention_mask=mask)[:, 30:]) < 1e-5
     narrow = AutoModelForCausalLM.from_pretrained(place / "served", dtype=torch.float32).eval()
-    assert distance(logits(narrow, ids), logits(student, ids)) < 2 * rounding(student, ids)
+    assert relative_error(logits(narrow, ids), logits(student, ids)) < 2 * rounding_error(student, ids)
 
 
 @needs_llama_cpp

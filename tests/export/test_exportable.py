@@ -47,7 +47,10 @@ def test_options_that_do_not_matter_there_are_free():
         ),
         ({"mixer": "softmax", "export_target": "qwen3_5"}, "softmax cannot be exported"),
         ({"rotary": True, "export_target": "qwen3_5"}, "layer 0: rotary: got True, but a layer of Qwen3.5 has False"),
-        ({"layer_types": {"default": "gated_deltanet", "1": {"mixer": "attention", "window": 4}}}, "layer 1: .* window"),
+        (
+            {"layer_types": {"default": "gated_deltanet", "1": {"mixer": "attention", "window": 4}}},
+            "layer 1: .* window",
+        ),
     ],
     ids=lambda value: "",
 )

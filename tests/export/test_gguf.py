@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subquad
 from subquad.export import export, to_qwen3_5
-from subquad.export.gguf_tokenizer import cut_name, vocabulary
+from subquad.export.gguf_tokenizer import pre_tokenizer_name, token_list
 from subquad.utils import UserError
 from tests.modeling.modeling_cases import logits
 
@@ -157,7 +157,7 @@ def split(expression):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_llama_cpps_name_for_how_text_is_cut(pre, name):
-    assert cut_name(pre) == name
+    assert pre_tokenizer_name(pre) == name
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_llama_cpps_name_for_how_text_is_cut(pre, name):
 )
 def test_another_way_to_cut_is_refused(pre, reason):
     with pytest.raises(UserError, match=f"cannot be written into a GGUF file: .*{reason}"):
-        cut_name(pre)
+        pre_tokenizer_name(pre)
 
 
 def test_rows_of_the_embedding_without_a_token_get_one_that_is_never_used():
@@ -184,11 +184,11 @@ def test_rows_of_the_embedding_without_a_token_get_one_that_is_never_used():
             {"id": 4, "content": "<think>", "special": False},
         ],
     }
-    tokens, types = vocabulary(spec, 6)
+    tokens, types = token_list(spec, 6)
     assert tokens == ["a", "b", "<s>", "[UNUSED3]", "<think>", "[UNUSED5]"]
     assert types == [1, 1, 3, 5, 4, 5]
     with pytest.raises(UserError, match="has a token 4, but the embedding has 3 rows"):
-        vocabulary(spec, 3)
+        token_list(spec, 3)
 
 
 def test_linear_scaling_of_positions_goes_into_the_file(tmp_path):
@@ -205,7 +205,7 @@ def test_values_of_another_size_than_keys_are_refused():
     student = student_of()
     model = to_qwen3_5(student)
     model.config.linear_value_head_dim = 8
-    from subquad.export.gguf import check
+    from subquad.export.gguf import check_config
 
     with pytest.raises(UserError, match="its values have 8 channels a head, its keys 16"):
-        check(model.config)
+        check_config(model.config)

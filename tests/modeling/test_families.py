@@ -18,7 +18,7 @@ from transformers import (
 import subquad
 from subquad.modeling.attention.activations import attention_modules, collect_activations
 from subquad.modeling.attention.discovery import discover_attention
-from subquad.modeling.attention.scores import attention_rows
+from subquad.modeling.attention.scores import attention_probabilities
 from subquad.utils import UserError
 
 TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
@@ -255,7 +255,7 @@ def test_a_teacher_in_bfloat16_is_read_as_in_float32():
     wide, narrow = build("gpt_neox"), build("gpt_neox").bfloat16()
     for a, b in zip(discover_attention(wide), discover_attention(narrow), strict=True):
         assert a.spec == b.spec
-        assert all(torch.equal(a.sources[part].rows, b.sources[part].rows) for part in "qkv")
+        assert all(torch.equal(a.slices[part].rows, b.slices[part].rows) for part in "qkv")
     assert logits(subquad.linearize(narrow, "gla", scale_ids=TEXT), TEXT).dtype == torch.bfloat16
 
 
@@ -267,9 +267,9 @@ def test_recorded_attention_is_reproduced_by_its_matrix(make_teacher, ids, famil
     chosen = teacher.config._attn_implementation
     for site, recording in zip(sites, collect_activations(teacher, attention_modules(sites), ids), strict=True):
         attention = site.module
-        P = attention_rows(attention, site.spec.window, 0, recording.args, recording.kwargs)
+        P = attention_probabilities(attention, site.spec.window, 0, recording.args, recording.kwargs)
         assert P.shape == (3, 4, 11, 11)
-        some = attention_rows(attention, site.spec.window, 0, recording.args, recording.kwargs, slice(4, 9))
+        some = attention_probabilities(attention, site.spec.window, 0, recording.args, recording.kwargs, slice(4, 9))
         assert torch.allclose(some, P[:, :, 4:9], atol=1e-6)
         assert torch.allclose(P.sum(-1), torch.ones(()), atol=1e-5)
         assert torch.equal(P, P.tril())

@@ -38,7 +38,7 @@ def layer_path(path: str) -> str:
 
 @contextmanager
 def capture_activations(
-    modules: Sequence[tuple[nn.Module, nn.Module | None]], each: Callable[[int, LayerActivations], None]
+    modules: Sequence[tuple[nn.Module, nn.Module | None]], on_output: Callable[[int, LayerActivations], None]
 ) -> Iterator[None]:
     """While it lasts, `each(index, recording)` is called as soon as one of `modules` has run.
 
@@ -56,7 +56,7 @@ def capture_activations(
 
         def after(_module, _args, output, given=given, index=index):
             output = output[0] if isinstance(output, tuple) else output
-            each(index, LayerActivations(output=output, **given))
+            on_output(index, LayerActivations(output=output, **given))
             given.clear()
 
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -70,9 +70,9 @@ def capture_activations(
             hook.remove()
 
 
-def attention_modules(sites: Sequence[AttentionInfo]) -> list[tuple[nn.Module, nn.Module | None]]:
+def attention_modules(attention_layers: Sequence[AttentionInfo]) -> list[tuple[nn.Module, nn.Module | None]]:
     """The attentions of a model with their output projections, for `listen`."""
-    return [(site.module, site.module.get_submodule(site.output)) for site in sites]
+    return [(site.module, site.module.get_submodule(site.output_projection)) for site in attention_layers]
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def collect_activations(
     return [heard[index] for index in range(len(modules))]
 
 
-INPUTS = 1024
+MAX_INPUT_TOKENS = 1024
 """Tokens of a layer's input that are kept while its attention is heard."""
 
 
@@ -99,33 +99,35 @@ class AttentionStats:
     """What is known of one attention at work: the scale of its heads' outputs, and tokens that it was given."""
 
     def __init__(self, site: AttentionInfo):
-        self.layout = site.spec
-        self.squares: list[Tensor] = []
+        self.spec = site.spec
+        self.mean_squares: list[Tensor] = []
         self.inputs: list[Tensor] = []
 
-    def add(self, recording: LayerActivations) -> None:
-        assert recording.heads is not None
-        heads = recording.heads.float().reshape(-1, self.layout.num_heads, self.layout.value_dim)
-        self.squares.append(heads.square().mean(-1))
-        if sum(map(len, self.inputs)) < INPUTS:
-            self.inputs.append(recording.hidden_states.reshape(-1, self.layout.hidden_size))
+    def add(self, activations: LayerActivations) -> None:
+        assert activations.heads is not None
+        heads = activations.heads.float().reshape(-1, self.spec.num_heads, self.spec.value_dim)
+        self.mean_squares.append(heads.square().mean(-1))
+        if sum(map(len, self.inputs)) < MAX_INPUT_TOKENS:
+            self.inputs.append(activations.hidden_states.reshape(-1, self.spec.hidden_size))
 
-    def scale(self) -> Tensor:
+    def output_rms(self) -> Tensor:
         """Root mean square of each head's output, `[H]`."""
-        return torch.cat(self.squares).mean(0).sqrt()
+        return torch.cat(self.mean_squares).mean(0).sqrt()
 
-    def tokens(self) -> Tensor:
+    def input_tokens(self) -> Tensor:
         """`[tokens, hidden]`, no more than `INPUTS`."""
-        return torch.cat(self.inputs)[:INPUTS]
+        return torch.cat(self.inputs)[:MAX_INPUT_TOKENS]
 
 
 @contextmanager
-def collect_attention_stats(teacher: PreTrainedModel, sites: list[AttentionInfo]) -> Iterator[list[AttentionStats]]:
+def collect_attention_stats(
+    teacher: PreTrainedModel, attention_layers: list[AttentionInfo]
+) -> Iterator[list[AttentionStats]]:
     """Hears the attentions of `sites` while `teacher` works."""
-    heard = [AttentionStats(site) for site in sites]
+    heard = [AttentionStats(site) for site in attention_layers]
     with (
         eval_mode(teacher),
         torch.no_grad(),
-        capture_activations(attention_modules(sites), lambda i, seen: heard[i].add(seen)),
+        capture_activations(attention_modules(attention_layers), lambda i, seen: heard[i].add(seen)),
     ):
         yield heard

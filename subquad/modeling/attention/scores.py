@@ -18,27 +18,27 @@ from transformers.masking_utils import eager_mask
 from subquad.modeling.attention.tracing import attention_implementation
 from subquad.modeling.masks import additive_mask, doc_ids_and_positions
 
-BY_ROWS = "subquad_rows"
-PROBE = 6
+ROW_SLICED = "subquad_rows"
+PROBE_LENGTH = 6
 """Tokens on which a family's rows are compared with its whole."""
 
-_asked: list[tuple[slice, list[Tensor]]] = []
-_sliceable: dict[type, bool] = {}
+_requests: list[tuple[slice, list[Tensor]]] = []
+_row_slicing: dict[type, bool] = {}
 
 
-def _rows_of_attention(module, query, key, value, attention_mask, **options):
-    rows, found = _asked[-1]
+def _row_sliced_attention(module, query, key, value, attention_mask, **options):
+    rows, found = _requests[-1]
     eager = sys.modules[type(module).__module__].eager_attention_forward
     found.append(eager(module, query[:, :, rows], key, value, attention_mask, **options)[1])
     B, H, T, _ = query.shape
     return query.new_zeros(B, T, H, value.shape[-1]), None
 
 
-AttentionInterface.register(BY_ROWS, _rows_of_attention)
-AttentionMaskInterface.register(BY_ROWS, eager_mask)
+AttentionInterface.register(ROW_SLICED, _row_sliced_attention)
+AttentionMaskInterface.register(ROW_SLICED, eager_mask)
 
 
-def attention_rows(
+def attention_probabilities(
     attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any], rows: slice = slice(None)
 ) -> Tensor:
     """Rows of the attention probabilities of one layer, `[B, H, rows, T]`; differentiable.
@@ -48,10 +48,10 @@ def attention_rows(
     T = hidden_states_of(args, kwargs).shape[1]
     first, end, _ = rows.indices(T)
     if end - first == T:
-        return _whole(attention, window, sinks, args, kwargs)
-    if not _rows_are_rows(attention, window, sinks, args, kwargs):
-        return _whole(attention, window, sinks, args, kwargs)[:, :, rows]
-    return _some(attention, window, sinks, args, kwargs, slice(first, end))
+        return _full_matrix(attention, window, sinks, args, kwargs)
+    if not _supports_row_slicing(attention, window, sinks, args, kwargs):
+        return _full_matrix(attention, window, sinks, args, kwargs)[:, :, rows]
+    return _matrix_rows(attention, window, sinks, args, kwargs, slice(first, end))
 
 
 def hidden_states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -59,20 +59,20 @@ def hidden_states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
-def cut_tokens(value: Any, T: int, tokens: slice, row: slice = slice(None)) -> Any:
+def slice_tokens(value: Any, T: int, tokens: slice, row: slice = slice(None)) -> Any:
     """Some tokens (and rows) of whatever has the tokens of a batch on its second axis, also within tuples."""
     if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == T:
         return value[row if value.shape[0] > 1 else slice(None), tokens]
-    return tuple(cut_tokens(v, T, tokens, row) for v in value) if isinstance(value, tuple) else value
+    return tuple(slice_tokens(v, T, tokens, row) for v in value) if isinstance(value, tuple) else value
 
 
-def cut_arguments(args: tuple, kwargs: dict[str, Any], tokens: slice, row: slice = slice(None)) -> tuple[tuple, dict]:
+def slice_arguments(args: tuple, kwargs: dict[str, Any], tokens: slice, row: slice = slice(None)) -> tuple[tuple, dict]:
     """A family's arguments for some tokens (and rows) of a batch."""
     T = hidden_states_of(args, kwargs).shape[1]
-    return cut_tokens(args, T, tokens, row), {n: cut_tokens(value, T, tokens, row) for n, value in kwargs.items()}
+    return slice_tokens(args, T, tokens, row), {n: slice_tokens(value, T, tokens, row) for n, value in kwargs.items()}
 
 
-def with_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any], mask: Tensor | None) -> tuple[tuple, dict]:
+def replace_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any], mask: Tensor | None) -> tuple[tuple, dict]:
     """What a family hands to a layer or its attention, `module`, with our mask in the place of its own."""
     T = hidden_states_of(args, kwargs).shape[1]
 
@@ -89,43 +89,45 @@ def with_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any], mask: Tens
     return args, {**found, "attention_mask": mask}
 
 
-def _mask(x: Tensor, window: int | None, sinks: int, rows: slice) -> Tensor:
+def _make_mask(x: Tensor, window: int | None, sinks: int, rows: slice) -> Tensor:
     documents, places = doc_ids_and_positions(None, len(x), x.shape[1], x.device)
     return additive_mask((documents[:, rows], places[:, rows]), (documents, places), window, sinks, x.dtype)
 
 
-def _whole(attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    mask = _mask(hidden_states_of(args, kwargs), window, sinks, slice(None))
+def _full_matrix(attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    mask = _make_mask(hidden_states_of(args, kwargs), window, sinks, slice(None))
     with attention_implementation(attention, "eager"):
         return attention(*args, **{**kwargs, "attention_mask": mask})[1]
 
 
-def _some(
+def _matrix_rows(
     attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any], rows: slice
 ) -> Tensor:
-    mask = _mask(hidden_states_of(args, kwargs), window, sinks, rows)
+    mask = _make_mask(hidden_states_of(args, kwargs), window, sinks, rows)
     found: list[Tensor] = []
-    _asked.append((rows, found))
+    _requests.append((rows, found))
     try:
-        with attention_implementation(attention, BY_ROWS):
+        with attention_implementation(attention, ROW_SLICED):
             attention(*args, **{**kwargs, "attention_mask": mask})
     finally:
-        _asked.pop()
+        _requests.pop()
     return found[0]
 
 
 @torch.no_grad()
-def _rows_are_rows(attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any]) -> bool:
+def _supports_row_slicing(
+    attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any]
+) -> bool:
     """Whether this family's eager function, given some of the queries, gives those rows of the whole."""
-    known = _sliceable.get(type(attention))
+    known = _row_slicing.get(type(attention))
     if known is None:
-        few_args, few = cut_arguments(args, kwargs, slice(0, PROBE))
+        few_args, few = slice_arguments(args, kwargs, slice(0, PROBE_LENGTH))
         rows = slice(2, 4)
         try:
-            some = _some(attention, window, sinks, few_args, few, rows)
-            whole = _whole(attention, window, sinks, few_args, few)
+            some = _matrix_rows(attention, window, sinks, few_args, few, rows)
+            whole = _full_matrix(attention, window, sinks, few_args, few)
             known = some.shape == whole[:, :, rows].shape and torch.allclose(some, whole[:, :, rows], atol=1e-4)
         except (AttributeError, IndexError, RuntimeError):
             known = False
-        _sliceable[type(attention)] = known
+        _row_slicing[type(attention)] = known
     return known

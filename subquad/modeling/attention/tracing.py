@@ -20,8 +20,8 @@ from transformers.masking_utils import sdpa_mask
 
 from subquad.utils import UserError
 
-WATCHED = "subquad_watched"
-ROWS, TOKENS = 5, 13
+TRACED = "subquad_watched"
+TRACE_BATCH, TRACE_LENGTH = 5, 13
 """Size of the text that is run: primes that are no usual number of heads, so that axes can be told apart."""
 
 
@@ -34,15 +34,15 @@ class AttentionCall:
     query: Tensor
     key: Tensor
     value: Tensor
-    mixed: Tensor
+    attn_output: Tensor
     mask: Tensor | None = None
     probabilities: Tensor | None = None
     """Where the family computes them itself."""
-    options: dict[str, Any] = field(default_factory=dict)
+    attention_kwargs: dict[str, Any] = field(default_factory=dict)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    parts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    output: Any = None
+    submodule_io: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    module_output: Any = None
 
     @property
     def hidden_states(self) -> Tensor:
@@ -51,10 +51,10 @@ class AttentionCall:
     @property
     def window(self) -> int | None:
         """Tokens that a query sees: by the mask, which some families leave to say it alone, or as attention is told."""
-        return getattr(self.mask, "subquad_window", (self.options.get("sliding_window"), False))[0]
+        return getattr(self.mask, "subquad_window", (self.attention_kwargs.get("sliding_window"), False))[0]
 
     @property
-    def chunks(self) -> bool:
+    def is_chunked(self) -> bool:
         """Whether what is seen begins anew every `window` tokens."""
         return getattr(self.mask, "subquad_window", (None, False))[1]
 
@@ -66,14 +66,14 @@ class AttentionCall:
 _calls: list[AttentionCall] = []
 
 
-def _watched_attention(module, query, key, value, attention_mask, **options):
+def _traced_attention(module, query, key, value, attention_mask, **options):
     plain = {name: option for name, option in options.items() if name not in ("softcap", "s_aux")}
     mixed = sdpa_attention_forward(module, query, key, value, attention_mask, **plain)[0]
-    _calls.append(AttentionCall(module, query, key, value, mixed, attention_mask, options=options))
+    _calls.append(AttentionCall(module, query, key, value, mixed, attention_mask, attention_kwargs=options))
     return mixed, None
 
 
-def _watched_mask(*args, **kwargs):
+def _traced_mask(*args, **kwargs):
     """The mask, never left out, with what is known of the window that made it: the text is too short to show it."""
     size = kwargs.get("local_size")
     mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
@@ -84,8 +84,8 @@ def _watched_mask(*args, **kwargs):
     return mask
 
 
-AttentionInterface.register(WATCHED, _watched_attention)
-AttentionMaskInterface.register(WATCHED, _watched_mask)
+AttentionInterface.register(TRACED, _traced_attention)
+AttentionMaskInterface.register(TRACED, _traced_mask)
 
 
 @contextmanager
@@ -111,8 +111,8 @@ class EagerAttentionTracer(TorchFunctionMode):
 
     def __init__(self, running: list[nn.Module]):
         super().__init__()
-        self.running = running
-        self.scored: tuple[Tensor, Tensor] | None = None
+        self.module_stack = running
+        self.query_and_key: tuple[Tensor, Tensor] | None = None
         self.probabilities: Tensor | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -120,16 +120,16 @@ class EagerAttentionTracer(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention:
             q, k, v, mask = (*args, None)[:4]
             mask = (kwargs or {}).get("attn_mask", mask)
-            _calls.append(AttentionCall(self.running[-1], q, k, v, out.transpose(1, 2), mask))
+            _calls.append(AttentionCall(self.module_stack[-1], q, k, v, out.transpose(1, 2), mask))
         elif func in self.SOFTMAXES:
-            self.probabilities = out if self.scored is not None else None
+            self.probabilities = out if self.query_and_key is not None else None
         elif func in self.MATMULS and self.probabilities is not None and same_values(args[0], self.probabilities):
-            given = (*self.scored, args[1], out, self.probabilities)  # type: ignore[misc]
-            q, k, v, o, p = (x if x.dim() == 4 else x.unflatten(0, (ROWS, -1)) for x in given)
-            _calls.append(AttentionCall(self.running[-1], q, k, v, o.transpose(1, 2), probabilities=p))
-            self.scored = self.probabilities = None
-        elif func in self.MATMULS and out.shape[-2:] == (TOKENS, TOKENS):
-            self.scored = args[0], args[1].transpose(-1, -2)
+            given = (*self.query_and_key, args[1], out, self.probabilities)  # type: ignore[misc]
+            q, k, v, o, p = (x if x.dim() == 4 else x.unflatten(0, (TRACE_BATCH, -1)) for x in given)
+            _calls.append(AttentionCall(self.module_stack[-1], q, k, v, o.transpose(1, 2), probabilities=p))
+            self.query_and_key = self.probabilities = None
+        elif func in self.MATMULS and out.shape[-2:] == (TRACE_LENGTH, TRACE_LENGTH):
+            self.query_and_key = args[0], args[1].transpose(-1, -2)
         return out
 
 
@@ -153,7 +153,7 @@ def trace_attention(model: PreTrainedModel, input_ids: Tensor) -> list[Attention
     hooks += [module.register_forward_hook(leave) for module in model.modules()]
     _calls.clear()
     try:
-        with attention_implementation(model, WATCHED):
+        with attention_implementation(model, TRACED):
             model(input_ids=input_ids, use_cache=False)
         if not _calls:
             with attention_implementation(model, "eager"), EagerAttentionTracer(running):
@@ -169,12 +169,12 @@ def trace_attention(model: PreTrainedModel, input_ids: Tensor) -> list[Attention
         for hook in hooks:
             hook.remove()
     for call in calls:
-        (call.args, call.kwargs), call.output = given[call.module], made[call.module]
+        (call.args, call.kwargs), call.module_output = given[call.module], made[call.module]
         for name, part in call.module.named_modules():
             if name and part in made:
                 args, output = given[part][0], made[part]
                 if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                    call.parts[name] = args[0], output
+                    call.submodule_io[name] = args[0], output
     return calls
 
 
