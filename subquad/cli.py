@@ -321,16 +321,12 @@ def run_export(args: argparse.Namespace) -> None:
 def run_mixers(args: argparse.Namespace) -> None:
     from dataclasses import fields
 
-    from subquad import mixers
+    from subquad.mixers.options import OPTIONS, SOFTMAX
 
-    for name in mixers.names():
-        if name == mixers.SOFTMAX:
-            print("softmax\n  The control: the teacher's own attention, kept.")
-            continue
-        cls = mixers.get(name)
-        module = sys.modules[cls.__module__]
-        print(f"{name}\n  {(module.__doc__ or '').strip().splitlines()[0]}")
-        print("  options: " + ", ".join(f"{f.name}={f.default}" for f in fields(cls.Options)))
+    for name, options in OPTIONS.items():
+        print(f"{name}\n  {options.source}")
+        print("  options: " + ", ".join(f"{field.name}={field.default}" for field in fields(options)))
+    print(f"{SOFTMAX}\n  The control: the teacher's own attention, kept.")
 
 
 def run_generate(args: argparse.Namespace) -> None:

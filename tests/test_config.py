@@ -144,7 +144,7 @@ def test_rates_as_people_write_them(write, written, value):
         ),
         (
             "student.mixer_kwargs.half_life=long",
-            "student.mixer_kwargs: half_life: got 'long', expected a value like 64.0",
+            "student.mixer_kwargs: half_life: got 'long', expected a number",
         ),
         (
             "student={mixer: softmax, mixer_kwargs: {half_life: 3}}",

@@ -173,8 +173,8 @@ class Student(Section):
         mixer = info.data.get("mixer")
         if mixer == mixers.SOFTMAX and options:
             raise UserError(f"{mixer} has no options; got {', '.join(options)}")
-        if mixer in mixers.REGISTRY:
-            mixers.get(mixer).Options.create(options)
+        if mixer in mixers.OPTIONS:
+            mixers.OPTIONS[mixer].from_dict(options)
         return options
 
     @field_validator("layer_types")

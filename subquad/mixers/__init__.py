@@ -1,42 +1,38 @@
-"""The token mixers, one file each, and the registry that knows them by name.
+"""Token mixers, one file each, and their registry.
 
-`softmax` is the control: the teacher's own attention, kept by `subquad.modeling` as it stands; it has no file here.
+The control `softmax` has no file here: it is the teacher's own attention, which `subquad.modeling` keeps. Names that
+need torch are imported at first use.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from subquad.mixers.base import AttentionSpec, Mixer, Options, State
-from subquad.mixers.deltanet import DeltaNet
-from subquad.mixers.gated_deltanet import GatedDeltaNet
-from subquad.mixers.gla import GLA
-from subquad.mixers.hgrn2 import HGRN2
-from subquad.mixers.kda import KDA
-from subquad.mixers.linear_attention import LinearAttention
-from subquad.mixers.mamba2 import Mamba2
-from subquad.mixers.metala import MetaLA
-from subquad.mixers.retnet import RetNet
-from subquad.mixers.xlstm import XLSTM
-from subquad.utils import UserError, nearest
+from subquad.mixers.options import ATTENTION, OPTIONS, SOFTMAX, MixerOptions
+from subquad.mixers.options import mixer_names as names
+from subquad.mixers.spec import AttentionSpec
 
-SOFTMAX = "softmax"
-REGISTRY: dict[str, type[Mixer]] = {
-    cls.name: cls for cls in (LinearAttention, RetNet, Mamba2, GLA, MetaLA, DeltaNet, GatedDeltaNet, XLSTM, KDA, HGRN2)
-}
+if TYPE_CHECKING:
+    from subquad.mixers.base import Mixer, State
+    from subquad.mixers.registry import REGISTRY, create, get
 
-__all__ = ["REGISTRY", "SOFTMAX", "AttentionSpec", "Mixer", "Options", "State", "create", "get", "names"]
+__all__ = [
+    "ATTENTION",
+    "OPTIONS",
+    "REGISTRY",
+    "SOFTMAX",
+    "AttentionSpec",
+    "Mixer",
+    "MixerOptions",
+    "State",
+    "create",
+    "get",
+    "names",
+]
 
-
-def names() -> list[str]:
-    """Every name that a layer plan may hold: the mixers and the control."""
-    return [*REGISTRY, SOFTMAX]
-
-
-def get(name: str) -> type[Mixer]:
-    """The class of a mixer; UserError with the nearest name where there is none."""
-    if name not in REGISTRY:
-        raise UserError(f"unknown mixer {name!r}{nearest(name, names())}")
-    return REGISTRY[name]
+LAZY = {"Mixer": "base", "State": "base", "REGISTRY": "registry", "create": "registry", "get": "registry"}
 
 
-def create(name: str, spec: AttentionSpec, **options: Any) -> Mixer:
-    return get(name)(spec, **options)
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"subquad.mixers.{LAZY[name]}"), name)

@@ -6,7 +6,6 @@ nothing of `transformers`: it maps `x: [B, T, hidden]` to `y: [B, T, hidden]`.
 """
 
 import math
-from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -17,15 +16,16 @@ from torch import Tensor
 from subquad import ops
 from subquad.mixers.conv import convolve_past_padding, convolve_token
 from subquad.mixers.norms import head_norm, qk_norm
+from subquad.mixers.options import MixerOptions
 from subquad.mixers.rotary import rotate
-from subquad.utils import UserError, nearest
+from subquad.mixers.spec import AttentionSpec
+from subquad.utils import UserError
 
 State = tuple[Tensor, ...]
 CalibrationGrid = tuple[tuple[str, tuple[float, ...]], ...]
 HALF_LIVES = 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0
 LONGEST_HALF_LIVES = HALF_LIVES[3:]
-ACTIVATIONS = ("silu", "elu1", "relu", "none")
-GATES = {"swish": 1.2784645427610738, "sigmoid": 0.0, "none": None}
+GATE_BIAS_INIT = {"swish": 1.2784645427610738, "sigmoid": 0.0}
 """Gate kinds, and the pre-activation at which a fresh gate stands: swish(1.278...) = 1; sigmoid(0) = 1/2, whose
 gradient is largest and whose factor the output norm takes back."""
 
@@ -33,78 +33,6 @@ gradient is largest and whose factor the output norm takes back."""
 PAD_VALUES = {"k": 0.0, "v": 0.0, "log_decay": 0.0, "beta": 0.0, "input_gate": -30.0, "forget_gate": 1e4}
 """What each argument of a core is at padding: nothing is written and nothing decays. The log-sigmoid of 1e4 is 0, and
 with k = v = 0 the input gate moves only mLSTM's stabiliser, on which its output does not depend."""
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """The attention that a mixer replaces, in what can be written down: sizes of its heads, which of its projections
-    have a bias, how it turns queries and keys, how far it sees, and how many values it returns."""
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    qkv_bias: bool = False
-    output_bias: bool = False
-    initializer_range: float = 0.02
-    rotary: str | None = "half"
-    """One of `mixers.rotary.STYLES`; None where positions are not turned into queries and keys in a known way."""
-    window: int | None = None
-    """Tokens that a query sees, itself included; None: all before it."""
-    qk_norm: str | None = None
-    """The norm of queries and keys before they turn: "rms" or "layer", over each "-head" or "-all"; None: none, or none
-    that can be kept."""
-    qk_norm_eps: float = 1e-6
-    num_outputs: int = 2
-    """Length of the tuple that the attention returns; 0 where it returns its output alone."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options that every mixer has; a mixer overrides the defaults. Saved in the student's configuration."""
-
-    qk_activation: str = "silu"
-    """On queries and keys before the core: silu, elu1 (elu + 1), relu or none."""
-    short_conv: int = 0
-    """Width of the causal depthwise convolution on q, k and v; 0 for none. It starts as the identity."""
-    rotary: bool = False
-    """Keep the teacher's rotary embedding on queries and keys."""
-    qk_norm: bool = False
-    """Keep the teacher's norm of queries and keys, with its weights; before the rotary embedding."""
-    output_norm: bool = True
-    """RMS norm of each head's output, with a weight per channel."""
-    output_gate: str = "swish"
-    """Gate on the output, computed from x: swish, sigmoid or none."""
-    half_life: float = 64.0
-    """Tokens after which a fresh student's memory has decayed to one half, where the decay is learned."""
-
-    def __post_init__(self) -> None:
-        if self.qk_activation not in ACTIVATIONS:
-            raise UserError(f"qk_activation: unknown {self.qk_activation!r}{nearest(self.qk_activation, ACTIVATIONS)}")
-        if self.output_gate not in GATES:
-            raise UserError(f"output_gate: unknown {self.output_gate!r}{nearest(self.output_gate, GATES)}")
-        for name in ("short_conv", "half_life"):
-            if not isinstance(getattr(self, name), int | float) or isinstance(getattr(self, name), bool):
-                raise UserError(f"{name}: got {getattr(self, name)!r}, expected a number")
-        if self.short_conv < 0 or self.short_conv == 1:
-            raise UserError(f"short_conv: got {self.short_conv}, expected 0 (none) or a width of at least 2")
-        if not 0 < self.half_life < math.inf:
-            raise UserError(f"half_life: got {self.half_life}, expected a positive, finite number of tokens")
-
-    @classmethod
-    def create(cls, values: dict[str, Any]) -> "Options":
-        """Options from a mapping; an unknown name or a value of another type is a UserError."""
-        known = {f.name: f for f in fields(cls)}
-        for name, value in values.items():
-            if name not in known:
-                raise UserError(f"unknown mixer option {name!r}{nearest(name, known)}")
-            expected = type(known[name].default)
-            if not isinstance(value, expected if expected is not float else (int, float)) or (
-                isinstance(value, bool) and expected is not bool
-            ):
-                raise UserError(f"{name}: got {value!r}, expected a value like {known[name].default!r}")
-        return cls(**values)
 
 
 def half_life_decay(half_life: Tensor) -> Tensor:
@@ -125,7 +53,7 @@ class Mixer(nn.Module):
     """
 
     name: ClassVar[str]
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[MixerOptions]] = MixerOptions
     has_key_projection: ClassVar[bool] = True
     gate_before_norm: ClassVar[bool] = False
     norm_eps: float = 1e-8
@@ -141,7 +69,7 @@ class Mixer(nn.Module):
     def __init__(self, spec: AttentionSpec, **options: Any):
         super().__init__()
         self.spec = spec
-        self.options = self.Options.create(options)
+        self.options = self.Options.from_dict(options)
         self.has_biases: bool = getattr(self.options, "biases", True)
         H, K, V, D = spec.num_heads, spec.head_dim, spec.value_dim, spec.hidden_size
         qkv_bias, output_bias = spec.qkv_bias and self.has_biases, spec.output_bias and self.has_biases
@@ -215,7 +143,7 @@ class Mixer(nn.Module):
         if self.options.output_gate != "none":
             nn.init.zeros_(self.g_proj.weight)
             if self.has_biases:
-                nn.init.constant_(self.g_proj.bias, GATES[self.options.output_gate] or 0.0)
+                nn.init.constant_(self.g_proj.bias, GATE_BIAS_INIT[self.options.output_gate])
         self.set_output_scale(torch.ones(self.spec.num_heads))
         self.reset_gates()
 

@@ -6,28 +6,13 @@ Queries and keys are L2-normalised behind short convolution and activation. Noth
 content is written over it.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from subquad.mixers.base import CalibrationGrid, Mixer, Options
+from subquad.mixers.base import CalibrationGrid, Mixer
 from subquad.mixers.norms import l2_norm
-from subquad.utils import UserError
-
-
-@dataclass(frozen=True)
-class DeltaNetOptions(Options):
-    short_conv: int = 4
-    output_gate: str = "none"
-    beta_init: float = 0.05
-    """beta of a fresh student."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.beta_init < 1:
-            raise UserError(f"beta_init: got {self.beta_init}, expected a number between 0 and 1")
+from subquad.mixers.options import DeltaNetOptions
 
 
 class DeltaNet(Mixer):

@@ -7,24 +7,16 @@ Decay clears the whole state, the delta rule single associations. With `v_activa
 `norm_eps` of its model it is a layer of Qwen3.5 (docs/serving.md).
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
-from subquad.mixers.deltanet import DeltaNet, DeltaNetOptions
-from subquad.mixers.export_options import ExportMixin, ExportOptions
+from subquad.mixers.deltanet import DeltaNet
+from subquad.mixers.export_mixin import ExportMixin
 from subquad.mixers.norms import upcast
-
-
-@dataclass(frozen=True)
-class GatedDeltaNetOptions(DeltaNetOptions, ExportOptions):
-    output_gate: str = "swish"
-    half_life: float = 32.0
-    beta_init: float = 0.1
+from subquad.mixers.options import GatedDeltaNetOptions
 
 
 class GatedDeltaNet(ExportMixin, DeltaNet):

@@ -3,30 +3,17 @@
 S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T       o_t = S_t^T q_t / sqrt(K)       g_t = logsigmoid(W_2 W_1 x_t + b) / 16
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import HALF_LIVES, CalibrationGrid, Mixer, Options, half_life_decay
+from subquad.mixers.base import HALF_LIVES, CalibrationGrid, Mixer, half_life_decay
 from subquad.mixers.norms import upcast
-from subquad.utils import UserError
+from subquad.mixers.options import GLAOptions
 
 TEMPERATURE = 16.0
 """tau of the paper: it keeps decays near one where the gate's logits are near zero."""
-
-
-@dataclass(frozen=True)
-class GLAOptions(Options):
-    decay_rank: int = 16
-    """Rank of the decay's projection."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.decay_rank < 1:
-            raise UserError(f"decay_rank: got {self.decay_rank}, expected at least 1")
 
 
 class GLA(Mixer):

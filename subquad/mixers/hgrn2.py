@@ -7,30 +7,14 @@ No key projection: what a channel forgets is what it takes up, as in MetaLA, but
 lower bound l on what it keeps. Head norm, no gate.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import LONGEST_HALF_LIVES, Mixer, Options
+from subquad.mixers.base import LONGEST_HALF_LIVES, Mixer
 from subquad.mixers.norms import upcast
-from subquad.utils import UserError
-
-
-@dataclass(frozen=True)
-class HGRN2Options(Options):
-    output_gate: str = "none"
-    half_life: float = 256.0
-    """Longest half-life of a fresh student, in tokens; the shortest is one token."""
-    lower_bound: float = 0.0
-    """Least share of its content that a channel keeps from token to token."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.lower_bound < 0.5:
-            raise UserError(f"lower_bound: got {self.lower_bound}, expected a number from 0 to below 0.5")
+from subquad.mixers.options import HGRN2Options
 
 
 class HGRN2(Mixer):

@@ -6,23 +6,15 @@
 A is per head, dt per channel; the decay's projection has the rank of a head, as in Kimi Linear. Sigmoid output gate.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
-from subquad.mixers.deltanet import DeltaNet, DeltaNetOptions
+from subquad.mixers.deltanet import DeltaNet
 from subquad.mixers.norms import upcast
-
-
-@dataclass(frozen=True)
-class KDAOptions(DeltaNetOptions):
-    output_gate: str = "sigmoid"
-    half_life: float = 32.0
-    beta_init: float = 0.1
+from subquad.mixers.options import KDAOptions
 
 
 class KDA(DeltaNet):

@@ -7,30 +7,13 @@ normaliser (as in arXiv 2210.10340), which keeps most of a copied teacher (docs/
 `qk_activation="elu1", normalizer=True, output_norm=False`. Rotary, if kept, goes before phi.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from subquad import ops
-from subquad.mixers.base import Mixer, Options, State
-from subquad.utils import UserError
-
-
-@dataclass(frozen=True)
-class LinearAttentionOptions(Options):
-    output_gate: str = "none"
-    normalizer: bool = False
-    """Divide by phi(q) . sum of phi(k), which phi must then keep positive (elu1, relu). Pointless before an output
-    norm, which takes the same factor out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.normalizer and self.qk_activation not in ("elu1", "relu"):
-            raise UserError(
-                f"normalizer: got true with qk_activation {self.qk_activation!r}, whose sums can vanish; expected "
-                "qk_activation elu1 or relu beside it"
-            )
+from subquad.mixers.base import Mixer, State
+from subquad.mixers.options import LinearAttentionOptions
 
 
 class LinearAttention(Mixer):

@@ -7,31 +7,15 @@ dt_t = softplus(a_t), g_t = -dt_t exp(A), and k_t scaled by dt_t. The gate goes 
 form, with `v_activation="silu"` and `biases=False`, it is a layer of Bamba (docs/serving.md).
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
-from subquad.mixers.export_options import ExportMixin, ExportOptions
+from subquad.mixers.export_mixin import ExportMixin
 from subquad.mixers.norms import upcast
-from subquad.utils import UserError, nearest
-
-
-@dataclass(frozen=True)
-class Mamba2Options(ExportOptions):
-    short_conv: int = 4
-    discretization: str = "unit"
-    """unit: MOHAWK's discrete form; zoh: Mamba-2's, with a step size."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.discretization not in ("unit", "zoh"):
-            raise UserError(
-                f"discretization: unknown {self.discretization!r}{nearest(self.discretization, ('unit', 'zoh'))}"
-            )
+from subquad.mixers.options import Mamba2Options
 
 
 class Mamba2(ExportMixin):

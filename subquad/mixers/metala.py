@@ -6,20 +6,13 @@ The last term is the self-augmentation, whose w starts at zero. The decay is GLA
 over the channels of each head, from 1 to 256 tokens: channels that all forgot alike would all hold the same average.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from subquad.mixers.base import LONGEST_HALF_LIVES
-from subquad.mixers.gla import GLA, GLAOptions
-
-
-@dataclass(frozen=True)
-class MetaLAOptions(GLAOptions):
-    half_life: float = 256.0
-    """Longest half-life of a fresh student, in tokens; the shortest is one token."""
+from subquad.mixers.gla import GLA
+from subquad.mixers.options import MetaLAOptions
 
 
 class MetaLA(GLA):

@@ -5,17 +5,11 @@
 Half-lives run from 22 tokens in head 0 upwards, doubling from head to head. Rotary on q and k, head norm, swish gate.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from subquad.mixers.base import Mixer, Options
-
-
-@dataclass(frozen=True)
-class RetNetOptions(Options):
-    rotary: bool = True
+from subquad.mixers.base import Mixer
+from subquad.mixers.options import RetNetOptions
 
 
 class RetNet(Mixer):

@@ -6,19 +6,14 @@
 computed with the running maximum m_t of the log gates taken out of S and n. Head norm, sigmoid output gate.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
 
 from subquad import ops
-from subquad.mixers.base import HALF_LIVES, Mixer, Options, State, half_life_decay, inverse_softplus
-
-
-@dataclass(frozen=True)
-class XLSTMOptions(Options):
-    output_gate: str = "sigmoid"
+from subquad.mixers.base import HALF_LIVES, Mixer, State, half_life_decay, inverse_softplus
+from subquad.mixers.options import XLSTMOptions
 
 
 class XLSTM(Mixer):

@@ -71,7 +71,7 @@ class SubquadConfig(PreTrainedConfig):
 
     @property
     def keeps_attention(self) -> list[bool]:
-        return [layer["mixer"] not in mixers.REGISTRY for layer in self.layer_specs]
+        return [layer["mixer"] not in mixers.OPTIONS for layer in self.layer_specs]
 
     def check(self) -> None:
         """UserError where no student can be built from it: what is missing or unknown, and in which entry."""

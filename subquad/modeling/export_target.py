@@ -10,10 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from subquad.mixers import AttentionSpec
+from subquad.mixers import ATTENTION, AttentionSpec
 from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.decoder_weights import read_decoder
-from subquad.modeling.layer_types import ATTENTION
 from subquad.utils import UserError, nearest
 
 NORM_EPS = 1e-8

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from subquad import mixers
+from subquad.mixers import ATTENTION
 from subquad.utils import UserError, nearest
-
-ATTENTION = "attention"
-"""In a plan: this layer keeps the teacher's attention, weights and all."""
 
 LayerType = str | Mapping[str, Any]
 
@@ -68,8 +66,8 @@ def layer_spec(entry: LayerType, where: str) -> dict[str, Any]:
     if name not in known:
         raise UserError(f"{where}: unknown mixer {name!r}{nearest(name, known)}")
     options = {key: value for key, value in entry.items() if key != "mixer"}
-    if name in mixers.REGISTRY:
-        mixers.get(name).Options.create(options)
+    if name in mixers.OPTIONS:
+        mixers.OPTIONS[name].from_dict(options)
     elif name == ATTENTION:
         check_attention(options, where)
     elif options:

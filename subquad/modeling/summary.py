@@ -55,8 +55,8 @@ def layer_ranges(config: SubquadConfig) -> list[tuple[str, dict[str, Any]]]:
 def describe_layer(entry: dict[str, Any], defaults: bool = False) -> str:
     """`gla (decay_rank=8)`: a mixer with the options that were given, or, with `defaults`, with all that it has."""
     options = {name: value for name, value in entry.items() if name != "mixer"}
-    if defaults and entry["mixer"] in mixers.REGISTRY:
-        options = asdict(mixers.get(entry["mixer"]).Options.create(options))
+    if defaults and entry["mixer"] in mixers.OPTIONS:
+        options = asdict(mixers.OPTIONS[entry["mixer"]].from_dict(options))
     told = ", ".join(f"{name}={value}" for name, value in options.items())
     return f"{entry['mixer']} ({told})" if told else entry["mixer"]
 

@@ -5,18 +5,18 @@ from torch import Tensor
 
 from subquad import mixers
 from subquad.mixers import AttentionSpec, Mixer
-from subquad.mixers.base import ACTIVATIONS, GATES
+from subquad.mixers.options import OUTPUT_GATES, QK_ACTIVATIONS
 
 LAYOUTS = {
     "plain": AttentionSpec(hidden_size=24, num_heads=3, num_kv_heads=3, head_dim=8, value_dim=8),
     "biased": AttentionSpec(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True),
 }
 VALUES = {
-    "qk_activation": ACTIVATIONS,
+    "qk_activation": QK_ACTIVATIONS,
     "short_conv": (0, 2, 4),
     "rotary": (True, False),
     "output_norm": (True, False),
-    "output_gate": tuple(GATES),
+    "output_gate": OUTPUT_GATES,
     "half_life": (3.0,),
 }
 OWN_VALUES: dict[str, tuple[dict, ...]] = {

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mixer_cases import LAYOUTS, build, distance, draw, rotary
 
 from subquad import mixers
-from subquad.mixers.base import GATES
+from subquad.mixers.options import OUTPUT_GATES
 
 CASES = [
     ("linear_attention", {}),
@@ -128,7 +128,7 @@ def test_block_is_its_equations(name, options):
     assert distance(found[0], expected) < (1e-6 if name == "retnet" else 1e-9)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", OUTPUT_GATES)
 @pytest.mark.parametrize("name", mixers.REGISTRY)
 def test_fresh_output_of_a_head_has_the_scale_that_was_set(name, gate):
     # projections of a usual size, so that the norm's epsilon is nothing beside what comes out of the core

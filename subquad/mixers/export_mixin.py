@@ -1,16 +1,14 @@
 """What a mixer needs to be a layer of a model that others serve: SiLU on values too, gates without biases, an epsilon
 that is the model's. Off by default; `linearize(..., export_target=...)` turns it on (docs/serving.md)."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import GATES, Mixer, Options
+from subquad.mixers.base import GATE_BIAS_INIT, Mixer
 from subquad.mixers.norms import fit_bias_direction
-from subquad.utils import UserError
+from subquad.mixers.options import ExportOptions
 
 VALUE_SIZE = 0.1
 """Root mean square of values at which SiLU is nearly x / 2; the output norm takes the scale back."""
@@ -18,23 +16,6 @@ VALUE_SCALES = 0.03, 0.1, 0.3, 1.0, 3.0, 10.0
 QK_SCALES = 0.3, 1.0, 3.0, 10.0
 """Of queries and keys in front of their SiLU, which is nearly linear far below 1 and nearly ReLU far above; a norm
 behind it takes the scale back."""
-
-
-@dataclass(frozen=True)
-class ExportOptions(Options):
-    v_activation: str = "none"
-    """On values behind their convolution: silu or none."""
-    biases: bool = True
-    """False: neither q, k, v, o nor the gates have one."""
-    norm_eps: float = 1e-8
-    """Added to the mean square in the output norm."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.v_activation not in ("silu", "none"):
-            raise UserError(f"v_activation: unknown {self.v_activation!r}; expected silu or none")
-        if not 0 < self.norm_eps < 1:
-            raise UserError(f"norm_eps: got {self.norm_eps}, expected a small positive number")
 
 
 class ExportMixin(Mixer):
@@ -74,7 +55,7 @@ class ExportMixin(Mixer):
     def init_bias_free_gates(self, constant: Tensor) -> None:
         """Gates without a bias start, on tokens x with x `constant` near 1, where they should."""
         if self.options.output_gate == "swish":
-            self.g_proj.weight.copy_(constant * (GATES["swish"] or 0.0))
+            self.g_proj.weight.copy_(constant * GATE_BIAS_INIT["swish"])
 
     def set_value_scale(self, scale: Tensor) -> None:
         """What the values of each head are multiplied with, `[H]`, in front of their SiLU."""
