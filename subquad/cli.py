@@ -199,17 +199,17 @@ def run_study(args: argparse.Namespace) -> int:
     from subquad.config import load_study
 
     recipes = load_study(args.recipe, args.set)
-    from subquad.study.grid import describe_plan, run_study
+    from subquad.study.grid import describe_remaining_work, run_study
     from subquad.study.runs import find_runs
     from subquad.study.table import format_study
 
     output = Path(args.output)
     if args.dry_run:
-        print(describe_plan(recipes, output, args.jobs))
+        print(describe_remaining_work(recipes, output, args.jobs))
         return 0
     if not args.show:
         suites = names_in(args.evaluate or "")
-        run_study(recipes, output, jobs=args.jobs, engine=args.engine, suites=suites, say=say)
+        run_study(recipes, output, jobs=args.jobs, engine=args.engine, suites=suites, log=say)
         print()
     runs = find_runs(recipes, output)
     print(format_study(runs))

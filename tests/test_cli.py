@@ -51,13 +51,13 @@ def test_study_writes_a_student_each_and_their_table(capsys, recipe_path, tmp_pa
     code, out, err = run(capsys, *argv)
     assert code == 0, err
     results = json.loads((tmp_path / "s" / "results.json").read_text())
-    assert [row["mixer"] for row in results["rows"]] == ["retnet", "xlstm"]
+    assert [result["mixer"] for result in results["results"]] == ["retnet", "xlstm"]
     columns = (
         "mixer parameters tokens perplexity teacher_perplexity unigram_perplexity kl_at_init kl top1_agreement "
         "recovered_share seconds decode_tokens_per_second state_bytes"
     )
-    assert set(columns.split()) <= results["rows"][0].keys()
-    assert {"versions", "device", "recipe"} <= results.keys()
+    assert set(columns.split()) <= results["results"][0].keys()
+    assert {"versions", "device", "recipes"} <= results.keys()
     assert "recovered" in out
     for mixer in ("retnet", "xlstm"):
         assert f"{mixer} " in out

@@ -10,7 +10,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from subquad.config import Recipe
 from subquad.report.style import colour
-from subquad.study.runs import Run, read
+from subquad.study.runs import Run, read_json
 
 PLAIN, KEPT = "#EEF1F4", "#777777"
 LEFT, RIGHT, WIDE, HIGH = 0.3, 5.5, 2.9, 0.62
@@ -18,7 +18,7 @@ LEFT, RIGHT, WIDE, HIGH = 0.3, 5.5, 2.9, 0.62
 
 def layers_of(run: Run) -> list[str]:
     """The mixer of each layer of a finished run, from its saved configuration."""
-    config = read(run.directory / "config.json") or {}
+    config = read_json(run.directory / "config.json") or {}
     return [entry["mixer"] for entry in config.get("layer_specs", [])]
 
 

@@ -37,14 +37,14 @@ def recovered_figure(groups: Sequence[Group]) -> Figure | None:
         paint = colour(group.mixer)
         if mean.low is not None:
             axes.plot([100 * mean.low, 100 * (mean.high or 0)], [place, place], color=paint, linewidth=1)
-        filled = paint if group.copied else "white"
+        filled = paint if group.copy_qkv else "white"
         axes.plot(100 * mean.value, place, shapes.get(group.stages, "o"), color=paint, markerfacecolor=filled)
     axes.set_yticks(range(len(mixers)), [name.replace("_", " ") for name in mixers])
     axes.set_ylim(len(mixers) - 0.5, -0.5)
     axes.set_xlabel("recovered, % (0: token frequencies, 100: the teacher)")
     axes.axvline(100, color=TEACHER, linewidth=0.8)
     keys = [Line2D([], [], color="#555555", marker=shapes.get(s, "o"), linestyle="", label=f"stages {s}") for s in sets]
-    if len({group.copied for group, _ in shown}) > 1:
+    if len({group.copy_qkv for group, _ in shown}) > 1:
         for label, filled in (("q, k, v, o copied", "#555555"), ("not copied", "white")):
             keys.append(Line2D([], [], color="#555555", marker="o", markerfacecolor=filled, linestyle="", label=label))
     figure.legend(handles=keys, loc="outside lower center", ncols=3)
@@ -65,13 +65,13 @@ def loss_figures(groups: Sequence[Group]) -> dict[str, Figure]:
 
 def _loss(groups: Sequence[Group], curves: dict[str, list[dict]], stages: str, stage: str) -> Figure:
     figure, axes = panel()
-    several = len({group.copied for group in groups}) > 1
+    several = len({group.copy_qkv for group in groups}) > 1
     drawn = set()
     for group in groups:
         for run in group.runs:
             points = [(r["tokens"], r["loss"]) for r in curves[run.name] if r["stage"] == stage and "loss" in r]
             if points:
-                dash = "--" if several and not group.copied else "-"
+                dash = "--" if several and not group.copy_qkv else "-"
                 axes.plot(*zip(*points, strict=True), color=colour(group.mixer), linestyle=dash, linewidth=1.1)
                 axes.plot(*points[-1], marker(group.mixer), color=colour(group.mixer), markersize=4)
                 drawn.add(group.mixer)

@@ -24,8 +24,8 @@ from subquad.report.eval_plots import PlotModel
 from subquad.report.style import RULES, data_uri, save
 from subquad.report.tables import Table, evaluation_tables, grid_table, write_tables
 from subquad.report.text import report_notes, summary
-from subquad.study.aggregate import Group, best, groups, labels
-from subquad.study.results import evaluation_rows, kept_matrices, read_study
+from subquad.study.aggregate import Group, best_group, group_by_seed, group_labels
+from subquad.study.results import evaluation_results, read_study, saved_matrices
 from subquad.study.runs import Run, run_directories
 from subquad.utils import write_text_atomic
 
@@ -60,7 +60,7 @@ def write_report(directory: Path, page: Path | None = None) -> Path:
     folder.mkdir(parents=True)
     page.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(RULES):
-        report = Report(runs, evaluation_rows(directory), folder, kept_matrices(directory))
+        report = Report(runs, evaluation_results(directory), folder, saved_matrices(directory))
         parts = report.sections()
     write_tables(report.tables, folder)
     others = len(run_directories(directory) - {run.name for run in runs})
@@ -84,7 +84,7 @@ def write_report(directory: Path, page: Path | None = None) -> Path:
 
 def about(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """What was run on what."""
-    results = [result for run in runs if (result := run.result()) is not None]
+    results = [info for run in runs if (info := run.info()) is not None]
 
     def each(values: Sequence[object]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values if value)) or "unknown"
@@ -109,8 +109,8 @@ class Report:
         self.runs, self.folder, self.matrices = list(runs), folder, matrices
         strangers = run_directories(folder.parent) - {run.name for run in runs}
         self.rows = [row for row in rows if row.model not in strangers]
-        self.groups = groups(runs)
-        self.labels = labels(self.groups)
+        self.groups = group_by_seed(runs)
+        self.labels = group_labels(self.groups)
         self.tables: list[Table] = []
         self.who = self._who(self.groups)
         self.chosen = self._who(self._best_of_each_mixer())
@@ -124,7 +124,7 @@ class Report:
         by_mixer: dict[str, list[Group]] = {}
         for group in self.groups:
             by_mixer.setdefault(group.mixer, []).append(group)
-        found = [best(own, "perplexity", lower=True) for own in by_mixer.values()]
+        found = [best_group(own, "perplexity", lower_is_better=True) for own in by_mixer.values()]
         return [group for group in found if group is not None]
 
     def _who(self, among: Sequence[Group]) -> list[PlotModel]:
@@ -175,7 +175,7 @@ class Report:
                 points.append((self.labels[group.name], group.mixer, 1 / speed.value, perplexity.value))
         if not points:
             return []
-        rows = next(group.finished for group in self.groups if group.finished)
+        rows = next(group.results for group in self.groups if group.results)
         figure = figures.cost_figure(
             points, "milliseconds a decoded token, batch of one", rows[0]["teacher_perplexity"]
         )
@@ -220,7 +220,7 @@ class Report:
         return Section("Training", "", self.draw_all(drawn, "Loss of every run")) if drawn else None
 
     def _student(self) -> Section | None:
-        group = best(self.groups, "perplexity", lower=True)
+        group = best_group(self.groups, "perplexity", lower_is_better=True)
         if group is None:
             return None
         run = next(run for run in group.runs if run.state == "finished")

@@ -10,7 +10,7 @@ from subquad.evaluate.results import Result
 from subquad.evaluate.table import HIDDEN, _format
 from subquad.report.eval_plots import PlotModel
 from subquad.report.style import colour
-from subquad.study.aggregate import Group, Mean, labels, significant_best
+from subquad.study.aggregate import Group, Mean, group_labels, significant_best
 
 
 @dataclass(frozen=True)
@@ -127,21 +127,21 @@ GRID = (
 
 def grid_table(groups: Sequence[Group]) -> Table:
     """A line a group of seeds, the best perplexity first; groups of which nothing is finished at the end."""
-    named = labels(groups)
-    plain = len({(g.mixer, g.stages, g.copied) for g in groups}) == len(groups)
+    named = group_labels(groups)
+    plain = len({(g.mixer, g.stages, g.copy_qkv) for g in groups}) == len(groups)
     first = {c.metric: significant_best(groups, c.metric, c.lower) for c in GRID if c.lower is not None}
     lines = []
     for group in groups:
-        done, failed = len(group.finished), sum(run.state == "failed" for run in group.runs)
+        done, failed = len(group.results), sum(run.state == "failed" for run in group.runs)
         others = len(group.runs) - done - failed
         told = str(done) + (f", {failed} failed" if failed else "") + (f", {others} unfinished" if others else "")
-        tokens = next((row["tokens"] for row in group.finished), None)
+        tokens = next((row["tokens"] for row in group.results), None)
         lines.append(
             (
                 *([] if plain else [Cell(named[group.name])]),
                 Cell(group.mixer.replace("_", " "), dot=colour(group.mixer)),
                 Cell(group.stages),
-                Cell("yes" if group.copied else "no"),
+                Cell("yes" if group.copy_qkv else "no"),
                 Cell(told, done),
                 Cell("–" if tokens is None else f"{tokens:,}", float("inf") if tokens is None else tokens),
                 *(c.cell(group.mean(c.metric), first.get(c.metric) is group) for c in GRID),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from subquad.evaluate.results import Result
 from subquad.modeling.summary import format_bytes
-from subquad.study.aggregate import Group, Mean, best, labels
+from subquad.study.aggregate import Group, Mean, best_group, group_labels
 from subquad.study.runs import Run
 
 
@@ -18,16 +18,16 @@ def shown(mean: Mean, digits: int = 2, scale: float = 1.0, unit: str = "") -> st
 
 def summary(groups: Sequence[Group], rows: Sequence[Result]) -> list[tuple[str, str]]:
     """Of the student with the lowest perplexity: a heading and a sentence each."""
-    first = best(groups, "perplexity", lower=True)
+    first = best_group(groups, "perplexity", lower_is_better=True)
     if first is None:
         return [("Best student", "No run is finished yet.")]
     perplexity = first.mean("perplexity")
     assert perplexity is not None
-    teacher = first.finished[0]["teacher_perplexity"]
+    teacher = first.results[0]["teacher_perplexity"]
     found = [
         (
             "Best student",
-            f"{labels(groups)[first.name]}: held-out perplexity {shown(perplexity)}; its teacher: {teacher:.2f}. "
+            f"{group_labels(groups)[first.name]}: held-out perplexity {shown(perplexity)}; its teacher: {teacher:.2f}. "
             f"{distinguished(groups, first)}",
         ),
         ("What it keeps", _keeps(first)),
@@ -44,7 +44,7 @@ def distinguished(groups: Sequence[Group], first: Group) -> str:
     others = [(group, mean) for group in groups if group is not first and (mean := group.mean("perplexity"))]
     if not others:
         return "There is nothing to compare it with."
-    named = labels(groups)
+    named = group_labels(groups)
     if mine.n < 2:
         return "With one seed there is no interval: whether it is better than the next cannot be said."
     close = [named[group.name] for group, mean in others if mean.n > 1 and not mine.intervals_disjoint(mean)]
@@ -124,7 +124,7 @@ def report_notes(runs: Sequence[Run], groups: Sequence[Group], rows: Sequence[Re
     waiting = [run for run in runs if run.state in ("new", "unfinished")]
     if waiting:
         found.append(f"{len(waiting)} of {len(runs)} runs are not finished; their lines are empty.")
-    done = [len(group.finished) for group in groups if group.finished]
+    done = [len(group.results) for group in groups if group.results]
     if done and max(done) == 1:
         found.append("One seed of everything: no interval is known, and nothing is set in bold as the best.")
     elif done and min(done) == 1:

@@ -1,1 +1,1 @@
-"""Several students side by side: the grid and its table."""
+"""Studies: runs a grid of recipes, aggregates seeds and writes the results."""

@@ -1,4 +1,4 @@
-"""How long runs take: from the speeds that runs of the same directory have shown, and from nothing else."""
+"""Estimates the remaining training time from the speeds that runs in the same directory have measured."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -8,82 +8,85 @@ from typing import Any
 from subquad.distill.pipeline import stage_keys, stage_tokens
 from subquad.distill.progress import read_jsonl
 from subquad.distill.stage_cache import StageCache
-from subquad.study.runs import Run
+from subquad.study.runs import METRICS, Run
 
 Speeds = dict[tuple[str, str], float]
+"""Tokens per second by (mixer, stage)."""
 
 
-def measured(run: Run) -> list[dict[str, Any]]:
-    """What a run has reported of its training so far."""
-    return [row for row in read_jsonl(run.directory / "metrics.jsonl") if row.get("tokens_per_second")]
+def training_metrics(run: Run) -> list[dict[str, Any]]:
+    """The lines of the run's `metrics.jsonl` that report training steps."""
+    return [line for line in read_jsonl(run.directory / METRICS) if line.get("tokens_per_second")]
 
 
-def speeds(runs: Iterable[Run]) -> Speeds:
-    """Tokens per second by mixer and stage: the median of the runs that have shown one."""
-    shown: dict[tuple[str, str], list[float]] = {}
+def measured_speeds(runs: Iterable[Run]) -> Speeds:
+    """Returns the median over runs of their last reported speed, by mixer and stage."""
+    values: dict[tuple[str, str], list[float]] = {}
     for run in runs:
-        last = {row["stage"]: row["tokens_per_second"] for row in measured(run)}
+        last = {line["stage"]: line["tokens_per_second"] for line in training_metrics(run)}
         for stage, speed in last.items():
-            shown.setdefault((run.recipe.student.name, stage), []).append(speed)
-    return {key: statistics.median(values) for key, values in shown.items()}
+            values.setdefault((run.recipe.student.name, stage), []).append(speed)
+    return {key: statistics.median(own) for key, own in values.items()}
 
 
-def speed_of(known: Speeds, mixer: str, stage: str) -> float | None:
-    """Of a mixer that has not been through this stage yet, that of the others."""
-    own = known.get((mixer, stage))
-    others = [value for (_, name), value in known.items() if name == stage]
+def estimated_speed(speeds: Speeds, mixer: str, stage: str) -> float | None:
+    """The speed of a mixer in a stage; if unmeasured, the median of the other mixers; None if none is measured."""
+    own = speeds.get((mixer, stage))
+    others = [speed for (_, name), speed in speeds.items() if name == stage]
     return own or (statistics.median(others) if others else None)
 
 
 @dataclass(frozen=True)
 class RemainingWork:
-    """Tokens that a run still has to go through, by stage; what another run trains for it not counted."""
+    """The tokens that a run has yet to train on, by stage, without the stages that another run trains for it."""
 
     run: Run
     tokens: dict[str, int]
 
-    def seconds(self, known: Speeds) -> float | None:
-        """None where some stage's speed is not known."""
+    def seconds(self, speeds: Speeds) -> float | None:
+        """Estimated training time; None if the speed of a stage is unknown."""
         total = 0.0
         for stage, tokens in self.tokens.items():
-            speed = speed_of(known, self.run.recipe.student.name, stage)
+            speed = estimated_speed(speeds, self.run.recipe.student.name, stage)
             if speed is None:
                 return None
             total += tokens / speed
         return total
 
 
-def remaining_work(runs: Sequence[Run], shared: StageCache) -> list[RemainingWork]:
-    """Of every run. A stage that several have in common counts for the first of them."""
-    left, counted = [], set()
+def remaining_work(runs: Sequence[Run], stage_cache: StageCache) -> list[RemainingWork]:
+    """Returns the remaining work of every run. A shared stage counts for the first run that needs it."""
+    remaining, counted = [], set()
     for run in runs:
         if run.state == "finished":
-            left.append(RemainingWork(run, {}))
+            remaining.append(RemainingWork(run, {}))
             continue
-        reached = {row["stage"]: row["tokens"] for row in measured(run)}
+        done = {line["stage"]: line["tokens"] for line in training_metrics(run)}
         tokens = {}
-        for stage, whole in stage_tokens(run.recipe).items():
+        for stage, total in stage_tokens(run.recipe).items():
             key = stage_keys(run.recipe)[stage]
-            if key in counted or shared.has(key):
+            if key in counted or stage_cache.has(key):
                 continue
-            if key in shared.wanted:
+            if key in stage_cache.wanted:
                 counted.add(key)
-            if whole > reached.get(stage, 0):
-                tokens[stage] = whole - reached.get(stage, 0)
-        left.append(RemainingWork(run, tokens))
-    return left
+            if total > done.get(stage, 0):
+                tokens[stage] = total - done.get(stage, 0)
+        remaining.append(RemainingWork(run, tokens))
+    return remaining
 
 
-def expected(left: Iterable[RemainingWork], known: Speeds, jobs: int = 1) -> float | None:
-    """Seconds of training for all of them, `jobs` at a time; None where a speed is not known."""
-    each = [one.seconds(known) for one in left]
-    if any(seconds is None for seconds in each):
-        return None
-    whole = [seconds for seconds in each if seconds is not None]
-    return max([sum(whole) / jobs, *whole], default=0.0)
+def remaining_seconds(remaining: Iterable[RemainingWork], speeds: Speeds, jobs: int = 1) -> float | None:
+    """Estimated seconds to train all runs, `jobs` at a time; None if a speed is unknown."""
+    seconds = []
+    for work in remaining:
+        estimate = work.seconds(speeds)
+        if estimate is None:
+            return None
+        seconds.append(estimate)
+    return max([sum(seconds) / jobs, *seconds], default=0.0)
 
 
-def spoken(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`40 s`, `12 min`, `3.5 h`, `4.2 days`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -92,9 +95,9 @@ def spoken(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
-def amount(tokens: float) -> str:
-    """`640`, `49k`, `1.2M`, `3.0B` tokens."""
+def format_count(number: float) -> str:
+    """`640`, `49k`, `1.2M`, `3.0B`."""
     for size, unit in ((1e9, "B"), (1e6, "M")):
-        if tokens >= size:
-            return f"{tokens / size:.1f}{unit}"
-    return f"{tokens / 1e3:.0f}k" if tokens >= 1e3 else f"{tokens:.0f}"
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number / 1e3:.0f}k" if number >= 1e3 else f"{number:.0f}"

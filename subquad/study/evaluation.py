@@ -1,4 +1,4 @@
-"""Measures the finished students of a study beside their teacher, as `subquad eval` does."""
+"""Evaluates the finished students of a study against their teacher, as `subquad eval` does."""
 
 import logging
 from collections.abc import Sequence
@@ -15,26 +15,30 @@ logger = logging.getLogger(__name__)
 
 
 def check_suites(suites: Sequence[str]) -> None:
-    """UserError where there is no such suite; before anything is trained."""
+    """Raises UserError for an unknown suite."""
     settings_of(suites)
 
 
 def evaluate_study(runs: Sequence[Run], output: Path, suites: Sequence[str]) -> dict[str, str]:
-    """Puts rows into `output`/evaluation; with several teachers or corpora, into one directory for each. What is
-    measured already is not measured again. Returns of parts that failed why, by name."""
-    groups: dict[str, list[Run]] = {}
+    """Writes results to `output`/evaluation, or with several teachers or corpora to one directory for each.
+
+    Existing results are reused. One student is in memory at a time. Returns the failed parts: name and reason.
+    """
+    by_teacher: dict[str, list[Run]] = {}
     for run in runs:
         if run.state == "finished":
-            groups.setdefault(f"{run.recipe.teacher} {run.recipe.data.model_dump_json()}", []).append(run)
+            by_teacher.setdefault(f"{run.recipe.teacher} {run.recipe.data.model_dump_json()}", []).append(run)
     failed = {}
-    for number, group in enumerate(groups.values(), 1):
-        place = output / ("evaluation" if number == 1 else f"evaluation-{number}")
-        logger.info("measuring %d students beside %s", len(group), group[0].recipe.teacher)
-        rows: dict[tuple, Result] = {}
-        for run in group:  # one in memory at a time; the teacher's parts are kept, and so measured once
-            found = command.run([str(run.directory)], teacher=run.recipe.teacher, suites=suites, output=str(place))
-            failed.update(found.failed)
-            for row in found.rows:
-                rows.setdefault(row.subject, row)
-            write_json_atomic(place / RESULTS, {**found.head, "rows": [row.as_dict() for row in rows.values()]})
+    for number, group in enumerate(by_teacher.values(), 1):
+        directory = output / ("evaluation" if number == 1 else f"evaluation-{number}")
+        teacher = group[0].recipe.teacher
+        logger.info("evaluating %d students against %s", len(group), teacher)
+        results: dict[tuple, Result] = {}
+        for run in group:  # the results of the teacher are cached, so it is evaluated once
+            outcome = command.run([str(run.directory)], teacher=teacher, suites=suites, output=str(directory))
+            failed.update(outcome.failed)
+            for result in outcome.rows:
+                results.setdefault(result.subject, result)
+            rows = [result.as_dict() for result in results.values()]
+            write_json_atomic(directory / RESULTS, {**outcome.head, "rows": rows})
     return failed

@@ -1,59 +1,93 @@
-"""One run of a study, from its start or where it stopped to its end or its error. What an engine calls, anywhere."""
+"""Executes one run from its start or last checkpoint to its end. Every engine calls `execute_run`.
+
+Imports no torch at module level: a worker process starts its watchdog before it loads the heavy libraries.
+"""
 
 import contextlib
 import logging
+import multiprocessing
 import os
+import signal
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING
 
-from subquad.distill.pipeline import distill, stage_keys
-from subquad.distill.stage_cache import StageCache
-from subquad.modeling.teachers import Loaded, load_teacher
+from subquad.study.lock import StudyLock
 from subquad.study.runs import ERROR, Run
+from subquad.utils import quiet_libraries
+
+if TYPE_CHECKING:
+    from subquad.distill.stage_cache import StageCache
+    from subquad.modeling.teachers import Loaded
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Task:
-    """A run that is to be done, with the stages that it has in common with others."""
-
-    run: Run
-    shared: StageCache
-
-    def common(self) -> list[str]:
-        """Keys of its stages that other runs have too, in order."""
-        return [key for key in stage_keys(self.run.recipe).values() if key in self.shared.wanted]
-
-
 class TeacherCache:
-    """The teacher that was used last, loaded once."""
+    """Keeps the teacher that was used last in memory."""
 
     def __init__(self) -> None:
-        self.held: dict[str, Loaded] = {}
+        self.loaded: dict[str, Loaded] = {}
 
-    def __getitem__(self, reference: str) -> Loaded:
-        if reference not in self.held:
-            self.held.clear()
-            self.held[reference] = load_teacher(reference)
-        return self.held[reference]
+    def __getitem__(self, reference: str) -> "Loaded":
+        from subquad.modeling.teachers import load_teacher
+
+        if reference not in self.loaded:
+            self.loaded.clear()
+            self.loaded[reference] = load_teacher(reference)
+        return self.loaded[reference]
 
 
-def run_task(task: Task, teachers: TeacherCache) -> None:
-    """Takes a run to its end. Whatever goes wrong with it stays in its directory, as `error.json`."""
-    run = task.run
+def execute_run(run: Run, stage_cache: "StageCache", teachers: TeacherCache) -> None:
+    """Runs to the end. An exception is written to `error.json` in the run's directory and not raised."""
+    from subquad.distill.pipeline import distill
+
     (run.directory / ERROR).unlink(missing_ok=True)
     try:
-        distill(run.recipe, run.directory, teachers[run.recipe.teacher], task.shared)
+        distill(run.recipe, run.directory, teachers[run.recipe.teacher], stage_cache)
     except Exception as error:
         run.fail(type(error).__name__, str(error), traceback.format_exc())
-        logger.warning("%s failed: %s: %s", run.name, type(error).__name__, str(error).partition("\n")[0])
+        logger.warning("%s failed: %s", run.name, run.error_line())
+
+
+def worker_main(connection: Connection, lock: StudyLock, threads: int) -> None:
+    """Main function of a worker process: executes runs received from `connection` until the study ends.
+
+    lock: held as long as this process lives.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study terminates its workers
+    exit_with_parent()
+    quiet_libraries()
+    import torch
+
+    torch.set_num_threads(threads)
+    teachers = TeacherCache()
+    while True:
+        try:
+            run, stage_cache = connection.recv()
+        except EOFError:
+            return
+        execute_run(run, stage_cache, teachers)
+        connection.send("finished")
+
+
+def exit_with_parent() -> None:
+    """Starts a thread that ends this process when its parent ends, even if the parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_for_parent(sentinel: int = parent.sentinel) -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables for processes that are started meanwhile."""
+    """Sets environment variables for processes started in the context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,9 +1,9 @@
-"""A study: every student of a recipe with lists, each once, and their results in one place.
+"""Runs a study: one run for each recipe of a grid, with all results in one directory.
 
-    rows = run_study(load_study("recipes/nano.yaml"), "demo")
+    results = run_study(load_study("recipes/nano.yaml"), "demo")
 
-Which runs there are and what is left of them is read from the directory; a study that was cut off, or whose recipe has
-changed, does what is missing.
+The state of the study is read from its directory. Running it again executes only the runs that are new, failed or
+unfinished.
 """
 
 import os
@@ -16,19 +16,27 @@ from subquad.data import check_data
 from subquad.distill.pipeline import stage_keys, stage_tokens
 from subquad.distill.stage_cache import StageCache
 from subquad.modeling.teachers import check_reference
-from subquad.study.eta import RemainingWork, Speeds, amount, expected, remaining_work, speeds, spoken
+from subquad.study.eta import (
+    RemainingWork,
+    Speeds,
+    format_count,
+    format_duration,
+    measured_speeds,
+    remaining_seconds,
+    remaining_work,
+)
 from subquad.study.evaluation import check_suites, evaluate_study
-from subquad.study.execute import Task
-from subquad.study.local_engine import run_here, run_in_processes
+from subquad.study.local_engine import run_in_processes, run_sequentially
 from subquad.study.lock import StudyLock
 from subquad.study.progress import INTERVAL, ProgressReporter
-from subquad.study.results import table_rows, write_results
+from subquad.study.results import run_results, write_results
 from subquad.study.runs import Run, all_runs, find_runs
 from subquad.study.scheduler import Scheduler
 from subquad.utils import UserError, nearest
 
 ENGINES = ("local", "ray")
-STAGES = ".stages"
+STAGE_CACHE = ".stages"
+"""Directory of shared stages below the output."""
 
 
 def run_study(
@@ -38,58 +46,57 @@ def run_study(
     jobs: int = 1,
     engine: str = "local",
     suites: Sequence[str] = (),
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     interval: float = INTERVAL,
 ) -> list[dict[str, Any]]:
-    """Distils every recipe into a directory of its own below `output`; finished runs are left as they are, others go on
-    from their last checkpoint, and failed ones are tried again. Whatever goes wrong with one stays in its `error.json`
-    and does not stop the others.
+    """Distills every recipe into its own directory below `output`.
 
-    After each run `results.json` and `results.sqlite` are written anew.
+    Skips finished runs, resumes unfinished ones from their last checkpoint and retries failed ones. A failed run writes
+    `error.json` and does not stop the others. `results.json` and `results.sqlite` are rewritten after each run.
 
     Args:
-        jobs: runs at once on a machine.
-        engine: `local`, or `ray`: on all machines of the cluster at `RAY_ADDRESS`.
-        suites: of `subquad eval`; all finished students are measured by them at the end.
-        say: is called with a line whenever there is something to tell, at least every `interval` seconds.
+        jobs: number of runs at once on one machine.
+        engine: `local`, or `ray` for all machines of the cluster at `RAY_ADDRESS`.
+        suites: suites of `subquad eval` with which all finished students are evaluated at the end.
+        log: called with one line of progress, at least every `interval` seconds.
 
     Returns:
-        A row of results for each finished run.
+        The result of each finished run: metrics by name, with the run's name under `run`.
 
     Raises:
-        UserError: what is wrong with teachers, corpora, suites or options, before anything is loaded; another study at
-            work in `output`.
+        UserError: an invalid teacher, corpus, suite or option, found before any model is loaded; another study is
+            running in `output`.
     """
     output = Path(output)
     check(recipes, jobs, engine, suites)
     runs = find_runs(recipes, output)
     with StudyLock(output) as lock:
-        shared = shared_stages(runs, output)
-        board = Scheduler(Task(run, shared) for run in runs if run.state != "finished")
-        live = ProgressReporter(runs, shared, lambda: under_way(board, engine), say, jobs, interval)
+        stage_cache = shared_stages(runs, output)
+        scheduler = Scheduler((run for run in runs if run.state != "finished"), stage_cache)
+        progress = ProgressReporter(runs, stage_cache, lambda: running_runs(scheduler, engine), log, jobs, interval)
 
-        def changed() -> None:
-            if live.changed():
+        def on_change() -> None:
+            if progress.log_ended_runs():
                 write_results(output, runs)
 
         write_results(output, runs)
-        shared.prune(needed(runs))
-        with live.ticking():
-            run_all(board, jobs, engine, lock, changed)
-        shared.prune(needed(runs))
+        stage_cache.prune(needed_stage_keys(runs))
+        with progress.periodic_status():
+            run_all(scheduler, jobs, engine, lock, on_change)
+        stage_cache.prune(needed_stage_keys(runs))
         if suites:
-            for name, why in evaluate_study(runs, output, suites).items():
-                say(f"{name} failed: {why}")
+            for name, reason in evaluate_study(runs, output, suites).items():
+                log(f"{name} failed: {reason}")
             write_results(output, runs)
-        return table_rows(runs)
+        return run_results(runs)
 
 
 def check(recipes: Sequence[Recipe], jobs: int, engine: str, suites: Sequence[str]) -> None:
-    """UserError for what can be told before anything is loaded or written."""
+    """Raises UserError for invalid arguments. Loads no model and writes no file."""
     if jobs < 1:
         raise UserError(f"jobs: got {jobs}, expected at least 1")
     if engine not in ENGINES:
-        raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
+        raise UserError(f"engine: got {engine!r}{nearest(engine, ENGINES)}")
     if engine == "ray":
         from subquad.study.ray_engine import import_ray
 
@@ -101,60 +108,58 @@ def check(recipes: Sequence[Recipe], jobs: int, engine: str, suites: Sequence[st
         check_data(recipe.data)
 
 
-def run_all(board: Scheduler, jobs: int, engine: str, lock: StudyLock, changed: Callable[[], None]) -> None:
+def run_all(scheduler: Scheduler, jobs: int, engine: str, lock: StudyLock, on_change: Callable[[], None]) -> None:
     if engine == "ray":
         from subquad.study.ray_engine import run_on_cluster
 
-        run_on_cluster(board, jobs, changed)
+        run_on_cluster(scheduler, jobs, on_change)
     elif jobs == 1:
-        run_here(board, changed)
+        run_sequentially(scheduler, on_change)
     else:
-        run_in_processes(board, jobs, lock, changed)
+        run_in_processes(scheduler, jobs, lock, on_change)
 
 
-def under_way(board: Scheduler, engine: str) -> list[Run]:
-    """Of those that Ray has, the ones that it has started."""
-    given = [task.run for task in list(board.running)]
-    return [run for run in given if run.state == "unfinished"] if engine == "ray" else given
+def running_runs(scheduler: Scheduler, engine: str) -> list[Run]:
+    """The runs that are being executed; of those submitted to Ray, the ones that Ray has started."""
+    runs = list(scheduler.running)
+    return [run for run in runs if run.state == "unfinished"] if engine == "ray" else runs
 
 
 def shared_stages(runs: Sequence[Run], output: Path) -> StageCache:
-    return StageCache.among(output / STAGES, [stage_keys(run.recipe).values() for run in runs])
+    return StageCache.among(output / STAGE_CACHE, [stage_keys(run.recipe).values() for run in runs])
 
 
-def needed(runs: Iterable[Run]) -> set[str]:
-    """Keys of the stages of runs that have not ended."""
+def needed_stage_keys(runs: Iterable[Run]) -> set[str]:
+    """Stage keys of the runs that are not finished."""
     return {key for run in runs if run.state != "finished" for key in stage_keys(run.recipe).values()}
 
 
-def describe_plan(recipes: Sequence[Recipe], output: str | os.PathLike, jobs: int = 1) -> str:
-    """What a study would do: its runs, the tokens that are left to each, and how long that takes as far as runs in the
-    directory have shown."""
+def describe_remaining_work(recipes: Sequence[Recipe], output: str | os.PathLike, jobs: int = 1) -> str:
+    """A table of the runs with their remaining tokens and estimated time. Changes nothing (`--dry-run`)."""
     runs = find_runs(recipes, Path(output))
-    left = remaining_work(runs, shared_stages(runs, Path(output)))
-    known = speeds(all_runs(Path(output)))
+    remaining = remaining_work(runs, shared_stages(runs, Path(output)))
+    speeds = measured_speeds(all_runs(Path(output)))
     cells = [["run", "state", "tokens", "left", "expected"]]
-    for one in left:
-        seconds = one.seconds(known)
-        whole, rest = sum(stage_tokens(one.run.recipe).values()), sum(one.tokens.values())
-        time = "" if not rest else "unknown" if seconds is None else spoken(seconds)
-        cells.append([one.run.name, one.run.state, amount(whole), amount(rest) if rest else "", time])
+    for work in remaining:
+        seconds = work.seconds(speeds)
+        total, left = sum(stage_tokens(work.run.recipe).values()), sum(work.tokens.values())
+        time = "" if not left else "unknown" if seconds is None else format_duration(seconds)
+        cells.append([work.run.name, work.run.state, format_count(total), format_count(left) if left else "", time])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    todo = sum(one.run.state != "finished" for one in left)
-    tokens = sum(sum(one.tokens.values()) for one in left)
-    return "\n".join(
-        [*lines, "", f"{len(runs)} runs, {todo} to do, {amount(tokens)} tokens; {told(left, known, jobs)}"]
-    )
+    to_do = sum(work.run.state != "finished" for work in remaining)
+    tokens = format_count(sum(sum(work.tokens.values()) for work in remaining))
+    summary = f"{len(runs)} runs, {to_do} to do, {tokens} tokens; {describe_time(remaining, speeds, jobs)}"
+    return "\n".join([*lines, "", summary])
 
 
-def told(left: Sequence[RemainingWork], known: Speeds, jobs: int) -> str:
-    """The expected time in words, with what it rests on."""
-    seconds = expected(left, known, jobs)
+def describe_time(remaining: Sequence[RemainingWork], speeds: Speeds, jobs: int) -> str:
+    """The estimated time and the measurements behind it."""
+    seconds = remaining_seconds(remaining, speeds, jobs)
     if seconds is None:
-        return "time unknown: no run here has shown the speed of every stage"
+        return "time unknown: no run in this directory has measured the speed of every stage"
     if not seconds:
-        return "nothing is left to train"
-    guessed = any((one.run.recipe.student.name, stage) not in known for one in left for stage in one.tokens)
-    others = ", for some mixers that of others" if guessed else ""
-    return f"about {spoken(seconds)} of training at the speed that runs here have shown{others}"
+        return "no training left"
+    guessed = any((work.run.recipe.student.name, stage) not in speeds for work in remaining for stage in work.tokens)
+    source = ", for some mixers at that of others" if guessed else ""
+    return f"about {format_duration(seconds)} of training at the speed measured in this directory{source}"

@@ -1,4 +1,4 @@
-"""One study at a time in a directory: the operating system's own lock on a file, which a killed process cannot keep."""
+"""Allows one study at a time in a directory, by an operating system lock that is released when its process ends."""
 
 import importlib
 import logging
@@ -11,39 +11,39 @@ from typing import Any
 from subquad.utils import UserError
 
 logger = logging.getLogger(__name__)
-PATIENCE = 5.0
-"""Seconds that the workers of a study that was killed have to notice it."""
+TIMEOUT = 5.0
+"""Seconds to wait for the workers of a killed study to exit."""
 
 
 class StudyLock:
-    """Holds `directory` for this process and for those to which the lock is handed at their start; it is free again
-    when the last of them has ended, however it ended.
+    """Locks `directory` for this process and for worker processes that receive the lock at their start. The lock is
+    released when the last of these processes ends, even if it is killed.
 
     Raises:
-        UserError: another study is at work there.
+        UserError: another study is running in `directory`.
     """
 
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / ".lock"
         self.fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if not self._take():
-            holder = path.read_text().strip() or "unknown"
+        if not self._acquire():
+            owner = path.read_text().strip() or "unknown"
             os.close(self.fd)
             raise UserError(
-                f"another study is at work in {str(directory)!r} (process {holder}); wait for its end, or choose "
+                f"output: another study (process {owner}) is running in {str(directory)!r}; wait until it ends, or use "
                 "another directory"
             )
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
 
-    def _take(self) -> bool:
+    def _acquire(self) -> bool:
         try:
             fcntl: Any = importlib.import_module("fcntl")
         except ImportError:
-            logger.warning("this system has no flock; nothing keeps a second study from this directory")
+            logger.warning("this system has no flock; make sure that only one study uses this directory")
             return True
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while True:
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +53,10 @@ class StudyLock:
                     return False
                 time.sleep(0.1)
             except OSError as error:
-                logger.warning("this file system has no locks (%s); see to it that one study runs here", error.strerror)
+                logger.warning(
+                    "this file system has no locks (%s); make sure that only one study uses this directory",
+                    error.strerror,
+                )
                 return True
 
     def __enter__(self) -> "StudyLock":
@@ -65,7 +68,7 @@ class StudyLock:
             self.fd = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker that outlives its study for a moment still holds the directory.
+        # A worker process gets a duplicate, so the directory stays locked until the worker ends.
         assert self.fd is not None
         return {"fd": reduction.DupFd(self.fd)}
 

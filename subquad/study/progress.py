@@ -1,5 +1,4 @@
-"""What a study says while it runs, a line at a time, told from what its runs leave on disk: the same for one process,
-many, or many machines, on a terminal or in a log."""
+"""Reports the progress of a study, one line at a time, from the files of its runs. Works the same for every engine."""
 
 import contextlib
 import threading
@@ -7,45 +6,52 @@ from collections.abc import Callable, Iterator, Sequence
 
 from subquad.distill.pipeline import stage_tokens
 from subquad.distill.stage_cache import StageCache
-from subquad.study.eta import amount, expected, measured, remaining_work, speeds, spoken
+from subquad.study.eta import (
+    format_count,
+    format_duration,
+    measured_speeds,
+    remaining_seconds,
+    remaining_work,
+    training_metrics,
+)
 from subquad.study.runs import Run
 
 INTERVAL = 30.0
-"""Seconds between lines on runs that are under way."""
-SHOWN = 4
-"""Runs under way that a line tells of."""
+"""Seconds between status lines."""
+MAX_RUNS_SHOWN = 4
+"""Running runs that a status line describes."""
 
 
 class ProgressReporter:
-    """Tells of the runs of a study through `say`; those that were finished before only count.
+    """Passes lines about the runs of a study to `log`. Runs that were finished before are only counted.
 
-    running: gives the runs that are under way.
+    running: returns the runs that are being executed.
     """
 
     def __init__(
         self,
         runs: Sequence[Run],
-        shared: StageCache,
+        stage_cache: StageCache,
         running: Callable[[], list[Run]],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         jobs: int = 1,
         interval: float = INTERVAL,
     ):
-        self.runs, self.shared, self.running, self.say = list(runs), shared, running, say
+        self.runs, self.stage_cache, self.running, self.log = list(runs), stage_cache, running, log
         self.jobs, self.interval = jobs, interval
-        self.told = {run.name for run in runs if run.state == "finished"}
+        self.ended = {run.name for run in runs if run.state == "finished"}
         self.failed_before = {run.name for run in runs if run.state == "failed"}
 
     @contextlib.contextmanager
-    def ticking(self) -> Iterator[None]:
-        """Says a line every now and then, in a thread of its own."""
+    def periodic_status(self) -> Iterator[None]:
+        """Logs a status line every `interval` seconds, from a thread."""
         stop = threading.Event()
 
-        def tick() -> None:
+        def loop() -> None:
             while not stop.wait(self.interval):
-                self.say(self.line())
+                self.log(self.status_line())
 
-        thread = threading.Thread(target=tick, daemon=True)
+        thread = threading.Thread(target=loop, daemon=True)
         thread.start()
         try:
             yield
@@ -53,54 +59,54 @@ class ProgressReporter:
             stop.set()
             thread.join()
 
-    def changed(self) -> bool:
-        """Tells of runs that have ended since the last call; whether there were any."""
-        before = len(self.told)
-        under_way = {run.name for run in self.running()}
-        self.failed_before -= under_way
+    def log_ended_runs(self) -> bool:
+        """Logs the runs that have ended since the last call; returns whether there are any."""
+        before = len(self.ended)
+        running = {run.name for run in self.running()}
+        self.failed_before -= running
         for run in self.runs:
-            if run.name in self.told or run.name in under_way or run.name in self.failed_before:
+            if run.name in self.ended or run.name in running or run.name in self.failed_before:
                 continue
             if run.state in ("finished", "failed"):
-                self.told.add(run.name)
-                self.say(f"[{len(self.told)}/{len(self.runs)}] {outcome(run)}")
-        return len(self.told) > before
+                self.ended.add(run.name)
+                self.log(f"[{len(self.ended)}/{len(self.runs)}] {run_outcome(run)}")
+        return len(self.ended) > before
 
-    def line(self) -> str:
-        """`3 of 12 done, 1 failed, 2 running (...); about 14 min left`"""
-        under_way = self.running()
-        names = {run.name for run in under_way}
+    def status_line(self) -> str:
+        """`3 of 12 done, 1 failed, 2 running (...); about 14 min of training left`"""
+        running = self.running()
+        names = {run.name for run in running}
         states = [run.state for run in self.runs if run.name not in names]
-        told = [f"{states.count('finished')} of {len(self.runs)} done"]
+        parts = [f"{states.count('finished')} of {len(self.runs)} done"]
         if states.count("failed"):
-            told.append(f"{states.count('failed')} failed")
-        shown = "; ".join(progress(run) for run in under_way[:SHOWN])
-        more = f"; and {len(under_way) - SHOWN} more" if len(under_way) > SHOWN else ""
-        told.append(f"{len(under_way)} running" + (f" ({shown}{more})" if under_way else ""))
-        left = [run for run in self.runs if run.name in names or run.state in ("new", "unfinished")]
-        seconds = expected(remaining_work(left, self.shared), speeds(self.runs), self.jobs)
-        return ", ".join(told) + ("" if seconds is None else f"; about {spoken(seconds)} of training left")
+            parts.append(f"{states.count('failed')} failed")
+        shown = "; ".join(run_progress(run) for run in running[:MAX_RUNS_SHOWN])
+        more = f"; and {len(running) - MAX_RUNS_SHOWN} more" if len(running) > MAX_RUNS_SHOWN else ""
+        parts.append(f"{len(running)} running" + (f" ({shown}{more})" if running else ""))
+        pending = [run for run in self.runs if run.name in names or run.state in ("new", "unfinished")]
+        seconds = remaining_seconds(remaining_work(pending, self.stage_cache), measured_speeds(self.runs), self.jobs)
+        return ", ".join(parts) + ("" if seconds is None else f"; about {format_duration(seconds)} of training left")
 
 
-def outcome(run: Run) -> str:
-    """How a run ended, in a line."""
-    if run.state == "finished":
-        row = (run.result() or {})["row"]
-        return (
-            f"{run.name}: perplexity {row['perplexity']:.2f} (teacher {row['teacher_perplexity']:.2f}), recovered "
-            f"{row['recovered_share']:.1%}, {row['seconds']:.0f} s"
-        )
-    error = run.error() or {}
-    return f"{run.name} failed: {error.get('type')}: {str(error.get('message')).partition(chr(10))[0]}"
+def run_outcome(run: Run) -> str:
+    """The result or the error of an ended run in one line."""
+    result = run.result()
+    if result is None:
+        return f"{run.name} failed: {run.error_line()}"
+    return (
+        f"{run.name}: perplexity {result['perplexity']:.2f} (teacher {result['teacher_perplexity']:.2f}), recovered "
+        f"{result['recovered_share']:.1%}, {result['seconds']:.0f} s"
+    )
 
 
-def progress(run: Run) -> str:
+def run_progress(run: Run) -> str:
     """`gla hidden 62%: loss 0.301, 812 tok/s`"""
-    rows = measured(run)
-    if not rows:
+    metrics = training_metrics(run)
+    if not metrics:
         return f"{run.name} starting"
-    last, of = rows[-1], stage_tokens(run.recipe)
-    whole = of.get(last["stage"], 0)
-    share = f" {last['tokens'] / whole:.0%}" if whole else ""
-    speed = last["tokens_per_second"]
-    return f"{run.name} {last['stage']}{share}: loss {last['loss']:.3g}, {amount(speed)} tok/s"
+    last = metrics[-1]
+    total = stage_tokens(run.recipe).get(last["stage"], 0)
+    share = f" {last['tokens'] / total:.0%}" if total else ""
+    return (
+        f"{run.name} {last['stage']}{share}: loss {last['loss']:.3g}, {format_count(last['tokens_per_second'])} tok/s"
+    )

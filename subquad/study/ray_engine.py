@@ -1,5 +1,7 @@
-"""Runs on many machines, by Ray: a run is a task with its CPUs or a GPU. What dies is run again elsewhere, from its
-last checkpoint on the shared directory. Queue, resources and the watching of machines are Ray's.
+"""Executes runs on a Ray cluster: each run is a Ray task with CPUs or a GPU.
+
+Ray queues, places and retries runs. A run whose machine dies resumes elsewhere from its last checkpoint in the shared
+directory.
 """
 
 import importlib
@@ -8,19 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from subquad.study.execute import Task, TeacherCache, run_task
+from subquad.distill.stage_cache import StageCache
+from subquad.study.execute import TeacherCache, execute_run
+from subquad.study.runs import Run
 from subquad.study.scheduler import MAX_RETRIES, Scheduler
 from subquad.utils import UserError, quiet_libraries
 
-PASSED_ON = ("SUBQUAD_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
-"""Variables that a run sees as the study does."""
+FORWARDED_VARIABLES = ("SUBQUAD_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
+"""Environment variables that every run receives from the study."""
 
-Changed = Callable[[], None]
-teachers = TeacherCache()  # of a worker, which Ray lets run task after task
+teachers = TeacherCache()  # of the worker process, which executes many runs
 
 
 def import_ray() -> Any:
-    """Raises UserError where Ray is not installed."""
+    """Raises UserError if Ray is not installed."""
     try:
         return importlib.import_module("ray")
     except ImportError:
@@ -28,70 +31,73 @@ def import_ray() -> Any:
 
 
 def connect(ray: Any) -> None:
-    """To the cluster at `RAY_ADDRESS`; without that, to one on this machine alone."""
+    """Connects to the cluster at `RAY_ADDRESS`; if unset, starts a cluster on this machine."""
     if not ray.is_initialized():
         try:
             ray.init(logging_level="ERROR", log_to_driver=False)
         except ConnectionError as error:
-            where = os.environ.get("RAY_ADDRESS", "this machine")
-            first = str(error).partition("\n")[0]
+            address = os.environ.get("RAY_ADDRESS", "this machine")
+            reason = str(error).partition("\n")[0]
             raise UserError(
-                f"no Ray cluster at {where} ({first}); expected RAY_ADDRESS to name a running one"
+                f"RAY_ADDRESS: got {address}, expected the address of a running cluster ({reason})"
             ) from None
 
 
-def share(nodes: list[dict[str, Any]], jobs: int) -> dict[str, float]:
-    """What a run asks for, of the smallest machine: one of its GPUs, or its cores divided among `jobs` runs."""
+def resources_per_run(nodes: list[dict[str, Any]], jobs: int) -> dict[str, float]:
+    """The resources of one run, for `jobs` runs on the smallest machine: a GPU or part of one, or CPU cores."""
     alive = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     if not alive:
-        raise UserError("the Ray cluster has no machine with a CPU to run on; expected at least one")
+        raise UserError("the Ray cluster has no machine with a CPU; expected at least one")
     gpus = [resources["GPU"] for resources in alive if resources.get("GPU", 0) >= 1]
     if gpus:
         return {"num_cpus": 1, "num_gpus": min(1.0, min(gpus) / jobs)}
     return {"num_cpus": max(1, int(min(resources["CPU"] for resources in alive) // jobs))}
 
 
-def run_on_cluster(board: Scheduler, jobs: int, changed: Changed) -> None:
-    """All runs that need not wait are Ray's to place; `jobs` is how many a machine has at once."""
+def run_on_cluster(scheduler: Scheduler, jobs: int, on_change: Callable[[], None]) -> None:
+    """Submits every run that is not blocked to Ray. `jobs`: runs at once on a machine."""
     ray = import_ray()
     connect(ray)
-    resources = share(ray.nodes(), jobs)
-    remote = ray.remote(max_retries=MAX_RETRIES - 1, **resources)(run_remotely)
-    settings = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    started: dict[Any, Task] = {}
+    resources = resources_per_run(ray.nodes(), jobs)
+    remote = ray.remote(max_retries=MAX_RETRIES - 1, **resources)(execute_remotely)
+    variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
+    context = (scheduler.stage_cache, Path.cwd(), variables, int(resources["num_cpus"]))
+    submitted: dict[Any, Run] = {}
     try:
-        while board:
-            while (task := board.next()) is not None:
-                started[remote.remote(task, Path.cwd(), settings, int(resources["num_cpus"]))] = task
-                changed()
-            # Ended runs are told; of those that wait for another's stage its end is not: look now and then.
-            ended, _ = ray.wait(list(started), timeout=1.0)
+        while scheduler:
+            while (run := scheduler.next()) is not None:
+                submitted[remote.remote(run, *context)] = run
+                on_change()
+            # Ray announces the end of runs but not of shared stages, so blocked runs are checked every second.
+            ended, _ = ray.wait(list(submitted), timeout=1.0)
             for reference in ended:
-                end(ray, board, started.pop(reference), reference)
-                changed()
+                end_run(ray, scheduler, submitted.pop(reference), reference)
+                on_change()
     finally:
-        for reference in started:
+        for reference in submitted:
             ray.cancel(reference, force=True)
 
 
-def end(ray: Any, board: Scheduler, task: Task, reference: Any) -> None:
+def end_run(ray: Any, scheduler: Scheduler, run: Run, reference: Any) -> None:
     try:
         ray.get(reference)
-    except Exception as error:  # Ray's own: the retries are used up, or the task could not even begin
-        task.run.fail(type(error).__name__, str(error))
-    board.end(task)
+    except Exception as error:  # raised by Ray: retries are exhausted, or the task could not start
+        run.fail(type(error).__name__, str(error))
+    scheduler.end(run)
 
 
-def run_remotely(task: Task, directory: Path, settings: dict[str, str], threads: int) -> None:
-    """In a worker of Ray's, on any machine."""
+def execute_remotely(
+    run: Run, stage_cache: StageCache, directory: Path, variables: dict[str, str], threads: int
+) -> None:
+    """Executes a run in a Ray worker on any machine. `directory`: working directory of the study."""
     import torch
 
-    shared = directory / task.run.directory.parent
-    if not directory.is_dir() or not shared.is_dir():
-        raise UserError(f"this machine does not see {directory} and {shared}; expected directories that all share")
-    os.environ.update(settings)
+    output = directory / run.directory.parent
+    if not directory.is_dir() or not output.is_dir():
+        raise UserError(f"this machine cannot read {directory} and {output}; expected directories on a shared disk")
+    os.environ.update(variables)
     os.chdir(directory)
     quiet_libraries()
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
-    run_task(task, teachers)
+    execute_run(run, stage_cache, teachers)

@@ -1,7 +1,4 @@
-"""The results of a study as files that anything reads: `results.json` and, as long-form rows, `results.sqlite`.
-
-What they hold is collected from the directories of the runs and from `evaluation`; docs/study.md has the schema.
-"""
+"""Collects the results of a study and writes `results.json` and `results.sqlite` (schema: docs/study.md)."""
 
 import json
 import sqlite3
@@ -15,12 +12,12 @@ from subquad.config import Recipe
 from subquad.distill.stage_cache import ORDER
 from subquad.evaluate.jobs import MATRICES
 from subquad.evaluate.results import Result
-from subquad.study.runs import Run, find_runs, read, run_directories
+from subquad.study.runs import Run, find_runs, read_json, unrelated_runs
 from subquad.utils import UserError, run_info, write_json_atomic
 
 RESULTS, DATABASE = "results.json", "results.sqlite"
 TASK = "held-out text"
-"""Task of the rows that every run measures of itself."""
+"""Task of the results that every run measures at its end."""
 RUN_COLUMNS = (
     "run",
     "digest",
@@ -39,52 +36,61 @@ RUN_COLUMNS = (
     "recipe",
     "error",
 )
-ROW_FIELDS = tuple(field.name for field in fields(Result) if field.name != "model")
-ROW_COLUMNS = ("run", "source", *ROW_FIELDS)
+RESULT_FIELDS = tuple(field.name for field in fields(Result) if field.name != "model")
+RESULT_COLUMNS = ("run", "source", *RESULT_FIELDS)
+INTEGER_COLUMNS = ("copy_qkv", "seed", "parameters", "tokens", "n", "length", "batch", "layer", "head")
+REAL_COLUMNS = ("seconds", "value", "stderr", "low", "high", "depth")
 
 
 def stage_names(recipe: Recipe) -> list[str]:
+    """The stages of a recipe, in order."""
     return [name for name in ORDER if getattr(recipe.stages, name) is not None]
 
 
-def table_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """The row of results of each finished run, under its name."""
-    return [{"run": run.name, **result["row"]} for run in runs if (result := run.result()) is not None]
+def run_results(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """The result of each finished run, with its name under `run`."""
+    return [{"run": run.name, **result} for run in runs if (result := run.result()) is not None]
+
+
+# ---------------------------------------------------------------------- writing
 
 
 def write_results(output: Path, runs: Sequence[Run]) -> None:
-    """Writes both files anew, each whole or not at all."""
-    states = [{"run": run.name, "state": run.state, "error": _short(run.error())} for run in runs]
-    head = {**run_info(), "recipe": [run.recipe.model_dump(mode="json") for run in runs]}
-    write_json_atomic(output / RESULTS, {**head, "runs": states, "rows": table_rows(runs)})
-    write_database(output / DATABASE, runs, evaluation_rows(output))
+    """Writes both files, each atomically."""
+    states = [{"run": run.name, "state": run.state, "error": full_error(run)} for run in runs]
+    recipes = [run.recipe.model_dump(mode="json") for run in runs]
+    content = {**run_info(), "recipes": recipes, "runs": states, "results": run_results(runs)}
+    write_json_atomic(output / RESULTS, content)
+    write_database(output / DATABASE, runs, evaluation_results(output))
 
 
-def _short(error: dict[str, Any] | None) -> str | None:
+def full_error(run: Run) -> str | None:
+    """The type and the whole message of a failed run."""
+    error = run.error()
     return None if error is None else f"{error['type']}: {error['message']}"
 
 
-def write_database(path: Path, runs: Sequence[Run], rows: Sequence[Result]) -> None:
-    """`runs`, one row a run, and `rows`, one a measured number."""
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    with sqlite3.connect(part) as base:
-        base.execute(f"CREATE TABLE runs ({', '.join(_typed(name) for name in RUN_COLUMNS)}, PRIMARY KEY (run))")
-        base.execute(f"CREATE TABLE rows ({', '.join(_typed(name) for name in ROW_COLUMNS)})")
-        base.executemany(_insert("runs", RUN_COLUMNS), [run_record(run) for run in runs])
-        own = [record for run in runs for record in own_records(run)]
-        strangers = run_directories(path.parent) - {run.name for run in runs}
-        known = [row for row in rows if row.model not in strangers]
-        others = [(row.model, "evaluation", *(getattr(row, name) for name in ROW_FIELDS)) for row in known]
-        base.executemany(_insert("rows", ROW_COLUMNS), own + others)
-    base.close()
-    part.replace(path)
+def write_database(path: Path, runs: Sequence[Run], evaluated: Sequence[Result]) -> None:
+    """Writes the tables `runs`, one row for each run, and `results`, one row for each measured number."""
+    unrelated = unrelated_runs(path.parent, runs)
+    records = [record for run in runs for record in result_records(run)]
+    for result in evaluated:
+        if result.model not in unrelated:
+            records.append((result.model, "evaluation", *(getattr(result, name) for name in RESULT_FIELDS)))
+    partial = path.with_name(path.name + ".part")
+    partial.unlink(missing_ok=True)
+    with sqlite3.connect(partial) as database:
+        database.execute(f"CREATE TABLE runs ({_declare(RUN_COLUMNS)}, PRIMARY KEY (run))")
+        database.execute(f"CREATE TABLE results ({_declare(RESULT_COLUMNS)})")
+        database.executemany(_insert("runs", RUN_COLUMNS), [run_record(run) for run in runs])
+        database.executemany(_insert("results", RESULT_COLUMNS), records)
+    database.close()
+    partial.replace(path)
 
 
-def _typed(name: str) -> str:
-    whole = ("copy_qkv", "seed", "parameters", "tokens", "n", "length", "batch", "layer", "head")
-    real = ("seconds", "value", "stderr", "low", "high", "depth")
-    return f"{name} {'INTEGER' if name in whole else 'REAL' if name in real else 'TEXT'}"
+def _declare(columns: Sequence[str]) -> str:
+    types = dict.fromkeys(INTEGER_COLUMNS, "INTEGER") | dict.fromkeys(REAL_COLUMNS, "REAL")
+    return ", ".join(f"{name} {types.get(name, 'TEXT')}" for name in columns)
 
 
 def _insert(table: str, columns: Sequence[str]) -> str:
@@ -92,8 +98,8 @@ def _insert(table: str, columns: Sequence[str]) -> str:
 
 
 def run_record(run: Run) -> tuple[Any, ...]:
-    recipe, result = run.recipe, run.result() or {}
-    row = result.get("row", {})
+    """The row of a run in the table `runs`."""
+    recipe, info, result = run.recipe, run.info() or {}, run.result() or {}
     values = {
         "run": run.name,
         "digest": recipe.digest(),
@@ -103,61 +109,64 @@ def run_record(run: Run) -> tuple[Any, ...]:
         "stages": ",".join(stage_names(recipe)),
         "copy_qkv": int(recipe.student.copy_qkv),
         "seed": recipe.seed,
-        "parameters": row.get("parameters"),
-        "tokens": row.get("tokens"),
-        "seconds": row.get("seconds"),
-        "device": result.get("device"),
-        "commit_hash": result.get("commit"),
-        "versions": json.dumps(result.get("versions")) if result else None,
+        "parameters": result.get("parameters"),
+        "tokens": result.get("tokens"),
+        "seconds": result.get("seconds"),
+        "device": info.get("device"),
+        "commit_hash": info.get("commit"),
+        "versions": json.dumps(info.get("versions")) if info else None,
         "recipe": json.dumps(recipe.model_dump(mode="json")),
-        "error": _short(run.error()),
+        "error": full_error(run),
     }
     return tuple(values[name] for name in RUN_COLUMNS)
 
 
-def own_records(run: Run) -> list[tuple[Any, ...]]:
-    """What a finished run measured of itself, in long form."""
-    row = (run.result() or {}).get("row", {})
-    about = {"task": TASK, "teacher": run.recipe.teacher}
-    found = []
-    for metric, value in row.items():
+def result_records(run: Run) -> list[tuple[Any, ...]]:
+    """The rows of the table `results` that a finished run measured itself."""
+    records = []
+    for metric, value in (run.result() or {}).items():
         if metric not in RUN_COLUMNS and isinstance(value, int | float) and not isinstance(value, bool):
-            record = {**about, "metric": metric, "value": float(value)}
-            found.append((run.name, "run", *(record.get(name) for name in ROW_FIELDS)))
-    return found
+            values = {"task": TASK, "teacher": run.recipe.teacher, "metric": metric, "value": float(value)}
+            records.append((run.name, "run", *(values.get(name) for name in RESULT_FIELDS)))
+    return records
 
 
-def evaluation_rows(output: Path) -> list[Result]:
-    """Of all evaluations beside the runs; a teacher that was measured in several stands there once."""
-    found: dict[tuple[Any, ...], Result] = {}
+# ---------------------------------------------------------------------- reading
+
+
+def evaluation_results(output: Path) -> list[Result]:
+    """The results of all evaluations of the study. A teacher that was evaluated several times appears once."""
+    results: dict[tuple[Any, ...], Result] = {}
     for path in sorted(output.glob(f"evaluation*/{RESULTS}")):
-        for values in (read(path) or {}).get("rows", []):
-            row = Result.from_dict(values)
-            found.setdefault(row.subject, row)
-    return list(found.values())
+        for values in (read_json(path) or {}).get("rows", []):
+            result = Result.from_dict(values)
+            results.setdefault(result.subject, result)
+    return list(results.values())
 
 
-def kept_matrices(output: Path) -> dict[str, Beside]:
-    """By the name of its run, matrices of a student beside its teacher's."""
-    found = {}
+def saved_matrices(output: Path) -> dict[str, Beside]:
+    """The saved mixing matrices of student and teacher, by the name of the run."""
+    matrices = {}
     for path in sorted(output.glob(f"evaluation*/{MATRICES}/*.json")):
-        kept = read(path)
-        if kept is not None:
-            found[path.stem] = unpack(kept["heads"])
-    return found
+        content = read_json(path)
+        if content is not None:
+            matrices[path.stem] = unpack(content["heads"])
+    return matrices
 
 
 def read_study(output: Path) -> list[Run]:
-    """The runs of the study in `output`: those of the recipe it was last run with.
+    """The runs of the recipe with which the study in `output` was last run.
 
     Raises:
-        UserError: there is no study.
+        UserError: `output` holds no study, or one of another version.
     """
-    written = read(output / RESULTS)
-    if written is None or "rows" not in written:
+    content = read_json(output / RESULTS)
+    if content is None or "runs" not in content:
         raise UserError(f"{str(output)!r} holds no results.json; expected the directory of a study (subquad study)")
     try:
-        recipes = [Recipe.model_validate(recipe) for recipe in written["recipe"]]
-    except ValueError:
-        raise UserError(f"{output / RESULTS} is of another version of Subquad; run `subquad study` here once") from None
+        recipes = [Recipe.model_validate(recipe) for recipe in content["recipes"]]
+    except (KeyError, ValueError):
+        raise UserError(
+            f"{output / RESULTS} was written by another version of Subquad; run `subquad study` here once"
+        ) from None
     return find_runs(recipes, output)

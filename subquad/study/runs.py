@@ -1,6 +1,6 @@
-"""Where the runs of a study lie: a run is found by the recipe in its directory, whatever that is called.
+"""The runs of a study as directories. A run is identified by the `recipe.yaml` in its directory, not by its name.
 
-Reads directories; runs nothing.
+Reads directories; trains nothing.
 """
 
 import json
@@ -13,7 +13,7 @@ from subquad.config import Recipe, load_recipe, run_name
 from subquad.utils import UserError, write_json_atomic, write_text_atomic
 
 State = Literal["finished", "failed", "unfinished", "new"]
-RECIPE, RESULT, ERROR = "recipe.yaml", "result.json", "error.json"
+RECIPE, RESULT, ERROR, METRICS = "recipe.yaml", "result.json", "error.json", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -29,30 +29,41 @@ class Run:
 
     @property
     def state(self) -> State:
-        """`failed` until it is tried again; `unfinished` where it was cut off, or is running."""
+        """`failed` until the run is retried; `unfinished` if it was interrupted or is running."""
         if (self.directory / RESULT).exists():
             return "finished"
         if (self.directory / ERROR).exists():
             return "failed"
         return "unfinished" if (self.directory / RECIPE).exists() else "new"
 
+    def info(self) -> dict[str, Any] | None:
+        """The content of `result.json`: the result with versions, commit and device; None unless finished."""
+        return read_json(self.directory / RESULT)
+
     def result(self) -> dict[str, Any] | None:
-        """What stands in `result.json`: the row, and the versions, commit and device behind it."""
-        return read(self.directory / RESULT)
+        """The metrics of a finished run by name; None unless finished."""
+        info = self.info()
+        return None if info is None else info["row"]
 
     def error(self) -> dict[str, Any] | None:
         """`type`, `message` and `traceback` of a failed run."""
-        return None if self.state == "finished" else read(self.directory / ERROR)
+        return None if self.state == "finished" else read_json(self.directory / ERROR)
 
-    def fail(self, kind: str, message: str, traceback: str = "") -> None:
-        """Leaves why the run failed, in its directory."""
+    def error_line(self) -> str | None:
+        """The type and the first line of the message of a failed run."""
+        error = self.error()
+        return None if error is None else f"{error['type']}: {str(error['message']).partition(chr(10))[0]}"
+
+    def fail(self, error_type: str, message: str, traceback: str = "") -> None:
+        """Writes `error.json` to the run's directory."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if not (self.directory / RECIPE).exists():
             write_text_atomic(self.directory / RECIPE, self.recipe.to_yaml())
-        write_json_atomic(self.directory / ERROR, {"type": kind, "message": message, "traceback": traceback})
+        write_json_atomic(self.directory / ERROR, {"type": error_type, "message": message, "traceback": traceback})
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file; None if it is missing or invalid."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -60,41 +71,46 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def find_runs(recipes: Sequence[Recipe], output: Path) -> list[Run]:
-    """The run of each recipe below `output`.
+    """Returns the run of each recipe below `output`.
 
-    One that has a directory there keeps it, whatever its name. A new one gets `run_name`, with eight digits of its
-    recipe's digest behind it where that name is taken.
+    A recipe that already has a directory keeps it, whatever its name. A new run is named by `run_name`; if that name is
+    taken, eight digits of the recipe's digest are appended.
 
     Raises:
         UserError: `output` is a file.
     """
     if output.exists() and not output.is_dir():
-        raise UserError(f"output {str(output)!r} is a file; expected a directory, new or of a study")
+        raise UserError(f"output: got the file {str(output)!r}, expected a new directory or that of a study")
     known: dict[str, Path] = {}
-    for written in sorted(output.glob(f"*/{RECIPE}"), key=lambda path: (not (path.parent / RESULT).exists(), path)):
-        known.setdefault(written.read_text(), written.parent)
+    for path in sorted(output.glob(f"*/{RECIPE}"), key=lambda path: (not (path.parent / RESULT).exists(), path)):
+        known.setdefault(path.read_text(), path.parent)
     runs, taken = [], {path.name for path in output.glob("*") if path.is_file() or any(path.iterdir())}
     for recipe in recipes:
-        place = known.get(recipe.to_yaml())
-        if place is None:
+        directory = known.get(recipe.to_yaml())
+        if directory is None:
             name = run_name(recipe, recipes)
-            place = output / (f"{name}-{recipe.digest()[:8]}" if name in taken else name)
-            taken.add(place.name)
-        runs.append(Run(recipe, place))
+            directory = output / (f"{name}-{recipe.digest()[:8]}" if name in taken else name)
+            taken.add(directory.name)
+        runs.append(Run(recipe, directory))
     return runs
 
 
 def run_directories(output: Path) -> set[str]:
-    """Names of all directories of runs, also of recipes that the study no longer has."""
+    """Names of all run directories below `output`, including those of recipes that the study no longer contains."""
     return {path.parent.name for path in output.glob(f"*/{RECIPE}")}
 
 
 def all_runs(output: Path) -> list[Run]:
-    """The runs of those directories."""
-    found = []
+    """The runs of all run directories below `output` whose recipe this version can read."""
+    runs = []
     for name in sorted(run_directories(output)):
         try:
-            found.append(Run(load_recipe(output / name / RECIPE), output / name))
-        except UserError:  # of another version
+            runs.append(Run(load_recipe(output / name / RECIPE), output / name))
+        except UserError:
             continue
-    return found
+    return runs
+
+
+def unrelated_runs(output: Path, runs: Sequence[Run]) -> set[str]:
+    """Names of run directories below `output` that do not belong to `runs`."""
+    return run_directories(output) - {run.name for run in runs}

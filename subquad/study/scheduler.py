@@ -1,48 +1,55 @@
-"""Which runs of a study may start: not two at once that would train the same stage. Starts none itself."""
+"""Decides which runs of a study may start: no two runs that would train the same shared stage at once."""
 
 from collections.abc import Iterable
 
-from subquad.study.execute import Task
+from subquad.distill.pipeline import stage_keys
+from subquad.distill.stage_cache import StageCache
+from subquad.study.runs import Run
 
 MAX_RETRIES = 3
-"""So often a run's process may die before the run counts as failed."""
+"""Worker exits after which a run counts as failed."""
 
 
 class Scheduler:
-    """The tasks of a study, each waiting, running or ended."""
+    """The runs of a study, each waiting, running or ended. Starts no process."""
 
-    def __init__(self, tasks: Iterable[Task]):
-        self.waiting = list(tasks)
-        self.running: list[Task] = []
-        self.deaths: dict[str, int] = {}
+    def __init__(self, runs: Iterable[Run], stage_cache: StageCache):
+        self.waiting = list(runs)
+        self.running: list[Run] = []
+        self.stage_cache = stage_cache
+        self.worker_exits: dict[str, int] = {}
 
     def __bool__(self) -> bool:
-        """Whether anything is left to do."""
+        """Whether any run is waiting or running."""
         return bool(self.waiting or self.running)
 
-    def next(self) -> Task | None:
-        """Starts the first that need not wait for a stage that another is training; None where there is none."""
-        for task in self.waiting:
-            if not self._waits(task):
-                self.waiting.remove(task)
-                self.running.append(task)
-                return task
+    def next(self) -> Run | None:
+        """Marks the first waiting run that is not blocked as running and returns it; None if there is none."""
+        for run in self.waiting:
+            if not self._is_blocked(run):
+                self.waiting.remove(run)
+                self.running.append(run)
+                return run
         return None
 
-    def _waits(self, task: Task) -> bool:
-        missing = {key for key in task.common() if not task.shared.has(key)}
-        return any(missing & set(other.common()) for other in self.running)
+    def shared_keys(self, run: Run) -> list[str]:
+        """Keys of the run's stages that other runs share, in stage order."""
+        return [key for key in stage_keys(run.recipe).values() if key in self.stage_cache.wanted]
 
-    def end(self, task: Task) -> None:
-        """Of one that ran to its end or its error."""
-        self.running.remove(task)
+    def _is_blocked(self, run: Run) -> bool:
+        missing = {key for key in self.shared_keys(run) if not self.stage_cache.has(key)}
+        return any(missing & set(self.shared_keys(other)) for other in self.running)
 
-    def on_worker_exit(self, task: Task, how: str) -> None:
-        """Of one whose process was killed: it goes on from its last checkpoint, unless that happens again and again."""
-        self.running.remove(task)
-        name = task.run.name
-        self.deaths[name] = self.deaths.get(name, 0) + 1
-        if self.deaths[name] < MAX_RETRIES:
-            self.waiting.insert(0, task)
+    def end(self, run: Run) -> None:
+        """Records that a run finished or failed."""
+        self.running.remove(run)
+
+    def on_worker_exit(self, run: Run, reason: str) -> None:
+        """Queues a run whose process was killed again, to resume from its last checkpoint; fails it after
+        `MAX_RETRIES` exits."""
+        self.running.remove(run)
+        self.worker_exits[run.name] = self.worker_exits.get(run.name, 0) + 1
+        if self.worker_exits[run.name] < MAX_RETRIES:
+            self.waiting.insert(0, run)
         else:
-            task.run.fail("WorkerDied", f"its process died {MAX_RETRIES} times, at last {how}; is there memory enough?")
+            run.fail("WorkerDied", f"its process exited {MAX_RETRIES} times, last {reason}; is there enough memory?")

@@ -1,4 +1,4 @@
-"""A tiny teacher, its text and a recipe for all tests of studies."""
+"""A tiny recipe and a cache directory for all tests of studies."""
 
 import pytest
 from workshop import tiny_recipe
@@ -10,5 +10,5 @@ def study_recipe(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
+def _cache_directory(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

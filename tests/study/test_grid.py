@@ -1,7 +1,6 @@
-"""A study in its directory: which runs there are, what is done again, what is shared, and what a failure costs."""
+"""A study and its directory: run identity, shared stages, failures, results, evaluation and the lock."""
 
 import json
-import os
 import sqlite3
 import subprocess
 import sys
@@ -17,92 +16,85 @@ from subquad.distill.progress import read_jsonl
 from subquad.distill.stage_cache import StageCache
 from subquad.evaluate import command
 from subquad.evaluate.runner import ResultCache
-from subquad.study import execute as work
-from subquad.study import local_engine as processes
-from subquad.study import lock
-from subquad.study.grid import describe_plan, run_study, shared_stages
+from subquad.modeling import teachers
+from subquad.study import local_engine, lock
+from subquad.study.grid import describe_remaining_work, run_study
 from subquad.study.lock import StudyLock
-from subquad.study.ray_engine import share
 from subquad.study.runs import find_runs
-from subquad.study.scheduler import MAX_RETRIES, Scheduler
 from subquad.study.table import format_study
 from subquad.utils import UserError
 
 SHORT = ["stages.matrix.tokens=128", "stages.hidden.tokens=192", "stages.end_to_end.tokens=128"]
-TWO_ENDS = "stages.end_to_end=[{tokens: 128, lr: 1e-3, batch_size: 2}, {tokens: 192, lr: 1e-3, batch_size: 2}]"
+TWO_LAST_STAGES = "stages.end_to_end=[{tokens: 128, lr: 1e-3, batch_size: 2}, {tokens: 192, lr: 1e-3, batch_size: 2}]"
 
 
-def weights(place):
-    return load_file(place / "model.safetensors")
-
-
-def same(one, other):
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def same_weights(one, other):
+    a, b = (load_file(directory / "model.safetensors") for directory in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """The stages that are trained, as (directory, stage)."""
+def trained_stages(monkeypatch):
+    """The stages that are trained, as (run name, stage)."""
     trained = []
     train = pipeline.train_stage
 
-    def count(name, stage, recipe, output, *rest):
+    def record(name, stage, recipe, output, *rest):
         trained.append((output.name, name))
         return train(name, stage, recipe, output, *rest)
 
-    monkeypatch.setattr(pipeline, "train_stage", count)
+    monkeypatch.setattr(pipeline, "train_stage", record)
     return trained
 
 
-def test_a_changed_recipe_runs_only_what_is_new(study_recipe, tmp_path, counted):
-    alone = ["stages.matrix=null", "stages.end_to_end=null", "stages.hidden.tokens=128"]
-    rows = run_study(load_study(study_recipe, [*alone, "student.mixer=[gla, retnet]"]), tmp_path)
-    assert [row["run"] for row in rows] == ["gla", "retnet"]
-    assert counted == [("gla", "hidden"), ("retnet", "hidden")]
-    counted.clear()
-    more = load_study(study_recipe, [*alone, "student.mixer=[gla, retnet]", "seed=[0, 1]"])
-    rows = run_study(more, tmp_path)
-    assert [row["run"] for row in rows] == ["gla", "gla-seed=1", "retnet", "retnet-seed=1"]
-    assert [name for name, _ in counted] == ["gla-seed=1", "retnet-seed=1"]
-    counted.clear()
-    changed = load_study(study_recipe, [*alone, "student.mixer=gla", "stages.hidden.lr=2e-3"])
-    (row,) = run_study(changed, tmp_path)
-    assert row["run"] == f"gla-{changed[0].digest()[:8]}"
-    assert len(counted) == 1
-    counted.clear()
+def test_a_changed_recipe_trains_only_new_runs(study_recipe, tmp_path, trained_stages):
+    hidden_only = ["stages.matrix=null", "stages.end_to_end=null", "stages.hidden.tokens=128"]
+    results = run_study(load_study(study_recipe, [*hidden_only, "student.mixer=[gla, retnet]"]), tmp_path)
+    assert [result["run"] for result in results] == ["gla", "retnet"]
+    assert trained_stages == [("gla", "hidden"), ("retnet", "hidden")]
+    trained_stages.clear()
+    more = load_study(study_recipe, [*hidden_only, "student.mixer=[gla, retnet]", "seed=[0, 1]"])
+    results = run_study(more, tmp_path)
+    assert [result["run"] for result in results] == ["gla", "gla-seed=1", "retnet", "retnet-seed=1"]
+    assert [name for name, _ in trained_stages] == ["gla-seed=1", "retnet-seed=1"]
+    trained_stages.clear()
+    changed = load_study(study_recipe, [*hidden_only, "student.mixer=gla", "stages.hidden.lr=2e-3"])
+    (result,) = run_study(changed, tmp_path)
+    assert result["run"] == f"gla-{changed[0].digest()[:8]}"
+    assert len(trained_stages) == 1
+    trained_stages.clear()
     (tmp_path / "gla").rename(tmp_path / "renamed")
-    rows = run_study(load_study(study_recipe, [*alone, "student.mixer=[gla, retnet]"]), tmp_path)
-    assert [row["run"] for row in rows] == ["renamed", "retnet"]
-    assert counted == []
+    results = run_study(load_study(study_recipe, [*hidden_only, "student.mixer=[gla, retnet]"]), tmp_path)
+    assert [result["run"] for result in results] == ["renamed", "retnet"]
+    assert trained_stages == []
 
 
-def test_shared_stages_are_trained_once_and_change_nothing(study_recipe, tmp_path, counted):
-    recipes = load_study(study_recipe, [*SHORT[:2], TWO_ENDS])
-    places = [run.directory for run in find_runs(recipes, tmp_path / "study")]
+def test_shared_stages_are_trained_once_and_give_the_same_students(study_recipe, tmp_path, trained_stages):
+    recipes = load_study(study_recipe, [*SHORT[:2], TWO_LAST_STAGES])
+    directories = [run.directory for run in find_runs(recipes, tmp_path / "study")]
     run_study(recipes, tmp_path / "study")
-    first, second = (place.name for place in places)
-    assert counted == [(first, "matrix"), (first, "hidden"), (first, "end_to_end"), (second, "end_to_end")]
+    first, second = (directory.name for directory in directories)
+    assert trained_stages == [(first, "matrix"), (first, "hidden"), (first, "end_to_end"), (second, "end_to_end")]
     assert not (tmp_path / "study" / ".stages").exists()
-    for recipe, place in zip(recipes, places, strict=True):
-        pipeline.distill(recipe, tmp_path / "alone")
-        assert same(tmp_path / "alone", place)
-        lines = [
-            [(r["stage"], r["step"], r["loss"]) for r in read_jsonl(p / "metrics.jsonl")]
-            for p in (tmp_path / "alone", place)
+    for recipe, directory in zip(recipes, directories, strict=True):
+        alone = tmp_path / f"alone-{directory.name}"
+        pipeline.distill(recipe, alone)
+        assert same_weights(alone, directory)
+        losses = [
+            [(line["stage"], line["step"], line["loss"]) for line in read_jsonl(path / "metrics.jsonl")]
+            for path in (alone, directory)
         ]
-        assert lines[0] == lines[1]
-        (tmp_path / "alone").rename(tmp_path / f"alone-{place.name}")
+        assert losses[0] == losses[1]
 
 
-def test_stages_are_shared_by_those_alone_that_have_all_before_them_in_common(study_recipe):
+def test_stage_keys_depend_on_everything_up_to_the_stage(study_recipe):
     def keys(*overrides):
         (recipe,) = load_study(study_recipe, overrides)
         return pipeline.stage_keys(recipe)
 
-    plain = keys()
+    base = keys()
     longer = keys("stages.end_to_end.tokens=4096")
-    assert [plain[name] == longer[name] for name in pipeline.ORDER] == [True, True, False]
+    assert [base[name] == longer[name] for name in pipeline.ORDER] == [True, True, False]
     for other in (
         "seed=1",
         "student.copy_qkv=false",
@@ -110,21 +102,21 @@ def test_stages_are_shared_by_those_alone_that_have_all_before_them_in_common(st
         "stages.matrix.lr=1",
         "evaluation.eval_tokens=64",
     ):
-        assert not set(plain.values()) & set(keys(other).values())
-    # Past UNIGRAM_TOKENS an epoch is as long as the run, and so is the order of its rows.
-    assert not set(plain.values()) & set(keys("stages.end_to_end.tokens=300000").values())
+        assert not set(base.values()) & set(keys(other).values())
+    # Beyond UNIGRAM_TOKENS the length of an epoch, and with it the order of the rows, depends on the whole run.
+    assert not set(base.values()) & set(keys("stages.end_to_end.tokens=300000").values())
 
 
-def test_a_run_that_has_come_further_takes_nothing(tmp_path):
-    shared = StageCache(tmp_path / "stages", frozenset({"a", "b"}))
+def test_a_later_stage_of_the_run_is_not_replaced_by_a_cached_one(tmp_path):
+    stage_cache = StageCache(tmp_path / "stages", frozenset({"a", "b"}))
     (tmp_path / "stages" / "a").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "hidden-done").mkdir(parents=True)
-    shared.restore({"matrix": "a", "hidden": "b"}, tmp_path / "run")
+    stage_cache.restore({"matrix": "a", "hidden": "b"}, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["hidden-done"]
 
 
-def test_a_failed_run_is_shown_and_stops_no_other(study_recipe, tmp_path, capsys, monkeypatch):
-    distill = work.distill
+def test_a_failed_run_is_reported_and_does_not_stop_others(study_recipe, tmp_path, capsys, monkeypatch):
+    distill = pipeline.distill
 
     def fail(recipe, *rest):
         if recipe.student.mixer == "gla":
@@ -134,7 +126,7 @@ def test_a_failed_run_is_shown_and_stops_no_other(study_recipe, tmp_path, capsys
     argv = ["study", str(study_recipe), "-o", str(tmp_path / "s"), "--set", "student.mixer=[gla, retnet]"]
     argv += [part for text in SHORT for part in ("--set", text)]
     with monkeypatch.context() as patch:
-        patch.setattr(work, "distill", fail)
+        patch.setattr(pipeline, "distill", fail)
         assert main(argv) == 1
     out = capsys.readouterr().out
     assert "gla failed: RuntimeError: no luck" in out
@@ -143,7 +135,7 @@ def test_a_failed_run_is_shown_and_stops_no_other(study_recipe, tmp_path, capsys
     assert (error["type"], error["message"]) == ("RuntimeError", "no luck\ntoday")
     assert "in fail" in error["traceback"]
     results = json.loads((tmp_path / "s" / "results.json").read_text())
-    assert [row["run"] for row in results["rows"]] == ["retnet"]
+    assert [result["run"] for result in results["results"]] == ["retnet"]
     assert [state["state"] for state in results["runs"]] == ["failed", "finished"]
     assert main([*argv, "--show"]) == 1
     shown = capsys.readouterr().out
@@ -154,98 +146,98 @@ def test_a_failed_run_is_shown_and_stops_no_other(study_recipe, tmp_path, capsys
     assert [run.state for run in find_runs(load_study(study_recipe, SHORT), tmp_path / "s")] == ["finished"]
 
 
-def test_results_are_a_database(study_recipe, tmp_path):
-    rows = run_study(load_study(study_recipe, [*SHORT, "seed=[0,1]"]), tmp_path)
-    with sqlite3.connect(tmp_path / "results.sqlite") as base:
-        runs = base.execute("SELECT run, state, mixer, stages, seed, tokens FROM runs ORDER BY seed").fetchall()
-        found = base.execute("SELECT value FROM rows WHERE metric = 'perplexity' ORDER BY run").fetchall()
-        mean = base.execute(
-            "SELECT mixer, avg(value), count(*) FROM rows JOIN runs USING (run) WHERE metric = 'kl' GROUP BY mixer"
+def test_results_are_written_to_a_database(study_recipe, tmp_path):
+    results = run_study(load_study(study_recipe, [*SHORT, "seed=[0,1]"]), tmp_path)
+    with sqlite3.connect(tmp_path / "results.sqlite") as database:
+        runs = database.execute("SELECT run, state, mixer, stages, seed, tokens FROM runs ORDER BY seed").fetchall()
+        values = database.execute("SELECT value FROM results WHERE metric = 'perplexity' ORDER BY run").fetchall()
+        mean = database.execute(
+            "SELECT mixer, avg(value), count(*) FROM results JOIN runs USING (run) WHERE metric = 'kl' GROUP BY mixer"
         ).fetchone()
     assert [run[1:5] for run in runs] == [("finished", "gla", "matrix,hidden,end_to_end", seed) for seed in (0, 1)]
-    assert [value for (value,) in found] == [row["perplexity"] for row in rows]
-    assert mean == ("gla", pytest.approx(sum(row["kl"] for row in rows) / 2), 2)
+    assert [value for (value,) in values] == [result["perplexity"] for result in results]
+    assert mean == ("gla", pytest.approx(sum(result["kl"] for result in results) / 2), 2)
 
 
-def test_evaluation_joins_the_results(study_recipe, tmp_path, capsys):
+def test_evaluation_results_are_in_the_database(study_recipe, tmp_path, capsys):
     argv = ["study", str(study_recipe), "-o", str(tmp_path / "s"), "--evaluate", "language"]
     argv += [part for text in SHORT for part in ("--set", text)]
     assert main(argv) == 0, capsys.readouterr()
-    with sqlite3.connect(tmp_path / "s" / "results.sqlite") as base:
-        models = base.execute("SELECT DISTINCT run FROM rows WHERE source = 'evaluation'").fetchall()
+    with sqlite3.connect(tmp_path / "s" / "results.sqlite") as database:
+        models = database.execute("SELECT DISTINCT run FROM results WHERE source = 'evaluation'").fetchall()
     assert {"gla", "teacher"} <= {name for (name,) in models}
     assert main([*argv[:-1], "seed=[0,1]", "--evaluate", "nonsense"]) == 2
-    assert "unknown suite 'nonsense'" in capsys.readouterr().err
+    assert "'nonsense'" in capsys.readouterr().err
 
 
-def test_an_evaluation_holds_one_student_at_a_time_and_measures_the_teacher_once(study_recipe, tmp_path, monkeypatch):
-    asked, computed = [], []
-    run, compute = command.run, ResultCache.run
+def test_students_are_evaluated_one_at_a_time_and_the_teacher_once(study_recipe, tmp_path, monkeypatch):
+    model_counts, computed = [], []
+    evaluate, compute = command.run, ResultCache.run
 
-    def one_by_one(models, **rest):
-        asked.append(len(models))
-        return run(models, **rest)
+    def count_models(models, **rest):
+        model_counts.append(len(models))
+        return evaluate(models, **rest)
 
-    def note(self, part):
-        computed.append(part.name)
-        compute(self, part)
+    def record_job(self, job):
+        computed.append(job.name)
+        compute(self, job)
 
-    monkeypatch.setattr(command, "run", one_by_one)
-    monkeypatch.setattr(ResultCache, "run", note)
+    monkeypatch.setattr(command, "run", count_models)
+    monkeypatch.setattr(ResultCache, "run", record_job)
     recipes = load_study(study_recipe, [*SHORT, "seed=[0,1]"])
     run_study(recipes, tmp_path, suites=["language"])
-    assert asked == [1, 1]
+    assert model_counts == [1, 1]
     assert len(computed) == len(set(computed)) == 4  # two students, the teacher, its unigram
     rows = json.loads((tmp_path / "evaluation" / "results.json").read_text())["rows"]
     assert len({row["model"] for row in rows}) == 3
     assert len({(row["model"], row["metric"]) for row in rows}) == len(rows)
 
 
-def test_a_plan_tells_tokens_and_invents_no_time(study_recipe, tmp_path, capsys):
-    argv = ["study", str(study_recipe), "-o", str(tmp_path / "s"), "--dry-run", "--set", TWO_ENDS]
+def test_dry_run_lists_tokens_and_does_not_invent_a_time(study_recipe, tmp_path, capsys):
+    argv = ["study", str(study_recipe), "-o", str(tmp_path / "s"), "--dry-run", "--set", TWO_LAST_STAGES]
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert not (tmp_path / "s").exists()
-    # both need matrix (512) and hidden (768), which are trained once
+    # Both runs need matrix (512 tokens) and hidden (768 tokens), which are trained once.
     assert "2 runs, 2 to do, 2k tokens; time unknown" in out
     assert [line.split()[-2:] for line in out.splitlines()[1:3]] == [["1k", "unknown"], ["192", "unknown"]]
-    recipes = load_study(study_recipe, [TWO_ENDS])
+    recipes = load_study(study_recipe, [TWO_LAST_STAGES])
     run_study(recipes[:1], tmp_path / "s")
-    plan = describe_plan(recipes, tmp_path / "s")
-    assert "2 runs, 1 to do" in plan
-    assert "of training at the speed that runs here have shown" in plan
+    description = describe_remaining_work(recipes, tmp_path / "s")
+    assert "2 runs, 1 to do" in description
+    assert "of training at the speed measured in this directory" in description
 
 
-def test_what_is_wrong_is_told_before_anything_is_loaded(study_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(work, "load_teacher", lambda *a: pytest.fail("loaded a teacher"))
+def test_invalid_arguments_are_refused_before_a_teacher_is_loaded(study_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(teachers, "load_teacher", lambda *a: pytest.fail("loaded a teacher"))
     recipes = load_study(study_recipe)
     with pytest.raises(UserError, match="jobs: got 0"):
         run_study(recipes, tmp_path / "s", jobs=0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="output: got the file"):
         run_study(recipes, tmp_path / "file")
-    with pytest.raises(UserError, match="neither a file"):
+    with pytest.raises(UserError, match="nowhere"):
         run_study(load_study(study_recipe, ["teacher=nowhere"]), tmp_path / "s")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"subquad\[cluster\]"):
         run_study(recipes, tmp_path / "s", engine="ray")
 
 
-def test_tensorboard_gets_every_run(study_recipe, tmp_path):
+def test_every_run_reports_to_tensorboard(study_recipe, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     short = ["stages.matrix=null", "stages.end_to_end=null", "stages.hidden.tokens=192", "report_to=tensorboard"]
-    for row in run_study(load_study(study_recipe, [*short, "seed=[0,1]"]), tmp_path):
-        events = EventAccumulator(str(tmp_path / row["run"] / "tensorboard" / "hidden"))
+    for result in run_study(load_study(study_recipe, [*short, "seed=[0,1]"]), tmp_path):
+        events = EventAccumulator(str(tmp_path / result["run"] / "tensorboard" / "hidden"))
         events.Reload()
-        logged = [r["loss"] for r in read_jsonl(tmp_path / row["run"] / "metrics.jsonl")]
+        logged = [line["loss"] for line in read_jsonl(tmp_path / result["run"] / "metrics.jsonl")]
         assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)
 
 
 # ---------------------------------------------------------------------- the lock
 
-HOLD = """
+HOLD_LOCK = """
 import sys, time
 from pathlib import Path
 from subquad.study.lock import StudyLock
@@ -255,113 +247,25 @@ with StudyLock(Path(sys.argv[1])):
 """
 
 
-def test_a_directory_in_use_is_refused_until_its_holder_is_killed(study_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "PATIENCE", 0.3)
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+def test_a_locked_directory_is_refused_until_its_owner_is_killed(study_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "TIMEOUT", 0.3)
+    owner = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"another study is at work in .*process {holder.pid}"):
+        assert owner.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {owner.pid}"):
             run_study(load_study(study_recipe), tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
     finally:
-        holder.kill()
-        holder.wait()
+        owner.kill()
+        owner.wait()
     with StudyLock(tmp_path):
         pass
 
 
-# ---------------------------------------------------------------------- which may run at once
-
-
-def tasks(study_recipe, output, *overrides):
-    runs = find_runs(load_study(study_recipe, overrides), output)
-    shared = shared_stages(runs, output)
-    return [work.Task(run, shared) for run in runs]
-
-
-def test_a_run_waits_for_a_stage_that_another_trains(study_recipe, tmp_path):
-    one, two = tasks(study_recipe, tmp_path, TWO_ENDS)
-    (other,) = tasks(study_recipe, tmp_path, "student.mixer=retnet")
-    board = Scheduler([one, two, other])
-    assert board.next() is one
-    assert board.next() is other
-    assert board.next() is None
-    for key in one.common():
-        (one.shared.directory / key).mkdir(parents=True)
-    assert board.next() is two
-    for task in (one, two, other):
-        board.end(task)
-    assert not board
-
-
-def test_a_run_whose_process_dies_again_and_again_has_failed(study_recipe, tmp_path):
-    (task,) = tasks(study_recipe, tmp_path)
-    board = Scheduler([task])
-    for _ in range(MAX_RETRIES):
-        assert board.next() is task
-        board.on_worker_exit(task, "by signal 9")
-    assert not board
-    assert task.run.state == "failed"
-    assert "by signal 9" in task.run.error()["message"]
-
-
-def test_cores_are_divided(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert [processes.threads_each(jobs) for jobs in (1, 2, 3, 16)] == [8, 4, 2, 1]
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert processes.threads_each(2) == 2
-
-
-def test_a_runs_share_of_a_cluster():
-    def machine(alive=True, **resources):
-        return {"Alive": alive, "Resources": resources}
-
-    plain = [machine(CPU=16), machine(CPU=8), machine(CPU=0), machine(alive=False, CPU=1)]
-    assert share(plain, 1) == {"num_cpus": 8}
-    assert share(plain, 3) == {"num_cpus": 2}
-    assert share(plain, 100) == {"num_cpus": 1}
-    assert share([*plain, machine(CPU=16, GPU=8)], 1) == {"num_cpus": 1, "num_gpus": 1}
-    assert share([machine(CPU=16, GPU=2)], 4) == {"num_cpus": 1, "num_gpus": 0.5}
-    with pytest.raises(UserError, match="no machine with a CPU"):
-        share([machine(CPU=0)], 1)
-
-
-@pytest.mark.slow
-@pytest.mark.sample
-def test_several_at_once_end_as_one_after_the_other_though_a_worker_is_killed(study_recipe, tmp_path, monkeypatch):
-    recipes = load_study(study_recipe, [*SHORT, "student.mixer=[gla, retnet, metala]"])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    expected = run_study(recipes, tmp_path / "one")
-    killed = []
-    start = processes.start_worker
-
-    def started(slot, jobs, lock):
-        worker = start(slot, jobs, lock)
-        killed.append(worker)
-        return worker
-
-    monkeypatch.setattr(processes, "start_worker", started)
-    end = processes.wait
-
-    def wait(connections, timeout=None):
-        if len(killed) == 2 and (tmp_path / "several" / "gla" / "metrics.jsonl").exists():
-            killed[0].process.kill()
-            killed.append(None)
-        return end(connections, 0.05)
-
-    monkeypatch.setattr(processes, "wait", wait)
-    rows = run_study(recipes, tmp_path / "several", jobs=2)
-    assert len([worker for worker in killed if worker is not None]) == 3
-    for row, other in zip(expected, rows, strict=True):
-        assert same(tmp_path / "one" / row["run"], tmp_path / "several" / other["run"])
-        assert row["perplexity"] == other["perplexity"]
-
-
-def test_live_lines_tell_what_is_done_and_left(study_recipe, tmp_path):
+def test_status_lines_report_done_running_and_remaining(study_recipe, tmp_path):
     lines = []
     recipes = load_study(study_recipe, [*SHORT, "seed=[0,1]"])
-    run_study(recipes, tmp_path, say=lines.append, interval=0.2)
+    run_study(recipes, tmp_path, log=lines.append, interval=0.2)
     assert any(line.startswith("[1/2] gla-seed=0: perplexity") for line in lines)
     assert any(line.startswith("[2/2] gla-seed=1: perplexity") for line in lines)
     assert any("0 of 2 done, 1 running (gla-seed=0" in line for line in lines)
@@ -369,14 +273,14 @@ def test_live_lines_tell_what_is_done_and_left(study_recipe, tmp_path):
     assert "gla-seed=1" in format_study(find_runs(recipes, tmp_path))
 
 
-def test_interrupted_it_goes_on(study_recipe, tmp_path, monkeypatch):
+def test_an_interrupted_study_continues(study_recipe, tmp_path, monkeypatch):
     recipes = load_study(study_recipe, [*SHORT, "student.mixer=[gla, retnet]"])
 
-    def stop(task, teachers):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "run_task", stop)
+        patch.setattr(local_engine, "execute_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_study(recipes, tmp_path)
     assert "no run is finished yet" in format_study(find_runs(recipes, tmp_path))

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from workshop import tiny_recipe
 
 from subquad.cli import main
 from subquad.config import load_study
@@ -18,7 +19,7 @@ from subquad.report.page import write_report
 from subquad.report.style import MIXERS
 from subquad.report.tables import Cell, Table
 from subquad.study.grid import run_study
-from tests.study.made_up import STAGE_SETS, recipes, study
+from tests.study.synthetic_study import STAGE_SETS, synthetic_recipes, write_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -83,7 +84,7 @@ def in_browser(page: Path) -> dict:
 def full(tmp_path_factory):
     """Three mixers, three seeds, an evaluation."""
     output = tmp_path_factory.mktemp("full")
-    study(output, recipes(("gla", "gated_deltanet", "softmax"), STAGE_SETS[:2]))
+    write_study(output, synthetic_recipes(("gla", "gated_deltanet", "softmax"), STAGE_SETS[:2]))
     return output, write_report(output).read_text()
 
 
@@ -170,7 +171,12 @@ def test_every_figure_is_there_as_svg_and_pdf_and_every_table_as_csv_and_latex(f
 
 
 def test_a_failed_run_a_single_seed_and_no_evaluation_are_said(tmp_path, capsys):
-    study(tmp_path / "poor", recipes(("gla", "retnet"), STAGE_SETS[:1], seeds=(0,)), failing=0, evaluated=False)
+    write_study(
+        tmp_path / "poor",
+        synthetic_recipes(("gla", "retnet"), STAGE_SETS[:1], seeds=(0,)),
+        failed_index=0,
+        evaluated=False,
+    )
     assert main(["report", str(tmp_path / "poor"), "--output", str(tmp_path / "page.html")]) == 0
     assert str(tmp_path / "page.html") in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()
@@ -184,25 +190,29 @@ def test_a_failed_run_a_single_seed_and_no_evaluation_are_said(tmp_path, capsys)
 
 
 def test_a_study_that_has_not_begun_and_one_that_is_none(tmp_path, capsys):
-    study(tmp_path / "s", recipes(("gla",), STAGE_SETS[:1], (True,), (0,)), failing=0, evaluated=False)
+    write_study(
+        tmp_path / "s", synthetic_recipes(("gla",), STAGE_SETS[:1], (True,), (0,)), failed_index=0, evaluated=False
+    )
     assert "No run is finished yet" in write_report(tmp_path / "s").read_text()
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no results.json" in capsys.readouterr().err
 
 
 def test_runs_of_an_older_recipe_are_left_out_and_said(tmp_path):
-    study(tmp_path, recipes(("gla", "retnet"), STAGE_SETS[:1], (True,), (0, 1)), evaluated=False)
-    study(tmp_path, recipes(("gla",), STAGE_SETS[:1], (True,), (0, 1)))
+    write_study(tmp_path, synthetic_recipes(("gla", "retnet"), STAGE_SETS[:1], (True,), (0, 1)), evaluated=False)
+    write_study(tmp_path, synthetic_recipes(("gla",), STAGE_SETS[:1], (True,), (0, 1)))
     page = write_report(tmp_path).read_text()
     assert "2 more runs lie in this directory" in page
     assert "retnet" not in page
 
 
-def test_a_real_study_is_drawn(study_recipe, tmp_path):
-    run_study(load_study(study_recipe, ["student.layer_types=[null, {default: gla, 1: attention}]"]), tmp_path)
-    page = write_report(tmp_path).read_text()
+def test_a_trained_study_with_a_hybrid_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path / "cache"))
+    recipe = tiny_recipe(tmp_path / "inputs")
+    run_study(load_study(recipe, ["student.layer_types=[null, {default: gla, 1: attention}]"]), tmp_path / "study")
+    page = write_report(tmp_path / "study").read_text()
     assert "hybrid" in page
-    assert (tmp_path / "report" / "student.svg").exists()
+    assert (tmp_path / "study" / "report" / "student.svg").exists()
 
 
 def test_the_same_results_give_the_same_page(full):

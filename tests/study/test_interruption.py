@@ -1,4 +1,4 @@
-"""A study that is killed, as a whole or a machine of it, and started again: the same table, nothing done twice."""
+"""A study that is killed, or loses a machine, ends with the same results and repeats no finished run."""
 
 import importlib.util
 import json
@@ -26,41 +26,41 @@ TWELVE = [
     "checkpoint.save_steps=1",
 ]
 TIMED = ("seconds", "decode_tokens_per_second")
-"""What no two runs have in common."""
+"""Measured times, which differ between identical runs."""
 
 
-def table(rows):
-    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
+def without_times(results):
+    return [{name: value for name, value in result.items() if name not in TIMED} for result in results]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(study_recipe, tmp_path_factory):
+def uninterrupted(study_recipe, tmp_path_factory):
     os.environ["SUBQUAD_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
-    return table(run_study(load_study(study_recipe, TWELVE), tmp_path_factory.mktemp("undisturbed")))
+    return without_times(run_study(load_study(study_recipe, TWELVE), tmp_path_factory.mktemp("uninterrupted")))
 
 
 def finished(output: Path) -> dict[str, int]:
-    """When each finished run wrote its result."""
+    """Modification time of each finished run's result, by run name."""
     return {path.parent.name: path.stat().st_mtime_ns for path in output.glob("*/result.json")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_killed_three_times_at_random_it_ends_with_the_same_table(jobs, undisturbed, study_recipe, tmp_path):
+def test_a_study_killed_three_times_gives_the_same_results(jobs, uninterrupted, study_recipe, tmp_path):
     output, generator = tmp_path / "killed", random.Random(jobs)
     command = [sys.executable, "-m", "subquad.cli", "study", str(study_recipe), "--output", str(output)]
     command += ["--jobs", str(jobs), *(part for text in TWELVE for part in ("--set", text))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def progress():
+    def metrics_bytes():
         return sum(len(path.read_bytes()) for path in output.glob("*/metrics.jsonl"))
 
-    seen: dict[str, int] = {}
+    finished_before: dict[str, int] = {}
     kills = 0
     for _ in range(3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        reached, deadline = progress(), time.monotonic() + 180
-        while process.poll() is None and progress() <= reached and time.monotonic() < deadline:
+        reached, deadline = metrics_bytes(), time.monotonic() + 180
+        while process.poll() is None and metrics_bytes() <= reached and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(generator.uniform(0, 5))
         if process.poll() is None:
@@ -68,48 +68,46 @@ def test_killed_three_times_at_random_it_ends_with_the_same_table(jobs, undistur
             kills += 1
         process.wait()
         now = finished(output)
-        assert {name: now[name] for name in seen} == seen, "a finished run was repeated"
-        seen = now
+        assert {name: now[name] for name in finished_before} == finished_before, "a finished run was repeated"
+        finished_before = now
     assert kills
-    assert len(seen) < 12
+    assert len(finished_before) < 12
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr
     now = finished(output)
-    assert {name: now[name] for name in seen} == seen, "a finished run was repeated"
-    rows = json.loads((output / "results.json").read_text())["rows"]
-    assert table(rows) == undisturbed
+    assert {name: now[name] for name in finished_before} == finished_before, "a finished run was repeated"
+    results = json.loads((output / "results.json").read_text())["results"]
+    assert without_times(results) == uninterrupted
     assert not (output / ".stages").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (subquad[cluster])")
-def test_on_a_cluster_that_loses_a_machine_it_ends_with_the_same_table(
-    undisturbed, study_recipe, tmp_path, monkeypatch
-):
+def test_a_cluster_that_loses_a_machine_gives_the_same_results(uninterrupted, study_recipe, tmp_path, monkeypatch):
     import ray
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else its workers starve beside whatever else runs here
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # or its workers starve on a busy machine
     recipes = load_study(study_recipe, TWELVE)
-    # The head runs nothing: without a core of its own it only knows of the others.
+    # The head node has no core, so it executes no run.
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
-        doomed, _ = (cluster.add_node(num_cpus=1) for _ in range(2))
+        lost_node, _ = (cluster.add_node(num_cpus=1) for _ in range(2))
         cluster.wait_for_nodes()
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         ray.init(log_to_driver=False)
         lost = []
 
-        def lose(line: str) -> None:
-            """Once two runs are under way and one of them has trained."""
+        def lose_machine(line: str) -> None:
+            """Removes a machine once two runs are running and one has reported a loss."""
             if not lost and "2 running" in line and "loss" in line:
                 lost.append(line)
-                cluster.remove_node(doomed, allow_graceful=False)
+                cluster.remove_node(lost_node, allow_graceful=False)
 
-        rows = run_study(recipes, tmp_path / "study", engine="ray", say=lose, interval=0.2)
+        results = run_study(recipes, tmp_path / "study", engine="ray", log=lose_machine, interval=0.2)
         assert lost
-        assert table(rows) == undisturbed
+        assert without_times(results) == uninterrupted
         assert all(run.state == "finished" for run in find_runs(recipes, tmp_path / "study"))
     finally:
         ray.shutdown()

@@ -1,0 +1,99 @@
+"""Which runs may execute at once, what resources they get, and recovery from a killed worker."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from subquad.config import load_study
+from subquad.study import local_engine
+from subquad.study.grid import run_study, shared_stages
+from subquad.study.ray_engine import resources_per_run
+from subquad.study.runs import find_runs
+from subquad.study.scheduler import MAX_RETRIES, Scheduler
+from subquad.utils import UserError
+
+TWO_LAST_STAGES = "stages.end_to_end=[{tokens: 128, lr: 1e-3, batch_size: 2}, {tokens: 192, lr: 1e-3, batch_size: 2}]"
+SHORT = ["stages.matrix.tokens=128", "stages.hidden.tokens=192", "stages.end_to_end.tokens=128"]
+
+
+def test_a_run_waits_while_another_trains_a_shared_stage(study_recipe, tmp_path):
+    pair = find_runs(load_study(study_recipe, [TWO_LAST_STAGES]), tmp_path)
+    (other,) = find_runs(load_study(study_recipe, ["student.mixer=retnet"]), tmp_path)
+    stage_cache = shared_stages(pair, tmp_path)
+    scheduler = Scheduler([*pair, other], stage_cache)
+    assert scheduler.next() is pair[0]
+    assert scheduler.next() is other
+    assert scheduler.next() is None
+    for key in scheduler.shared_keys(pair[0]):
+        (stage_cache.directory / key).mkdir(parents=True)
+    assert scheduler.next() is pair[1]
+    for run in (*pair, other):
+        scheduler.end(run)
+    assert not scheduler
+
+
+def test_a_run_fails_after_repeated_worker_exits(study_recipe, tmp_path):
+    (run,) = find_runs(load_study(study_recipe), tmp_path)
+    scheduler = Scheduler([run], shared_stages([run], tmp_path))
+    for _ in range(MAX_RETRIES):
+        assert scheduler.next() is run
+        scheduler.on_worker_exit(run, "by signal 9")
+    assert not scheduler
+    assert run.state == "failed"
+    assert "by signal 9" in run.error()["message"]
+
+
+def test_cores_are_divided_among_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [local_engine.threads_per_worker(jobs) for jobs in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert local_engine.threads_per_worker(2) == 2
+
+
+def test_resources_of_a_run_on_a_cluster():
+    def machine(alive=True, **resources):
+        return {"Alive": alive, "Resources": resources}
+
+    cpus = [machine(CPU=16), machine(CPU=8), machine(CPU=0), machine(alive=False, CPU=1)]
+    assert resources_per_run(cpus, 1) == {"num_cpus": 8}
+    assert resources_per_run(cpus, 3) == {"num_cpus": 2}
+    assert resources_per_run(cpus, 100) == {"num_cpus": 1}
+    assert resources_per_run([*cpus, machine(CPU=16, GPU=8)], 1) == {"num_cpus": 1, "num_gpus": 1}
+    assert resources_per_run([machine(CPU=16, GPU=2)], 4) == {"num_cpus": 1, "num_gpus": 0.5}
+    with pytest.raises(UserError, match="no machine with a CPU"):
+        resources_per_run([machine(CPU=0)], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.sample
+def test_parallel_runs_with_a_killed_worker_match_sequential_runs(study_recipe, tmp_path, monkeypatch):
+    recipes = load_study(study_recipe, [*SHORT, "student.mixer=[gla, retnet, metala]"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    expected = run_study(recipes, tmp_path / "sequential")
+    workers, killed = [], []
+    start_worker, wait = local_engine.start_worker, local_engine.wait
+
+    def recording_start(slot, jobs, lock):
+        workers.append(start_worker(slot, jobs, lock))
+        return workers[-1]
+
+    def killing_wait(connections, timeout=None):
+        if not killed and len(workers) == 2 and (tmp_path / "parallel" / "gla" / "metrics.jsonl").exists():
+            workers[0].process.kill()
+            killed.append(workers[0])
+        return wait(connections, 0.05)
+
+    monkeypatch.setattr(local_engine, "start_worker", recording_start)
+    monkeypatch.setattr(local_engine, "wait", killing_wait)
+    results = run_study(recipes, tmp_path / "parallel", jobs=2)
+    assert killed
+    assert len(workers) == 3
+    for result, other in zip(expected, results, strict=True):
+        directories = (tmp_path / "sequential" / result["run"], tmp_path / "parallel" / other["run"])
+        a, b = (load_file(directory / "model.safetensors") for directory in directories)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert result["perplexity"] == other["perplexity"]
