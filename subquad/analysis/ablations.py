@@ -18,7 +18,7 @@ from subquad.analysis.half_life import mean_log_decays
 from subquad.analysis.layer_access import LayerAccess
 from subquad.evaluate.results import Result
 from subquad.mixers import Mixer
-from subquad.mixers.gla import logsigmoid_inverse
+from subquad.mixers.gate_init import inverse_logsigmoid
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.utils import UserError, eval_mode
 
@@ -186,7 +186,7 @@ def mean_gates(model: PreTrainedModel, rows: Tensor) -> list[tuple[Mixer, Tensor
         for ids in rows.split(1):
             for index, recording in enumerate(stack.record(stack.mixing, ids)):
                 block = stack.mixer_layers[index]
-                gate = block.mixer.gate(recording.hidden_states) if isinstance(block, MixerLayer) else None
+                gate = block.mixer.output_gate(recording.hidden_states) if isinstance(block, MixerLayer) else None
                 if gate is not None:
                     sums[index] = sums.get(index, 0.0) + gate.double().sum((0, 1))
     found = []
@@ -213,7 +213,7 @@ def _steady(gates: Callable[..., dict[str, Tensor]], mean: Tensor) -> Callable[.
     def steady(x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
         found = gates(x, core)
         name = "forget_gate" if "forget_gate" in found else "log_decay"
-        value = logsigmoid_inverse(mean) if name == "forget_gate" else mean
+        value = inverse_logsigmoid(mean) if name == "forget_gate" else mean
         return {**found, name: value.to(found[name].dtype).expand_as(found[name])}
 
     return steady

@@ -1,4 +1,4 @@
-"""Short convolutions as mixers meet them beside `ops.short_conv`: with padding anywhere, and of a single token."""
+"""Short convolutions in two special cases: one token of decoding, and rows with padding."""
 
 from collections.abc import Mapping
 
@@ -10,30 +10,36 @@ from subquad import ops
 from subquad.mixers.norms import upcast
 
 
-def convolve_token(flat: dict[str, Tensor], kernels: Mapping[str, Tensor], states: tuple[Tensor, ...]) -> list[Tensor]:
-    """`ops.short_conv` of one token, all convolutions as one: changes `flat: [B, 1, D]` by name, returns their states
-    `[B, W - 1, D]`. While decoding, a call costs more than what it computes."""
-    before, now = torch.cat(states, dim=-1), torch.cat([flat[name] for name in kernels], dim=-1)
-    window = torch.cat([before, now], dim=1)
-    taps = torch.cat(list(kernels.values())).T
-    mixed = (upcast(window) * upcast(taps)).sum(1, keepdim=True).to(window.dtype)
-    sizes = [flat[name].shape[-1] for name in kernels]
-    flat.update(zip(kernels, mixed.split(sizes, dim=-1), strict=True))
-    return list(window[:, 1:].split(sizes, dim=-1))
+def short_conv_step(
+    inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor], states: tuple[Tensor, ...]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """`ops.short_conv` of one token, all convolutions in one call, because call overhead dominates decoding.
+
+    From inputs `[B, 1, D]` and weights `[D, W]` by name, and states `[B, W - 1, D]` in the order of `weights`, to the
+    outputs `[B, 1, D]` by name and the new states.
+    """
+    state, x = torch.cat(states, dim=-1), torch.cat([inputs[name] for name in weights], dim=-1)
+    window = torch.cat([state, x], dim=1)
+    taps = torch.cat(list(weights.values())).T
+    y = (upcast(window) * upcast(taps)).sum(1, keepdim=True).to(window.dtype)
+    sizes = [inputs[name].shape[-1] for name in weights]
+    outputs = dict(zip(weights, y.split(sizes, dim=-1), strict=True))
+    return outputs, list(window[:, 1:].split(sizes, dim=-1))
 
 
-def convolve_past_padding(
-    x: Tensor, kernel: Tensor, padding_mask: Tensor, before: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`ops.short_conv` as if padding did not exist: it is moved in front of the state, so that the first token behind
-    it sees the last tokens before it. `x: [B, T, D]`, `keep: [B, T, 1]`; what comes out at padding has no meaning."""
-    W = kernel.shape[1] - 1
-    if before is None:
-        before = x.new_zeros(x.shape[0], W, x.shape[2])
-    kept = F.pad(padding_mask[..., 0], (W, 0), value=True)
-    order = kept.long().argsort(dim=1, stable=True)
-    inputs = torch.cat([before, x], dim=1) * F.pad(padding_mask, (0, 0, W, 0), value=True)
+def short_conv_padded(x: Tensor, weight: Tensor, padding_mask: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`ops.short_conv` that skips padding: the tokens before padding are the left context of those after it.
+
+    From `x: [B, T, D]`, `weight: [D, W]`, `padding_mask: [B, T, 1]` (False at padding) and `state: [B, W - 1, D]` to the
+    output `[B, T, D]`, undefined at padding, and the new state.
+    """
+    W = weight.shape[1] - 1
+    if state is None:
+        state = x.new_zeros(x.shape[0], W, x.shape[2])
+    mask = F.pad(padding_mask, (0, 0, W, 0), value=True)
+    order = mask[..., 0].long().argsort(dim=1, stable=True)  # padding first, then the state, then the tokens
+    inputs = torch.cat([state, x], dim=1) * mask
     inputs = inputs.gather(1, order.unsqueeze(-1).expand_as(inputs))
-    y, after = ops.short_conv(inputs[:, W:], kernel, initial_state=inputs[:, :W].contiguous())
-    back = (order.argsort(dim=1)[:, W:] - W).clamp_min(0)
-    return y.gather(1, back.unsqueeze(-1).expand_as(y)), after
+    y, after = ops.short_conv(inputs[:, W:], weight, initial_state=inputs[:, :W].contiguous())
+    inverse = (order.argsort(dim=1)[:, W:] - W).clamp_min(0)
+    return y.gather(1, inverse.unsqueeze(-1).expand_as(y)), after

@@ -1,67 +1,68 @@
-"""What a mixer needs to be a layer of a model that others serve: SiLU on values too, gates without biases, an epsilon
-that is the model's. Off by default; `linearize(..., export_target=...)` turns it on (docs/serving.md)."""
+"""`ExportMixin`: a mixer with `ExportOptions`, whose layers can equal those of a published architecture."""
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import GATE_BIAS_INIT, Mixer
+from subquad.mixers.base import Mixer
+from subquad.mixers.gate_init import GATE_BIAS_INIT
 from subquad.mixers.norms import fit_bias_direction
 from subquad.mixers.options import ExportOptions
 
-VALUE_SIZE = 0.1
-"""Root mean square of values at which SiLU is nearly x / 2; the output norm takes the scale back."""
+VALUE_RMS_INIT = 0.1
+"""Root mean square of values before SiLU at which SiLU(v) is nearly v / 2; the output norm compensates the scale."""
 VALUE_SCALES = 0.03, 0.1, 0.3, 1.0, 3.0, 10.0
 QK_SCALES = 0.3, 1.0, 3.0, 10.0
-"""Of queries and keys in front of their SiLU, which is nearly linear far below 1 and nearly ReLU far above; a norm
-behind it takes the scale back."""
+"""Scales of q and k before their SiLU, which is nearly linear far below 1 and nearly ReLU far above; the norm that
+follows compensates the scale."""
 
 
 class ExportMixin(Mixer):
-    """A mixer with these options; the other bases of a mixer stand behind it."""
+    """Adds an activation of values and gates without biases; list it before a mixer's other base class."""
 
     options: ExportOptions
 
-    def build(self) -> None:
-        super().build()
+    def build_gates(self) -> None:
+        super().build_gates()
         self.norm_eps = self.options.norm_eps
         if self.scales_values:
             self.CALIBRATED_PARAMS = (("qk_scale", QK_SCALES), ("value_scale", VALUE_SCALES), *self.CALIBRATED_PARAMS)
 
     @property
     def scales_values(self) -> bool:
-        """Whether a fresh mixer makes its values small, by their convolution, so that SiLU does not bend them."""
+        """Whether the convolution initially scales values down, so that SiLU is nearly linear on them."""
         return self.options.v_activation == "silu" and self.options.short_conv > 0
 
-    def value(self, v: Tensor) -> Tensor:
+    def value_map(self, v: Tensor) -> Tensor:
         return F.silu(v) if self.options.v_activation == "silu" else v
 
     def reset_gates(self) -> None:
         super().reset_gates()
         if self.scales_values:
-            self.set_value_scale(self.per_head(VALUE_SIZE))
-        if self.options.output_gate == "swish" and not self.has_biases:  # at zero it would be closed; see `start_at`
+            self.set_value_scale(self.per_head(VALUE_RMS_INIT))
+        if self.options.output_gate == "swish" and not self.has_biases:
+            # Zero weights would close the gate; see also `init_bias_free_gates`.
             nn.init.normal_(self.g_proj.weight, std=self.spec.initializer_range)
 
     @torch.no_grad()
     def init_from_teacher(self, rms: Tensor, x: Tensor) -> None:
         super().init_from_teacher(rms, x)
         if self.scales_values:
-            self.set_value_scale(VALUE_SIZE / rms.clamp_min(1e-4))
+            self.set_value_scale(VALUE_RMS_INIT / rms.clamp_min(1e-4))
         if not self.has_biases:
             self.init_bias_free_gates(fit_bias_direction(x.flatten(0, -2)))
 
-    def init_bias_free_gates(self, constant: Tensor) -> None:
-        """Gates without a bias start, on tokens x with x `constant` near 1, where they should."""
+    def init_bias_free_gates(self, bias_direction: Tensor) -> None:
+        """Sets gate weights so that the gates have their initial values on tokens with x . `bias_direction` = 1."""
         if self.options.output_gate == "swish":
-            self.g_proj.weight.copy_(constant * GATE_BIAS_INIT["swish"])
+            self.g_proj.weight.copy_(bias_direction * GATE_BIAS_INIT["swish"])
 
     def set_value_scale(self, scale: Tensor) -> None:
-        """What the values of each head are multiplied with, `[H]`, in front of their SiLU."""
+        """Scales the values of each head by `scale: [H]` before their SiLU."""
         self.v_conv[:, -1] = scale.to(self.v_conv).repeat_interleave(self.spec.value_dim)
 
     def set_qk_scale(self, scale: Tensor) -> None:
-        """The same of the queries and keys of each head."""
-        for kernel in (self.q_conv, self.k_conv):
-            kernel[:, -1] = scale.to(kernel).repeat_interleave(self.spec.head_dim)
+        """Scales the queries and keys of each head by `scale: [H]` before their SiLU."""
+        for weight in (self.q_conv, self.k_conv):
+            weight[:, -1] = scale.to(weight).repeat_interleave(self.spec.head_dim)

@@ -3,8 +3,9 @@
     S~_t = exp(g_t) S_{t-1}     S_t = S~_t + beta_t k_t (v_t - S~_t^T k_t)^T     o_t = S_t^T q_t / sqrt(K)
     g_t = -exp(A) softplus(a_t + dt)
 
-Decay clears the whole state, the delta rule single associations. With `v_activation="silu"`, `biases=False` and the
-`norm_eps` of its model it is a layer of Qwen3.5 (docs/serving.md).
+Per head: S [K, V], q and k [K], v [V]; g, beta, A and dt are scalars. The decay shrinks the whole state, the delta rule
+replaces single associations. With `v_activation="silu"`, `biases=False` and Qwen3.5's `norm_eps` it equals a layer of
+Qwen3.5 (docs/serving.md).
 """
 
 import torch
@@ -12,9 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
 from subquad.mixers.deltanet import DeltaNet
 from subquad.mixers.export_mixin import ExportMixin
+from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus, log_decay_from_half_life
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import GatedDeltaNetOptions
 
@@ -25,8 +26,8 @@ class GatedDeltaNet(ExportMixin, DeltaNet):
     CALIBRATED_PARAMS = (*DeltaNet.CALIBRATED_PARAMS, ("half_life", HALF_LIVES))
     options: GatedDeltaNetOptions
 
-    def build(self) -> None:
-        super().build()
+    def build_gates(self) -> None:
+        super().build_gates()
         H = self.spec.num_heads
         self.a_proj = nn.Linear(self.spec.hidden_size, H, bias=False)
         self.A_log = nn.Parameter(torch.empty(H))
@@ -38,22 +39,22 @@ class GatedDeltaNet(ExportMixin, DeltaNet):
         nn.init.zeros_(self.A_log)
         self.set_half_life(self.per_head(self.options.half_life))
 
-    def init_bias_free_gates(self, constant: Tensor) -> None:
-        super().init_bias_free_gates(constant)
-        self.constant = constant
+    def init_bias_free_gates(self, bias_direction: Tensor) -> None:
+        super().init_bias_free_gates(bias_direction)
+        self.bias_direction = bias_direction
         self.set_beta_init(self.per_head(self.options.beta_init))
 
-    def set_beta_init(self, strength: Tensor) -> None:
+    def set_beta_init(self, beta: Tensor) -> None:
         if self.has_biases:
-            super().set_beta_init(strength)
-        elif hasattr(self, "constant"):
-            logit = torch.logit(strength).unsqueeze(-1)
-            self.b_proj.weight.copy_(logit * self.constant.to(logit))
+            super().set_beta_init(beta)
+        elif hasattr(self, "bias_direction"):
+            logit = torch.logit(beta).unsqueeze(-1)
+            self.b_proj.weight.copy_(logit * self.bias_direction.to(logit))
 
     def set_half_life(self, half_life: Tensor) -> None:
-        """Of the memory of each head, `[H]`, in tokens, where the gate's projection gives zero."""
-        self.dt_bias.copy_(inverse_softplus(-half_life_decay(half_life)))
+        """Sets the bias of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""
+        self.dt_bias.copy_(inverse_softplus(-log_decay_from_half_life(half_life)))
 
-    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
-        step = F.softplus(upcast(self.a_proj(x)) + upcast(self.dt_bias))
-        return {**super().gates(x, core), "log_decay": -upcast(self.A_log).exp() * step}
+    def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        dt = F.softplus(upcast(self.a_proj(x)) + upcast(self.dt_bias))
+        return {**super().gates(x, inputs), "log_decay": -upcast(self.A_log).exp() * dt}

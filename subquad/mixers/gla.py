@@ -1,19 +1,21 @@
 """Gated linear attention (arXiv 2312.06635, section 4): a decay per channel, from a low-rank projection.
 
-S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T       o_t = S_t^T q_t / sqrt(K)       g_t = logsigmoid(W_2 W_1 x_t + b) / 16
+    S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T      o_t = S_t^T q_t / sqrt(K)      g_t = logsigmoid(W_2 W_1 x_t + b) / 16
+
+Per head: S [K, V], q, k and g [K], v [V].
 """
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import HALF_LIVES, CalibrationGrid, Mixer, half_life_decay
+from subquad.mixers.base import CalibrationGrid, Mixer
+from subquad.mixers.gate_init import HALF_LIVES, inverse_logsigmoid, log_decay_from_half_life
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import GLAOptions
 
 TEMPERATURE = 16.0
-"""tau of the paper: it keeps decays near one where the gate's logits are near zero."""
+"""tau of the paper: keeps decays near one for logits near zero."""
 
 
 class GLA(Mixer):
@@ -22,7 +24,7 @@ class GLA(Mixer):
     options: GLAOptions
     CALIBRATED_PARAMS: CalibrationGrid = (("half_life", HALF_LIVES),)
 
-    def build(self) -> None:
+    def build_gates(self) -> None:
         H, K = self.spec.num_heads, self.spec.head_dim
         self.decay_down = nn.Linear(self.spec.hidden_size, self.options.decay_rank, bias=False)
         self.decay_up = nn.Linear(self.options.decay_rank, H * K)
@@ -33,23 +35,18 @@ class GLA(Mixer):
         self.set_half_life(self.per_head(self.options.half_life))
 
     def set_half_life(self, half_life: Tensor) -> None:
-        """Of each head, `[H]`, in tokens, where the gate's projection gives zero."""
-        log_decay = half_life_decay(self.channel_half_lives(half_life))
-        self.decay_up.bias.copy_(logsigmoid_inverse(TEMPERATURE * log_decay).flatten())
+        """Sets the bias of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""
+        log_decay = log_decay_from_half_life(self.channel_half_lives(half_life))
+        self.decay_up.bias.copy_(inverse_logsigmoid(TEMPERATURE * log_decay).flatten())
 
     def channel_half_lives(self, half_life: Tensor) -> Tensor:
-        """The half-life of every channel, `[H, K]`, from that of its head."""
+        """Half-lives of all channels, `[H, K]`, from those of the heads, `[H]`."""
         return half_life.unsqueeze(-1).expand(-1, self.spec.head_dim)
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """[B, T, H, K] in float32 at least."""
+        """g, `[B, T, H, K]`, in float32 at least."""
         logits = upcast(self.decay_up(self.decay_down(x)))
         return (F.logsigmoid(logits) / TEMPERATURE).unflatten(-1, (self.spec.num_heads, -1))
 
-    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"log_decay": self.log_decay(x)}
-
-
-def logsigmoid_inverse(y: Tensor) -> Tensor:
-    """x with logsigmoid(x) = y < 0: y - log(1 - exp(y)), in the dtype of y, which should be float64."""
-    return y - torch.log(-torch.expm1(y))

@@ -3,7 +3,7 @@
     S~_t = Diag(exp(g_t)) S_{t-1}     S_t = S~_t + beta_t k_t (v_t - S~_t^T k_t)^T     o_t = S_t^T q_t / sqrt(K)
     g_t = -exp(A) softplus(W_2 W_1 x_t + dt)
 
-A is per head, dt per channel; the decay's projection has the rank of a head, as in Kimi Linear. Sigmoid output gate.
+Per head: S [K, V], q, k, g and dt [K], v [V]; beta and A are scalars. W_1 has rank K, as in Kimi Linear.
 """
 
 import torch
@@ -11,8 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
 from subquad.mixers.deltanet import DeltaNet
+from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus, log_decay_from_half_life
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import KDAOptions
 
@@ -23,8 +23,8 @@ class KDA(DeltaNet):
     CALIBRATED_PARAMS = (*DeltaNet.CALIBRATED_PARAMS, ("half_life", HALF_LIVES))
     options: KDAOptions
 
-    def build(self) -> None:
-        super().build()
+    def build_gates(self) -> None:
+        super().build_gates()
         H, K = self.spec.num_heads, self.spec.head_dim
         self.decay_down = nn.Linear(self.spec.hidden_size, K, bias=False)
         self.decay_up = nn.Linear(K, H * K, bias=False)
@@ -39,10 +39,11 @@ class KDA(DeltaNet):
         self.set_half_life(self.per_head(self.options.half_life))
 
     def set_half_life(self, half_life: Tensor) -> None:
-        """Of all channels of each head, `[H]`, in tokens, where the gate's projection gives zero."""
-        self.dt_bias.copy_(inverse_softplus(-half_life_decay(half_life)).unsqueeze(-1).expand_as(self.dt_bias))
+        """Sets the biases of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""
+        bias = inverse_softplus(-log_decay_from_half_life(half_life))
+        self.dt_bias.copy_(bias.unsqueeze(-1).expand_as(self.dt_bias))
 
-    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         logits = upcast(self.decay_up(self.decay_down(x))).unflatten(-1, (self.spec.num_heads, -1))
         log_decay = -upcast(self.A_log).exp().unsqueeze(-1) * F.softplus(logits + upcast(self.dt_bias))
-        return {**super().gates(x, core), "log_decay": log_decay}
+        return {**super().gates(x, inputs), "log_decay": log_decay}

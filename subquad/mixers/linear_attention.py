@@ -1,10 +1,10 @@
-"""Linear attention (arXiv 2006.16236, equations 9 to 12): a feature map in place of the softmax's kernel.
+"""Linear attention (arXiv 2006.16236, equations 9 to 12): a feature map phi replaces the softmax kernel.
 
     o_t = phi(q_t)^T S_t / (phi(q_t) . z_t + eps)      S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t)
 
-No decay: a token is never forgotten, only outnumbered. By default phi is SiLU and a head norm stands in place of the
-normaliser (as in arXiv 2210.10340), which keeps most of a copied teacher (docs/mixers.md). The paper's own form is
-`qk_activation="elu1", normalizer=True, output_norm=False`. Rotary, if kept, goes before phi.
+Per head: S [K, V], q, k and z [K], v [V]. There is no decay. By default phi is SiLU and a head norm replaces the
+normalizer (arXiv 2210.10340), which preserves most of a copied teacher (docs/mixers.md). The paper's form is
+`qk_activation="elu1", normalizer=True, output_norm=False`. The rotary embedding, if kept, precedes phi.
 """
 
 from typing import Any
@@ -21,13 +21,15 @@ class LinearAttention(Mixer):
     Options = LinearAttentionOptions
     options: LinearAttentionOptions
 
-    def mixing_matrix(self, core: dict[str, Tensor], rows: slice | None = None) -> Tensor:
+    def mixing_matrix(self, inputs: dict[str, Tensor], rows: slice | None = None) -> Tensor:
         if not self.options.normalizer:
-            return super().mixing_matrix(core, rows)
-        return ops.normalized_matrix(core["q"], core["k"], rows=rows)
+            return super().mixing_matrix(inputs, rows)
+        return ops.normalized_matrix(inputs["q"], inputs["k"], rows=rows)
 
-    def run_op(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+    def run_op(
+        self, inputs: dict[str, Any], state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         if not self.options.normalizer:
-            return super().run_op(core, state, cu_seqlens)
-        form = "step" if core["q"].shape[1] == 1 and cu_seqlens is None else "chunk"
-        return ops.normalized(**core, initial_state=state or None, form=form, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]
+            return super().run_op(inputs, state, cu_seqlens)
+        form = "step" if inputs["q"].shape[1] == 1 and cu_seqlens is None else "chunk"
+        return ops.normalized(**inputs, initial_state=state or None, form=form, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]

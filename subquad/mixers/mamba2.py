@@ -1,10 +1,11 @@
-"""Mamba-2's state space dual (arXiv 2405.21060, section 5; in the discrete form of MOHAWK, arXiv 2408.10189).
+"""Mamba-2's state space duality (arXiv 2405.21060, section 5), in the discrete form of MOHAWK (arXiv 2408.10189).
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T       o_t = S_t^T q_t / sqrt(K) + D v_t       g_t = -softplus(a_t)
 
-q is Mamba's C, k its B, v its x, all behind the short convolution. `discretization="zoh"` is Mamba-2's own form:
-dt_t = softplus(a_t), g_t = -dt_t exp(A), and k_t scaled by dt_t. The gate goes before the norm, as in Mamba-2. In that
-form, with `v_activation="silu"` and `biases=False`, it is a layer of Bamba (docs/serving.md).
+Per head: S [K, V], q and k [K], v [V]; g, a and D are scalars. q, k and v are Mamba's C, B and x after the short
+convolution. `discretization="zoh"` is Mamba-2's own form: dt_t = softplus(a_t), g_t = -dt_t exp(A), and k_t is
+multiplied by dt_t. The gate precedes the norm, as in Mamba-2. In the zoh form, with `v_activation="silu"` and
+`biases=False`, it equals a layer of Bamba (docs/serving.md).
 """
 
 import torch
@@ -12,8 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.base import HALF_LIVES, half_life_decay, inverse_softplus
 from subquad.mixers.export_mixin import ExportMixin
+from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus, log_decay_from_half_life
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import Mamba2Options
 
@@ -25,8 +26,8 @@ class Mamba2(ExportMixin):
     gate_before_norm = True
     CALIBRATED_PARAMS = (("half_life", HALF_LIVES),)
 
-    def build(self) -> None:
-        super().build()
+    def build_gates(self) -> None:
+        super().build_gates()
         self.a_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads)
         self.D = nn.Parameter(torch.empty(self.spec.num_heads))
         if self.options.discretization == "zoh":
@@ -41,19 +42,19 @@ class Mamba2(ExportMixin):
             nn.init.zeros_(self.A_log)
 
     def set_half_life(self, half_life: Tensor) -> None:
-        """Of the memory of each head, `[H]`, in tokens, where the gate's projection gives zero."""
-        self.a_proj.bias.copy_(inverse_softplus(-half_life_decay(half_life)))
+        """Sets the bias of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""
+        self.a_proj.bias.copy_(inverse_softplus(-log_decay_from_half_life(half_life)))
 
-    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
-        step = F.softplus(upcast(self.a_proj(x)))
+    def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        dt = F.softplus(upcast(self.a_proj(x)))
         if self.options.discretization == "unit":
-            return {"log_decay": -step}
-        return {"log_decay": -step * upcast(self.A_log).exp(), "k": core["k"] * step.unsqueeze(-1).to(core["k"].dtype)}
+            return {"log_decay": -dt}
+        return {"log_decay": -dt * upcast(self.A_log).exp(), "k": inputs["k"] * dt.unsqueeze(-1).to(inputs["k"].dtype)}
 
-    def add_skip(self, o: Tensor, core: dict[str, Tensor]) -> Tensor:
-        return o + self.D.to(o.dtype).unsqueeze(-1) * core["v"]
+    def add_skip(self, o: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return o + self.D.to(o.dtype).unsqueeze(-1) * inputs["v"]
 
-    def mixing_matrix(self, core: dict[str, Tensor], rows: slice | None = None) -> Tensor:
-        M = super().mixing_matrix(core, rows)
-        diagonal = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)[rows or slice(None)]
-        return M + self.D.to(M.dtype).view(-1, 1, 1) * diagonal
+    def mixing_matrix(self, inputs: dict[str, Tensor], rows: slice | None = None) -> Tensor:
+        M = super().mixing_matrix(inputs, rows)
+        identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)[rows or slice(None)]
+        return M + self.D.to(M.dtype).view(-1, 1, 1) * identity

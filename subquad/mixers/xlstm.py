@@ -1,9 +1,10 @@
-"""mLSTM, the matrix memory of xLSTM (arXiv 2405.04517, equations 19 to 27; 2503.13427 for the normaliser).
+"""mLSTM, the matrix memory of xLSTM (arXiv 2405.04517, equations 19 to 27; normalizer of arXiv 2503.13427).
 
     S_t = f_t S_{t-1} + i_t k_t v_t^T       n_t = f_t n_{t-1} + i_t k_t       f_t = sigmoid(.), i_t = exp(.)
     o_t = S_t^T q_t / sqrt(K) / max(|n_t . q_t| / sqrt(K), 1)
 
-computed with the running maximum m_t of the log gates taken out of S and n. Head norm, sigmoid output gate.
+Per head: S [K, V], q, k and n [K], v [V]; f and i are scalars. S and n are computed relative to the running maximum of
+the log gates, for numerical stability.
 """
 
 from typing import Any
@@ -12,7 +13,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from subquad import ops
-from subquad.mixers.base import HALF_LIVES, Mixer, State, half_life_decay, inverse_softplus
+from subquad.mixers.base import Mixer, State
+from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus, log_decay_from_half_life
 from subquad.mixers.options import XLSTMOptions
 
 
@@ -21,7 +23,7 @@ class XLSTM(Mixer):
     Options = XLSTMOptions
     CALIBRATED_PARAMS = (("half_life", HALF_LIVES),)
 
-    def build(self) -> None:
+    def build_gates(self) -> None:
         self.i_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads)
         self.f_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads)
 
@@ -32,16 +34,18 @@ class XLSTM(Mixer):
         self.set_half_life(self.per_head(self.options.half_life))
 
     def set_half_life(self, half_life: Tensor) -> None:
-        """Of the memory of each head, `[H]`, in tokens, where the gate's projection gives zero."""
-        # logsigmoid(f) = -softplus(-f)
-        self.f_proj.bias.copy_(-inverse_softplus(-half_life_decay(half_life)))
+        """Sets the bias of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""
+        # log f = logsigmoid(b) = -softplus(-b)
+        self.f_proj.bias.copy_(-inverse_softplus(-log_decay_from_half_life(half_life)))
 
-    def gates(self, x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"input_gate": self.i_proj(x), "forget_gate": self.f_proj(x)}
 
-    def mixing_matrix(self, core: dict[str, Tensor], rows: slice | None = None) -> Tensor:
-        return ops.mlstm_matrix(core["q"], core["k"], core["input_gate"], core["forget_gate"], rows=rows)
+    def mixing_matrix(self, inputs: dict[str, Tensor], rows: slice | None = None) -> Tensor:
+        return ops.mlstm_matrix(inputs["q"], inputs["k"], inputs["input_gate"], inputs["forget_gate"], rows=rows)
 
-    def run_op(self, core: dict[str, Any], state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
-        form = "step" if core["q"].shape[1] == 1 and cu_seqlens is None else "chunk"
-        return ops.mlstm(**core, initial_state=state or None, form=form, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]
+    def run_op(
+        self, inputs: dict[str, Any], state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        form = "step" if inputs["q"].shape[1] == 1 and cu_seqlens is None else "chunk"
+        return ops.mlstm(**inputs, initial_state=state or None, form=form, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]

@@ -109,12 +109,12 @@ class LayerCalibrator:
     def errors(self) -> tuple[Tensor, Tensor]:
         """What each head leaves of the teacher's output behind the projection, squared, `[H]`; and the scale of each
         channel, `[H, V]`."""
-        o = self.mixer.mixer_output(self.x, self.positions).float()
+        o = self.mixer.pre_norm_output(self.x, self.positions).float()
         scale = o.new_ones(o.shape[2:])
         if self.mixer.options.output_norm:
             # a gate without a bias stands near one, not at it
             bent = self.mixer.options.output_gate == "swish" and not self.mixer.has_biases
-            gate = self.mixer.gate(self.x) if bent else None
+            gate = self.mixer.output_gate(self.x) if bent else None
             if gate is not None and self.mixer.gate_before_norm:
                 o = o * gate
             o = head_norm(o, 1.0, self.mixer.norm_eps)

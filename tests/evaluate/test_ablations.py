@@ -146,7 +146,7 @@ def test_a_gate_frozen_at_its_mean_is_a_gate_that_looks_at_nothing(teacher, rows
     hook.remove()
     mean = heard[0].double().mean((0, 1)).float().unflatten(-1, (4, -1))
     with frozen_gates(student, rows):
-        torch.testing.assert_close(mixer.gate(torch.randn(2, 7, 32)), mean.expand(2, 7, 4, 8))
+        torch.testing.assert_close(mixer.output_gate(torch.randn(2, 7, 32)), mean.expand(2, 7, 4, 8))
         assert not torch.allclose(logits(student, rows), intact, atol=1e-3)
     fresh = subquad.linearize(teacher, "gla", scale_ids=TEXT).eval()  # its gates look at nothing already
     with frozen_gates(fresh, rows):

@@ -164,7 +164,7 @@ def test_calibration_sees_the_gate_where_it_stands():
     scene.mixer, scene.x, scene.positions = mixer, x, None
     with torch.no_grad():
         core, _ = mixer.op_inputs(x, None, None, None)
-        o = mixer.add_skip(mixer.run_op(core, None, None)[0], core) * mixer.gate(x)
+        o = mixer.add_skip(mixer.run_op(core, None, None)[0], core) * mixer.output_gate(x)
         scene.target = 0.7 * o / o.square().mean(-1, keepdim=True).sqrt()
         scene.metric = torch.eye(6).expand(2, 6, 6)
         errors, scale = scene.errors()

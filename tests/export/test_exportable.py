@@ -78,7 +78,7 @@ def test_gates_without_biases_start_near_where_gates_with_biases_do():
     core, _ = mixer.op_inputs(unseen, None, None, None)
     assert abs(core["beta"].mean() - 0.1) < 0.03
     assert core["beta"].max() < 0.3
-    gate = mixer.gate(unseen)
+    gate = mixer.output_gate(unseen)
     assert abs(gate.mean() - 1) < 0.15
     assert gate.std() < 0.4
 

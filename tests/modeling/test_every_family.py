@@ -283,5 +283,5 @@ def test_student_with_kept_norms_decodes_pads_and_loads(name, ids, tmp_path):
 
 
 def test_norms_that_are_not_there_cannot_be_kept():
-    with pytest.raises(UserError, match="qk_norm: the teacher has no norm of queries and keys"):
+    with pytest.raises(UserError, match="qk_norm: got True, expected False"):
         subquad.linearize(family("llama"), "gla", qk_norm=True, scale_ids=TEXT)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from subquad.mixers import AttentionSpec
-from subquad.mixers.rotary import STYLES, rotate
+from subquad.mixers.rotary import STYLES, apply_rotary
 from subquad.modeling.attention.norms import QKNorm, fit_norm
 from subquad.modeling.attention.tracing import TRACE_BATCH, TRACE_LENGTH, AttentionCall, same_values, trace_attention
 from subquad.utils import UserError
@@ -314,7 +314,7 @@ def find_rotary_style(call: AttentionCall, source: ProjectionSlice) -> str | Non
     size = turned.float().square().mean().sqrt()
     for style in STYLES:
         try:
-            guess = rotate(plain, *call.position_embeddings, style)
+            guess = apply_rotary(plain, *call.position_embeddings, style)
         except RuntimeError:
             continue
         if (guess.float() - turned.float()).square().mean().sqrt() < TOLERANCE * size:
