@@ -30,8 +30,8 @@ def short_conv_step(
 def short_conv_padded(x: Tensor, weight: Tensor, padding_mask: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """`ops.short_conv` that skips padding: the tokens before padding are the left context of those after it.
 
-    From `x: [B, T, D]`, `weight: [D, W]`, `padding_mask: [B, T, 1]` (False at padding) and `state: [B, W - 1, D]` to the
-    output `[B, T, D]`, undefined at padding, and the new state.
+    From `x: [B, T, D]`, `weight: [D, W]`, `padding_mask: [B, T, 1]` (False at padding) and `state: [B, W - 1, D]` to
+    the output `[B, T, D]`, undefined at padding, and the new state.
     """
     W = weight.shape[1] - 1
     if state is None:

@@ -1,4 +1,4 @@
-"""The cases of the mixers' tests: every mixer with every value of every option, its parameters drawn at random."""
+"""Cases of the mixers' tests: every mixer with every value of every option, and random parameters."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ from subquad import mixers
 from subquad.mixers import AttentionSpec, Mixer
 from subquad.mixers.options import OUTPUT_GATES, QK_ACTIVATIONS
 
-LAYOUTS = {
+SPECS = {
     "plain": AttentionSpec(hidden_size=24, num_heads=3, num_kv_heads=3, head_dim=8, value_dim=8),
     "biased": AttentionSpec(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True),
 }
-VALUES = {
+SHARED_OPTIONS = {
     "qk_activation": QK_ACTIVATIONS,
     "short_conv": (0, 2, 4),
     "rotary": (True, False),
@@ -19,7 +19,7 @@ VALUES = {
     "output_gate": OUTPUT_GATES,
     "half_life": (3.0,),
 }
-OWN_VALUES: dict[str, tuple[dict, ...]] = {
+OWN_OPTIONS: dict[str, tuple[dict, ...]] = {
     "linear_attention": (
         {"normalizer": True, "qk_activation": "elu1", "output_norm": False},
         {"normalizer": True, "qk_activation": "relu", "rotary": True, "short_conv": 4},
@@ -39,14 +39,14 @@ OWN_VALUES: dict[str, tuple[dict, ...]] = {
 
 
 def every_option() -> list[tuple[str, dict]]:
-    """Every mixer with its defaults, and with each value of each option beside them."""
+    """Every mixer with its defaults, and with each other value of each option."""
     cases = []
     for name, cls in mixers.REGISTRY.items():
         defaults = cls.Options()
         cases.append((name, {}))
-        for option, values in VALUES.items():
+        for option, values in SHARED_OPTIONS.items():
             cases += [(name, {option: value}) for value in values if value != getattr(defaults, option)]
-        cases += [(name, options) for options in OWN_VALUES.get(name, ())]
+        cases += [(name, options) for options in OWN_OPTIONS.get(name, ())]
     return cases
 
 
@@ -57,17 +57,17 @@ def case_id(case: object) -> str:
     return str(case)
 
 
-def build(name: str, layout: str = "plain", seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> Mixer:
-    """A mixer no parameter of which is neutral."""
-    mixer = mixers.create(name, LAYOUTS[layout], **options)
+def build(name: str, spec: str = "plain", seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> Mixer:
+    """A mixer with seeded noise in every parameter, so that none is neutral."""
+    mixer = mixers.create(name, SPECS[spec], **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in mixer.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 2 and key.endswith("_proj.weight"):
-                parameter.copy_(drawn * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
             else:
-                parameter.add_(drawn * 0.4)
+                parameter.add_(noise * 0.4)
     return mixer.to(dtype)
 
 
@@ -76,14 +76,14 @@ def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def rotary(positions: Tensor, head_dim: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """cos and sin `[B, T, head_dim]` of `positions: [B, T]`, as `transformers` hands them on."""
+    """cos and sin `[B, T, head_dim]` of `positions: [B, T]`, as `transformers` passes them."""
     frequencies = 100.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.cat([positions[..., None].double() * frequencies] * 2, dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Norm of the difference relative to the norm of `expected`."""
     assert found.shape == expected.shape
     assert found.isfinite().all()
     found, expected = found.detach().double(), expected.detach().double()

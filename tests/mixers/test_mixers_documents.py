@@ -1,4 +1,4 @@
-"""Padding anywhere, and several documents in a row: each gives what it gives alone."""
+"""Padding and packed documents: each row or document gives the same output as on its own."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from subquad import mixers
 CASES = [(name, options) for name in mixers.REGISTRY for options in ({}, {"short_conv": 4, "rotary": True})]
 CASES += [("linear_attention", {"normalizer": True, "qk_activation": "elu1"}), ("mamba2", {"discretization": "zoh"})]
 
-# where a row's tokens are real: 1, or the number of their document
+# 1 or the document's id at tokens, 0 at padding
 PADDED = {
     "left": [0, 0, 0, 0, 1, 1, 1, 1, 1, 1],
     "right": [1, 1, 1, 1, 1, 1, 0, 0, 0, 0],
@@ -20,17 +20,17 @@ PADDED = {
 }
 PACKED = {
     "two": [1, 1, 1, 1, 2, 2, 2, 2, 2, 2],
-    "padding behind": [1, 1, 1, 2, 2, 2, 3, 0, 0, 0],
-    "padding before and between": [0, 0, 1, 1, 1, 0, 2, 2, 2, 2],
+    "padding at the end": [1, 1, 1, 2, 2, 2, 3, 0, 0, 0],
+    "padding at the start and between": [0, 0, 1, 1, 1, 0, 2, 2, 2, 2],
     "padding inside a document": [1, 1, 0, 0, 1, 1, 2, 0, 2, 2],
     "one": [4, 4, 4, 4, 4, 4, 4, 4, 4, 4],
 }
 
 
-def alone(mixer, x, positions, real, state=None):
-    """What one row's real tokens give without anything else: outputs [n, hidden] and state."""
-    piece = tuple(p[None, real] for p in positions)
-    y, after = mixer(x[None, real], piece, state=state)
+def run_alone(mixer, x, positions, mask, state=None):
+    """Output `[n, hidden]` and state of the tokens of one row at `mask`, without the others."""
+    piece = tuple(p[None, mask] for p in positions)
+    y, after = mixer(x[None, mask], piece, state=state)
     return y[0], after
 
 
@@ -41,81 +41,81 @@ def mixer(request):
 
 
 @pytest.mark.parametrize("continued", [False, True], ids=["fresh", "continued"])
-def test_padded_rows_equal_each_row_alone(mixer, continued):
-    documents = torch.tensor(list(PADDED.values())).bool()
-    B, T = documents.shape
-    x, positions = draw(B, T, 24), rotary((documents.cumsum(1) - 1).clamp_min(0) + 3)
+def test_padding_matches_unpadded_rows(mixer, continued):
+    doc_ids = torch.tensor(list(PADDED.values())).bool()
+    B, T = doc_ids.shape
+    x, positions = draw(B, T, 24), rotary((doc_ids.cumsum(1) - 1).clamp_min(0) + 3)
     state = mixer(draw(B, 3, 24, seed=3), rotary(torch.arange(3)[None]))[1] if continued else None
-    y, after = mixer(x, positions, documents, state)
+    y, after = mixer(x, positions, doc_ids, state)
     assert y.isfinite().all()
     for row, case in enumerate(PADDED):
         own = None if state is None else tuple(s[row : row + 1] for s in state)
-        expected, last = alone(mixer, x[row], [p[row] for p in positions], documents[row], own)
-        assert distance(y[row, documents[row]], expected) < 1e-5, case
-        for found, wanted in zip(after, last, strict=True):
-            assert found.dtype == wanted.dtype
+        expected, last = run_alone(mixer, x[row], [p[row] for p in positions], doc_ids[row], own)
+        assert distance(y[row, doc_ids[row]], expected) < 1e-5, case
+        for found, reference in zip(after, last, strict=True):
+            assert found.dtype == reference.dtype
         assert distance(continue_from(mixer, after, row), continue_from(mixer, last, 0)) < 1e-5, case
 
 
 def continue_from(mixer, state, row):
-    """What comes out next: states themselves may differ where they mean the same (mLSTM's stabiliser)."""
+    """The output of the next tokens. States may differ where outputs agree, by mLSTM's stabilizer."""
     x, positions = draw(1, 4, 24, seed=9), rotary(torch.arange(20, 24)[None])
     return mixer(x, positions, state=tuple(s[row : row + 1] for s in state))[0]
 
 
-def test_packed_documents_equal_each_alone(mixer):
-    documents = torch.tensor(list(PACKED.values()))
-    B, T = documents.shape
+def test_packing_matches_single_documents(mixer):
+    doc_ids = torch.tensor(list(PACKED.values()))
+    B, T = doc_ids.shape
     x, positions = draw(B, T, 24), rotary(torch.arange(T).expand(B, T))
-    y, after = mixer(x, positions, documents)
-    assert torch.equal(y[documents == 0], torch.zeros_like(y[documents == 0]))
+    y, after = mixer(x, positions, doc_ids)
+    assert torch.equal(y[doc_ids == 0], torch.zeros_like(y[doc_ids == 0]))
     for row, case in enumerate(PACKED):
-        for number in documents[row].unique():
-            if number == 0:
+        for doc_id in doc_ids[row].unique():
+            if doc_id == 0:
                 continue
-            real = documents[row] == number
-            expected, last = alone(mixer, x[row], [p[row] for p in positions], real)
-            assert distance(y[row, real], expected) < 1e-5, (case, number)
-        for found, wanted in zip(after, last, strict=True):  # the row's last document
-            assert distance(found[row], wanted[0]) < 1e-5, case
+            mask = doc_ids[row] == doc_id
+            expected, last = run_alone(mixer, x[row], [p[row] for p in positions], mask)
+            assert distance(y[row, mask], expected) < 1e-5, (case, doc_id)
+        for found, reference in zip(after, last, strict=True):  # the row's last document
+            assert distance(found[row], reference[0]) < 1e-5, case
 
 
-def test_packed_row_of_padding_alone_has_a_state(mixer):
-    documents = torch.tensor([[0] * 16, [1] * 9 + [2] * 7])
+def test_row_of_only_padding_has_a_state(mixer):
+    doc_ids = torch.tensor([[0] * 16, [1] * 9 + [2] * 7])
     x, positions = draw(2, 16, 24), rotary(torch.arange(16)[None])
-    y, after = mixer(x, positions, documents)
+    y, after = mixer(x, positions, doc_ids)
     assert y.isfinite().all()
     assert all(s.shape[0] == 2 for s in after)
-    expected, _ = alone(mixer, x[1], [p[0] for p in positions], documents[1] == 2)
+    expected, _ = run_alone(mixer, x[1], [p[0] for p in positions], doc_ids[1] == 2)
     assert distance(y[1, 9:], expected) < 1e-5
 
 
-def test_packed_gradients_equal_those_of_each_document_alone(mixer):
-    documents = torch.tensor([[1, 1, 1, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2]])
+def test_packing_matches_gradients_of_single_documents(mixer):
+    doc_ids = torch.tensor([[1, 1, 1, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2]])
     x, positions = draw(1, 13, 24), rotary(torch.arange(13)[None])
     weight = draw(1, 13, 24, seed=4)
-    packed = torch.autograd.grad((mixer(x, positions, documents)[0] * weight)[documents > 0].sum(), mixer.parameters())
+    packed = torch.autograd.grad((mixer(x, positions, doc_ids)[0] * weight)[doc_ids > 0].sum(), mixer.parameters())
     total = 0
-    for number in (1, 2):
-        real = documents[0] == number
-        total = total + (alone(mixer, x[0], [p[0] for p in positions], real)[0] * weight[0, real]).sum()
-    apart = torch.autograd.grad(total, mixer.parameters())
-    assert distance(flat(packed), flat(apart)) < 1e-5
+    for doc_id in (1, 2):
+        mask = doc_ids[0] == doc_id
+        total = total + (run_alone(mixer, x[0], [p[0] for p in positions], mask)[0] * weight[0, mask]).sum()
+    separate = torch.autograd.grad(total, mixer.parameters())
+    assert distance(flat(packed), flat(separate)) < 1e-5
 
 
 def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
 
 
-def test_packed_documents_of_very_few_tokens(mixer):
+def test_packing_of_documents_shorter_than_the_convolution(mixer):
     x, positions = draw(1, 5, 24), rotary(torch.arange(5)[None])
     y, _ = mixer(x, positions, torch.tensor([[1, 1, 1, 2, 2]]))
-    expected, _ = alone(mixer, x[0], [p[0] for p in positions], torch.tensor([False] * 3 + [True] * 2))
+    expected, _ = run_alone(mixer, x[0], [p[0] for p in positions], torch.tensor([False] * 3 + [True] * 2))
     assert distance(y[0, 3:], expected) < 1e-5
 
 
-def test_packed_documents_refuse_a_state(mixer):
+def test_packed_documents_with_a_state_raise(mixer):
     x = draw(1, 4, 24)
     state = mixer(x, rotary(torch.arange(4)[None]))[1]
-    with pytest.raises(ValueError, match="packed documents cannot be continued"):
+    with pytest.raises(ValueError, match="doc_ids"):
         mixer(x, rotary(torch.arange(4)[None]), torch.tensor([[1, 1, 2, 2]]), state)

@@ -1,4 +1,4 @@
-"""Every mixer against its paper's equations, written out here a token at a time in float64, and its fresh start."""
+"""Every mixer against its paper's equations, token by token in float64; and its initialization."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from mixer_cases import LAYOUTS, build, distance, draw, rotary
+from mixer_cases import SPECS, build, distance, draw, rotary
 
 from subquad import mixers
 from subquad.mixers.options import OUTPUT_GATES
@@ -27,7 +27,7 @@ CASES = [
 ]
 
 
-def turned(x, cos, sin):
+def rotated(x, cos, sin):
     """Pairs of channels (c, c + K/2) as complex numbers, times e^(i angle)."""
     half = x.shape[-1] // 2
     z = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos[..., :half], sin[..., :half])[:, None]
@@ -35,105 +35,105 @@ def turned(x, cos, sin):
 
 
 def gate_values(mixer, x, H):
-    """Decay a_t, write strength and input gate of each token, from the papers' definitions; [T, H, 1 or K]."""
-    name, own = mixer.name, dict(mixer.named_parameters())
-    linear = lambda part: F.linear(x, own[f"{part}.weight"], own.get(f"{part}.bias"))  # noqa: E731
+    """Decay, beta and input gate of each token, `[T, H, 1 or K]`, as the papers define them."""
+    name, params = mixer.name, dict(mixer.named_parameters())
+    linear = lambda part: F.linear(x, params[f"{part}.weight"], params.get(f"{part}.bias"))  # noqa: E731
     one = torch.ones(x.shape[0], H, 1, dtype=x.dtype)
-    decay, beta, write = one, None, one
+    decay, beta, input_gate = one, None, one
     if name == "retnet":
         decay = one * torch.tensor([1 - 2.0 ** (-5 - h) for h in range(H)], dtype=x.dtype)[:, None]
     elif name == "mamba2":
         dt = F.softplus(linear("a_proj"))[..., None]
         zoh = mixer.options.discretization == "zoh"
-        decay = torch.exp(-dt * own["A_log"].exp()[:, None]) if zoh else torch.exp(-dt)
-        write = dt if zoh else one
+        decay = torch.exp(-dt * params["A_log"].exp()[:, None]) if zoh else torch.exp(-dt)
+        input_gate = dt if zoh else one
     elif name in ("gla", "metala"):
-        logits = F.linear(linear("decay_down"), own["decay_up.weight"], own["decay_up.bias"])
+        logits = F.linear(linear("decay_down"), params["decay_up.weight"], params["decay_up.bias"])
         decay = torch.sigmoid(logits).pow(1 / 16).unflatten(-1, (H, -1))
     elif name in ("deltanet", "gated_deltanet"):
         beta = torch.sigmoid(linear("b_proj"))[..., None]
         if name == "gated_deltanet":
-            decay = torch.exp(-own["A_log"].exp() * F.softplus(linear("a_proj") + own["dt_bias"]))[..., None]
+            decay = torch.exp(-params["A_log"].exp() * F.softplus(linear("a_proj") + params["dt_bias"]))[..., None]
     elif name == "xlstm":
-        decay, write = torch.sigmoid(linear("f_proj"))[..., None], linear("i_proj").exp()[..., None]
-    return decay, beta, write
+        decay, input_gate = torch.sigmoid(linear("f_proj"))[..., None], linear("i_proj").exp()[..., None]
+    return decay, beta, input_gate
 
 
-def written_out(mixer, x, cos, sin):
-    """The block's output on x [T, hidden] in float64, by the equations."""
-    layout, options, own = mixer.spec, mixer.options, dict(mixer.named_parameters())
-    T, H, K = x.shape[0], layout.num_heads, layout.head_dim
+def reference_output(mixer, x, cos, sin):
+    """The mixer's output for x `[T, hidden]` in float64, by the equations."""
+    spec, options, params = mixer.spec, mixer.options, dict(mixer.named_parameters())
+    T, H, K = x.shape[0], spec.num_heads, spec.head_dim
 
     def projected(part):
-        y = F.linear(x, own[f"{part}_proj.weight"], own.get(f"{part}_proj.bias"))
-        if f"{part}_conv" in own:
-            kernel, W = own[f"{part}_conv"], options.short_conv
+        y = F.linear(x, params[f"{part}_proj.weight"], params.get(f"{part}_proj.bias"))
+        if f"{part}_conv" in params:
+            kernel, W = params[f"{part}_conv"], options.short_conv
             y = torch.stack([sum(kernel[:, W - 1 - d] * y[t - d] for d in range(min(W, t + 1))) for t in range(T)])
         return y.unflatten(-1, (H, -1))
 
-    def feature(y):
-        y = turned(y, cos, sin) if options.rotary else y
+    def feature_map(y):
+        y = rotated(y, cos, sin) if options.rotary else y
         y = {"silu": lambda z: z / (1 + torch.exp(-z)), "elu1": lambda z: torch.where(z > 0, z + 1, z.exp())}.get(
             options.qk_activation, lambda z: z.clamp_min(0) if options.qk_activation == "relu" else z
         )(y)
         return y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() if "deltanet" in mixer.name else y
 
-    decay, beta, write = gate_values(mixer, x, H)
-    q, v = feature(projected("q")) / math.sqrt(K), projected("v")
+    decay, beta, input_gate = gate_values(mixer, x, H)
+    q, v = feature_map(projected("q")) / math.sqrt(K), projected("v")
     if getattr(options, "v_activation", "none") == "silu":
         v = v / (1 + torch.exp(-v))
-    k = 1 - decay.expand(T, H, K) if mixer.name == "metala" else feature(projected("k"))
+    k = 1 - decay.expand(T, H, K) if mixer.name == "metala" else feature_map(projected("k"))
     outputs = []
     S, n = torch.zeros(H, K, v.shape[-1], dtype=x.dtype), torch.zeros(H, K, dtype=x.dtype)
     for t in range(T):
         S, n = decay[t].unsqueeze(-1) * S, decay[t] * n
         new = v[t] if beta is None else beta[t] * (v[t] - torch.einsum("hk,hkv->hv", k[t], S))
-        S = S + torch.einsum("hk,hv->hkv", write[t] * k[t], new)
-        n = n + write[t] * k[t]
+        S = S + torch.einsum("hk,hv->hkv", input_gate[t] * k[t], new)
+        n = n + input_gate[t] * k[t]
         o, total = torch.einsum("hk,hkv->hv", q[t], S), (q[t] * n).sum(-1, keepdim=True)
         if mixer.name == "xlstm":
             o = o / total.abs().clamp_min(1)
         if getattr(options, "normalizer", False):
             o = o / (total + 1e-6)
         if mixer.name == "mamba2":
-            o = o + own["D"][:, None] * v[t]
+            o = o + params["D"][:, None] * v[t]
         if mixer.name == "metala":
-            o = o + (q[t] * own["augmentation"] * k[t]).sum(-1, keepdim=True) * v[t]
+            o = o + (q[t] * params["self_augmentation"] * k[t]).sum(-1, keepdim=True) * v[t]
         outputs.append(o)
-    return read_out(mixer, own, x, torch.stack(outputs))
+    return norm_gate_and_project(mixer, params, x, torch.stack(outputs))
 
 
-def read_out(mixer, own, x, o):
+def norm_gate_and_project(mixer, params, x, o):
     gate = torch.ones_like(o)
     if mixer.options.output_gate != "none":
-        g = F.linear(x, own["g_proj.weight"], own.get("g_proj.bias")).unflatten(-1, (o.shape[1], -1))
+        g = F.linear(x, params["g_proj.weight"], params.get("g_proj.bias")).unflatten(-1, (o.shape[1], -1))
         gate = torch.sigmoid(g) * (g if mixer.options.output_gate == "swish" else 1)
-    before, behind = (gate, 1) if mixer.name == "mamba2" else (1, gate)
+    before, after = (gate, 1) if mixer.name == "mamba2" else (1, gate)
     o = o * before
     if mixer.options.output_norm:
         eps = getattr(mixer.options, "norm_eps", 1e-8)
-        o = o / (o.square().mean(-1, keepdim=True) + eps).sqrt() * own["o_norm"]
-    return F.linear((o * behind).flatten(-2), own["o_proj.weight"], own.get("o_proj.bias"))
+        o = o / (o.square().mean(-1, keepdim=True) + eps).sqrt() * params["o_norm"]
+    return F.linear((o * after).flatten(-2), params["o_proj.weight"], params.get("o_proj.bias"))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{o}" if o else n for n, o in CASES])
-def test_block_is_its_equations(name, options):
+def test_mixer_matches_its_equations(name, options):
     mixer = build(name, "biased", dtype=torch.float64, **options)
     x = draw(14, 24, dtype=torch.float64)
     positions = rotary(torch.arange(14)[None], dtype=torch.float64)
     found, _ = mixer(x[None], positions)
-    expected = written_out(mixer, x, positions[0][0], positions[1][0])
+    expected = reference_output(mixer, x, positions[0][0], positions[1][0])
     # RetNet's decays are float32 constants
     assert distance(found[0], expected) < (1e-6 if name == "retnet" else 1e-9)
 
 
 @pytest.mark.parametrize("gate", OUTPUT_GATES)
 @pytest.mark.parametrize("name", mixers.REGISTRY)
-def test_fresh_output_of_a_head_has_the_scale_that_was_set(name, gate):
-    # projections of a usual size, so that the norm's epsilon is nothing beside what comes out of the core
-    layout = dataclasses.replace(LAYOUTS["plain"], initializer_range=0.3)
-    mixer = mixers.create(name, layout, output_gate=gate)
+def test_set_output_scale_sets_the_rms_of_each_head(name, gate):
+    # Projections of usual size, so that the norm's epsilon is negligible relative to the op's output.
+    spec = dataclasses.replace(SPECS["plain"], initializer_range=0.3)
+    mixer = mixers.create(name, spec, output_gate=gate)
     rms = torch.tensor([0.02, 0.5, 3.0])
     mixer.set_output_scale(rms)
     seen = []
@@ -144,46 +144,46 @@ def test_fresh_output_of_a_head_has_the_scale_that_was_set(name, gate):
 
 
 @pytest.mark.parametrize("name", ["gla", "mamba2", "gated_deltanet", "xlstm"])
-def test_fresh_memory_is_halved_after_the_half_life(name):
-    mixer = mixers.create(name, LAYOUTS["plain"], half_life=20.0)
+def test_initial_decay_over_the_half_life_is_one_half(name):
+    mixer = mixers.create(name, SPECS["plain"], half_life=20.0)
     x = draw(1, 5, 24) * 0
-    core, _ = mixer.op_inputs(x, None, None, None)
-    log_decay = F.logsigmoid(core["forget_gate"]) if name == "xlstm" else core["log_decay"]
+    op_inputs, _ = mixer.op_inputs(x)
+    log_decay = F.logsigmoid(op_inputs["forget_gate"]) if name == "xlstm" else op_inputs["log_decay"]
     assert torch.allclose((20 * log_decay).exp(), torch.tensor(0.5), rtol=1e-4)
 
 
-def test_fresh_metala_spreads_half_lives_from_one_token_to_the_longest():
-    core, _ = mixers.create("metala", LAYOUTS["plain"], half_life=128.0).op_inputs(draw(1, 3, 24), None, None, None)
-    half_lives = math.log(0.5) / core["log_decay"][0, 0]
+def test_metala_initial_half_lives_run_from_one_token_to_the_longest():
+    op_inputs, _ = mixers.create("metala", SPECS["plain"], half_life=128.0).op_inputs(draw(1, 3, 24))
+    half_lives = math.log(0.5) / op_inputs["log_decay"][0, 0]
     assert torch.allclose(half_lives, 128.0 ** torch.linspace(0, 1, 8).expand(3, 8), rtol=1e-3)
 
 
-def test_retnet_forgets_by_head_as_published():
-    core, _ = mixers.create("retnet", LAYOUTS["plain"]).op_inputs(draw(2, 4, 24), None, None, None)
-    assert torch.allclose(core["log_decay"].exp(), 1 - torch.tensor([1 / 32, 1 / 64, 1 / 128]).expand(2, 4, 3))
+def test_retnet_decay_per_head():
+    op_inputs, _ = mixers.create("retnet", SPECS["plain"]).op_inputs(draw(2, 4, 24))
+    assert torch.allclose(op_inputs["log_decay"].exp(), 1 - torch.tensor([1 / 32, 1 / 64, 1 / 128]).expand(2, 4, 3))
 
 
 @pytest.mark.parametrize("name", ["deltanet", "gated_deltanet"])
-def test_fresh_beta_init(name):
-    core, _ = mixers.create(name, LAYOUTS["plain"], beta_init=0.2).op_inputs(draw(1, 3, 24), None, None, None)
-    assert torch.allclose(core["beta"], torch.tensor(0.2))
+def test_initial_beta(name):
+    op_inputs, _ = mixers.create(name, SPECS["plain"], beta_init=0.2).op_inputs(draw(1, 3, 24))
+    assert torch.allclose(op_inputs["beta"], torch.tensor(0.2))
 
 
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("name", mixers.REGISTRY)
-def test_fresh_convolution_changes_nothing(name, width):
+def test_initial_short_conv_is_the_identity(name, width):
     def fresh(short_conv):
         torch.manual_seed(0)
-        return mixers.create(name, LAYOUTS["plain"], short_conv=short_conv)
+        return mixers.create(name, SPECS["plain"], short_conv=short_conv)
 
     x, positions = draw(2, 9, 24), rotary(torch.arange(9)[None])
     assert torch.equal(fresh(width)(x, positions)[0], fresh(0)(x, positions)[0])
 
 
-def test_rotary_leaves_channels_past_its_size_alone():
+def test_rotary_does_not_change_channels_beyond_its_size():
     mixer = build("retnet", short_conv=0, qk_activation="none")
     x = draw(1, 6, 24)
-    core, _ = mixer.op_inputs(x, rotary(torch.arange(6)[None], head_dim=4), None, None)
-    plain, _ = build("retnet", short_conv=0, qk_activation="none", rotary=False).op_inputs(x, None, None, None)
-    assert torch.equal(core["q"][..., 4:], plain["q"][..., 4:])
-    assert not torch.allclose(core["q"][:, 1:, :, :4], plain["q"][:, 1:, :, :4])
+    op_inputs, _ = mixer.op_inputs(x, rotary(torch.arange(6)[None], head_dim=4))
+    plain, _ = build("retnet", short_conv=0, qk_activation="none", rotary=False).op_inputs(x)
+    assert torch.equal(op_inputs["q"][..., 4:], plain["q"][..., 4:])
+    assert not torch.allclose(op_inputs["q"][:, 1:, :, :4], plain["q"][:, 1:, :, :4])

@@ -1,4 +1,4 @@
-"""Every mixer, with every value of every option, on a sequence, token by token, and as its mixing matrix."""
+"""Every mixer with every option: sequence, single tokens, pieces, mixing matrix, gradients and precision."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from subquad import mixers
 PRECISIONS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def by_dtype(dtype):
+def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
@@ -19,7 +19,7 @@ def inputs(T, dtype, B=2):
 
 
 def run_pieces(mixer, x, positions, sizes):
-    """Outputs of the pieces of x in turn, each from the state that the one before left; and the last state."""
+    """Output and final state of x run in pieces, each from the state after the piece before it."""
     outputs, state, start = [], None, 0
     for size in sizes:
         piece = slice(start, start + size)
@@ -30,7 +30,7 @@ def run_pieces(mixer, x, positions, sizes):
     return torch.cat(outputs, 1), state
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS, ids=by_dtype)
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=dtype_name)
 @pytest.mark.parametrize("case", every_option(), ids=case_id)
 def test_sequence_tokens_and_pieces_agree(case, dtype):
     name, options = case
@@ -46,7 +46,7 @@ def test_sequence_tokens_and_pieces_agree(case, dtype):
 
 
 @pytest.mark.parametrize("name", mixers.REGISTRY)
-def test_forms_agree_past_a_chunk(name):
+def test_forms_agree_across_chunks(name):
     mixer = build(name, short_conv=4)
     x, positions = inputs(150, torch.float32)
     whole, _ = mixer(x, positions)
@@ -54,21 +54,21 @@ def test_forms_agree_past_a_chunk(name):
     assert distance(run_pieces(mixer, x, positions, [70, 1, 79])[0], whole) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS, ids=by_dtype)
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=dtype_name)
 @pytest.mark.parametrize("case", every_option(), ids=case_id)
-def test_mixing_matrix_times_v_is_the_core_output(case, dtype):
+def test_mixing_matrix_times_v_is_the_op_output(case, dtype):
     name, options = case
     mixer = build(name, "biased", dtype=dtype, **options)
     x, positions = inputs(21, dtype)
-    core, _ = mixer.op_inputs(x, positions, None, None)
-    o, _ = mixer.run_op(core, None, None)
-    if name == "mamba2":  # its skip D belongs to the matrix
-        o = mixer.add_skip(o, core)
-    M = mixer.mixing_matrix(core)
+    op_inputs, _ = mixer.op_inputs(x, positions)
+    o, _ = mixer.run_op(op_inputs)
+    if name == "mamba2":  # the matrix includes the skip D
+        o = mixer.add_skip(o, op_inputs)
+    M = mixer.mixing_matrix(op_inputs)
     assert M.shape == (2, 2, 21, 21)
-    assert torch.equal(M, M.tril()), "the matrix looks ahead"
+    assert torch.equal(M, M.tril()), "the matrix is not causal"
     assert torch.equal(M, mixer.matrix(x, positions))
-    assert distance(torch.einsum("bhij,bjhv->bihv", M, core["v"]), o) < PRECISIONS[dtype]
+    assert distance(torch.einsum("bhij,bjhv->bihv", M, op_inputs["v"]), o) < PRECISIONS[dtype]
 
 
 @pytest.mark.parametrize("case", every_option(), ids=case_id)
@@ -78,25 +78,25 @@ def test_gradients_reach_every_parameter(case):
     x, positions = inputs(9, torch.float32)
     y, _ = mixer(x.requires_grad_(), positions)
     (y * draw(*y.shape, seed=2)).sum().backward()
-    without = [key for key, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    assert not without
+    without_grad = [key for key, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not without_grad
     assert all(p.grad.isfinite().all() for p in mixer.parameters())
     assert x.grad.abs().amin() > 0
 
 
 @pytest.mark.parametrize("case", every_option(), ids=case_id)
-def test_matrix_depends_on_the_parameters_that_it_names_and_no_other(case):
+def test_matrix_is_independent_of_exactly_the_value_path_params(case):
     name, options = case
     mixer = build(name, "biased", **options)
     x, positions = inputs(9, torch.float32)
     M = mixer.matrix(x, positions)
     (M * draw(*M.shape, seed=2)).sum().backward()
-    behind = {key for key, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
-    assert behind == {key for key, _ in mixer.named_parameters() if key.split(".")[0] in mixer.VALUE_PATH_PARAMS}
+    independent = {key for key, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
+    assert independent == {key for key, _ in mixer.named_parameters() if key.split(".")[0] in mixer.VALUE_PATH_PARAMS}
 
 
 @pytest.mark.parametrize("name", mixers.REGISTRY)
-def test_bfloat16_runs_and_stays_near_float32(name):
+def test_bfloat16_is_close_to_float32(name):
     mixer = build(name, "biased")
     x, positions = inputs(40, torch.float32)
     expected, _ = mixer(x, positions)
@@ -107,7 +107,7 @@ def test_bfloat16_runs_and_stays_near_float32(name):
 
 
 @pytest.mark.parametrize("name", mixers.REGISTRY)
-def test_a_later_token_changes_nothing_before_it(name):
+def test_mixers_are_causal(name):
     mixer = build(name, "biased", short_conv=4)
     x, positions = inputs(12, torch.float32)
     changed = x.clone()

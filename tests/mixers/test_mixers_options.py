@@ -1,11 +1,11 @@
-"""The registry, and options that a mixer does not know or cannot take."""
+"""The registry of mixers, and invalid options."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from mixer_cases import LAYOUTS
+from mixer_cases import SPECS
 
 from subquad import mixers
 from subquad.utils import UserError
@@ -39,26 +39,26 @@ def test_registry_and_options_describe_the_same_mixers():
     assert all("arXiv" in options.source for options in mixers.OPTIONS.values())
 
 
-def test_names_are_the_eight_two_more_and_the_control():
+def test_names_are_all_mixers_and_the_control():
     assert mixers.names() == [*ALL, "softmax"]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_get_gives_the_class_of_that_name(name):
+def test_get_and_create_return_the_named_class(name):
     assert mixers.get(name).name == name
-    assert type(mixers.create(name, LAYOUTS["plain"])) is mixers.get(name)
+    assert type(mixers.create(name, SPECS["plain"])) is mixers.get(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "suggestion"),
     [("gated_delta_net", "gated_deltanet"), ("GLA", "gla"), ("mamba", "mamba2"), ("softmx", "softmax")],
 )
-def test_unknown_mixer_names_the_nearest(name, meant):
-    with pytest.raises(UserError, match=f"unknown mixer '{name}'; did you mean '{meant}'"):
+def test_unknown_mixer_names_the_nearest(name, suggestion):
+    with pytest.raises(UserError, match=f"'{name}'.*'{suggestion}'"):
         mixers.get(name)
 
 
-def test_unknown_mixer_near_none_names_all():
+def test_unknown_mixer_without_a_near_name_lists_all():
     with pytest.raises(UserError, match=", ".join(mixers.names())):
         mixers.get("perceiver")
 
@@ -67,11 +67,11 @@ def test_unknown_mixer_near_none_names_all():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"short_convolution": 4}, "unknown mixer option 'short_convolution'; did you mean 'short_conv'"),
+        ({"short_convolution": 4}, "'short_convolution'; did you mean 'short_conv'"),
         ({"qk_activation": "sillu"}, "qk_activation: got 'sillu'; did you mean 'silu'"),
         ({"output_gate": "swich"}, "output_gate: got 'swich'; did you mean 'swish'"),
-        ({"output_gate": None}, "output_gate: got None, expected a string"),
-        ({"short_conv": 1}, "short_conv: got 1, expected 0 .no convolution. or a width of at least 2"),
+        ({"output_gate": None}, "output_gate: got None"),
+        ({"short_conv": 1}, "short_conv: got 1"),
         ({"short_conv": -4}, "short_conv: got -4"),
         ({"short_conv": 2.5}, "short_conv: got 2.5, expected an integer"),
         ({"short_conv": True}, "short_conv: got True, expected an integer"),
@@ -79,45 +79,45 @@ def test_unknown_mixer_near_none_names_all():
         ({"rotary": 1}, "rotary: got 1, expected true or false"),
         ({"output_norm": 0}, "output_norm: got 0"),
         ({"half_life": "long"}, "half_life: got 'long', expected a number"),
-        ({"half_life": 0}, "half_life: got 0, expected a positive, finite number"),
-        ({"half_life": -3.0}, "half_life: got -3.0, expected a positive"),
-        ({"half_life": float("nan")}, "half_life: got nan, expected a positive"),
-        ({"half_life": float("inf")}, "half_life: got inf, expected a positive, finite"),
+        ({"half_life": 0}, "half_life: got 0"),
+        ({"half_life": -3.0}, "half_life: got -3.0"),
+        ({"half_life": float("nan")}, "half_life: got nan"),
+        ({"half_life": float("inf")}, "half_life: got inf"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_wrong_option_says_what_was_expected(name, options, message):
+def test_invalid_option(name, options, message):
     with pytest.raises(UserError, match=message):
-        mixers.create(name, LAYOUTS["plain"], **options)
+        mixers.create(name, SPECS["plain"], **options)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("mamba2", {"discretization": "zho"}, "discretization: got 'zho'; did you mean 'zoh'"),
-        ("gla", {"decay_rank": 0}, "decay_rank: got 0, expected at least 1"),
+        ("gla", {"decay_rank": 0}, "decay_rank: got 0"),
         ("metala", {"decay_rank": -1}, "decay_rank: got -1"),
-        ("deltanet", {"beta_init": 1.0}, "beta_init: got 1.0, expected a number between 0 and 1"),
+        ("deltanet", {"beta_init": 1.0}, "beta_init: got 1.0"),
         ("gated_deltanet", {"beta_init": 0.0}, "beta_init: got 0.0"),
-        ("gated_deltanet", {"v_activation": "relu"}, "v_activation: got 'relu'; expected one of silu, none"),
-        ("gated_deltanet", {"norm_eps": 0.0}, "norm_eps: got 0.0, expected a number between 0 and 1"),
+        ("gated_deltanet", {"v_activation": "relu"}, "v_activation: got 'relu'"),
+        ("gated_deltanet", {"norm_eps": 0.0}, "norm_eps: got 0.0"),
         ("gated_deltanet", {"biases": 0}, "biases: got 0, expected true or false"),
         ("kda", {"beta_init": 1.5}, "beta_init: got 1.5"),
-        ("hgrn2", {"lower_bound": 0.5}, "lower_bound: got 0.5, expected a number from 0 to below 0.5"),
+        ("hgrn2", {"lower_bound": 0.5}, "lower_bound: got 0.5"),
         ("hgrn2", {"lower_bound": -0.1}, "lower_bound: got -0.1"),
         ("linear_attention", {"normalizer": True}, "normalizer: got true with qk_activation 'silu'"),
         ("linear_attention", {"normalizer": 1}, "normalizer: got 1"),
-        ("gla", {"beta_init": 0.1}, "unknown mixer option 'beta_init'"),
-        ("retnet", {"discretization": "zoh"}, "unknown mixer option 'discretization'"),
+        ("gla", {"beta_init": 0.1}, "'beta_init'"),
+        ("retnet", {"discretization": "zoh"}, "'discretization'"),
     ],
 )
-def test_wrong_option_of_one_mixer_says_what_was_expected(name, options, message):
+def test_invalid_option_of_one_mixer(name, options, message):
     with pytest.raises(UserError, match=message):
-        mixers.create(name, LAYOUTS["plain"], **options)
+        mixers.create(name, SPECS["plain"], **options)
 
 
 @pytest.mark.parametrize("half_life", [1e-3, 1, 1e6], ids=str)
 @pytest.mark.parametrize("name", ALL)
-def test_any_positive_half_life_starts_finite(name, half_life):
-    mixer = mixers.create(name, LAYOUTS["plain"], half_life=half_life)
+def test_parameters_are_finite_for_any_positive_half_life(name, half_life):
+    mixer = mixers.create(name, SPECS["plain"], half_life=half_life)
     assert all(p.isfinite().all() for p in mixer.parameters())
