@@ -280,7 +280,7 @@ def run_linearize(args: argparse.Namespace) -> None:
 def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     """The layer plan that --layers, or --mixer and --option, give; its entries checked before a teacher is loaded."""
     from subquad.config import yaml_tree
-    from subquad.modeling.layer_types import layer_spec
+    from subquad.modeling.layer_types import resolve_layer_type
 
     if args.layers is not None:
         if args.mixer is not None or args.option:
@@ -295,7 +295,7 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
                 raise UserError(
                     f"--layers: {key}: got {entry!r}, expected a mixer's name or a mapping with its options"
                 )
-            layer_spec(entry, f"--layers: {key}")
+            resolve_layer_type(entry, f"--layers: {key}")
         return layers
     chosen: dict[str, Any] = {"mixer": args.mixer or "gated_deltanet"}
     for text in args.option:
@@ -303,7 +303,7 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--option {text}: expected NAME=VALUE")
         chosen[name] = yaml_tree.parse(value, lambda _line, text=text: f"--option {text}").plain()  # type: ignore[misc]
-    return {"default": layer_spec(chosen, "--mixer")}
+    return {"default": resolve_layer_type(chosen, "--mixer")}
 
 
 def run_inspect(args: argparse.Namespace) -> None:

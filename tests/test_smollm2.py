@@ -10,7 +10,7 @@ import subquad
 from subquad.cli import main
 from subquad.config import Data
 from subquad.data import token_rows
-from subquad.modeling.teachers import smollm2
+from subquad.modeling.teachers import fetch_smollm2
 from subquad.utils import UserError
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ BOOKS = Path(__file__).parents[2] / "shared" / "data" / "corpus" / "books.valid.
 @pytest.fixture(scope="module")
 def teacher():
     try:
-        smollm2()
+        fetch_smollm2()
     except UserError as error:
         pytest.skip(f"SmolLM2 is not to be had here: {error}")
     return subquad.load_teacher("smollm2-135m")

@@ -180,7 +180,7 @@ class Student(Section):
     @field_validator("layer_types")
     @classmethod
     def _plan_is_one(cls, layers: dict[str, Any] | None, info: Any) -> dict[str, Any] | None:
-        from subquad.modeling.layer_types import layer_spec
+        from subquad.modeling.layer_types import resolve_layer_type
 
         if layers is None:
             return None
@@ -189,7 +189,7 @@ class Student(Section):
         if not layers:
             raise UserError("an empty plan; expected entries such as default: gla")
         for key, entry in layers.items():
-            layer_spec(entry, key)
+            resolve_layer_type(entry, key)
         return layers
 
     @field_validator("export_target")

@@ -38,7 +38,7 @@ from subquad.evaluate.efficiency import decode_speed
 from subquad.evaluate.perplexity import compare, recovered_share, unigram_loss
 from subquad.modeling.linearize import linearize
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.modeling.teachers import Loaded, check_reference, load_teacher
+from subquad.modeling.teachers import ModelAndTokenizer, check_reference, load_teacher
 from subquad.utils import UserError, run_info, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class RunContext:
     valid: PackedDataset
 
     @classmethod
-    def prepare(cls, recipe: Recipe, loaded: Loaded | None = None) -> "RunContext":
+    def prepare(cls, recipe: Recipe, loaded: ModelAndTokenizer | None = None) -> "RunContext":
         """Loads the teacher (unless a study has it already) and tokenises as much of the corpus as the recipe uses."""
         teacher, tokenizer = loaded or load_teacher(recipe.teacher)
         teacher.requires_grad_(False)
@@ -123,7 +123,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 def distill(
     recipe: Recipe,
     output: str | os.PathLike,
-    loaded: Loaded | None = None,
+    loaded: ModelAndTokenizer | None = None,
     shared: StageCache | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe in the directory `output` and returns its row of results (also where it was finished before).

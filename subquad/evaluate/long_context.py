@@ -20,7 +20,7 @@ from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import estimate
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.modeling.positions import find_position_table
+from subquad.modeling.positions import find_max_learned_positions
 from subquad.utils import UserError, eval_mode
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ def position_losses(model: PreTrainedModel, ids: Tensor, piece: int = PIECE, lab
 
 def readable(model: PreTrainedModel, lengths: Sequence[int]) -> list[int]:
     """Those lengths that the model can read at all: learned positions end with their table."""
-    table = model.config.max_learned_positions if isinstance(model, SubquadForCausalLM) else find_position_table(model)
+    is_student = isinstance(model, SubquadForCausalLM)
+    table = model.config.max_learned_positions if is_student else find_max_learned_positions(model)
     return [length for length in lengths if table is None or length <= table]
 
 

@@ -18,7 +18,7 @@ from subquad.analysis.figure_files import draw
 from subquad.evaluate.jobs import MATRICES, EvalJob, EvalModel, Evaluation
 from subquad.evaluate.results import Result
 from subquad.evaluate.suites import Settings
-from subquad.modeling.teachers import check_reference, load_teacher, resolve
+from subquad.modeling.teachers import check_reference, load_teacher, resolve_reference
 from subquad.utils import UserError, run_info, write_json_atomic
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def load_eval_model(reference: str, name: str | None = None) -> EvalModel:
         UserError: nothing by that name.
     """
     check_reference(reference)
-    path = resolve(reference)
+    path = resolve_reference(reference)
     model, tokenizer = load_teacher(reference)
     files = [] if path is None else [path] if path.is_file() else sorted(path.iterdir())
     seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if _decides(file)]

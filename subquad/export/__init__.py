@@ -18,7 +18,7 @@ from subquad.export.bamba import to_bamba
 from subquad.export.gguf import TYPES, write_gguf
 from subquad.export.qwen3_5 import to_qwen3_5
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.modeling.summary import dtype_of, read_config
+from subquad.modeling.summary import config_dtype, read_config
 from subquad.modeling.teachers import load_teacher
 from subquad.utils import UserError, nearest
 
@@ -48,7 +48,7 @@ def export(directory: str | os.PathLike, output: str | os.PathLike, format: str,
     output = Path(output)
     if output.exists():
         raise UserError(f"output {str(output)!r} exists; expected a new {'file' if format == 'gguf' else 'directory'}")
-    student, tokenizer = load_teacher(directory, dtype_of(read_config(Path(directory))))
+    student, tokenizer = load_teacher(directory, config_dtype(read_config(Path(directory))))
     assert isinstance(student, SubquadForCausalLM)
     model = to_bamba(student) if format == "bamba" else to_qwen3_5(student)
     with published(output) as part:

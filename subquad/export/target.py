@@ -138,7 +138,7 @@ def check_layers(student: SubquadForCausalLM, target: ExportTarget) -> None:
     for i, (block, entry) in enumerate(zip(student.mixer_layers, student.config.layer_specs, strict=True)):
         if isinstance(block, AttentionLayer):
             wrong = unsupported_attention(entry, block.spec, target)
-            normed = block.spec.qk_norm is not None or block.added_norms()
+            normed = block.spec.qk_norm is not None or block.added_qk_norms()
             if wrong is None and target.has_qk_norm and not normed:
                 wrong = f"it has no norm of queries and keys, as {target.title} has"
         elif block.mixer.name == target.mixer:

@@ -1,11 +1,11 @@
-"""The cache of a student: a constant-size state for every mixer, keys and values for every layer that keeps attention.
+"""The cache of a student: the state of every mixer, and keys and values of every layer that keeps attention.
 
-`transformers`' own `DynamicCache` cannot count tokens where no layer keeps keys, and takes a layer of linear
-attention without a convolution for one that has seen nothing; so positions are counted here, and states are a plain
-tuple a layer.
+A `DynamicCache` of `transformers` does not fit. It counts tokens only where a layer keeps keys, and it takes a layer of
+linear attention without a convolution for an empty one. So these classes count tokens, and hold a mixer's states as a
+tuple of tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 CACHE_ARGUMENT = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What `transformers` calls the cache that a model takes and returns: renamed in 5.24."""
+"""The name in `transformers` of the cache that a model takes and returns: "cache" since 5.24."""
 
 
 class RecurrentCacheLayer(CacheLayerMixin):
-    """States of one mixer, `(tensors with the batch first)`, and the number of tokens that they have seen."""
+    """The states of one mixer, tensors with the batch as first axis, and the number of tokens that they summarize."""
 
     is_compileable = False
     is_sliding = False
@@ -26,22 +26,22 @@ class RecurrentCacheLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.states: tuple[Tensor, ...] | None = None
-        self.seen = 0
+        self.num_tokens = 0
 
-    def set(self, states: tuple[Tensor, ...], tokens: int) -> None:
-        self.states, self.seen, self.is_initialized = states, self.seen + tokens, True
+    def update_states(self, states: tuple[Tensor, ...], new_tokens: int) -> None:
+        self.states, self.num_tokens, self.is_initialized = states, self.num_tokens + new_tokens, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to allocate: a mixer makes its states."""
+        """Does nothing: the mixer makes its states."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise TypeError("this layer is a recurrent mixer and keeps no keys and values")
+        raise TypeError("this layer of the cache is of a recurrent mixer and holds no keys and values")
 
     def get_seq_length(self, *args: Any) -> int:
-        return self.seen
+        return self.num_tokens
 
     def get_mask_sizes(self, query_length: Any, *args: Any) -> tuple[int, int]:
-        return self.seen + int(query_length), 0
+        return self.num_tokens + int(query_length), 0
 
     def get_max_length(self) -> int:
         return -1
@@ -50,71 +50,72 @@ class RecurrentCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.states, self.seen, self.is_initialized = None, 0, False
+        self.states, self.num_tokens, self.is_initialized = None, 0, False
 
-    def _map(self, f) -> None:
+    def _map_states(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.states is not None:
-            self.states = tuple(f(s) for s in self.states)
+            self.states = tuple(function(s) for s in self.states)
 
     def offload(self) -> None:
-        self._map(lambda s: s.to("cpu", non_blocking=True))
+        self._map_states(lambda s: s.to("cpu", non_blocking=True))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda s: s.index_select(0, beam_idx.to(s.device)))
+        self._map_states(lambda s: s.index_select(0, beam_idx.to(s.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda s: s.repeat_interleave(repeats, dim=0))
+        self._map_states(lambda s: s.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda s: s[indices])
+        self._map_states(lambda s: s[indices])
 
     def crop(self, *args: Any) -> None:
-        raise NotImplementedError("a recurrent state cannot be cropped to fewer tokens; keep a copy and run from it")
+        raise NotImplementedError("a recurrent state cannot be cropped to fewer tokens; copy the cache before the call")
 
 
 class SlidingWindowCacheLayer(RecurrentCacheLayer):
-    """Keys and values of attention that sees a window, and perhaps the first tokens (sinks): no more than those are
-    kept. The states are keys and values `[B, H, n, D]` and each one's place in its row, `[B, n]`, -1 where there is
-    no token."""
+    """Keys and values of attention with a window: those of the last `window - 1` tokens and of the first `sinks`.
+
+    The states are keys `[B, H, n, K]`, values `[B, H, n, V]`, and positions `[B, n]`, -1 where there is no token.
+    """
 
     def __init__(self, window: int, sinks: int = 0) -> None:
         super().__init__()
         self.window, self.sinks = window, sinks
         self.positions: Tensor | None = None
-        """Places of the tokens of the next `update`, `[B, T]`: the layer sets them before attention runs."""
+        """Positions `[B, T]` of the tokens of the next `update`; the layer sets them before attention runs."""
 
     def kept_positions(self) -> Tensor | None:
         return None if self.states is None else self.states[2]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All that is kept and the new keys and values, for attention; then forgets what no later query can see."""
+        """Returns the kept and the new keys and values; then drops those that no later query can see."""
         assert self.positions is not None
-        keys, values, places = key_states, value_states, self.positions
+        keys, values, positions = key_states, value_states, self.positions
         if self.states is not None:
             keys = torch.cat((self.states[0], keys), dim=2)
             values = torch.cat((self.states[1], values), dim=2)
-            places = torch.cat((self.states[2], places), dim=1)
-        self.set(self._visible_later(keys, values, places), key_states.shape[2])
+            positions = torch.cat((self.states[2], positions), dim=1)
+        self.update_states(self._visible_later(keys, values, positions), key_states.shape[2])
         self.positions = None
         return keys, values
 
-    def _visible_later(self, keys: Tensor, values: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        most = self.sinks + self.window - 1
-        if places.shape[1] <= most:
-            return keys, values, places
-        last = places.amax(1, keepdim=True)
-        wanted = (places >= 0) & ((places < self.sinks) | (places > last + 1 - self.window))
-        # Rows are padded differently: what a row still needs moves to its end, in order, and the rest is cut off.
-        order = wanted.long().argsort(dim=1, stable=True)[:, places.shape[1] - most :]
-        places = places.masked_fill(~wanted, -1).gather(1, order)
+    def _visible_later(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        capacity = self.sinks + self.window - 1
+        if positions.shape[1] <= capacity:
+            return keys, values, positions
+        last = positions.amax(1, keepdim=True)
+        visible = (positions >= 0) & ((positions < self.sinks) | (positions > last + 1 - self.window))
+        # Rows have different padding: the visible tokens of each row move to its end, in order, and the rest is cut.
+        order = visible.long().argsort(dim=1, stable=True)[:, positions.shape[1] - capacity :]
+        positions = positions.masked_fill(~visible, -1).gather(1, order)
         index = order[:, None, :, None]
         keys, values = (x.gather(2, index.expand(*x.shape[:2], -1, x.shape[3])) for x in (keys, values))
-        return keys, values, places
+        return keys, values, positions
 
 
 class SubquadCache(Cache):
-    """One layer a block: `StateLayer` for a mixer, `WindowLayer` for attention with a window, and `DynamicLayer`, whose
-    keys and values grow with the context, for attention that sees all."""
+    """One cache layer per decoder layer: `RecurrentCacheLayer` for a mixer, `SlidingWindowCacheLayer` for attention
+    with a window, and `DynamicLayer` for full attention, whose keys and values grow with the context."""
 
     is_compileable = False
 
@@ -125,7 +126,7 @@ class SubquadCache(Cache):
         return self.layers[layer_idx].get_seq_length()  # type: ignore[union-attr]
 
     def nbytes(self) -> int:
-        """Bytes of everything held for the tokens seen so far."""
+        """Bytes of all tensors held."""
         total = 0
         layers: list[Any] = self.layers
         for layer in layers:

@@ -27,7 +27,7 @@ from subquad.modeling.layers import MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
 
-CHOICES: dict[str, tuple[Any, ...]] = {"qk_activation": ("silu", "relu", "elu1"), "rotary": (False, True)}
+SEARCHED_OPTIONS: dict[str, tuple[Any, ...]] = {"qk_activation": ("silu", "relu", "elu1"), "rotary": (False, True)}
 """Options that are chosen for a layer, where its plan does not say them."""
 
 
@@ -65,7 +65,7 @@ def calibrate_layer(
     mixer.init_from_teacher(scene.target.square().mean((0, 1, 3)).sqrt(), scene.x)
     fixed = mixer.options
     candidates = []
-    for options in open_choices(mixer, recording, entry):
+    for options in option_candidates(mixer, recording, entry):
         mixer.options = replace(fixed, **options)
         candidates.append(scene.search(Candidate(options, {}, scene.errors()[0]), sweeps=1))
     best = min(candidates, key=lambda c: c.errors.sum().item())
@@ -78,12 +78,12 @@ def calibrate_layer(
     return best.options
 
 
-def open_choices(mixer: Mixer, recording: LayerActivations, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def option_candidates(mixer: Mixer, recording: LayerActivations, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every combination of the options that the plan leaves open and that this layer can have."""
-    open_names = [name for name in CHOICES if name not in entry]
+    open_names = [name for name in SEARCHED_OPTIONS if name not in entry]
     if mixer.spec.rotary is None or recording.kwargs.get("position_embeddings") is None:
         open_names = [name for name in open_names if name != "rotary"]
-    for values in itertools.product(*(CHOICES[name] for name in open_names)):
+    for values in itertools.product(*(SEARCHED_OPTIONS[name] for name in open_names)):
         options = dict(zip(open_names, values, strict=True))
         try:
             replace(mixer.options, **options)

@@ -1,4 +1,4 @@
-"""A student's configuration: the teacher's, where its attention stood, and what stands there now."""
+"""`SubquadConfig`: the teacher's configuration, what its attention is, and what replaces it in each layer."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from subquad import mixers
 from subquad.mixers import AttentionSpec
-from subquad.modeling.layer_types import layer_spec
+from subquad.modeling.layer_types import resolve_layer_type
 from subquad.utils import UserError
 
 DELEGATED = (
@@ -23,15 +23,18 @@ DELEGATED = (
     "max_position_embeddings",
     "initializer_range",
 )
+"""Attributes that are read from `base_config`."""
 
 
 class SubquadConfig(PreTrainedConfig):
     """A student's configuration.
 
-    base_config: the teacher's own, unchanged (a dict with its `model_type`, or a configuration object).
-    layers: the plan, one entry a layer: `{"mixer": name, **options}`.
-    attention: where attention stood, one entry a layer: `{"path": name of the module, **HeadLayout}`.
-    positions: length of the base model's table of learned positions; None where it has none.
+    Args:
+        base_config: the teacher's configuration, unchanged: a configuration object, or a dict with its `model_type`.
+        layer_specs: the mixer or attention of each layer, `{"mixer": name, **options}`.
+        attention_specs: the attention of the teacher in each layer, `{"path": name of its module, **AttentionSpec}`.
+        max_learned_positions: length of the base model's table of learned positions; None where it has none.
+        use_cache: whether `forward` makes a cache by default.
     """
 
     model_type = "subquad"
@@ -46,8 +49,8 @@ class SubquadConfig(PreTrainedConfig):
         **kwargs: Any,
     ):
         self.base_config = make_base_config(base_config) if isinstance(base_config, dict) else base_config
-        self.layer_specs = copied("layer_specs", layer_specs)
-        self.attention_specs = copied("attention_specs", attention_specs)
+        self.layer_specs = copy_specs("layer_specs", layer_specs)
+        self.attention_specs = copy_specs("attention_specs", attention_specs)
         self.max_learned_positions = max_learned_positions
         self.use_cache = use_cache
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
@@ -59,8 +62,8 @@ class SubquadConfig(PreTrainedConfig):
         if name in DELEGATED and self.__dict__.get("base_config") is not None:
             try:
                 return getattr(self.__dict__["base_config"].get_text_config(), name)
-            except RuntimeError as error:  # Gemma 4: a size that layers do not share
-                raise AttributeError(f"{type(self).__name__} has no one {name}: {error}") from error
+            except RuntimeError as error:  # Gemma 4: a size that differs between layers
+                raise AttributeError(f"{type(self).__name__} has no {name} for all layers: {error}") from error
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,32 +74,41 @@ class SubquadConfig(PreTrainedConfig):
 
     @property
     def keeps_attention(self) -> list[bool]:
-        return [layer["mixer"] not in mixers.OPTIONS for layer in self.layer_specs]
+        """For each layer, whether it is attention and no mixer."""
+        return [spec["mixer"] not in mixers.OPTIONS for spec in self.layer_specs]
+
+    def attention_spec(self, index: int) -> AttentionSpec:
+        """What the attention of the teacher is in one layer."""
+        return AttentionSpec(**{name: value for name, value in self.attention_specs[index].items() if name != "path"})
 
     def check(self) -> None:
-        """UserError where no student can be built from it: what is missing or unknown, and in which entry."""
+        """UserError where no student can be built from it: what is missing or unknown, and in which layer."""
         if not isinstance(self.base_config, PreTrainedConfig):
             raise UserError("base_config: missing; expected the configuration of the teacher")
         if len(self.layer_specs) != len(self.attention_specs):
-            raise UserError(f"the plan names {len(self.layer_specs)} layers; the model has {len(self.attention_specs)}")
-        wanted = {f.name: f.default is MISSING for f in fields(AttentionSpec)} | {"path": True}
-        for index, (layer, place) in enumerate(zip(self.layer_specs, self.attention_specs, strict=True)):
-            layer_spec(layer, f"layer_specs: {index}")
-            missing = [name for name, needed in wanted.items() if needed and name not in place]
-            unknown = [name for name in place if name not in wanted]
+            raise UserError(
+                f"layer_specs: got {len(self.layer_specs)} layers, expected {len(self.attention_specs)}, as many as "
+                "attention_specs"
+            )
+        known = {f.name: f.default is MISSING for f in fields(AttentionSpec)} | {"path": True}
+        for index, (layer_spec, attention_spec) in enumerate(zip(self.layer_specs, self.attention_specs, strict=True)):
+            resolve_layer_type(layer_spec, f"layer_specs: {index}")
+            missing = [name for name, required in known.items() if required and name not in attention_spec]
+            unknown = [name for name in attention_spec if name not in known]
             if missing or unknown:
                 wrong = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
-                raise UserError(f"attention_specs: layer {index}: {wrong}; expected {', '.join(wanted)}")
+                raise UserError(f"attention_specs: {index}: {wrong}; expected {', '.join(known)}")
 
 
 def make_base_config(values: dict[str, Any]) -> PreTrainedConfig:
-    kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise UserError(f"base_config: unknown model_type {kind!r} in transformers {transformers.__version__}")
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f"base_config: unknown model_type {model_type!r} in transformers {transformers.__version__}")
     return AutoConfig.for_model(**values)
 
 
-def copied(name: str, entries: Any) -> list[dict[str, Any]]:
-    if not isinstance(entries or [], list | tuple) or not all(isinstance(entry, Mapping) for entry in entries or []):
-        raise UserError(f"{name}: got {entries!r}, expected a list of mappings, one a layer")
-    return [dict(entry) for entry in entries or []]
+def copy_specs(key: str, specs: Any) -> list[dict[str, Any]]:
+    specs = [] if specs is None else specs
+    if not isinstance(specs, list | tuple) or not all(isinstance(spec, Mapping) for spec in specs):
+        raise UserError(f"{key}: got {specs!r}, expected a list of mappings, one a layer")
+    return [dict(spec) for spec in specs]

@@ -1,4 +1,4 @@
-"""The layer plan: which mixer stands in which layer, from what a user writes to one entry a layer."""
+"""Resolves `layer_types` (which mixer or attention each layer gets) to `layer_specs`, one dict a layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,85 +8,92 @@ from subquad.mixers import ATTENTION
 from subquad.utils import UserError, nearest
 
 LayerType = str | Mapping[str, Any]
+"""A mixer's name, "attention", or a mapping of `mixer` to the name and of its options to their values."""
 
 
-def layer_specs(layers: Mapping[str, LayerType], count: int) -> list[dict[str, Any]]:
-    """One `{"mixer": name, **options}` a layer.
+def resolve_layer_types(layer_types: Mapping[str, LayerType], num_layers: int) -> list[dict[str, Any]]:
+    """One `layer_spec`, `{"mixer": name, **options}`, a layer.
 
-    layers: `{"default": entry, "0,8,16": entry, "2-5": entry}`; an entry is a mixer's name, "attention", or a mapping
-        with `mixer` and its options; those of attention are `window` and `sinks`, in tokens, and `qk_norm`, the epsilon
-        of a norm of queries and keys that the teacher has not. Layers are counted from 0; without a default every layer
-        must be named, once.
+    Args:
+        layer_types: such as `{"default": "gla", "0,8,16": "attention", "2-5": {"mixer": "gla", "short_conv": 4}}`.
+            Layers are counted from 0. Without a default every layer must be listed, and none may be listed twice.
+            "attention" takes `window` and `sinks` (numbers of tokens) and `qk_norm` (the epsilon of an RMS norm of
+            queries and keys, for a teacher that has none).
+        num_layers: number of layers of the teacher.
 
     Raises:
-        UserError: unknown mixer or option, a layer that there is not, named twice, or left out.
+        UserError: an unknown mixer or option; a layer that does not exist, is listed twice or is missing.
     """
-    if not isinstance(layers, Mapping) or not layers:
+    if not isinstance(layer_types, Mapping) or not layer_types:
         raise UserError(
-            f"layer_types: got {layers!r}, expected a mapping like {{'default': 'gla', '0,8': 'attention'}}"
+            f"layer_types: got {layer_types!r}, expected a mapping like {{'default': 'gla', '0,8': 'attention'}}"
         )
-    plan: dict[int, dict[str, Any]] = {}
-    for key, entry in layers.items():
+    specs: dict[int, dict[str, Any]] = {}
+    for key, layer_type in layer_types.items():
         if key == "default":
             continue
-        for index in layer_numbers(str(key), count):
-            if index in plan:
-                raise UserError(f"layer_types: layer {index} is named twice")
-            plan[index] = layer_spec(entry, f"layer_types: {key}")
-    if "default" in layers:
-        default = layer_spec(layers["default"], "layer_types: default")
-        plan = {index: plan.get(index, default) for index in range(count)}
-    missing = [str(index) for index in range(count) if index not in plan]
+        for index in parse_layer_numbers(str(key), num_layers):
+            if index in specs:
+                raise UserError(f"layer_types: {key}: layer {index} is listed twice")
+            specs[index] = resolve_layer_type(layer_type, f"layer_types: {key}")
+    if "default" in layer_types:
+        default = resolve_layer_type(layer_types["default"], "layer_types: default")
+        specs = {index: specs.get(index, default) for index in range(num_layers)}
+    missing = [str(index) for index in range(num_layers) if index not in specs]
     if missing:
-        raise UserError(f"layer_types: no entry for layer {', '.join(missing)}; name them, or give a 'default'")
-    return [dict(plan[index]) for index in range(count)]
+        raise UserError(f"layer_types: layer {', '.join(missing)} is missing; list it, or add a 'default'")
+    return [dict(specs[index]) for index in range(num_layers)]
 
 
-def layer_numbers(text: str, count: int) -> list[int]:
-    """`"0,8,16"` and `"2-5"` as numbers."""
-    found: list[int] = []
+def parse_layer_numbers(text: str, num_layers: int) -> list[int]:
+    """The layers in `"0,8,16"` or `"2-5"`; both ends of a range are included."""
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise UserError(f"layer_types: got {text!r}, expected layer numbers like '0,8,16' or '2-5', or 'default'")
-        found += range(int(first), int(last if dash else first) + 1)
-    outside = [str(index) for index in found if index >= count]
+        numbers += range(int(first), int(last if dash else first) + 1)
+    outside = [str(index) for index in numbers if index >= num_layers]
     if outside:
-        raise UserError(f"layer_types: there is no layer {', '.join(outside)}; the teacher has {count}, counted from 0")
-    return found
+        raise UserError(
+            f"layer_types: {text}: there is no layer {', '.join(outside)}; expected layers from 0 to {num_layers - 1}"
+        )
+    return numbers
 
 
-def layer_spec(entry: LayerType, where: str) -> dict[str, Any]:
-    """An entry as a mapping, its mixer and options checked."""
-    if not isinstance(entry, str | Mapping):
-        raise UserError(f"{where}: got {entry!r}, expected a mixer's name, or a mapping with `mixer` and its options")
-    entry = {"mixer": entry} if isinstance(entry, str) else dict(entry)
-    name = entry.get("mixer")
+def resolve_layer_type(layer_type: LayerType, key: str) -> dict[str, Any]:
+    """The `layer_spec` of one layer type; UserError, beginning with `key`, for an unknown mixer or option."""
+    if not isinstance(layer_type, str | Mapping):
+        raise UserError(
+            f"{key}: got {layer_type!r}, expected a mixer's name, or a mapping with `mixer` and its options"
+        )
+    spec = {"mixer": layer_type} if isinstance(layer_type, str) else dict(layer_type)
+    name = spec.get("mixer")
     known = [*mixers.names(), ATTENTION]
     if name not in known:
-        raise UserError(f"{where}: unknown mixer {name!r}{nearest(name, known)}")
-    options = {key: value for key, value in entry.items() if key != "mixer"}
+        raise UserError(f"{key}: unknown mixer {name!r}{nearest(name, known)}")
+    options = {option: value for option, value in spec.items() if option != "mixer"}
     if name in mixers.OPTIONS:
         mixers.OPTIONS[name].from_dict(options)
     elif name == ATTENTION:
-        check_attention(options, where)
+        check_attention_options(options, key)
     elif options:
-        raise UserError(f"{where}: {name} takes no options; got {', '.join(options)}")
-    return entry
+        raise UserError(f"{key}: {name} takes no options; got {', '.join(options)}")
+    return spec
 
 
-def check_attention(options: Mapping[str, Any], where: str) -> None:
-    """The options of attention: a window of at least one token, sinks only beside a window, an epsilon."""
+def check_attention_options(options: Mapping[str, Any], key: str) -> None:
+    """UserError for an unknown option of attention, a wrong value, or sinks without a window."""
     known = ("window", "sinks", "qk_norm")
     for name, value in options.items():
         if name not in known:
-            raise UserError(f"{where}: unknown option {name!r} of attention{nearest(name, known)}")
+            raise UserError(f"{key}: unknown option {name!r} of attention{nearest(name, known)}")
         if name == "qk_norm":
             if not isinstance(value, float) or not 0 < value < 1:
-                raise UserError(f"{where}: qk_norm: got {value!r}, expected its epsilon, such as 1.0e-6")
+                raise UserError(f"{key}: qk_norm: got {value!r}, expected the norm's epsilon, such as 1.0e-6")
             continue
         least = 1 if name == "window" else 0
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{where}: {name}: got {value!r}, expected a whole number of tokens, at least {least}")
+            raise UserError(f"{key}: {name}: got {value!r}, expected a whole number of tokens, at least {least}")
     if options.get("sinks") and "window" not in options:
-        raise UserError(f"{where}: sinks without a window; attention that sees all tokens sees the first ones too")
+        raise UserError(f"{key}: sinks: got {options['sinks']} without a window, expected both")

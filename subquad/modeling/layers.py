@@ -1,8 +1,7 @@
-"""What stands in a decoder layer where attention stood: a mixer, or the attention that is kept.
+"""What replaces the attention module of a decoder layer: `MixerLayer`, or `AttentionLayer`, which keeps the attention.
 
-Both take whatever the family hands to its attention, and give what that gives. `attention_mask` is always ours (see
-`hub.py`): a 4D tensor `[B, 1, 1, S]` over the S tokens seen so far (or the last of them), or `[B, 1, 1, 0]` where all
-tokens are real and of one document; bool for padding only, integer where rows hold several documents (0 is padding).
+Both take the arguments that the decoder layer passes to its attention and return what that returns. Their
+`attention_mask` is always the student's own mask (see `subquad.modeling.masks`).
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from subquad.utils import UserError
 
 
 class TokenMixerLayer(nn.Module):
-    """The common part: who stands here, and how to read what a family hands over."""
+    """Base of both: `spec` is the attention that is replaced, `index` the layer's number."""
 
     def __init__(self, spec: AttentionSpec, index: int):
         super().__init__()
@@ -32,16 +31,16 @@ class TokenMixerLayer(nn.Module):
         raise NotImplementedError
 
     def matrix(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The mixing matrix, `[B, H, T, T]`, on what `forward` takes, for rows of one document each."""
+        """The mixing matrix `[B, H, T, T]` for the arguments of `forward`, where each row is one document."""
         return self.matrix_rows(*args, **kwargs)(slice(None))
 
-    def cache_of(self, args: tuple, kwargs: dict[str, Any]) -> SubquadCache | None:
-        """The cache, by its type: families do not agree on its name."""
+    def find_cache(self, args: tuple, kwargs: dict[str, Any]) -> SubquadCache | None:
+        """The cache among the arguments, by its type: its name differs between architectures."""
         return next((value for value in (*args, *kwargs.values()) if isinstance(value, SubquadCache)), None)
 
 
 class MixerLayer(TokenMixerLayer):
-    """A mixer in the place of attention, its state in the model's cache."""
+    """A mixer whose state is in the model's cache."""
 
     def __init__(self, mixer: Mixer, index: int):
         super().__init__(mixer.spec, index)
@@ -53,33 +52,34 @@ class MixerLayer(TokenMixerLayer):
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         x = hidden_states_of(args, kwargs)
         T = x.shape[1]
-        documents = None
+        doc_ids = None
         if attention_mask is not None and attention_mask.shape[-1]:
-            documents = attention_mask[:, 0, 0, -T:]
-            if T == 1 and bool(documents.all()):  # the padding of a batch that is decoded lies behind it
-                documents = None
-        cache = self.cache_of(args, kwargs)
-        layer = None if cache is None else cache.layers[self.index]
-        if layer is not None and not isinstance(layer, RecurrentCacheLayer):
+            doc_ids = attention_mask[:, 0, 0, -T:]
+            if T == 1 and bool(doc_ids.all()):  # a decoding step: padding is in the past, not in this token
+                doc_ids = None
+        cache = self.find_cache(args, kwargs)
+        cache_layer = None if cache is None else cache.layers[self.index]
+        if cache_layer is not None and not isinstance(cache_layer, RecurrentCacheLayer):
             raise TypeError(
-                f"{CACHE_ARGUMENT} holds {type(layer).__name__} for layer {self.index}, which is a recurrent mixer; "
-                "pass student.new_cache() or None"
+                f"{CACHE_ARGUMENT}: got {type(cache_layer).__name__} for layer {self.index}, expected "
+                "RecurrentCacheLayer; pass student.new_cache() or None"
             )
-        state = None if layer is None else layer.states
-        y, after = self.mixer(x, kwargs.get("position_embeddings"), documents, state)
-        if layer is not None:
-            layer.set(after, T)
+        state = None if cache_layer is None else cache_layer.states
+        y, new_state = self.mixer(x, kwargs.get("position_embeddings"), doc_ids, state)
+        if cache_layer is not None:
+            cache_layer.update_states(new_state, T)
         return (y, *[None] * (self.spec.num_outputs - 1)) if self.spec.num_outputs else y
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
-        """Gives rows of the mixer's mixing matrix, `[B, H, rows, T]`, on what `forward` takes; what all rows have in
-        common is computed once, here."""
+        """Returns a function that gives rows of the mixing matrix, `[B, H, rows, T]`, for the arguments of `forward`.
+        The inputs of the op are computed once, here."""
         x = hidden_states_of(args, kwargs)
-        core, _ = self.mixer.op_inputs(x, kwargs.get("position_embeddings"), None, None)
-        return lambda rows: self.mixer.mixing_matrix(core, rows)
+        op_inputs, _ = self.mixer.op_inputs(x, kwargs.get("position_embeddings"), None, None)
+        return lambda rows: self.mixer.mixing_matrix(op_inputs, rows)
 
     @property
     def scale_invariant(self) -> bool:
+        """Whether the layer's output does not depend on the scale of the mixing matrix."""
         return self.mixer.options.output_norm
 
     def matrix_parameters(self) -> list[nn.Parameter]:
@@ -94,8 +94,8 @@ class MixerLayer(TokenMixerLayer):
 
 
 class NormedProjection(nn.Module):
-    """A projection of queries or keys and, behind it, an RMS norm over each head that a teacher without one is given:
-    its weight `[K]` is shared by the heads, as in Qwen3."""
+    """A projection of queries or keys, followed by an RMS norm of each head. The norm's weight `[K]` is shared by the
+    heads, as in Qwen3."""
 
     def __init__(self, projection: nn.Linear, head_dim: int, eps: float):
         super().__init__()
@@ -106,7 +106,7 @@ class NormedProjection(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMS norm over the last axis, of which each entry is a head's channel."""
+    """RMS norm over the last axis, the channels of a head."""
 
     def __init__(self, head_dim: int, eps: float):
         super().__init__()
@@ -117,11 +117,15 @@ class HeadNorm(nn.Module):
 
 
 class AttentionLayer(TokenMixerLayer):
-    """The family's own attention, kept: it gets the mask that it expects, built here from ours.
+    """The teacher's attention module, kept; it gets the mask that it expects, built from the student's own.
 
-    window: tokens that a query sees, itself included, where that is fewer than the teacher's; sinks: first tokens of
-        each document that it sees besides (arXiv 2309.17453); qk_norm: epsilon of a norm of queries and keys that the
-        family does not have.
+    Args:
+        attention: the module.
+        spec: what it is.
+        index: the layer's number.
+        window: tokens that a query sees, itself included; the teacher's own window where that is smaller.
+        sinks: first tokens of each document that a query sees in addition (arXiv 2309.17453).
+        qk_norm: epsilon of an RMS norm of queries and keys, added to an attention that has none.
     """
 
     scale_invariant = False
@@ -129,33 +133,33 @@ class AttentionLayer(TokenMixerLayer):
     def __init__(
         self,
         attention: nn.Module,
-        layout: AttentionSpec,
+        spec: AttentionSpec,
         index: int,
         window: int | None = None,
         sinks: int = 0,
         qk_norm: float | None = None,
     ):
-        super().__init__(layout, index)
+        super().__init__(spec, index)
         self.attention = attention
-        windows = [w for w in (window, layout.window) if w is not None]
-        self.window, self.sinks = min(windows, default=None), sinks
+        self.window = min((w for w in (window, spec.window) if w is not None), default=None)
+        self.sinks = sinks
         if qk_norm is not None:
-            self.add_norms(qk_norm)
+            self.add_qk_norms(qk_norm)
 
-    def add_norms(self, eps: float) -> None:
+    def add_qk_norms(self, eps: float) -> None:
         projections = {name: getattr(self.attention, name, None) for name in ("q_proj", "k_proj")}
         if self.spec.qk_norm is not None or not all(isinstance(p, nn.Linear) for p in projections.values()):
             raise UserError(
-                f"qk_norm: {type(self.attention).__name__} of layer {self.index} has such a norm, or no q_proj and "
-                "k_proj of its own that could be given one; leave qk_norm out"
+                f"qk_norm: {type(self.attention).__name__} of layer {self.index} has such a norm already, or no linear "
+                "q_proj and k_proj to add one to; leave qk_norm out"
             )
         for name, projection in projections.items():
             setattr(self.attention, name, NormedProjection(projection, self.spec.head_dim, eps))  # type: ignore[arg-type]
 
-    def added_norms(self) -> dict[str, nn.Parameter]:
-        """Weights `[K]` of the norms of "q" and "k" that the family does not have."""
-        found = {name: getattr(self.attention, f"{name}_proj", None) for name in ("q", "k")}
-        return {name: p.norm.weight for name, p in found.items() if isinstance(p, NormedProjection)}
+    def added_qk_norms(self) -> dict[str, nn.Parameter]:
+        """Weights `[K]` of the norms of "q" and "k" that were added."""
+        projections = {name: getattr(self.attention, f"{name}_proj", None) for name in ("q", "k")}
+        return {name: p.norm.weight for name, p in projections.items() if isinstance(p, NormedProjection)}
 
     def new_cache_layer(self) -> RecurrentCacheLayer | DynamicLayer:
         return DynamicLayer() if self.window is None else SlidingWindowCacheLayer(self.window, self.sinks)
@@ -163,37 +167,38 @@ class AttentionLayer(TokenMixerLayer):
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         x = hidden_states_of(args, kwargs)
         T = x.shape[1]
-        cache = self.cache_of(args, kwargs)
-        layer: Any = None if cache is None else cache.layers[self.index]
-        before = 0 if layer is None else layer.get_seq_length()
+        cache = self.find_cache(args, kwargs)
+        cache_layer: Any = None if cache is None else cache.layers[self.index]
+        past_tokens = 0 if cache_layer is None else cache_layer.get_seq_length()
         if attention_mask is not None and not attention_mask.shape[-1]:
             attention_mask = None
-        documents, places = doc_ids_and_positions(attention_mask, len(x), before + T, x.device)
-        keys = documents, places
-        if isinstance(layer, SlidingWindowCacheLayer):
-            layer.positions, kept = places[:, before:], layer.kept_positions()
+        doc_ids, positions = doc_ids_and_positions(attention_mask, len(x), past_tokens + T, x.device)
+        keys = doc_ids, positions
+        if isinstance(cache_layer, SlidingWindowCacheLayer):
+            cache_layer.positions, kept = positions[:, past_tokens:], cache_layer.kept_positions()
             if kept is not None:
-                documents = torch.cat((kept >= 0, documents[:, before:]), dim=1)
-                keys = documents, torch.cat((kept, places[:, before:]), dim=1)
+                doc_ids = torch.cat((kept >= 0, doc_ids[:, past_tokens:]), dim=1)
+                keys = doc_ids, torch.cat((kept, positions[:, past_tokens:]), dim=1)
         mask = None
-        # The teacher's implementation is causal without a mask; only the eager one is not.
+        # Without a mask every implementation of the teacher is causal, except the eager one.
         eager = getattr(getattr(self.attention, "config", None), "_attn_implementation", "eager") == "eager"
-        all_seen = attention_mask is None and before + T <= (self.window or before + T)
-        if not (all_seen and (T == 1 or (before == 0 and not eager))):
+        sees_all = attention_mask is None and past_tokens + T <= (self.window or past_tokens + T)
+        if not (sees_all and (T == 1 or (past_tokens == 0 and not eager))):
             queries = keys[0][:, -T:], keys[1][:, -T:]
             mask = additive_mask(queries, keys, self.window, self.sinks, x.dtype)
         return self.attention(*args, attention_mask=mask, **kwargs)
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
-        """Gives rows of the attention probabilities, `[B, H, rows, T]`, on what `forward` takes."""
+        """Returns a function that gives rows of the attention probabilities, `[B, H, rows, T]`, for the arguments of
+        `forward`."""
         return lambda rows: attention_probabilities(self.attention, self.window, self.sinks, args, kwargs, rows)
 
     def matrix_parameters(self) -> list[nn.Parameter]:
-        """All of them: where one projection makes q, k and v, they cannot be told apart. v and the output have no
-        gradient from the probabilities where they can."""
+        """All parameters: where q, k and v share a projection they cannot be separated. Where they are separate, those
+        of v and the output get no gradient from the probabilities."""
         return list(self.attention.parameters())
 
     def projection_parameters(self) -> list[nn.Parameter]:
-        """All but a norm that was added: they are the teacher's own."""
-        added = {id(p) for p in self.added_norms().values()}
+        """Parameters that the teacher has: all but those of added norms."""
+        added = {id(p) for p in self.added_qk_norms().values()}
         return [p for p in self.attention.parameters() if id(p) not in added]

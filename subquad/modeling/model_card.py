@@ -14,13 +14,13 @@ from subquad.modeling.summary import (
     format_bytes,
     layer_ranges,
     meta_model,
-    state_bytes,
-    teacher_bytes,
+    student_cache_bytes,
+    teacher_cache_bytes,
 )
 
 
 def model_card(
-    config: SubquadConfig, teacher: str, taught: str = "It is not taught yet: its mixers stand at their start."
+    config: SubquadConfig, teacher: str, training: str = "It is not taught yet: its mixers stand at their start."
 ) -> str:
     """Markdown with the front matter of the hub.
 
@@ -32,7 +32,7 @@ def model_card(
     states = "\n".join(
         f"| {context:,} | {format_bytes(own)} | {format_bytes(theirs)} |"
         for context in CONTEXTS
-        for own, theirs in [(state_bytes(student, context), teacher_bytes(config, context))]
+        for own, theirs in [(student_cache_bytes(student, context), teacher_cache_bytes(config, context))]
     )
     base = config.base_config.model_type  # type: ignore[union-attr]
     limit = (
@@ -51,7 +51,7 @@ tags:
 # A subquadratic student of {teacher}
 
 A causal language model of {student.num_parameters():,} parameters, made by Subquad from {teacher} ({base}).
-Attention is replaced layer by layer as below; everything else is the teacher's. {taught}
+Attention is replaced layer by layer as below; everything else is the teacher's. {training}
 {limit}
 | layer | token mixer |
 |---|---|

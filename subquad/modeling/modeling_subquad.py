@@ -1,10 +1,10 @@
-"""The student as a `transformers` model: class, saving and loading.
+"""`SubquadForCausalLM`: the student as a `transformers` model.
 
-One class serves every family and every mixer: it holds the teacher's own model class, with attention replaced layer by
-layer as the plan says. Embeddings, MLPs, norms and head are the family's, untouched.
+One class serves every architecture and every mixer. It holds a model of the teacher's own class, whose attention
+modules are replaced as the configuration says. Embeddings, MLPs, norms and head are the teacher's.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,8 +27,8 @@ from subquad.utils import UserError
 
 
 class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
-    """A decoder whose attention is replaced by the plan in its configuration. Made by `subquad.linearize`, or loaded
-    by `AutoModelForCausalLM.from_pretrained` after `import subquad`."""
+    """A decoder whose attention is replaced layer by layer, as `config.layer_specs` says. Built by `subquad.linearize`,
+    or loaded by `AutoModelForCausalLM.from_pretrained` after `import subquad`."""
 
     config_class = SubquadConfig
     base_model_prefix = "base"
@@ -41,7 +41,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = False
 
     def __init__(self, config: SubquadConfig, base: PreTrainedModel | None = None):
-        """`base`: a model of the base configuration whose attention is to be replaced in place; else a fresh one."""
+        """Replaces the attention of `base`, a model of `config.base_config`, in place; None builds a fresh one."""
         config.check()
         super().__init__(config)
         fresh = base is None
@@ -51,44 +51,44 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             for module in base.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]  # or `post_init` draws its weights anew
         self._mixer_layers: list[MixerLayer | AttentionLayer] = []
-        for index, (place, layer) in enumerate(zip(config.attention_specs, config.layer_specs, strict=True)):
-            layout = AttentionSpec(**{name: value for name, value in place.items() if name != "path"})
+        for index, (attention_spec, layer_spec) in enumerate(
+            zip(config.attention_specs, config.layer_specs, strict=True)
+        ):
+            path = attention_spec["path"]
             try:
-                attention = base.get_submodule(place["path"])
+                attention = base.get_submodule(path)
             except AttributeError as error:
-                raise UserError(
-                    f"attention_specs: layer {index}: no module {place['path']!r} in the base model"
-                ) from error
-            block = make_mixer_layer(attention, layout, index, layer)
-            base.set_submodule(place["path"], block)
-            self._mixer_layers.append(block)
+                raise UserError(f"attention_specs: {index}: path: no module {path!r} in the base model") from error
+            layer = make_mixer_layer(attention, config.attention_spec(index), index, layer_spec)
+            base.set_submodule(path, layer)
+            self._mixer_layers.append(layer)
         self.base = base
         self.post_init()
-        if fresh:  # `post_init` gives the projections within a mixer the family's start
-            for block in self._mixer_layers:
-                if isinstance(block, MixerLayer):
-                    block.mixer.reset_parameters()
+        if fresh:  # `post_init` initializes the projections of mixers as the base model does its own
+            for layer in self._mixer_layers:
+                if isinstance(layer, MixerLayer):
+                    layer.mixer.reset_parameters()
 
     @property
     def mixer_layers(self) -> list[MixerLayer | AttentionLayer]:
-        """What stands in the place of attention, layer by layer."""
+        """What replaces attention, one entry a layer."""
         return self._mixer_layers
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in `transformers`, but a checkpoint that does not hold exactly the weights of its plan is a UserError:
-        what is missing would be drawn at random, and a part at random is no student."""
-        kwargs["ignore_mismatched_sizes"] = True  # so that they are named here
+        """As in `transformers`, but raises UserError unless the checkpoint holds exactly the weights that its
+        configuration needs. `transformers` would draw missing weights at random."""
+        kwargs["ignore_mismatched_sizes"] = True  # so that they are reported here
         try:
             loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
-            raise UserError(f"the weights of this student cannot be read (broken or cut off): {error}") from error
+            raise UserError(f"the weights of this student cannot be read (damaged or truncated): {error}") from error
         model, info = loaded
-        sizes = [f"{key} {list(found)} for {list(wanted)}" for key, found, wanted in info["mismatched_keys"]]
-        kinds = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another size": sizes}
-        wrong = [f"{kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
+        shapes = [f"{key} {list(got)} for {list(expected)}" for key, got, expected in info["mismatched_keys"]]
+        keys = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "wrong shape": shapes}
+        wrong = [f"{problem}: {_first_keys(names)}" for problem, names in keys.items() if names]
         if wrong:
-            raise UserError(f"the checkpoint does not match its plan; {'; '.join(wrong)}")
+            raise UserError(f"the weights do not match config.json; {'; '.join(wrong)}")
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -111,7 +111,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         self.base.set_output_embeddings(value)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in `transformers`; the new size goes into the base configuration, from which the student is loaded."""
+        """As in `transformers`; also sets the new size in `base_config`, from which the student is loaded."""
         embeddings = self.base.resize_token_embeddings(*args, **kwargs)
         self.config.base_config.get_text_config().vocab_size = self.base.config.get_text_config().vocab_size
         return embeddings
@@ -132,19 +132,25 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: SubquadCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As any causal language model of `transformers`.
+        """Runs the student like any causal language model of `transformers`.
 
-        attention_mask: `[B, tokens seen]`, 0 at padding, which may stand anywhere; None where there is none.
-        cache: what `new_cache` made, brought up to date in place; `past_key_values` is its older name.
-        position_ids: `[B, T]`; without a cache, a position that starts again at 0 starts a new document.
-        cu_seq_lens_q: `[documents + 1]`, where the documents of a batch of one row begin, and T; what collators that
-            flatten batches give beside it (`cu_seq_lens_k`, `max_length_q`, `max_length_k`) is not needed.
-        objective: a training objective, called as `objective(self, input_ids, **kwargs)` in place of the forward, so
-            that wrappers which synchronise gradients (DDP, FSDP) see every loss pass through here.
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, all tokens so far]` or `[B, T]`, 0 at padding, which may be anywhere; None: no padding.
+            position_ids: `[B, T]`. Without a cache, a position of 0 within a row starts a new document.
+            cache: what `new_cache` returned; it is updated in place. `past_key_values` is its older name.
+            inputs_embeds: `[B, T, hidden]`, in place of `input_ids`.
+            labels: `[B, T]`, -100 where there is no loss.
+            use_cache: None: `config.use_cache`. A cache is made where none is given, except in training.
+            objective: a training objective, called as `objective(self, input_ids, **kwargs)` in place of the forward,
+                so that wrappers which synchronize gradients (DDP, FSDP) see every loss pass through here.
+            cu_seq_lens_q: `[documents + 1]`, offsets of the documents in a batch of one row, from 0 to T. The
+                other arguments of padding-free collators (`cu_seq_lens_k`, `max_length_q`, `max_length_k`) are ignored.
 
         Raises:
-            ValueError: a position past the end of the base model's table of learned positions (GPT-2, OPT); padding
-                takes no place in it.
+            ValueError: a mask of another shape, wrong `cu_seq_lens_q`, neither `input_ids` nor `inputs_embeds`, or a
+                position past the base model's learned positions (GPT-2, OPT), which padding does not use up.
+            TypeError: a cache that `new_cache` did not make.
         """
         if objective is not None:
             return objective(self, input_ids, **kwargs)
@@ -154,15 +160,15 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             cache = self.new_cache()
         for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
             kwargs.pop(name, None)
-        described = self._describe(input_ids, inputs_embeds, attention_mask, position_ids, cache, cu_seq_lens_q)
-        return self.base(labels=labels, use_cache=bool(use_cache and cache is not None), **described, **kwargs)
+        inputs = self._base_inputs(input_ids, inputs_embeds, attention_mask, position_ids, cache, cu_seq_lens_q)
+        return self.base(labels=labels, use_cache=bool(use_cache and cache is not None), **inputs, **kwargs)
 
     def last_hidden_state(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """The hidden states that the head is given, `[B, T, hidden]`; without padding and cache."""
-        described = self._describe(input_ids, None, None, position_ids, None, None)
-        return self.base.base_model(use_cache=False, **described).last_hidden_state
+        """The input of the output head, `[B, T, hidden]`; without padding and cache."""
+        inputs = self._base_inputs(input_ids, None, None, position_ids, None, None)
+        return self.base.base_model(use_cache=False, **inputs).last_hidden_state
 
-    def _describe(
+    def _base_inputs(
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
@@ -171,16 +177,16 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         cache: SubquadCache | None,
         cu_seqlens: Tensor | None,
     ) -> dict[str, Any]:
-        """What the base model is given for these tokens: our own mask, explicit positions, our own cache."""
-        like = input_ids if input_ids is not None else inputs_embeds
-        if like is None:
-            raise ValueError("give input_ids or inputs_embeds")
+        """The arguments of the base model: the student's own mask and cache, and explicit positions."""
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
+            raise ValueError("input_ids: missing; expected input_ids or inputs_embeds")
         if cache is not None and not isinstance(cache, SubquadCache):
             raise TypeError(f"{CACHE_ARGUMENT}: got {type(cache).__name__}, expected student.new_cache()")
-        B, T = like.shape[:2]
-        seen = 0 if cache is None else cache.get_seq_length()
+        B, T = tokens.shape[:2]
+        past_tokens = 0 if cache is None else cache.get_seq_length()
         mask, position_ids = prepare_mask_and_positions(
-            attention_mask, position_ids, B, T, seen, like.device, cu_seqlens
+            attention_mask, position_ids, B, T, past_tokens, tokens.device, cu_seqlens
         )
         self.check_positions(position_ids)
         if mask.shape[-1] and not any(self.config.keeps_attention):
@@ -194,26 +200,27 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         }
 
     def check_positions(self, position_ids: Tensor) -> None:
-        table = self.config.max_learned_positions
-        if table is not None and int(position_ids.max()) >= table:
+        """ValueError where a position is past the base model's learned positions."""
+        limit = self.config.max_learned_positions
+        if limit is not None and int(position_ids.max()) >= limit:
             raise ValueError(
-                f"position {int(position_ids.max())} is past the table of {table} learned positions that the "
-                f"{self.config.base_config.model_type} teacher has; give at most {table} tokens a row, prompt and "
-                "continuation together"
+                f"position_ids: got {int(position_ids.max())}, expected less than {limit}, the number of learned "
+                f"positions of the {self.config.base_config.model_type} teacher; use at most {limit} tokens a row, "
+                "prompt and continuation together"
             )
 
     # ------------------------------------------------------------------ cache and generation
 
     def new_cache(self) -> SubquadCache:
-        """An empty cache; its size does not grow with the context except where layers keep attention."""
-        return SubquadCache([block.new_cache_layer() for block in self.mixer_layers])
+        """An empty cache. Only layers that keep full attention make it grow with the context."""
+        return SubquadCache([layer.new_cache_layer() for layer in self.mixer_layers])
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             chosen = generation_config.cache_implementation
-            raise ValueError(f"cache_implementation: got {chosen!r}; a student has a cache of its own")
+            raise ValueError(f"cache_implementation: got {chosen!r}, expected None; a student makes its own cache")
         if generation_config.use_cache is not False and model_kwargs.get(CACHE_ARGUMENT) is None:
             model_kwargs[CACHE_ARGUMENT] = self.new_cache()
 
@@ -222,40 +229,40 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
 
-def _listed(keys: Iterable[str], shown: int = 6) -> str:
+def _first_keys(keys: Iterable[str], limit: int = 6) -> str:
     ordered = sorted(keys)
-    rest = len(ordered) - shown
-    return ", ".join(ordered[:shown]) + (f" and {rest} more" if rest > 0 else "")
+    more = len(ordered) - limit
+    return ", ".join(ordered[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def make_mixer_layer(
-    attention: nn.Module, layout: AttentionSpec, index: int, layer: dict[str, Any]
+    attention: nn.Module, spec: AttentionSpec, index: int, layer_spec: dict[str, Any]
 ) -> MixerLayer | AttentionLayer:
-    """What an entry of the plan puts in the place of `attention`."""
-    options = dict(layer)
+    """The layer that replaces `attention`, with the dtype and device of its parameters; a mixer is uninitialized."""
+    options = dict(layer_spec)
     name = options.pop("mixer")
     if name not in mixers.REGISTRY:
-        return AttentionLayer(attention, layout, index, **options)
+        return AttentionLayer(attention, spec, index, **options)
     reference = next(attention.parameters())
-    with torch.device("meta"):  # or it would draw weights that are drawn, copied or loaded later
-        mixer = mixers.create(name, layout, **options)
+    with torch.device("meta"):  # its weights are initialized, copied or loaded later
+        mixer = mixers.create(name, spec, **options)
     return MixerLayer(mixer.to(reference.dtype).to_empty(device=reference.device), index)
 
 
 def make_config(
     base_config: PreTrainedConfig,
-    layers: list[dict[str, Any]],
-    sites: list[AttentionInfo],
-    positions: int | None = None,
+    layer_specs: list[dict[str, Any]],
+    attention_layers: Sequence[AttentionInfo],
+    max_learned_positions: int | None = None,
 ) -> SubquadConfig:
-    """The student's configuration over a base configuration, which is relieved of its quantization in place."""
+    """The student's configuration; removes the quantization of `base_config` in place."""
     if hasattr(base_config, "quantization_config"):
         del base_config.quantization_config
     return SubquadConfig(
         base_config=base_config,
-        layer_specs=layers,
-        attention_specs=[{"path": site.path, **asdict(site.spec)} for site in sites],
-        max_learned_positions=positions,
+        layer_specs=layer_specs,
+        attention_specs=[{"path": info.path, **asdict(info.spec)} for info in attention_layers],
+        max_learned_positions=max_learned_positions,
         architectures=["SubquadForCausalLM"],
         dtype=base_config.dtype,
     )

@@ -11,7 +11,7 @@ from subquad.utils import UserError
 
 
 @torch.no_grad()
-def find_position_table(model: PreTrainedModel) -> int | None:
+def find_max_learned_positions(model: PreTrainedModel) -> int | None:
     """Length of the table where `model` looks positions up, None where it has none: among its embeddings, the one
     that gives the tokens of a row consecutive rows of its weight."""
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]

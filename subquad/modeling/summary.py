@@ -33,10 +33,10 @@ def meta_model(config: SubquadConfig) -> SubquadForCausalLM:
     """The student without its weights (on the meta device)."""
     with torch.device("meta"):
         student = SubquadForCausalLM(config)
-    return student.to(dtype_of(config)).eval()  # type: ignore[arg-type]
+    return student.to(config_dtype(config)).eval()  # type: ignore[arg-type]
 
 
-def dtype_of(config: SubquadConfig) -> torch.dtype:
+def config_dtype(config: SubquadConfig) -> torch.dtype:
     chosen = config.dtype or torch.float32
     return getattr(torch, chosen) if isinstance(chosen, str) else chosen
 
@@ -62,7 +62,7 @@ def describe_layer(entry: dict[str, Any], defaults: bool = False) -> str:
 
 
 @torch.no_grad()
-def state_bytes(student: SubquadForCausalLM, context: int) -> int:
+def student_cache_bytes(student: SubquadForCausalLM, context: int) -> int:
     """Bytes that a student (see `outline`) holds for one sequence of `context` tokens, from shapes alone."""
     total = 0
     for block in student.mixer_layers:
@@ -71,19 +71,19 @@ def state_bytes(student: SubquadForCausalLM, context: int) -> int:
             _, states = block.mixer(x)
             total += sum(state.numel() * state.element_size() for state in states)
         else:
-            total += key_value_bytes(block.spec, student.dtype, context, block.window, block.sinks)
+            total += kv_cache_bytes(block.spec, student.dtype, context, block.window, block.sinks)
     return total
 
 
-def teacher_bytes(config: SubquadConfig, context: int) -> int:
+def teacher_cache_bytes(config: SubquadConfig, context: int) -> int:
     """Bytes of the teacher's key/value cache for one sequence of `context` tokens, in the student's dtype."""
     layouts = [
         mixers.AttentionSpec(**{k: v for k, v in place.items() if k != "path"}) for place in config.attention_specs
     ]
-    return sum(key_value_bytes(layout, dtype_of(config), context, layout.window) for layout in layouts)
+    return sum(kv_cache_bytes(layout, config_dtype(config), context, layout.window) for layout in layouts)
 
 
-def key_value_bytes(
+def kv_cache_bytes(
     layout: mixers.AttentionSpec, dtype: torch.dtype, context: int, window: int | None, sinks: int = 0
 ) -> int:
     # the next token brings its own keys, so that a window of W holds W - 1
@@ -104,7 +104,7 @@ def summary(config: SubquadConfig) -> str:
     """The student on a page."""
     student = meta_model(config)
     name = config.base_config.model_type  # type: ignore[union-attr]
-    parameters = f"{student.num_parameters():,} parameters, {str(dtype_of(config)).removeprefix('torch.')}"
+    parameters = f"{student.num_parameters():,} parameters, {str(config_dtype(config)).removeprefix('torch.')}"
     lines = [f"subquad student of a {name} teacher: {len(config.layer_specs)} layers, {parameters}"]
     if config.max_learned_positions is not None:
         lines.append(f"learned positions: at most {config.max_learned_positions:,} tokens")
@@ -117,8 +117,8 @@ def summary(config: SubquadConfig) -> str:
             entries.append(entry)
     if entries:
         lines += ["", "options", *(f"  {describe_layer(entry, defaults=True)}" for entry in entries)]
-    own = [state_bytes(student, context) for context in CONTEXTS]
-    theirs = [teacher_bytes(config, context) for context in CONTEXTS]
+    own = [student_cache_bytes(student, context) for context in CONTEXTS]
+    theirs = [teacher_cache_bytes(config, context) for context in CONTEXTS]
     rows = [
         ["held for a sequence of", *(f"{context // 1024}k" for context in CONTEXTS), "tokens"],
         ["  student", *(format_bytes(size) for size in own)],

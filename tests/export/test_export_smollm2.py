@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import subquad
 from subquad.export import export
 from subquad.export.target import relative_error, rounding_error
-from subquad.modeling.teachers import smollm2
+from subquad.modeling.teachers import fetch_smollm2
 from subquad.utils import UserError
 from tests.modeling.modeling_cases import logits
 
@@ -28,7 +28,7 @@ elder brother looked up for the first time. 'There will be rain,' he said. The y
 def place(tmp_path_factory) -> Path:
     """A directory with a fresh student, its Qwen3.5 checkpoint and its GGUF file."""
     try:
-        smollm2()
+        fetch_smollm2()
     except UserError as error:
         pytest.skip(f"SmolLM2 is not to be had here: {error}")
     directory = tmp_path_factory.mktemp("smollm2")

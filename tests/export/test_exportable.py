@@ -127,7 +127,7 @@ def test_norms_that_were_added_are_new_and_learn():
     student = subquad.linearize(
         teacher_of("llama"), layer_types=REGULAR, scale_ids=TEXT, export_target="qwen3_5"
     ).train()
-    added = student.mixer_layers[1].added_norms()
+    added = student.mixer_layers[1].added_qk_norms()
     assert sorted(added) == ["k", "q"]
     known = roles(student)
     assert {known[id(p)] for p in added.values()} == {"mixer"}
@@ -138,9 +138,9 @@ def test_norms_that_were_added_are_new_and_learn():
 
 def test_a_norm_that_cannot_be_added_is_refused():
     with_norm = {"default": "gla", "1": {"mixer": "attention", "qk_norm": 1e-6}}
-    with pytest.raises(UserError, match="qk_norm: Qwen3Attention of layer 1 has such a norm"):
+    with pytest.raises(UserError, match="qk_norm: Qwen3Attention of layer 1"):
         subquad.linearize(teacher_of("qwen3"), layer_types=with_norm, scale_ids=TEXT)
-    with pytest.raises(UserError, match="qk_norm: got True, expected its epsilon"):
+    with pytest.raises(UserError, match="qk_norm: got True"):
         subquad.linearize(
             teacher_of("llama"), layer_types={"default": {"mixer": "attention", "qk_norm": True}}, scale_ids=TEXT
         )

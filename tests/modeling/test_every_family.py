@@ -13,7 +13,7 @@ import subquad
 from subquad.modeling.attention.activations import attention_modules, collect_activations
 from subquad.modeling.attention.discovery import discover_attention, random_tokens
 from subquad.modeling.attention.tracing import trace_attention
-from subquad.modeling.positions import find_position_table
+from subquad.modeling.positions import find_max_learned_positions
 from subquad.utils import UserError
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -209,7 +209,7 @@ def test_two_time_axes_would_be_seen():
 
 @each_family
 def test_position_table_is_found_where_there_is_one(name):
-    assert find_position_table(family(name)) == (64 if name in LEARNED_POSITIONS else None)
+    assert find_max_learned_positions(family(name)) == (64 if name in LEARNED_POSITIONS else None)
     assert student(name, "retnet").config.max_learned_positions == (64 if name in LEARNED_POSITIONS else None)
 
 
@@ -219,7 +219,7 @@ def test_running_past_learned_positions_is_refused(name, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     long = torch.randint(3, 61, (2, 70), generator=torch.Generator().manual_seed(1))
     assert logits(model, long[:, :64]).shape == (2, 64, 61)
-    message = r"position \d+ is past the table of 64 learned positions that the .* teacher has; give at most 64 tokens"
+    message = r"position_ids: got \d+, expected less than 64"
     with pytest.raises(ValueError, match=message):
         logits(model, long)
     settings = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
@@ -236,7 +236,7 @@ def test_running_past_learned_positions_is_refused(name, tmp_path):
 def test_short_position_table_is_not_overrun_when_linearizing():
     teacher = build("gpt2", n_positions=20)
     assert subquad.linearize(teacher, "gla").config.max_learned_positions == 20
-    with pytest.raises(UserError, match="calibration: got 21 tokens a row; the teacher has 20 learned positions"):
+    with pytest.raises(UserError, match="scale_ids or calibration_ids: got 21 tokens a row, expected at most 20"):
         subquad.linearize(teacher, "gla", scale_ids=torch.ones(1, 21, dtype=torch.long))
 
 

@@ -169,7 +169,7 @@ REFUSED = {
     "marian": (BART, "MarianForCausalLM cannot be linearized: it does not follow position_ids"),
     "gemma3n_text": (GEMMA3N, "ha(s|ve) no keys and values of (its|their) own"),
     "llama4_text": (LLAMA4, "it attends within chunks of the text"),
-    "emu3": ({"text_config": GROUPED}, "AutoModelForCausalLM makes none from its Emu3TextConfig"),
+    "emu3": ({"text_config": GROUPED}, "AutoModelForCausalLM does not build it from a Emu3TextConfig"),
 }
 
 

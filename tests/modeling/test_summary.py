@@ -9,7 +9,14 @@ from modeling_cases import ALL, logits, student_of
 
 import subquad
 from subquad.modeling.model_card import model_card
-from subquad.modeling.summary import layer_ranges, meta_model, read_config, state_bytes, summary, teacher_bytes
+from subquad.modeling.summary import (
+    layer_ranges,
+    meta_model,
+    read_config,
+    student_cache_bytes,
+    summary,
+    teacher_cache_bytes,
+)
 from subquad.utils import UserError
 
 
@@ -20,10 +27,10 @@ def test_bytes_and_parameters_are_those_of_the_student_at_work(make_teacher, ids
     cache = model.new_cache()
     logits(model, ids[:1], past_key_values=cache)
     outlined = meta_model(model.config)
-    assert state_bytes(outlined, 11) == cache.nbytes()
+    assert student_cache_bytes(outlined, 11) == cache.nbytes()
     assert outlined.num_parameters() == model.num_parameters()
     theirs = teacher(ids[:1], use_cache=True).past_key_values
-    assert teacher_bytes(model.config, 11) == sum(4 * (x.keys.numel() + x.values.numel()) for x in theirs.layers)
+    assert teacher_cache_bytes(model.config, 11) == sum(4 * (x.keys.numel() + x.values.numel()) for x in theirs.layers)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -34,15 +41,15 @@ def test_bytes_of_windows_and_shared_heads(name, plan):
     cache = model.new_cache()
     logits(model, ids, past_key_values=cache)
     places = sum(layer.states[2].nbytes for layer in cache.layers if type(layer).__name__ == "SlidingWindowCacheLayer")
-    assert state_bytes(meta_model(model.config), 21) == cache.nbytes() - places
+    assert student_cache_bytes(meta_model(model.config), 21) == cache.nbytes() - places
     theirs = family(name)(ids, use_cache=True).past_key_values
-    assert teacher_bytes(model.config, 21) == sum(4 * (x.keys.numel() + x.values.numel()) for x in theirs.layers)
+    assert teacher_cache_bytes(model.config, 21) == sum(4 * (x.keys.numel() + x.values.numel()) for x in theirs.layers)
 
 
 def test_halves_are_counted_as_halves(teacher, tmp_path):
     student_of(teacher.to(torch.bfloat16), "softmax").save_pretrained(tmp_path)
     config = read_config(tmp_path)
-    assert state_bytes(meta_model(config), 10) == teacher_bytes(config, 10) == 2 * 10 * 2 * (8 + 8) * 2
+    assert student_cache_bytes(meta_model(config), 10) == teacher_cache_bytes(config, 10) == 2 * 10 * 2 * (8 + 8) * 2
     assert "bfloat16" in summary(config)
 
 
