@@ -173,7 +173,7 @@ def frozen_gates(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
     means = mean_gates(model, rows)
     with ExitStack() as undo:
         for mixer, mean in means:
-            undo.enter_context(replaced(mixer, "gate", lambda x, mean=mean: mean.expand(*x.shape[:2], -1, -1)))
+            undo.enter_context(replaced(mixer, "output_gate", lambda x, mean=mean: mean.expand(*x.shape[:2], -1, -1)))
         yield
 
 
