@@ -33,7 +33,7 @@ A recipe's teacher, and MODEL below, may be: nano, smollm2-135m, a directory, a 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Exit code 2 and one line on stderr for a user's mistake, 130 for an interruption."""
+    """Runs a command. Exit code 2 and one line on stderr for each mistake of the user, 130 for an interruption."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except UserError as error:
-        print(f"subquad: {error}", file=sys.stderr)
+        print("subquad:", "\n  ".join(error.problems), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("subquad: interrupted; the same command continues it", file=sys.stderr)
@@ -285,7 +285,7 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.layers is not None:
         if args.mixer is not None or args.option:
             raise UserError("--layers says the mixers and their options; leave out --mixer and --option")
-        layers = yaml_tree.parse(args.layers, lambda _line: "--layers").plain()
+        layers = yaml_tree.parse_value(args.layers, "--layers")
         if not isinstance(layers, dict) or not layers:
             raise UserError(
                 f"--layers: got {args.layers!r}, expected a mapping such as '{{default: gla, 1: attention}}'"
@@ -302,7 +302,7 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--option {text}: expected NAME=VALUE")
-        chosen[name] = yaml_tree.parse(value, lambda _line, text=text: f"--option {text}").plain()  # type: ignore[misc]
+        chosen[name] = yaml_tree.parse_value(value, f"--option {text}")
     return {"default": resolve_layer_type(chosen, "--mixer")}
 
 

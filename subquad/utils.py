@@ -29,7 +29,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, *problems: object):
-        super().__init__("\n".join(" ".join(str(problem).split()) for problem in problems))
+        self.problems = tuple(" ".join(str(problem).split()) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
 
 def nearest(name: object, valid: Iterable[str]) -> str:

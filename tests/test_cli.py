@@ -188,6 +188,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake, capsys, recipe_path):
     assert not (recipe_path.parent / "never").exists()
 
 
+def test_each_mistake_of_a_recipe_is_a_line(capsys, recipe_path):
+    argv = ["distill", recipe_path, "-o", recipe_path.parent / "never", "--set", "seed=x", "--set", "data.seq_len=0"]
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    first, second = err.splitlines()
+    assert first.startswith("subquad: --set data.seq_len=0: data.seq_len: got 0, ")
+    assert second.startswith("  --set seed=x: seed: got 'x', ")
+
+
 def test_wrong_usage_is_one_line(capsys):
     for argv in (["distil", "x"], ["distill"], ["generate", "nano", "x", "--tokens", "many"]):
         with pytest.raises(SystemExit) as stop:

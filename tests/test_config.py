@@ -1,14 +1,14 @@
-"""The recipe: what it accepts, what it refuses in which words, and the study that lists in it make."""
+"""Recipes and studies: accepted values, mistakes and their messages, names of runs, YAML and JSON schema."""
 
 import re
 from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from subquad import mixers
-from subquad.config import Recipe, Student, _keys, _section, load_recipe, load_study, run_name
+from subquad.config import MixtureSource, Recipe, Student, load_recipe, load_study, run_name, schema
 from subquad.utils import UserError, nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -36,13 +36,17 @@ def write(tmp_path, monkeypatch):
     return write
 
 
-def refusal(*args, load=load_recipe) -> str:
+def mistakes(*args, load=load_recipe) -> list[str]:
+    """The lines of the UserError that `load(*args)` raises."""
     with pytest.raises(UserError) as caught:
         load(*args)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 400
-    return message
+    assert all(len(line) < 400 for line in caught.value.problems)
+    return str(caught.value).split("\n")
+
+
+def mistake(*args, load=load_recipe) -> str:
+    (line,) = mistakes(*args, load=load)
+    return line
 
 
 def test_defaults_and_numbers(write):
@@ -90,101 +94,102 @@ def test_rates_as_people_write_them(write, written, value):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("stages.hidden.tokens=abc", "stages.hidden.tokens: got 'abc', expected a whole number"),
-        ("stages.hidden.tokens='5'", "stages.hidden.tokens: got '5', expected a whole number"),
-        ("stages.hidden.tokens=true", "stages.hidden.tokens: got true, expected a whole number"),
-        ("stages.hidden.tokens=1.5", "stages.hidden.tokens: got 1.5, expected a whole number"),
-        ("stages.hidden.tokens=1e999", "stages.hidden.tokens: got inf, expected a whole number"),
-        ("stages.hidden.tokens=-1", "stages.hidden.tokens: got -1, expected a number greater than 0"),
-        ("stages.hidden.tokens=0", "stages.hidden.tokens: got 0, expected a number greater than 0"),
-        ("stages.hidden.tokens=12:30", "stages.hidden.tokens: got '12:30', expected a whole number"),
-        ("stages.hidden.lr=0", "stages.hidden.lr: got 0, expected a number greater than 0"),
-        ("stages.hidden.lr=-1e-3", "stages.hidden.lr: got -0.001, expected a number greater than 0"),
-        ("stages.hidden.lr=.nan", "stages.hidden.lr: got nan, expected a finite number"),
-        ("stages.hidden.lr=.inf", "stages.hidden.lr: got inf, expected a finite number"),
-        ("stages.hidden.lr=", "stages.hidden.lr: got null, expected a number"),
-        ("stages.hidden.lr=fast", "stages.hidden.lr: got 'fast', expected a number"),
-        ("stages.hidden.batch_size=0", "stages.hidden.batch_size: got 0, expected a number greater than 0"),
-        ("stages.hidden.warmup=1", "stages.hidden.warmup: got 1, expected a number less than 1"),
-        ("stages.hidden.weight_decay=-1", "weight_decay: got -1, expected a number greater than or equal to 0"),
-        ("stages.hidden.max_grad_norm=0", "max_grad_norm: got 0, expected a number greater than 0"),
-        ("stages.hidden.param_groups.mixer.lr=0", "groups.mixer.lr: got 0, expected a number greater than 0"),
+        ("stages.hidden.tokens=abc", "stages.hidden.tokens: got 'abc'"),
+        ("stages.hidden.tokens='5'", "stages.hidden.tokens: got '5'"),
+        ("stages.hidden.tokens=true", "stages.hidden.tokens: got true"),
+        ("stages.hidden.tokens=1.5", "stages.hidden.tokens: got 1.5"),
+        ("stages.hidden.tokens=1e999", "stages.hidden.tokens: got inf"),
+        ("stages.hidden.tokens=-1", "stages.hidden.tokens: got -1"),
+        ("stages.hidden.tokens=0", "stages.hidden.tokens: got 0"),
+        ("stages.hidden.tokens=12:30", "stages.hidden.tokens: got '12:30'"),
+        ("stages.hidden.lr=0", "stages.hidden.lr: got 0"),
+        ("stages.hidden.lr=-1e-3", "stages.hidden.lr: got -0.001"),
+        ("stages.hidden.lr=.nan", "stages.hidden.lr: got nan"),
+        ("stages.hidden.lr=.inf", "stages.hidden.lr: got inf"),
+        ("stages.hidden.lr=", "stages.hidden.lr: got null"),
+        ("stages.hidden.lr=fast", "stages.hidden.lr: got 'fast'"),
+        ("stages.hidden.batch_size=0", "stages.hidden.batch_size: got 0"),
+        ("stages.hidden.warmup=1", "stages.hidden.warmup: got 1"),
+        ("stages.hidden.weight_decay=-1", "weight_decay: got -1"),
+        ("stages.hidden.max_grad_norm=0", "max_grad_norm: got 0"),
+        ("stages.hidden.param_groups.mixer.lr=0", "groups.mixer.lr: got 0"),
         ("stages.hidden.param_groups.mixers.lr=1", "unknown key 'stages.hidden.param_groups.mixers'; did you mean"),
-        ("stages.hidden.micro_batch_size=3", "micro_batch_size: got 3, expected a divisor of batch_size (8)"),
-        ("stages.hidden.target=layer", "target: got 'layer', expected one of mixer, decoder_layer"),
-        ("stages.hidden.ema_decay=1", "ema_decay: got 1, expected a number less than 1"),
+        ("stages.hidden.micro_batch_size=3", "micro_batch_size: got 3"),
+        ("stages.hidden.target=layer", "target: got 'layer'"),
+        ("stages.hidden.ema_decay=1", "ema_decay: got 1"),
         (
             "evaluation.load_best_model_at_end=true",
             "evaluation.load_best_model_at_end: got true without evaluation.eval_steps",
         ),
         ("student.layer_types={default: glaa}", "unknown mixer 'glaa'; did you mean 'gla'?"),
-        ("student.layer_types={}", "an empty plan"),
+        ("student.layer_types={}", "student.layer_types: got an empty mapping"),
         (
             "stages.hidden.lr_scheduler=cosin",
             "lr_scheduler: got 'cosin', expected one of linear, cosine, constant, wsd; did you mean 'cosine'?",
         ),
-        ("stages.hidden.lr_scheduler=5", "lr_scheduler: got 5, expected one of linear, cosine, constant"),
+        ("stages.hidden.lr_scheduler=5", "lr_scheduler: got 5"),
         (
             "stages.hidden=5",
-            "stages.hidden: got 5, expected a mapping with the keys tokens, lr, batch_size, micro_batch_size,",
+            "stages.hidden: got 5, expected a mapping with the keys tokens, lr,",
         ),
-        ("data.seq_len=1", "data.seq_len: got 1, expected a number greater than or equal to 2"),
-        ("data=5", "data: got 5, expected a mapping with the keys source, seq_len, validation"),
+        ("data.seq_len=1", "data.seq_len: got 1"),
+        ("data=5", "data.source: got 5"),
+        ("data=", "data: got null, expected a mapping with the keys source, seq_len,"),
         ("data={seq_len: 8}", "data.source is missing; expected: `python-stdlib`, a text file"),
-        ("teacher=", "teacher: got null, expected text"),
-        ("teacher=''", "teacher: got '', expected text that is not empty"),
-        ("student.copy_qkv=yes", "student.copy_qkv: got 'yes', expected true or false"),
-        ("student.copy_qkv=1", "student.copy_qkv: got 1, expected true or false"),
+        ("teacher=", "teacher: got null"),
+        ("teacher=''", "teacher: got ''"),
+        ("student.copy_qkv=yes", "student.copy_qkv: got 'yes'"),
+        ("student.copy_qkv=1", "student.copy_qkv: got 1"),
         ("student.mixer=glaa", "student.mixer: unknown mixer 'glaa'; did you mean 'gla'?"),
-        ("student.mixer=5", "student.mixer: got 5, expected text"),
-        ("student.mixer_kwargs=3", "student.mixer_kwargs: got 3, expected a mapping of names to values"),
+        ("student.mixer=5", "student.mixer: got 5"),
+        ("student.mixer_kwargs=3", "student.mixer_kwargs: got 3"),
         (
             "student.mixer_kwargs.half_live=3",
-            "student.mixer_kwargs: unknown mixer option 'half_live'; did you mean 'half_life'?",
+            "student.mixer_kwargs.half_live: unknown mixer option 'half_live'; did you mean 'half_life'?",
         ),
         (
             "student.mixer_kwargs.half_life=long",
-            "student.mixer_kwargs: half_life: got 'long', expected a number",
+            "student.mixer_kwargs.half_life: got 'long'",
         ),
         (
             "student={mixer: softmax, mixer_kwargs: {half_life: 3}}",
-            "student.mixer_kwargs: softmax has no options; got half_life",
+            "student.mixer_kwargs.half_life: unknown option; softmax has none",
         ),
-        ("stages.hidden=null", "stages: no stage is left; expected at least one of matrix, hidden, end_to_end"),
+        ("stages.hidden=null", "stages: got no stage"),
         (
             "stages.end_to_end={tokens: 5, lr: 1, ce_weight: 0, kl_weight: 0}",
-            "stages.end_to_end: ce_weight and kl_weight are both 0; expected one of them above 0",
+            "stages.end_to_end.kl_weight: got 0 for kl_weight and ce_weight",
         ),
         (
             "stages.end_to_end={tokens: 5, lr: 1, temperature: 0}",
-            "stages.end_to_end.temperature: got 0, expected a number greater than 0",
+            "stages.end_to_end.temperature: got 0",
         ),
-        ("stages.matrix.lr=1", "stages.matrix.tokens is missing; expected: Tokens to train on"),
+        ("stages.matrix.lr=1", "stages.matrix.tokens is missing; expected: Training tokens"),
         ("stages.hiden.lr=1", "unknown key 'stages.hiden'; did you mean 'stages.hidden'?"),
         ("student.foo.bar=2", "unknown key 'student.foo'; expected one of mixer, copy_qkv, calibration_tokens,"),
         ("mixer=gla", "unknown key 'mixer'; did you mean 'student.mixer'?"),
         ("lr=1", "unknown key 'lr'; did you mean 'stages.matrix.lr' or 'stages.hidden.lr' or 'stages.end_to_end.lr'?"),
         ("checkpoint.save_step=5", "unknown key 'checkpoint.save_step'; did you mean 'checkpoint.save_steps'?"),
-        ("checkpoint.save_total_limit=0", "checkpoint.save_total_limit: got 0, expected a number greater than 0"),
-        ("evaluation.eval_tokens=0", "evaluation.eval_tokens: got 0, expected a number greater than 0"),
-        ("seed=-1", "seed: got -1, expected a number greater than or equal to 0"),
-        ("seed=4294967296", "seed: got 4294967296, expected a number less than 4294967296"),
-        ("seed=" + "9" * 5000, ": seed: cannot be read (Exceeds the limit"),
+        ("checkpoint.save_total_limit=0", "checkpoint.save_total_limit: got 0"),
+        ("evaluation.eval_tokens=0", "evaluation.eval_tokens: got 0"),
+        ("seed=-1", "seed: got -1"),
+        ("seed=4294967296", "seed: got 4294967296"),
+        ("seed=" + "9" * 5000, "seed: got '9999999999"),
         ("seed", "expected key=value, such as stages.hidden.lr=1e-3"),
         ("=1", "expected key=value, such as stages.hidden.lr=1e-3"),
         ("stages..lr=1", "expected key=value, such as stages.hidden.lr=1e-3"),
         ("stages.hidden.lr=[", "not YAML: expected the node content, but found '<stream end>'"),
         (
             "student.mixer=[gla, retnet]",
-            "student.mixer is a list, which makes this a study of several students; run it with `subquad study`",
+            "student.mixer: got a list",
         ),
     ],
 )
-def test_a_wrong_override_is_refused_in_one_line(write, override, expected):
-    message = refusal(write(BASE), [override])
-    assert expected in message
-    if "no stage is left" not in message:
-        assert message.startswith(f"--set {override[:70]}")
+def test_wrong_override(write, override, expected):
+    line = mistake(write(BASE), [override])
+    assert expected in line
+    assert re.search("expected|did you mean|unknown option|not YAML", line)
+    assert line.startswith("recipe.yaml:5: " if "no stage" in expected else f"--set {override[:70]}")
 
 
 @pytest.mark.parametrize(
@@ -192,20 +197,19 @@ def test_a_wrong_override_is_refused_in_one_line(write, override, expected):
     [
         ("", "recipe.yaml: is empty; expected a recipe in YAML"),
         ("# nothing\n", "recipe.yaml: is empty; expected a recipe in YAML"),
-        ("- a\n- b\n", "recipe.yaml:1: holds list, expected a mapping of keys to values"),
-        ("just words", "recipe.yaml:1: holds str, expected a mapping of keys to values"),
+        ("- a\n- b\n", "recipe.yaml:1: got a list"),
+        ("just words", "recipe.yaml:1: got a str"),
         (BASE + "seed: [1, 2\n", "recipe.yaml:10: not YAML: "),
-        (BASE + "seed: 1\nseed: 2\n", "recipe.yaml:10: seed: this key is there twice, first at recipe.yaml:9"),
-        (BASE + "    lr: 1\n", "recipe.yaml:9: stages.hidden.lr: this key is there twice, first at recipe.yaml:8"),
-        (BASE + "? [a]\n: 1\n", "recipe.yaml:9: a key is a list or mapping; expected a name"),
+        (BASE + "seed: 1\nseed: 2\n", "recipe.yaml:10: seed: this key is given twice, first at recipe.yaml:9"),
+        (BASE + "    lr: 1\n", "recipe.yaml:9: stages.hidden.lr: this key is given twice, first at recipe.yaml:8"),
+        (BASE + "? [a]\n: 1\n", "recipe.yaml:9: recipe: got a list or mapping as a key"),
         (BASE + "1: 2\n", "recipe.yaml:9: unknown key '1'; expected one of teacher, data, student, stages,"),
         (BASE + "sed: 1\n", "recipe.yaml:9: unknown key 'sed'; did you mean 'seed'?"),
-        (BASE.replace("lr: 2e-3", "learning_rate: 2e-3"), "recipe.yaml:8: unknown key 'stages.hidden.learning_rate';"),
         (
             BASE.replace("    lr: 2e-3\n", ""),
             "recipe.yaml:6: stages.hidden.lr is missing; expected: Peak learning rate",
         ),
-        (BASE.replace("20_000", "many"), "recipe.yaml:7: stages.hidden.tokens: got 'many', expected a whole number"),
+        (BASE.replace("20_000", "many"), "recipe.yaml:7: stages.hidden.tokens: got 'many'"),
         (
             BASE.replace("mixer: gla", "mixer: mamba"),
             "recipe.yaml:4: student.mixer: unknown mixer 'mamba'; did you mean",
@@ -216,17 +220,113 @@ def test_a_wrong_override_is_refused_in_one_line(write, override, expected):
         (BASE + "seed: \x01\n", "recipe.yaml:9: not YAML: special characters are not allowed"),
         ("[" * 5000, "nested too deep"),
         (b"teacher: \xff\n", "recipe.yaml: not UTF-8 text at byte 9; expected a recipe in YAML"),
-        (BASE + "seed: [0, 1]\n", "recipe.yaml:9: seed is a list, which makes this a study"),
+        (BASE + "seed: [0, 1]\n", "recipe.yaml:9: seed: got a list"),
     ],
 )
-def test_a_wrong_file_is_refused_with_its_line(write, text, expected):
-    assert expected in refusal(write(text))
+def test_wrong_file(write, text, expected):
+    assert expected in mistake(write(text))
+
+
+def test_messages_in_full(write):
+    text = BASE.replace("20_000", "many").replace("nano", "''").replace("mixer: gla", "mixer: [gla, retnt]")
+    keys = "source, seq_len, validation, document_masking, column, chat, assistant_only_loss, split, subset, streaming"
+    assert mistakes(write(text + "sed: 1\n"), ["data="], load=load_study) == [
+        "recipe.yaml:1: teacher: got '', expected text that is not empty",
+        "recipe.yaml:4: student.mixer: unknown mixer 'retnt'; did you mean 'retnet'?",
+        "recipe.yaml:7: stages.hidden.tokens: got 'many', expected a whole number",
+        "recipe.yaml:9: unknown key 'sed'; did you mean 'seed'?",
+        f"--set data=: data: got null, expected a mapping with the keys {keys}",
+    ]
+
+
+def test_mistakes_of_all_sections_at_once(write):
+    text = """\
+teacher: 5
+data: {source: books.txt, seq_len: long}
+student: {mixer: gla, copy_qkv: 1}
+stages:
+  hidden: {tokens: 100, lr: 1e-3, lr_scheduler: cosin}
+checkpoint: {save_step: 3}
+evaluation: {eval_tokens: 0}
+"""
+    found = mistakes(write(text), ["seed=x", "precision"])
+    starts = ["1: teacher:", "2: data.seq_len:", "3: student.copy_qkv:", "5: stages.hidden.lr_scheduler:"]
+    starts = [f"recipe.yaml:{start}" for start in [*starts, "6: unknown key", "7: evaluation.eval_tokens:"]]
+    starts += ["--set precision: expected key=value", "--set seed=x: seed: got 'x'"]
+    assert len(found) == len(starts)
+    assert all(line.startswith(start) for line, start in zip(found, starts, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("section", "keys"),
+    [
+        (
+            "student: {mixer: gla, copy_qkv: 1, foo: 2, mixer_kwargs: {half_live: 3, short_conv: x, zz: 1}}",
+            ["student.copy_qkv", "'student.foo'", "kwargs.half_live", "kwargs.short_conv", "kwargs.zz"],
+        ),
+        ("student: {mixer: retnt, copy_qkv: 1, mixer_kwargs: {half_life: x}}", ["mixer 'retnt'", "copy_qkv"]),
+        ("student: {mixer: 5, mixer_kwargs: 3, export_target: x}", [".mixer:", ".mixer_kwargs:", ".export_target"]),
+        (
+            "student: {layer_types: {0: {mixer: {a: 1}}, 1: {}}}",
+            ["types.0: unknown mixer {'a", "types.1: unknown mixer"],
+        ),
+        ("student: {layer_types: {}, mixer_kwargs: {half_life: 3}}", ["student.layer_types"]),
+        ("student: {layer_types: {0-: gla, x: {mixer: kda, a: 1}}}", ["types.0-: ", "types.x: ", "types.x: unknown"]),
+        (
+            "student: {layer_types: {0: glaa, 1: {mixer: gla, a: 1, b: 2}, 2: {mixer: attention, window: x}}}",
+            ["layer_types.0", "layer_types.1: unknown mixer option 'a'", "option 'b'", "layer_types.2"],
+        ),
+        (
+            "stages: {hidden: {tokens: 0, lr: fast, lr_scheduler: cosin, batch_size: 4, micro_batch_size: 3, foo: 1}}",
+            ["hidden.tokens", "hidden.lr:", "hidden.lr_scheduler", "hidden.micro_batch_size", "'stages.hidden.foo'"],
+        ),
+        (
+            "stages: {end_to_end: {tokens: 1, lr: 1, ce_weight: 0, kl_weight: 0, temperature: 0}}",
+            ["kl_weight", "temperature"],
+        ),
+        (
+            "data: {source: {a.txt: 0, b.txt: {weigth: 1, chat: 5}}, seq_len: 0, assistant_only_loss: 1}",
+            ["a.txt.weight", "'data.source.b.txt.weigth'", "b.txt.chat", "data.seq_len", "data.assistant_only_loss"],
+        ),
+        ("data: {source: a, column: 5, assistant_only_loss: true}", ["data.column", "data.assistant_only_loss"]),
+        (
+            "evaluation: {eval_steps: 30, load_best_model_at_end: true, eval_tokens: 0}\n"
+            "checkpoint: {save_total_limit: 0}",
+            ["evaluation.eval_tokens", "save_total_limit", "checkpoint.save_steps: got 50"],
+        ),
+        (
+            "evaluation: {eval_steps: 0, load_best_model_at_end: true}\ncheckpoint: {save_steps: 3}",
+            ["eval_steps: got 0"],
+        ),
+        (
+            "stages: {hidden: {tokens: 1, lr: 1, ema_decay: 0.9}, end_to_end: {tokens: 1, lr: 1, ema_decay: 0.9}}\n"
+            "evaluation: {eval_steps: 25, load_best_model_at_end: true}\nseed: -1",
+            ["evaluation.load_best_model_at_end: got true with", "seed"],
+        ),
+        ("student: {}\nstudent: {}\n? [a]\n: 1\nseed: -1", ["given twice", "as a key", "seed: got -1"]),
+        ("seed: [0, []]\nstudent: []\nprecision: x", ["list within a list", "empty list", "precision"]),
+        (
+            "student: [gla, {mixer: gla, mixer_kwargs: {a: 1, b: 2}}, retnt]\nseed: [0, -1]",
+            ["'a'", "'b'", "'retnt'", "seed: got -1"],
+        ),
+        ("checkpoint: {save_steps: []}\nevaluation: {eval_steps: 3, load_best_model_at_end: true}", ["empty list"]),
+    ],
+)
+def test_mistakes_do_not_hide_each_other(write, section, keys):
+    kept = {key: value for key, value in yaml.safe_load(BASE).items() if f"{key}: " not in f"\n{section}"}
+    found = mistakes(write(yaml.safe_dump(kept) + section), load=load_study)
+    assert len(found) == len(keys), found
+    assert all(any(key in line for line in found) for key in keys), found
+
+
+def test_a_misspelled_key_is_one_mistake(write):
+    assert "did you mean 'teacher'" in mistake(write(BASE.replace("teacher", "techer")))
 
 
 def test_no_file(write):
-    assert refusal("nowhere.yaml") == "nowhere.yaml: no such file; expected a recipe in YAML"
+    assert mistake("nowhere.yaml") == "nowhere.yaml: no such file; expected a recipe in YAML"
     Path("folder").mkdir()
-    assert refusal("folder").startswith("folder: cannot be read (Is a directory)")
+    assert mistake("folder").startswith("folder: cannot be read (Is a directory)")
 
 
 def test_a_byte_order_mark_is_no_part_of_a_key(write):
@@ -299,18 +399,18 @@ def test_study_over_sections_and_stages(write):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("seed=[]", "--set seed=[]: seed: an empty list; expected at least one value"),
-        ("seed=[[0]]", "--set seed=[[0]]: seed: a list within a list; expected values"),
+        ("seed=[]", "--set seed=[]: seed: got an empty list"),
+        ("seed=[[0]]", "--set seed=[[0]]: seed: got a list within a list"),
         ("student.mixer=[gla, retnt]", "student.mixer: unknown mixer 'retnt'; did you mean 'retnet'?"),
     ],
 )
 def test_a_wrong_study_is_refused(write, override, expected):
-    assert expected in refusal(write(BASE), [override], load=load_study)
+    assert expected in mistake(write(BASE), [override], load=load_study)
 
 
 def test_an_error_in_a_list_names_its_own_line(write):
     text = BASE.replace("mixer: gla", "mixer:\n  - gla\n  - glu\n")
-    assert refusal(write(text), load=load_study).startswith("recipe.yaml:6: student.mixer: unknown mixer 'glu'")
+    assert mistake(write(text), load=load_study).startswith("recipe.yaml:6: student.mixer: unknown mixer 'glu'")
 
 
 @pytest.mark.parametrize(
@@ -361,14 +461,62 @@ def test_options_that_only_some_students_have_keep_names_apart(write):
     assert len({run_name(recipe, study) for recipe in study}) == 4
 
 
-def test_every_key_is_described():
-    for key in _keys():
-        section, _, name = key.rpartition(".")
-        field = _section(section.split(".") if section else []).model_fields[name]
-        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        assert field.description, key
-        assert is_section or len(field.description) > 15, key
-    assert Recipe.model_json_schema()["properties"]["seed"]["description"]
+def test_shorthand(write):
+    text = "teacher: nano\ndata: books.txt\nstudent: gla\nstages: {hidden: {tokens: 20_000, lr: 0.002}}\n"
+    short = load_recipe(write(text))
+    full = load_recipe(write(BASE), ["data.source=books.txt"])
+    assert (short, short.digest(), short.to_yaml()) == (full, full.digest(), full.to_yaml())
+    assert yaml.safe_load(short.to_yaml())["student"]["mixer"] == "gla"
+    assert Recipe.model_validate(yaml.safe_load(text)) == short
+
+
+@pytest.mark.parametrize(
+    ("overrides", "students"),
+    [
+        (["student=retnet"], [("retnet", True)]),
+        (["student=retnet", "student.copy_qkv=false"], [("retnet", False)]),
+        (["student=[gla, retnet]"], [("gla", True), ("retnet", True)]),
+        (["student=[gla, {mixer: softmax, copy_qkv: false}]"], [("gla", True), ("softmax", False)]),
+        (
+            ["student=[gla, retnet]", "student.copy_qkv=[true, false]"],
+            [("gla", True), ("gla", False), ("retnet", True), ("retnet", False)],
+        ),
+    ],
+)
+def test_shorthand_in_studies_and_overrides(write, overrides, students):
+    text = BASE.replace("student:\n  mixer: gla\n", "student: gla\n")
+    assert [(r.student.mixer, r.student.copy_qkv) for r in load_study(write(text), overrides)] == students
+
+
+def test_shorthand_keeps_its_place_in_messages(write):
+    text = BASE.replace("student:\n  mixer: gla\n", "student:\n- gla\n- glaa\n")
+    assert mistake(write(text), load=load_study).startswith("recipe.yaml:5: student.mixer: unknown mixer 'glaa'")
+
+
+def test_weights_of_a_mixture(write):
+    source = load_recipe(write(BASE), ["data.source={a.txt: 2, b.txt: {weight: 0.5, column: body}}"]).data.source
+    assert source == {"a.txt": MixtureSource(weight=2.0), "b.txt": MixtureSource(weight=0.5, column="body")}
+
+
+def test_json_schema_accepts_lists_and_shorthand():
+    tree = schema()
+    definitions = tree["$defs"]
+    for section, bare in (("Data", "string"), ("Student", "string"), ("MixtureSource", "number")):
+        mapping, shorthand = definitions[section]["anyOf"]
+        assert mapping["additionalProperties"] is False
+        assert shorthand == {"type": bare}
+    student = {"$ref": "#/$defs/Student"}
+    assert tree["properties"]["student"]["anyOf"] == [student, {"type": "array", "items": student}]
+    steps = {"type": "integer", "exclusiveMinimum": 0}
+    assert definitions["Checkpoint"]["properties"]["save_steps"]["anyOf"] == [steps, {"type": "array", "items": steps}]
+
+
+def test_every_key_of_the_json_schema_is_described():
+    tree = schema()
+    sections = [tree, *(section.get("anyOf", [section])[0] for section in tree["$defs"].values())]
+    fields = {name: field for section in sections for name, field in section["properties"].items()}
+    assert len(fields) > 50
+    assert [name for name, field in fields.items() if len(field.get("description", "")) < 15] == []
 
 
 def test_shipped_recipes():
@@ -400,5 +548,7 @@ def test_nearest(name, valid, expected):
     assert nearest(name, valid) == expected
 
 
-def test_a_user_error_is_one_line():
-    assert str(UserError("first\n   second")) == "first second"
+def test_user_error_has_a_line_for_each_problem():
+    error = UserError("first\n   second", "third")
+    assert str(error) == "first second\nthird"
+    assert error.problems == ("first second", "third")

@@ -1,383 +1,342 @@
-"""The recipe's tree: everything that decides what a student becomes, typed and validated, a section a part of it.
-
-Nothing here loads a model or reads a corpus. How recipes are read from files, and how their mistakes are told, is
-`config.py`'s business, from which all of this is imported.
-"""
+"""The schema of a recipe: one pydantic model for each section, with every check that needs no file and no model."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 from subquad.config import yaml_tree
+from subquad.config.section import Fraction, KeyPath, NonEmptyStr, Section, refuse, shown
+from subquad.mixers.options import OPTIONS, SOFTMAX, mixer_names
 from subquad.utils import UserError, nearest
-
-EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "string_type": "text",
-    "string_too_short": "text that is not empty",
-    "bool_type": "true or false",
-    "dict_type": "a mapping of names to values",
-}
-"""What a type of pydantic's errors expects, in words."""
-
-
-def shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str | float) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _whole(value: Any) -> Any:
-    """`1e6` is a whole number to whoever writes it, a float to YAML."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
-Positive = Annotated[Whole, Field(gt=0)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Rate = Annotated[Number, Field(gt=0)]
-Weight = Annotated[Number, Field(ge=0)]
-Text = Annotated[str, Field(strict=True, min_length=1)]
-Switch = Annotated[bool, Field(strict=True)]
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused and nothing changes afterwards."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class MixtureSource(Section):
-    """A source within a mixture, where its weight alone does not say enough."""
+    """A source within a mixture. A bare number is its weight."""
 
-    weight: Rate = 1.0
-    """Share of the rows, in proportion to the other weights."""
-    column: Text | None = None
-    """Null: the corpus's."""
-    chat: Switch | None = None
-    """Null: whether `column` here is `messages`; without one, the corpus's."""
-    split: Text | None = None
-    """Null: the corpus's."""
-    subset: Text | None = None
-    """Null: the corpus's."""
+    SHORTHAND = "weight"
 
-
-def _share(name: str, value: Any) -> float | MixtureSource:
-    if isinstance(value, MixtureSource) or (
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
-    ):
-        return value
-    if not isinstance(value, dict):
-        raise UserError(f"got {shown(value)} for {name!r}, expected a weight above 0")
-    for key in value:
-        if key not in MixtureSource.model_fields:
-            raise UserError(f"unknown key {key!r} of {name!r}{nearest(key, MixtureSource.model_fields)}")
-    try:
-        return MixtureSource.model_validate(value)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-    key, got = problem["loc"][0], shown(problem["input"])
-    raise UserError(f"got {got} for {key} of {name!r}, expected {EXPECTED.get(problem['type'], 'a weight above 0')}")
+    weight: PositiveFloat = 1.0
+    """Share of the rows, relative to the sum of all weights."""
+    column: NonEmptyStr | None = None
+    """Column of the text or conversations; null: `data.column`."""
+    chat: bool | None = None
+    """Whether the column holds conversations; null: true where `column` is `messages`, or `data.chat` where `column` is
+    not given."""
+    split: NonEmptyStr | None = None
+    """Split of a data set of the hub; null: `data.split`."""
+    subset: NonEmptyStr | None = None
+    """Subset of a data set of the hub; null: `data.subset`."""
 
 
-def _sources(value: Any) -> Any:
-    """Says what is wrong with a mixture in words, before pydantic lists what is wrong with each alternative."""
-    if isinstance(value, dict):
+_MIXTURE = TypeAdapter(dict[str, MixtureSource])
+
+
+def _read_source(value: Any) -> Any:
+    """Validates a mixture, so that pydantic reports the mistakes of one alternative of the union only."""
+    if isinstance(value, Mapping):
         if not value or not all(value):
-            raise UserError("got a mixture without a source, expected names of sources, each with its weight")
-        return {name: _share(name, share) for name, share in value.items()}
+            raise UserError("got a mixture without a source, expected names of sources with their weights")
+        return _MIXTURE.validate_python(dict(value))
     if not isinstance(value, str) or not value:
-        raise UserError(f"got {shown(value)}, expected the name of a source, or names with weights")
+        raise UserError(f"got {shown(value)}, expected the name of a source, or a mapping of names to weights")
     return value
 
 
-Sources = Annotated[str | dict[str, float | MixtureSource], BeforeValidator(_sources)]
+Source = Annotated[str | dict[str, MixtureSource], BeforeValidator(_read_source)]
 
 
 class Data(Section):
-    source: Sources
-    """`python-stdlib`, a text file (.txt, .jsonl, .parquet, a source file; also .gz, .xz, .zst), a directory of such
-    files, or the id of a data set on the Hugging Face hub; or a mixture of them with weights, such as
+    SHORTHAND = "source"
+
+    source: Source
+    """`python-stdlib`, a text file (.txt, .jsonl, .parquet or source code; also compressed as .gz, .xz or .zst), a
+    directory of such files, or the id of a data set on the Hugging Face hub. A mixture maps such names to weights:
     `{books.txt: 0.7, python-stdlib: 0.3}`. Paths are relative to the working directory."""
-    seq_len: Annotated[Whole, Field(ge=2)] = 512
-    """Tokens in a row of training or held-out text."""
-    validation: Sources | None = None
-    """A source of held-out text; without one, about a twentieth of `source` is held out."""
-    document_masking: Switch = True
-    """No attention and no state crosses a document boundary within a row; false: each row is read as one text."""
-    column: Text = "text"
-    """Where .jsonl, .parquet and data sets of the hub have their text (or, with `chat`, their conversations)."""
-    chat: Switch = False
-    """The column holds conversations, lists of messages with `role` and `content`, to be written out by the teacher's
-    chat template; `column: messages` says so by itself, and the other way round."""
-    assistant_only_loss: Switch = False
-    """Compute the loss of conversations on the assistant's tokens only; false: on all tokens."""
-    split: Text = "train"
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    """Tokens in each row of training and held-out text."""
+    validation: Source | None = None
+    """A source of held-out text; null: about 5% of the documents of `source` are held out."""
+    document_masking: bool = True
+    """True: no attention and no state crosses a document boundary within a row. False: each row is one text."""
+    column: NonEmptyStr = "text"
+    """Column with the text, or with the conversations if `chat`, in .jsonl files, .parquet files and data sets of the
+    hub."""
+    chat: bool = False
+    """The column holds conversations (lists of messages with `role` and `content`), formatted with the teacher's chat
+    template. `column: messages` implies `chat: true` and vice versa."""
+    assistant_only_loss: bool = False
+    """True: the loss of conversations covers the assistant's tokens only. False: all tokens."""
+    split: NonEmptyStr = "train"
     """Split of a data set of the hub."""
-    subset: Text | None = None
+    subset: NonEmptyStr | None = None
     """Subset (configuration) of a data set of the hub; null: its default."""
-    streaming: Switch = True
-    """Read data sets of the hub as they arrive, no more than is needed; false: download them whole first."""
+    streaming: bool = True
+    """True: read only the needed part of a data set of the hub. False: download the whole data set first."""
 
     @model_validator(mode="before")
     @classmethod
-    def _conversations_are_messages(cls, data: Any) -> Any:
+    def _link_column_and_chat(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         column = data.get("column", "messages" if data.get("chat") is True else "text")
         return {**data, "column": column, "chat": data.get("chat", column == "messages")}
 
-    @model_validator(mode="after")
-    def _assistants_are_in_conversations(self) -> "Data":
-        mixtures = [source for source in (self.source, self.validation) if isinstance(source, dict)]
-        shares = [share for mixture in mixtures for share in mixture.values() if isinstance(share, MixtureSource)]
-        if self.assistant_only_loss and not self.chat and not any(s.chat or s.column == "messages" for s in shares):
-            raise UserError(
-                "assistant_only_loss: got true without chat, expected `chat: true` or `column: messages` too"
-            )
-        return self
+    @field_validator("assistant_only_loss")
+    @classmethod
+    def _check_conversations(cls, enabled: bool, info: Any) -> bool:
+        if enabled and {"source", "validation", "chat"} <= info.data.keys():
+            mixtures = [info.data[key] for key in ("source", "validation") if isinstance(info.data[key], dict)]
+            sources = [source for mixture in mixtures for source in mixture.values()]
+            if not info.data["chat"] and not any(source.chat or source.column == "messages" for source in sources):
+                raise UserError("got true without chat, expected also `chat: true` or `column: messages`")
+        return enabled
 
 
 class Student(Section):
-    mixer: Text = "gated_deltanet"
-    """What replaces the teacher's attention: one of `subquad mixers`."""
-    copy_qkv: Switch = True
-    """Start from the teacher's query, key, value and output projections; false: from random ones."""
-    calibration_tokens: Positive | None = 2048
-    """Tokens of the corpus by which half-lives, write strengths, activations and scales are set, in closed form, to
-    follow the teacher's attention; null: a neutral start. Only with `copy_qkv`: random projections tell nothing."""
+    SHORTHAND = "mixer"
+
+    mixer: NonEmptyStr = "gated_deltanet"
+    """The mixer that replaces attention in every layer; `subquad mixers` lists them."""
+    copy_qkv: bool = True
+    """True: initialize the query, key, value and output projections from the teacher's. False: at random."""
+    calibration_tokens: PositiveInt | None = 2048
+    """Tokens of the training text on which half-lives, beta, activation scales and output scales are fitted to the
+    teacher's attention in closed form; null: a neutral initialization. Without effect if `copy_qkv` is false."""
     mixer_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Options of the mixer by name, such as `half_life: 64`; calibration leaves them as they are."""
+    """Options of the mixer, such as `{half_life: 64}`; `subquad mixers` lists them. Calibration keeps them as given."""
     layer_types: dict[str, Any] | None = None
-    """A plan in place of `mixer` and `options`, such as `{default: gla, "1,3": attention}`."""
+    """The mixer or attention of each layer, counted from 0, in place of `mixer` and `mixer_kwargs`, such as
+    `{default: gla, "1,3": attention, 4-6: {mixer: gla, short_conv: 4}}`; null: `mixer` in every layer."""
     export_target: Literal["qwen3_5", "bamba"] | None = None
-    """Keep the student within what Qwen3.5 or Bamba computes, so that it can be exported; null: no bounds."""
+    """Restrict the student to layers that Qwen3.5 or Bamba has, so that it can be exported; null: no restriction."""
 
     @field_validator("mixer")
     @classmethod
-    def _mixer_exists(cls, name: str) -> str:
-        from subquad import mixers
-
-        if name not in mixers.names():
-            raise UserError(f"unknown mixer {name!r}{nearest(name, mixers.names())}")
+    def _check_mixer(cls, name: str) -> str:
+        if name not in mixer_names():
+            raise UserError(f"unknown mixer {name!r}{nearest(name, mixer_names())}")
         return name
 
     @field_validator("mixer_kwargs")
     @classmethod
-    def _options_exist(cls, options: dict[str, Any], info: Any) -> dict[str, Any]:
-        from subquad import mixers
-
+    def _check_mixer_kwargs(cls, options: dict[str, Any], info: Any) -> dict[str, Any]:
         mixer = info.data.get("mixer")
-        if mixer == mixers.SOFTMAX and options:
-            raise UserError(f"{mixer} has no options; got {', '.join(options)}")
-        if mixer in mixers.OPTIONS:
-            mixers.OPTIONS[mixer].from_dict(options)
+        if mixer == SOFTMAX:
+            mistakes = dict.fromkeys(options, f"unknown option; {mixer} has none")
+        else:
+            mistakes = OPTIONS[mixer].mistakes(options) if mixer in OPTIONS else {}
+        if mistakes:
+            refuse([((name,), message.removeprefix(f"{name}: "), options[name]) for name, message in mistakes.items()])
         return options
 
     @field_validator("layer_types")
     @classmethod
-    def _plan_is_one(cls, layers: dict[str, Any] | None, info: Any) -> dict[str, Any] | None:
-        from subquad.modeling.layer_types import resolve_layer_type
+    def _check_layer_types(cls, layer_types: dict[str, Any] | None, info: Any) -> dict[str, Any] | None:
+        from subquad.modeling.layer_types import find_mistakes
 
-        if layers is None:
+        if layer_types is None:
             return None
         if info.data.get("mixer_kwargs"):
-            raise UserError("options stand beside a plan; expected them inside its entries")
-        if not layers:
-            raise UserError("an empty plan; expected entries such as default: gla")
-        for key, entry in layers.items():
-            resolve_layer_type(entry, key)
-        return layers
+            raise UserError("got layer_types and mixer_kwargs, expected the options inside layer_types")
+        if not layer_types:
+            raise UserError("got an empty mapping, expected layer types such as `default: gla`")
+        if mistakes := find_mistakes(layer_types):
+            refuse([((key,), message, layer_types[key]) for key, message in mistakes])
+        return layer_types
 
     @field_validator("export_target")
     @classmethod
-    def _plan_can_go(cls, export: str | None, info: Any) -> str | None:
+    def _check_export_target(cls, target: str | None, info: Any) -> str | None:
         from subquad.modeling.export_target import check_mixers, find_target
 
-        if export is not None:
-            layers = info.data.get("layer_types")
-            entries = [info.data.get("mixer", "gated_deltanet")] if layers is None else list(layers.values())
-            names = (entry if isinstance(entry, str) else entry["mixer"] for entry in entries)
-            check_mixers(names, find_target(export))
-        return export
+        if target is not None and {"mixer", "layer_types"} <= info.data.keys():
+            layer_types = info.data["layer_types"] or {"default": info.data["mixer"]}
+            names = [spec if isinstance(spec, str) else spec["mixer"] for spec in layer_types.values()]
+            check_mixers(names, find_target(target))
+        return target
 
     @property
     def name(self) -> str:
-        """What a table calls it: the mixer, or "hybrid" for a plan."""
+        """The student's name in tables: its mixer, or "hybrid" if it has layer types."""
         return self.mixer if self.layer_types is None else "hybrid"
 
 
 class ParamGroup(Section):
-    lr: Rate | None = None
-    """Peak rate; null: the stage's."""
-    weight_decay: Weight | None = None
-    """AdamW's decay; null: the stage's."""
-    frozen: Switch = False
-    """Does not learn in this stage."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate; null: the stage's."""
+    weight_decay: NonNegativeFloat | None = None
+    """AdamW's weight decay; null: the stage's."""
+    frozen: bool = False
+    """True: these parameters are not trained in this stage."""
 
 
 class ParamGroups(Section):
     mixer: ParamGroup = ParamGroup()
-    """What the teacher has no weight for: gates, decays, norms and convolutions of the mixers."""
+    """New parameters of the mixers: gates, decays, norms and convolutions."""
     attention_projections: ParamGroup = ParamGroup()
     """Query, key, value and output projections."""
     backbone: ParamGroup = ParamGroup()
     """MLPs and norms outside the mixers."""
     embeddings: ParamGroup = ParamGroup()
-    """Token (and position) embeddings and the head."""
+    """Token and position embeddings and the language modeling head."""
 
 
 class Lora(Section):
-    rank: Positive = 16
-    """Rank of the update that each copied projection gets in place of its own weights (arXiv 2106.09685)."""
-    alpha: Positive = 32
+    rank: PositiveInt = 16
+    """Rank of the update of each attention projection (arXiv 2106.09685)."""
+    alpha: PositiveInt = 32
     """The update is scaled by alpha / rank."""
 
 
 class Stage(Section):
-    tokens: Positive
-    """Tokens to train on; rounded up to whole steps."""
-    lr: Rate
-    """Peak learning rate."""
-    batch_size: Positive = 8
-    """Rows of `data.seq_len` tokens in a step, over all processes."""
-    micro_batch_size: Positive | None = None
-    """Rows that a process has in memory at a time, gradients being accumulated over a step; null: its whole share."""
-    warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps over which the rate rises from 0 to its peak."""
+    tokens: PositiveInt
+    """Training tokens, rounded up to whole steps."""
+    lr: PositiveFloat
+    """Peak learning rate of AdamW."""
+    batch_size: PositiveInt = 8
+    """Rows of `data.seq_len` tokens in each step, over all processes."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows in each forward pass of a process, a divisor of `batch_size`; gradients are accumulated over the step. Null:
+    all rows of the process at once."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Fraction of the steps in which the learning rate rises linearly from 0 to `lr`."""
     lr_scheduler: Literal["linear", "cosine", "constant", "wsd"] = "cosine"
-    """How the rate goes on after the warm-up: down to 0 on a line or half a cosine, not at all, or (warm-up, stable,
-    decay) on a line over the last steps only."""
-    decay: Annotated[Number, Field(gt=0, lt=1)] = 0.2
-    """Share of the steps over which `wsd` goes down."""
-    weight_decay: Weight = 0.0
-    """AdamW's decoupled weight decay, on weight matrices."""
-    max_grad_norm: Rate = 1.0
-    """Gradients are scaled down to this norm."""
+    """Learning rate after the warmup: linear or cosine decay to 0, constant, or warmup-stable-decay (constant, then
+    linear to 0 over the last steps)."""
+    decay: Fraction = 0.2
+    """Fraction of the steps in which `wsd` decays."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay of weight matrices."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients with a larger norm are scaled down to this norm."""
     param_groups: ParamGroups = ParamGroups()
-    """Parts of the student with a rate or a weight decay of their own, or frozen."""
+    """Learning rate and weight decay of groups of parameters, or which of them are frozen."""
     lora: Lora | None = None
-    """Teach the copied projections through low-rank updates, merged at the end of the stage; null: themselves."""
-    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    """Decay a step of a running average of the weights, which replaces them at the end of the stage."""
-    gradient_checkpointing: Switch = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    """Train low-rank updates of the attention projections, merged at the end of the stage; null: train the weights."""
+    ema_decay: Fraction | None = None
+    """Decay per step of an exponential moving average of the weights, which replaces them at the end of the stage;
+    null: no average."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
 
     @field_validator("micro_batch_size")
     @classmethod
-    def _batches_are_whole(cls, rows: int | None, info: Any) -> int | None:
-        whole = info.data.get("batch_size", 0)
-        if rows is not None and whole % rows:
-            raise UserError(f"got {rows}, expected a divisor of batch_size ({whole})")
+    def _check_divisor(cls, rows: int | None, info: Any) -> int | None:
+        total = info.data.get("batch_size")
+        if rows is not None and total is not None and total % rows:
+            raise UserError(f"got {rows}, expected a divisor of batch_size ({total})")
         return rows
 
 
 class Matrix(Stage):
-    row_chunk_size: Positive = 1024
-    """Rows of the matrices that are compared at a time: bounds memory where the context is long."""
+    row_chunk_size: PositiveInt = 1024
+    """Rows of the mixing matrices compared at once; smaller values need less memory at long `data.seq_len`."""
 
 
 class Hidden(Stage):
     target: Literal["mixer", "decoder_layer"] = "mixer"
-    """Whose output is compared: the mixer's with the attention's, or the whole layer's, its MLP included."""
+    """Outputs that are compared: the mixer's with the attention's, or those of the whole decoder layers."""
 
 
 class EndToEnd(Stage):
-    ce_weight: Weight = 1.0
-    """Weight of the cross-entropy with the text, a mean per token."""
-    kl_weight: Weight = 1.0
-    """Weight of the divergence from the teacher's distribution, a mean per token."""
-    temperature: Rate = 1.0
-    """Softens both distributions of the divergence."""
+    ce_weight: NonNegativeFloat = 1.0
+    """Weight of the cross-entropy of the text, a mean per token in nats."""
+    kl_weight: NonNegativeFloat = 1.0
+    """Weight of the divergence from the teacher's distribution, a mean per token in nats."""
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature of both distributions in the divergence."""
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    """KL(teacher, student), KL(student, teacher), or the generalised Jensen-Shannon divergence (arXiv 2306.13649)."""
-    jsd_beta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
-    """Weight of the teacher in the mixture that `jsd` compares both with."""
+    """KL(teacher, student), KL(student, teacher), or the generalized Jensen-Shannon divergence (arXiv 2306.13649)."""
+    jsd_beta: Fraction = 0.5
+    """Weight of the teacher in the mixture distribution of `jsd`."""
     data: Literal["corpus", "teacher_generated"] = "corpus"
     """Train on the text of `data`, or on text that the teacher generates from the first tokens of each row."""
-    prompt_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.125
-    """Share of a row that is given where the teacher writes."""
+    prompt_fraction: Fraction = 0.125
+    """Fraction of a row's tokens given to the teacher as a prompt if `data` is teacher_generated."""
 
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> "EndToEnd":
-        if self.ce_weight == self.kl_weight == 0:
-            raise UserError("ce_weight and kl_weight are both 0; expected one of them above 0")
-        return self
+    @field_validator("kl_weight")
+    @classmethod
+    def _check_loss(cls, kl_weight: float, info: Any) -> float:
+        if kl_weight == 0 == info.data.get("ce_weight"):
+            raise UserError("got 0 for kl_weight and ce_weight, expected one of them above 0")
+        return kl_weight
 
 
 class Stages(Section):
     matrix: Matrix | None = None
-    """Stage 1: each layer's mixing matrix towards the teacher's attention matrix."""
+    """Stage 1: match each layer's mixing matrix to the teacher's attention matrix; null: skip."""
     hidden: Hidden | None = None
-    """Stage 2: each layer's output towards the teacher's."""
+    """Stage 2: match each layer's output to the teacher's; null: skip."""
     end_to_end: EndToEnd | None = None
-    """Stage 3: the whole student, on cross-entropy and the teacher's distribution."""
+    """Stage 3: train the whole student on cross-entropy and on the teacher's distribution; null: skip."""
 
     @model_validator(mode="after")
-    def _one_at_least(self) -> "Stages":
+    def _check_any(self) -> "Stages":
         if self.matrix is self.hidden is self.end_to_end is None:
-            raise UserError("no stage is left; expected at least one of matrix, hidden, end_to_end")
+            raise UserError("got no stage, expected at least one of matrix, hidden, end_to_end")
         return self
 
 
 class Checkpoint(Section):
-    save_steps: Positive = 50
-    """Steps between checkpoints."""
-    save_total_limit: Positive = 2
-    """Checkpoints kept; older ones are removed."""
+    save_steps: PositiveInt = 50
+    """Training steps between checkpoints, from which an interrupted run is resumed."""
+    save_total_limit: PositiveInt = 2
+    """Number of checkpoints kept; older ones are deleted."""
 
 
 class Evaluation(Section):
-    eval_tokens: Positive = 16_384
-    """Held-out tokens on which the finished student is measured."""
-    eval_steps: Positive | None = None
-    """Steps between measurements of a stage's own loss on held-out text; null: none."""
-    load_best_model_at_end: Switch = False
-    """A stage ends with its weights of the lowest held-out loss, not with its last."""
+    eval_tokens: PositiveInt = 16_384
+    """Held-out tokens on which the finished student is evaluated."""
+    eval_steps: PositiveInt | None = None
+    """Training steps between evaluations of the stage's loss on held-out text; null: none."""
+    load_best_model_at_end: bool = False
+    """End each stage with the checkpoint of the lowest held-out loss; false: with the last weights."""
 
     @field_validator("load_best_model_at_end")
     @classmethod
-    def _it_is_measured(cls, best: bool, info: Any) -> bool:
-        if best and info.data.get("eval_steps") is None:
+    def _check_eval_steps(cls, enabled: bool, info: Any) -> bool:
+        if enabled and info.data.get("eval_steps", 1) is None:
             raise UserError("got true without evaluation.eval_steps, expected a number of steps there")
-        return best
+        return enabled
 
 
 class Recipe(Section):
-    teacher: Text
-    """`nano`, `smollm2-135m`, a model directory, a .gguf file or the id of a model on the Hugging Face hub."""
+    teacher: NonEmptyStr
+    """`nano`, `smollm2-135m`, a model directory, a .gguf file, or the id of a model on the Hugging Face hub."""
     data: Data
-    """The text to learn from."""
+    """Training and held-out text. A bare name is its `source`."""
     student: Student = Student()
-    """What the teacher is turned into."""
+    """The student's layers and their initialization. A bare name is its `mixer`."""
     stages: Stages
-    """The training, in this order; a stage that is left out or null is skipped."""
+    """Training stages, run in the order matrix, hidden, end_to_end; null or a missing key skips a stage."""
     checkpoint: Checkpoint = Checkpoint()
-    """How often an unfinished run is saved."""
+    """Checkpoints of unfinished runs."""
     evaluation: Evaluation = Evaluation()
-    """What is measured at the end."""
+    """Evaluation during and after training."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix multiplications in training. Weights, optimizer, decays, norms and losses stay in float32."""
+    """Dtype of matrix multiplications in training. Weights, optimizer states, decays, norms and losses are float32."""
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
-    """Where curves go besides `metrics.jsonl`."""
-    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
-    """Of everything drawn at random: fresh weights and the order of the text."""
+    """Experiment tracker that receives training curves in addition to `metrics.jsonl`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of random initializations and of the order of the text."""
 
     @model_validator(mode="after")
-    def _what_excludes_each_other(self) -> "Recipe":
-        every, save = self.evaluation.eval_steps, self.checkpoint.save_steps
-        if self.evaluation.load_best_model_at_end and every is not None and save % every:
-            raise UserError(
-                f"checkpoint.save_steps: got {save}, expected a multiple of evaluation.eval_steps ({every})"
-            )
-        stages = [s for s in (self.stages.matrix, self.stages.hidden, self.stages.end_to_end) if s is not None]
-        if self.evaluation.load_best_model_at_end and any(stage.ema_decay is not None for stage in stages):
-            raise UserError(
-                "evaluation.load_best_model_at_end beside ema; expected one of them: an average is no checkpoint's"
-            )
+    def _check_sections(self) -> "Recipe":
+        mistakes = conflicts(self.model_dump())
+        if mistakes:
+            refuse([(path, message, None) for path, message in mistakes])
         return self
 
     def to_yaml(self) -> str:
@@ -388,3 +347,26 @@ class Recipe(Section):
         """SHA-256 of the resolved recipe: the same for the same content, however it was written."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def conflicts(recipe: Mapping[str, Any]) -> list[tuple[KeyPath, str]]:
+    """Mistakes between sections, as paths and messages. A key whose own value is wrong is None in `recipe`."""
+
+    def value(section: str, *keys: str, default: Any = None) -> Any:
+        found: Any = recipe.get(section, {})
+        for key in keys:
+            found = found.get(key, default) if isinstance(found, Mapping) else None
+        return found
+
+    if value("evaluation", "load_best_model_at_end") is not True:
+        return []
+    found: list[tuple[KeyPath, str]] = []
+    eval_steps = value("evaluation", "eval_steps")
+    save_steps = value("checkpoint", "save_steps", default=Checkpoint().save_steps)
+    if eval_steps and save_steps and save_steps % eval_steps:
+        message = f"got {save_steps}, expected a multiple of evaluation.eval_steps ({eval_steps})"
+        found.append((("checkpoint", "save_steps"), message))
+    if any(value("stages", stage, "ema_decay") is not None for stage in Stages.model_fields):
+        message = "got true with the ema_decay of a stage, expected one of them: no checkpoint holds the average"
+        found.append((("evaluation", "load_best_model_at_end"), message))
+    return found

@@ -101,8 +101,7 @@ def parts_of(data: Data, split: Split) -> list[tuple[Source, SplitOrAll, float]]
     chosen = data.source if split == "train" or data.validation is None else data.validation
     mixture = {chosen: MixtureSource()} if isinstance(chosen, str) else chosen
     parts: list[tuple[Source, SplitOrAll, float]] = []
-    for name, entry in mixture.items():
-        share = entry if isinstance(entry, MixtureSource) else MixtureSource(weight=entry)
+    for name, share in mixture.items():
         source = resolve(name, **_settings(data, share))
         whole = data.validation is not None and source.kind != "stdlib"
         parts.append((source, "all" if whole else split, share.weight))

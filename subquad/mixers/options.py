@@ -61,12 +61,30 @@ class MixerOptions:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Options from a mapping. An unknown name or an invalid value is a UserError."""
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise UserError(f"unknown mixer option {name!r}{nearest(name, known)}")
+        """Options from a mapping. Unknown names and invalid values are a UserError with a line for each."""
+        if mistakes := cls.mistakes(values):
+            raise UserError(*mistakes.values())
         return cls(**values)
+
+    @classmethod
+    def mistakes(cls, values: dict[str, Any]) -> dict[str, str]:
+        """A message for each name of `values` that is unknown or has an invalid value."""
+        known = [field.name for field in fields(cls)]
+        mistakes = {
+            name: f"unknown mixer option {name!r}{nearest(name, known)}" for name in values if name not in known
+        }
+        valid = {name: value for name, value in values.items() if name in known}
+        while True:
+            try:
+                cls(**valid)
+            except UserError as error:
+                name = str(error).partition(":")[0]
+                if not any(other in str(error) for other in mistakes):  # a default in place of a wrong value
+                    mistakes[name] = str(error)
+                if valid.pop(name, None) is None:
+                    return mistakes
+            else:
+                return mistakes
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """Resolves `layer_types` (which mixer or attention each layer gets) to `layer_specs`, one dict a layer."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from subquad import mixers
 from subquad.mixers import ATTENTION
 from subquad.utils import UserError, nearest
+
+LAYER_NUMBERS = re.compile(r"\s*\d+(-\d+)?\s*(,\s*\d+(-\d+)?\s*)*")
+EXPECTED_NUMBERS = "layer numbers like '0,8,16' or '2-5', or 'default'"
 
 LayerType = str | Mapping[str, Any]
 """A mixer's name, "attention", or a mapping of `mixer` to the name and of its options to their values."""
@@ -47,11 +51,11 @@ def resolve_layer_types(layer_types: Mapping[str, LayerType], num_layers: int) -
 
 def parse_layer_numbers(text: str, num_layers: int) -> list[int]:
     """The layers in `"0,8,16"` or `"2-5"`; both ends of a range are included."""
+    if not LAYER_NUMBERS.fullmatch(text):
+        raise UserError(f"layer_types: got {text!r}, expected {EXPECTED_NUMBERS}")
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UserError(f"layer_types: got {text!r}, expected layer numbers like '0,8,16' or '2-5', or 'default'")
         numbers += range(int(first), int(last if dash else first) + 1)
     outside = [str(index) for index in numbers if index >= num_layers]
     if outside:
@@ -61,39 +65,52 @@ def parse_layer_numbers(text: str, num_layers: int) -> list[int]:
     return numbers
 
 
+def find_mistakes(layer_types: Mapping[str, LayerType]) -> list[tuple[str, str]]:
+    """The key and a message for each mistake that can be found without the number of layers."""
+    found = []
+    for key, layer_type in layer_types.items():
+        if key != "default" and not LAYER_NUMBERS.fullmatch(str(key)):
+            found.append((key, f"got {key!r}, expected {EXPECTED_NUMBERS}"))
+        found += [(key, message) for message in layer_type_mistakes(layer_type)]
+    return found
+
+
 def resolve_layer_type(layer_type: LayerType, key: str) -> dict[str, Any]:
-    """The `layer_spec` of one layer type; UserError, beginning with `key`, for an unknown mixer or option."""
+    """The `layer_spec` of one layer type; UserError with a line, beginning with `key`, for each mistake."""
+    if mistakes := layer_type_mistakes(layer_type):
+        raise UserError(*(f"{key}: {message}" for message in mistakes))
+    return {"mixer": layer_type} if isinstance(layer_type, str) else dict(layer_type)
+
+
+def layer_type_mistakes(layer_type: LayerType) -> list[str]:
+    """A message for an unknown mixer, and for each option that is unknown or has a wrong value."""
     if not isinstance(layer_type, str | Mapping):
-        raise UserError(
-            f"{key}: got {layer_type!r}, expected a mixer's name, or a mapping with `mixer` and its options"
-        )
-    spec = {"mixer": layer_type} if isinstance(layer_type, str) else dict(layer_type)
-    name = spec.get("mixer")
-    known = [*mixers.names(), ATTENTION]
-    if name not in known:
-        raise UserError(f"{key}: unknown mixer {name!r}{nearest(name, known)}")
-    options = {option: value for option, value in spec.items() if option != "mixer"}
-    if name in mixers.OPTIONS:
-        mixers.OPTIONS[name].from_dict(options)
-    elif name == ATTENTION:
-        check_attention_options(options, key)
-    elif options:
-        raise UserError(f"{key}: {name} takes no options; got {', '.join(options)}")
-    return spec
+        return [f"got {layer_type!r}, expected a mixer's name, or a mapping with `mixer` and its options"]
+    options = {} if isinstance(layer_type, str) else dict(layer_type)
+    name = layer_type if isinstance(layer_type, str) else options.pop("mixer", None)
+    if isinstance(name, str) and name in mixers.OPTIONS:
+        return list(mixers.OPTIONS[name].mistakes(options).values())
+    if name == ATTENTION:
+        return attention_mistakes(options)
+    if name == mixers.SOFTMAX:
+        return [f"{option}: unknown option; {name} has none" for option in options]
+    return [f"unknown mixer {name!r}{nearest(name, [*mixers.names(), ATTENTION])}"]
 
 
-def check_attention_options(options: Mapping[str, Any], key: str) -> None:
-    """UserError for an unknown option of attention, a wrong value, or sinks without a window."""
+def attention_mistakes(options: Mapping[str, Any]) -> list[str]:
+    """A message for each unknown option of attention, each wrong value, and for sinks without a window."""
     known = ("window", "sinks", "qk_norm")
+    mistakes = []
     for name, value in options.items():
         if name not in known:
-            raise UserError(f"{key}: unknown option {name!r} of attention{nearest(name, known)}")
-        if name == "qk_norm":
+            mistakes.append(f"unknown option {name!r} of attention{nearest(name, known)}")
+        elif name == "qk_norm":
             if not isinstance(value, float) or not 0 < value < 1:
-                raise UserError(f"{key}: qk_norm: got {value!r}, expected the norm's epsilon, such as 1.0e-6")
-            continue
-        least = 1 if name == "window" else 0
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{key}: {name}: got {value!r}, expected a whole number of tokens, at least {least}")
+                mistakes.append(f"qk_norm: got {value!r}, expected the norm's epsilon, such as 1.0e-6")
+        else:
+            least = 1 if name == "window" else 0
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                mistakes.append(f"{name}: got {value!r}, expected a whole number of tokens, at least {least}")
     if options.get("sinks") and "window" not in options:
-        raise UserError(f"{key}: sinks: got {options['sinks']} without a window, expected both")
+        mistakes.append(f"sinks: got {options['sinks']!r} without a window, expected both")
+    return mistakes

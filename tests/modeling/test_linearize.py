@@ -209,7 +209,7 @@ def test_options_reach_the_mixer_and_the_plan(teacher, mixer):
         ({"mixer": "gal"}, "unknown mixer 'gal'; did you mean 'gla'"),
         ({"mixer": "gla", "decay_rnk": 3}, "unknown mixer option 'decay_rnk'; did you mean 'decay_rank'"),
         ({"mixer": "gla", "short_conv": "4"}, "short_conv: got '4'"),
-        ({"mixer": "softmax", "short_conv": 4}, "softmax takes no options; got short_conv"),
+        ({"mixer": "softmax", "short_conv": 4}, "short_conv: unknown option; softmax has none"),
     ],
 )
 def test_wrong_mixer_or_option_is_refused(teacher, arguments, message):

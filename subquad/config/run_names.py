@@ -1,0 +1,42 @@
+"""Names of the runs of a study."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from subquad.config.schema import Recipe
+
+
+def run_name(recipe: Recipe, recipes: Sequence[Recipe]) -> str:
+    """The name of a run and of its directory: the mixer, then the keys in which the study's runs of this mixer differ,
+    as in `gla-copy_qkv=false-seed=1`. Keys within a stage or within mixer_kwargs are added only if needed."""
+    mine = recipe.model_dump(mode="json")
+    variants = [r.model_dump(mode="json") for r in recipes if r.student.name == recipe.student.name]
+    short = _shallow(mine, variants)
+    rivals = [variant for variant in variants if _shallow(variant, variants) == short]
+    parts = [recipe.student.name]
+    for path, value in [*short, *(found for found in _differences(mine, rivals) if len(found[0]) > 2)]:
+        text = json.dumps(value) if not isinstance(value, str) else value
+        parts.append(f"{'.'.join(path[1:] or path)}={text}")
+    name = "-".join(parts)
+    safe = re.sub(r"[^A-Za-z0-9._=+-]+", "_", name)[:100]
+    return name if safe == name else f"{safe}-{recipe.digest()[:8]}"
+
+
+def _shallow(mine: Any, variants: list[Any]) -> list[tuple[tuple[str, ...], Any]]:
+    return [found for found in _differences(mine, variants) if len(found[0]) <= 2]
+
+
+def _differences(mine: Any, all_values: list[Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Paths at which `all_values` differ, with the value of `mine`; "on" for a stage that others skip, else "off"."""
+    if all(value == mine for value in all_values):
+        return
+    if not isinstance(mine, dict):
+        yield path, "off" if any(isinstance(value, dict) for value in all_values) else mine
+        return
+    mappings = [value for value in all_values if isinstance(value, dict)]
+    if len(mappings) < len(all_values):
+        yield path, "on"
+    for key, value in mine.items():
+        yield from _differences(value, [other.get(key) for other in mappings], (*path, key))
