@@ -1,1 +1,1 @@
-"""Students: reading a teacher's attention, replacing it, cache, configuration, saving and loading."""
+"""Students: replacing a teacher's attention, calibration, cache, configuration, saving and loading."""

@@ -1,13 +1,13 @@
-"""Calibrated initialisation: what the teacher's attention tells of a fresh mixer, set in closed form, layer by layer.
+"""Calibration: fits the mixers of a fresh student to the teacher's attention, layer by layer and without gradients.
 
-On a few thousand tokens the teacher's attention is watched. Per layer, the activation of queries and keys and whether
-they keep their rotary embedding; per head, the half-life of its memory and its write strength: whatever a mixer has of
-these is chosen by the error that it leaves in the layer's output. Then each channel of the output norm gets its least-
-squares scale,
+For each layer, the activation of queries and keys and whether they keep the rotary embedding are chosen; for each head,
+the half-life and the other `CALIBRATED_PARAMS` of the mixer. The criterion is the squared error of the layer's output
+on a few thousand tokens. Then each channel of the output norm gets the least-squares scale
 
-    w = sum n a / sum n^2        n the mixer's normed output, a the teacher's attention output, before its projection
+    w = sum n a / sum n^2
 
-which also scales the candidates while they are compared. No gradient is taken. (The aim is that of arXiv 2606.16429.)
+where n is the mixer's normalized output and a the teacher's attention output, both before the output projection. The
+candidates are compared at this scale too. (Calibration before training: arXiv 2606.16429.)
 """
 
 import itertools
@@ -28,29 +28,34 @@ from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
 
 SEARCHED_OPTIONS: dict[str, tuple[Any, ...]] = {"qk_activation": ("silu", "relu", "elu1"), "rotary": (False, True)}
-"""Options that are chosen for a layer, where its plan does not say them."""
+"""Options that are chosen for a layer whose `layer_spec` does not set them."""
 
 
 @torch.no_grad()
 def calibrate(
-    student: SubquadForCausalLM, teacher: PreTrainedModel, sites: Sequence[AttentionInfo], tokens: Tensor
+    student: SubquadForCausalLM,
+    teacher: PreTrainedModel,
+    attention_layers: Sequence[AttentionInfo],
+    calibration_ids: Tensor,
 ) -> None:
-    """Sets the mixers of a fresh `student` by the teacher's attention on `tokens: [B, T]`; the options chosen go into
-    the student's plan. One layer's activations are held at a time."""
+    """Calibrates every mixer of a fresh `student` in place, on token ids `[B, T]`.
 
-    def each(index: int, recording: LayerActivations) -> None:
-        block = student.mixer_layers[index]
-        if isinstance(block, MixerLayer):
-            chosen = calibrate_layer(block.mixer, sites[index], recording, student.config.layer_specs[index])
-            student.config.layer_specs[index].update(chosen)
+    The teacher runs once, and the activations of one layer are held at a time. The options that are chosen are added to
+    `student.config.layer_specs`.
+    """
 
-    with capture_activations(attention_modules(sites), each):
-        teacher.base_model(input_ids=tokens.to(teacher.device), use_cache=False)
+    def calibrate_one(index: int, activations: LayerActivations) -> None:
+        layer, layer_spec = student.mixer_layers[index], student.config.layer_specs[index]
+        if isinstance(layer, MixerLayer):
+            layer_spec.update(calibrate_layer(layer.mixer, attention_layers[index], activations, layer_spec))
+
+    with capture_activations(attention_modules(attention_layers), calibrate_one):
+        teacher.base_model(input_ids=calibration_ids.to(teacher.device), use_cache=False)
 
 
 @dataclass
 class Candidate:
-    """A setting of one layer: its options, the values of its knobs `[H]`, and the error that each head leaves."""
+    """Settings of one layer: its options, the values `[H]` of its calibrated parameters, and each head's error."""
 
     options: dict[str, Any]
     params: dict[str, Tensor]
@@ -58,33 +63,35 @@ class Candidate:
 
 
 def calibrate_layer(
-    mixer: Mixer, site: AttentionInfo, recording: LayerActivations, entry: dict[str, Any]
+    mixer: Mixer, info: AttentionInfo, activations: LayerActivations, layer_spec: dict[str, Any]
 ) -> dict[str, Any]:
-    """Calibrates one fresh mixer in place; returns the options that were chosen beyond those of its plan's `entry`."""
-    scene = LayerCalibrator(mixer, site, recording)
-    mixer.init_from_teacher(scene.target.square().mean((0, 1, 3)).sqrt(), scene.x)
-    fixed = mixer.options
+    """Calibrates one fresh mixer in place; returns the options that were chosen, which `layer_spec` did not set."""
+    calibrator = LayerCalibrator(mixer, info, activations)
+    mixer.init_from_teacher(calibrator.target.square().mean((0, 1, 3)).sqrt(), calibrator.x)
+    given = mixer.options
     candidates = []
-    for options in option_candidates(mixer, recording, entry):
-        mixer.options = replace(fixed, **options)
-        candidates.append(scene.search(Candidate(options, {}, scene.errors()[0]), sweeps=1))
+    for options in option_candidates(mixer, activations, layer_spec):
+        mixer.options = replace(given, **options)
+        candidates.append(calibrator.search(Candidate(options, {}, calibrator.errors_and_scale()[0])))
     best = min(candidates, key=lambda c: c.errors.sum().item())
-    mixer.options = replace(fixed, **best.options)
-    if len(mixer.CALIBRATED_PARAMS) > 1:  # what is best for one depends on the other
-        best = scene.search(best, sweeps=1)
-    scene.apply(best.params)
+    mixer.options = replace(given, **best.options)
+    if len(mixer.CALIBRATED_PARAMS) > 1:  # the best value of one depends on the others
+        best = calibrator.search(best)
+    calibrator.apply(best.params)
     if mixer.options.output_norm:
-        mixer.set_output_scale(scene.errors()[1])
+        mixer.set_output_scale(calibrator.errors_and_scale()[1])
     return best.options
 
 
-def option_candidates(mixer: Mixer, recording: LayerActivations, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of the options that the plan leaves open and that this layer can have."""
-    open_names = [name for name in SEARCHED_OPTIONS if name not in entry]
-    if mixer.spec.rotary is None or recording.kwargs.get("position_embeddings") is None:
-        open_names = [name for name in open_names if name != "rotary"]
-    for values in itertools.product(*(SEARCHED_OPTIONS[name] for name in open_names)):
-        options = dict(zip(open_names, values, strict=True))
+def option_candidates(
+    mixer: Mixer, activations: LayerActivations, layer_spec: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Every valid combination of the `SEARCHED_OPTIONS` that `layer_spec` does not set."""
+    names = [name for name in SEARCHED_OPTIONS if name not in layer_spec]
+    if mixer.spec.rotary is None or activations.kwargs.get("position_embeddings") is None:
+        names = [name for name in names if name != "rotary"]
+    for values in itertools.product(*(SEARCHED_OPTIONS[name] for name in names)):
+        options = dict(zip(names, values, strict=True))
         try:
             replace(mixer.options, **options)
         except UserError:  # some options exclude each other
@@ -93,51 +100,51 @@ def option_candidates(mixer: Mixer, recording: LayerActivations, entry: dict[str
 
 
 class LayerCalibrator:
-    """A mixer in the place of one layer's attention, on the text that the teacher was watched on."""
+    """Measures the error of a mixer in place of one layer's attention, on the activations of the teacher."""
 
-    def __init__(self, mixer: Mixer, site: AttentionInfo, recording: LayerActivations):
+    def __init__(self, mixer: Mixer, info: AttentionInfo, activations: LayerActivations):
         self.mixer = mixer
-        self.x, self.positions = recording.hidden_states, recording.kwargs.get("position_embeddings")
+        self.x, self.position_embeddings = activations.hidden_states, activations.kwargs.get("position_embeddings")
         H, V = mixer.spec.num_heads, mixer.spec.value_dim
-        assert recording.heads is not None
-        self.target = recording.heads.float().unflatten(-1, (H, V))
-        output, _ = site.expanded_weights("o")
-        by_head = output.float().unflatten(-1, (H, V)).transpose(0, 1)  # [H, D, V]
-        self.metric = by_head.mT @ by_head
-        """What an error of a head costs in the layer's output, `[H, V, V]`."""
+        assert activations.heads is not None
+        self.target = activations.heads.float().unflatten(-1, (H, V))
+        output, _ = info.expanded_weights("o")
+        output = output.float().unflatten(-1, (H, V)).transpose(0, 1)  # [H, D, V]
+        self.metric = output.mT @ output
+        """`[H, V, V]`: an error e of a head is a squared error e^T metric e of the layer's output."""
 
-    def errors(self) -> tuple[Tensor, Tensor]:
-        """What each head leaves of the teacher's output behind the projection, squared, `[H]`; and the scale of each
-        channel, `[H, V]`."""
-        o = self.mixer.pre_norm_output(self.x, self.positions).float()
+    def errors_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Each head's squared error in the layer's output, `[H]`, and the least-squares scale of its channels,
+        `[H, V]`, at which it is taken."""
+        o = self.mixer.pre_norm_output(self.x, self.position_embeddings).float()
         scale = o.new_ones(o.shape[2:])
         if self.mixer.options.output_norm:
-            # a gate without a bias stands near one, not at it
-            bent = self.mixer.options.output_gate == "swish" and not self.mixer.has_biases
-            gate = self.mixer.output_gate(self.x) if bent else None
+            # A swish gate without a bias starts near one, but not at one: it belongs to the output.
+            has_gate = self.mixer.options.output_gate == "swish" and not self.mixer.has_biases
+            gate = self.mixer.output_gate(self.x) if has_gate else None
             if gate is not None and self.mixer.gate_before_norm:
                 o = o * gate
             o = head_norm(o, 1.0, self.mixer.norm_eps)
             if gate is not None and not self.mixer.gate_before_norm:
                 o = o * gate
             scale = (o * self.target).sum((0, 1)) / o.square().sum((0, 1)).clamp_min(1e-12)
-        rest = (self.target - scale * o).flatten(0, 1)  # [tokens, H, V]
-        return torch.einsum("thv,hvw,thw->h", rest, self.metric, rest), scale
+        error = (self.target - scale * o).flatten(0, 1)  # [tokens, H, V]
+        return torch.einsum("thv,hvw,thw->h", error, self.metric, error), scale
 
-    def apply(self, knobs: dict[str, Tensor]) -> None:
-        for name, values in knobs.items():
+    def apply(self, params: dict[str, Tensor]) -> None:
+        for name, values in params.items():
             getattr(self.mixer, f"set_{name}")(values)
 
-    def search(self, start: Candidate, sweeps: int) -> Candidate:
-        """Tries each value of each knob, one knob after the other; every head keeps what is best for it."""
+    def search(self, start: Candidate) -> Candidate:
+        """Tries all values of each calibrated parameter, one parameter at a time; each head keeps its best value."""
         best = Candidate(start.options, dict(start.params), start.errors)
-        for name, values in [knob for _ in range(sweeps) for knob in self.mixer.CALIBRATED_PARAMS]:
+        for name, values in self.mixer.CALIBRATED_PARAMS:
             self.apply(best.params)
             errors, chosen = torch.full_like(best.errors, torch.inf), self.mixer.per_head(values[0])
             for value in values:
                 self.apply({name: self.mixer.per_head(value)})
-                now, _ = self.errors()
-                chosen = torch.where(now < errors, value, chosen)
-                errors = torch.minimum(errors, now)
+                new_errors, _ = self.errors_and_scale()
+                chosen = torch.where(new_errors < errors, value, chosen)
+                errors = torch.minimum(errors, new_errors)
             best.params[name], best.errors = chosen, errors
         return best

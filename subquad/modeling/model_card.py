@@ -1,4 +1,4 @@
-"""The model card of a student: README.md beside its weights."""
+"""The model card of a student: the README.md in its directory."""
 
 import os
 from pathlib import Path
@@ -19,27 +19,22 @@ from subquad.modeling.summary import (
 )
 
 
-def model_card(
-    config: SubquadConfig, teacher: str, training: str = "It is not taught yet: its mixers stand at their start."
-) -> str:
-    """Markdown with the front matter of the hub.
+def model_card(config: SubquadConfig, teacher: str) -> str:
+    """Markdown with the metadata of a hub's model card, for an untrained student.
 
     teacher: what the student was made from: a hub id, or the name of a directory or a file.
-    taught: how it was trained, in a sentence.
     """
     student = meta_model(config)
-    plan = "\n".join(f"| {label} | {describe_layer(entry)} |" for label, entry in layer_ranges(config))
-    states = "\n".join(
-        f"| {context:,} | {format_bytes(own)} | {format_bytes(theirs)} |"
+    layers = "\n".join(f"| {label} | {describe_layer(spec)} |" for label, spec in layer_ranges(config))
+    caches = "\n".join(
+        f"| {context:,} | {format_bytes(student_cache_bytes(student, context))} "
+        f"| {format_bytes(teacher_cache_bytes(config, context))} |"
         for context in CONTEXTS
-        for own, theirs in [(student_cache_bytes(student, context), teacher_cache_bytes(config, context))]
     )
-    base = config.base_config.model_type  # type: ignore[union-attr]
-    limit = (
-        ""
-        if config.max_learned_positions is None
-        else f"\nIt has {config.max_learned_positions:,} learned positions, and ends there.\n"
-    )
+    model_type = config.base_config.model_type  # type: ignore[union-attr]
+    limit = ""
+    if config.max_learned_positions is not None:
+        limit = f"\nIt has {config.max_learned_positions:,} learned positions and cannot read longer sequences.\n"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -50,18 +45,19 @@ tags:
 
 # A subquadratic student of {teacher}
 
-A causal language model of {student.num_parameters():,} parameters, made by Subquad from {teacher} ({base}).
-Attention is replaced layer by layer as below; everything else is the teacher's. {training}
+A causal language model of {student.num_parameters():,} parameters, made by Subquad from {teacher} ({model_type}).
+Attention is replaced layer by layer as below; all other weights are the teacher's. Untrained: the mixers are at their
+initialization.
 {limit}
 | layer | token mixer |
 |---|---|
-{plan}
+{layers}
 
-Held for one sequence while it writes:
+Cache of one sequence:
 
-| tokens of context | student | teacher's keys and values |
+| tokens | student | teacher |
 |---|---|---|
-{states}
+{caches}
 
 ## Use
 
@@ -73,10 +69,10 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
 ```
 
-No remote code is loaded: `import subquad` is needed first.
+`import subquad` is required; no remote code is loaded.
 
 Made with subquad {subquad.__version__}, transformers {transformers.__version__}, torch {torch.__version__}.
-The teacher's licence holds for what was copied from it.
+The teacher's license applies to the weights copied from it.
 """
 
 

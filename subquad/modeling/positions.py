@@ -1,4 +1,4 @@
-"""How a model knows where a token stands: a table that ends, or something that does not listen."""
+"""How a model encodes positions: the length of a table of learned positions, and whether it follows `position_ids`."""
 
 import torch
 import torch.nn as nn
@@ -12,15 +12,17 @@ from subquad.utils import UserError
 
 @torch.no_grad()
 def find_max_learned_positions(model: PreTrainedModel) -> int | None:
-    """Length of the table where `model` looks positions up, None where it has none: among its embeddings, the one
-    that gives the tokens of a row consecutive rows of its weight."""
+    """Number of positions in `model`'s table of learned positions; None where it has none.
+
+    The table is the embedding that returns consecutive rows of its weight for the tokens of a row.
+    """
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
-    looked_up: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
 
-    def keep(table, args, output):
-        looked_up[id(table)] = output
+    def record(table, args, output):
+        outputs[id(table)] = output
 
-    hooks = [table.register_forward_hook(keep) for table in tables]
+    hooks = [table.register_forward_hook(record) for table in tables]
     try:
         if tables:
             model(input_ids=random_tokens(model), use_cache=False)
@@ -28,43 +30,46 @@ def find_max_learned_positions(model: PreTrainedModel) -> int | None:
         for hook in hooks:
             hook.remove()
     for table in tables:
-        rows = looked_up.get(id(table))
-        if rows is None or rows.shape[-2] != TRACE_LENGTH:
+        output = outputs.get(id(table))
+        if output is None or output.shape[-2] != TRACE_LENGTH:
             continue
-        rows = rows.flatten(0, -2)[:TRACE_LENGTH]
-        # some leave the first rows to padding
-        first = int((table.weight - rows[0]).abs().sum(-1).argmin())
-        if first + TRACE_LENGTH <= len(table.weight) and torch.equal(table.weight[first : first + TRACE_LENGTH], rows):
+        output = output.flatten(0, -2)[:TRACE_LENGTH]
+        first = int((table.weight - output[0]).abs().sum(-1).argmin())  # OPT reserves the first rows for padding
+        if first + TRACE_LENGTH <= len(table.weight) and torch.equal(
+            table.weight[first : first + TRACE_LENGTH], output
+        ):
             return len(table.weight) - first
     return None
 
 
 @torch.no_grad()
 def check_positions_and_cache(model: PreTrainedModel) -> None:
-    """UserError where `model` places tokens by counting them itself (BART): behind padding, and in packed documents,
-    they would stand elsewhere than alone. And where its layers see something else as soon as there is a cache (Gemma 3n
-    before transformers 5.5, whose layers find each other's keys there): attention is watched without.
+    """UserError for a model that ignores `position_ids`, or whose output depends on whether there is a cache.
 
-    A row of one token, repeated, is the same everywhere to attention; what differs then comes from the places.
+    A model that counts positions itself (BART) would shift tokens after padding and in packed documents. In Gemma 3n,
+    before transformers 5.5, layers find the keys of other layers only in a cache; attention is traced without one.
+
+    The test is a row of one repeated token: attention gives the same at each position, so that any difference between
+    positions comes from the position encoding.
     """
     name = type(model).__name__
     tokens = random_tokens(model)[:1, :1].expand(1, 4)
-    counted, told, cached = (
-        model.base_model(input_ids=tokens, **how)[0].float()
-        for how in (
+    default, zero_positions, cached = (
+        model.base_model(input_ids=tokens, **arguments)[0].float()
+        for arguments in (
             {"use_cache": False},
             {"use_cache": False, "position_ids": torch.zeros_like(tokens)},
             {"use_cache": True},
         )
     )
-    size = counted.square().mean().sqrt()
-    if torch.equal(counted, told) and float((counted - counted[:, :1]).abs().max()) > 1e-3 * float(size):
+    rms = float(default.square().mean().sqrt())
+    if torch.equal(default, zero_positions) and float((default - default[:, :1]).abs().max()) > 1e-3 * rms:
         raise UserError(
-            f"{name} cannot be linearized: it does not follow position_ids, so that padding and packed documents would "
-            "move its tokens"
+            f"{name} cannot be linearized: it ignores position_ids, so that padding and packed documents would shift "
+            "the positions of its tokens"
         )
-    if float((counted - cached).square().mean().sqrt()) > 3e-2 * float(size):
+    if float((default - cached).square().mean().sqrt()) > 3e-2 * rms:
         raise UserError(
-            f"{name} cannot be linearized: it gives something else with a cache than without, as where layers have no "
+            f"{name} cannot be linearized: its output with a cache differs from that without, as where layers have no "
             "keys and values of their own"
         )

