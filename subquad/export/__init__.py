@@ -1,10 +1,10 @@
-"""Takes a student out of Subquad: to a model that runs where Subquad is not installed.
+"""Exports a student to a model that runs without Subquad.
 
     export("student", "served", "qwen3_5")          a directory for transformers, vLLM, SGLang
     export("student", "student.gguf", "gguf")       a file for llama.cpp
-    export("student", "served", "bamba")            a directory, of a mamba2 student
+    export("student", "served", "bamba")            a directory, from a mamba2 student
 
-Nothing is written before the new model has given the student's logits; what cannot go is refused with the reason.
+Files are written only after the new model's logits have been compared with the student's.
 """
 
 import os
@@ -14,35 +14,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from subquad.export.bamba import to_bamba
+from transformers import PreTrainedModel
+
+from subquad.export.bamba import BambaConverter
+from subquad.export.converter import Converter
 from subquad.export.gguf import TYPES, write_gguf
-from subquad.export.qwen3_5 import to_qwen3_5
+from subquad.export.qwen3_5 import Qwen3_5Converter
+from subquad.modeling.export_target import find_target
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.summary import config_dtype, read_config
 from subquad.modeling.teachers import load_teacher
 from subquad.utils import UserError, nearest
 
-__all__ = ["FORMATS", "TYPES", "export", "to_bamba", "to_qwen3_5", "write_gguf"]
+__all__ = ["CONVERTERS", "FORMATS", "TYPES", "convert", "export", "write_gguf"]
 
-FORMATS = ("qwen3_5", "gguf", "bamba")
+CONVERTERS: dict[str, Converter] = {c.target.key: c for c in (Qwen3_5Converter(), BambaConverter())}
+"""One for each of `subquad.modeling.export_target.TARGETS`."""
+FORMATS = (*CONVERTERS, "gguf")
+
+
+def convert(student: SubquadForCausalLM, target: str) -> PreTrainedModel:
+    """The student as a model of the architecture `target`, such as "qwen3_5"; see `Converter.convert`."""
+    return CONVERTERS[find_target(target).key].convert(student)
 
 
 def export(directory: str | os.PathLike, output: str | os.PathLike, format: str, type: str | None = None) -> str:
-    """Writes the student that is saved in `directory` to `output`, which must not be there yet; returns a line that
-    says what was written.
+    """Exports the student saved in `directory` to `output`; returns a line that says what was written.
 
     Args:
-        output: a file for "gguf", a directory for the others.
+        output: a new file for "gguf", a new directory for the other formats.
         format: one of `FORMATS`.
-        type: of the numbers in a GGUF file, one of `TYPES`; by default "f16".
+        type: of the numbers in a GGUF file, one of `TYPES`; "f16" by default.
 
     Raises:
-        UserError: no student there, something at `output`, an unknown format or type, or a student that cannot go.
+        UserError: no student in `directory`, an existing `output`, an unknown format or type.
+        ExportError: a student with something that the format does not have.
     """
     if format not in FORMATS:
         raise UserError(f"format: unknown {format!r}{nearest(format, FORMATS)}")
     if type is not None and format != "gguf":
-        raise UserError(f"type: got {type!r}, but a {format} model keeps the student's own; expected it with gguf only")
+        raise UserError(f"type: got {type!r}, expected none for {format}, which keeps the student's dtype")
     if type is not None and type not in TYPES:
         raise UserError(f"type: unknown {type!r}{nearest(type, TYPES)}")
     output = Path(output)
@@ -50,20 +61,19 @@ def export(directory: str | os.PathLike, output: str | os.PathLike, format: str,
         raise UserError(f"output {str(output)!r} exists; expected a new {'file' if format == 'gguf' else 'directory'}")
     student, tokenizer = load_teacher(directory, config_dtype(read_config(Path(directory))))
     assert isinstance(student, SubquadForCausalLM)
-    model = to_bamba(student) if format == "bamba" else to_qwen3_5(student)
-    with published(output) as part:
+    model = convert(student, "qwen3_5" if format == "gguf" else format)
+    with write_atomic(output) as partial:
         if format == "gguf":
-            write_gguf(model, tokenizer, part, type or "f16", name=Path(directory).resolve().name)
+            write_gguf(model, tokenizer, partial, type or "f16", name=Path(directory).resolve().name)
         else:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     return f"{model.num_parameters():,} parameters as {format} in {output}"
 
 
 @contextmanager
-def published(output: Path) -> Iterator[Path]:
-    """A place beside `output` to write to; what stands there in the end is moved to `output`, whole, and after an error
-    nothing is left."""
+def write_atomic(output: Path) -> Iterator[Path]:
+    """Yields a temporary path in the directory of `output`; moves it to `output` on success, deletes it on error."""
     if not output.absolute().parent.is_dir():
         raise UserError(f"output {str(output)!r}: there is no directory {str(output.parent)!r}")
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))

@@ -1,7 +1,7 @@
-"""A Qwen3.5 model as a GGUF file (architecture qwen35), for llama.cpp; knows nothing of students.
+"""Writes a Qwen3.5 model to a GGUF file (architecture qwen35) for llama.cpp.
 
-llama.cpp keeps A_log as -exp(A_log), norms as what they multiply with, convolutions as matrices, and the placement of
-attention as an interval or, where there is none, as a list.
+llama.cpp stores A_log as -exp(A_log), norm weights plus one, convolutions as matrices, and the positions of attention
+layers as an interval or a list.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.export.gguf_tokenizer import add_tokenizer
-from subquad.utils import UserError
+from subquad.modeling.export_target import ExportError
 
 ARCHITECTURE = "qwen35"
 TYPES = {
@@ -23,8 +23,8 @@ TYPES = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-"""Of the numbers in matrices. Norms, gates and convolutions are float32 in each: they are few, and what they decide
-lasts."""
+"""Types of the matrices. Norms, decays, gates and convolutions are always float32: they are few, and their errors
+accumulate in the state."""
 TENSOR_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -56,13 +56,13 @@ FLOAT32_TENSORS = ("ssm_beta.weight", "ssm_alpha.weight", "ssm_conv1d.weight")
 def write_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, type: str = "f16", name: str = "student"
 ) -> None:
-    """Writes `model` (a `Qwen3_5ForCausalLM`) and its tokenizer to `path`, its matrices in one of `TYPES`.
+    """Writes `model` (a `Qwen3_5ForCausalLM`) and its tokenizer to `path`; `type` is one of `TYPES`.
 
     Raises:
-        UserError: a model or a tokenizer that the format has no words for; the file may have been begun then.
+        ExportError: a configuration or a tokenizer that llama.cpp cannot read; a partial file may remain.
     """
     check_config(model.config)
-    kind, file_type = TYPES[type]
+    matrix_type, file_type = TYPES[type]
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_name(name)
     writer.add_file_type(file_type)
@@ -72,7 +72,7 @@ def write_gguf(
     tied = model.config.tie_word_embeddings
     for key, tensor in model.state_dict().items():
         if not (tied and key == "lm_head.weight"):
-            add_tensor(writer, key, tensor, kind)
+            add_tensor(writer, key, tensor, matrix_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -80,17 +80,16 @@ def write_gguf(
 
 
 def check_config(config: Any) -> None:
-    """UserError where llama.cpp has no words for a configuration of Qwen3.5."""
+    """Raises ExportError if llama.cpp cannot read this configuration of Qwen3.5."""
     if config.linear_key_head_dim != config.linear_value_head_dim:
-        raise UserError(
-            f"this student cannot become a GGUF file: its values have {config.linear_value_head_dim} channels a head, "
-            f"its keys {config.linear_key_head_dim}, and llama.cpp takes them to be equal; format qwen3_5 can hold it"
+        raise ExportError(
+            f"linear_value_head_dim: got {config.linear_value_head_dim}, llama.cpp expects linear_key_head_dim, "
+            f"{config.linear_key_head_dim}; format qwen3_5 supports both"
         )
-    kind = config.rope_parameters["rope_type"]
-    if kind not in ("default", "linear"):
-        raise UserError(
-            f"this student cannot become a GGUF file: its rotary embedding is scaled as {kind!r}, which llama.cpp's "
-            "qwen35 does not read; format qwen3_5 can hold it"
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in ("default", "linear"):
+        raise ExportError(
+            f"rope_type: got {rope_type!r}, llama.cpp expects 'default' or 'linear'; format qwen3_5 supports all"
         )
 
 
@@ -117,7 +116,7 @@ def add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_ssm_group_count(config.linear_num_key_heads)
     writer.add_ssm_time_step_rank(config.linear_num_value_heads)
     writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
-    recurrent = [kind == "linear_attention" for kind in config.layer_types]
+    recurrent = [layer_type == "linear_attention" for layer_type in config.layer_types]
     interval = recurrent.index(False) + 1
     if recurrent == [bool((i + 1) % interval) for i in range(len(recurrent))]:
         writer.add_full_attention_interval(interval)
@@ -125,7 +124,7 @@ def add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_array(f"{ARCHITECTURE}.attention.recurrent_layers", recurrent)
 
 
-def add_tensor(writer: gguf.GGUFWriter, key: str, tensor: Tensor, kind: gguf.GGMLQuantizationType) -> None:
+def add_tensor(writer: gguf.GGUFWriter, key: str, tensor: Tensor, matrix_type: gguf.GGMLQuantizationType) -> None:
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", key)
     name = TENSOR_NAMES[layer[2] if layer else key]
     tensor = tensor.detach().to("cpu", torch.float32)
@@ -135,12 +134,12 @@ def add_tensor(writer: gguf.GGUFWriter, key: str, tensor: Tensor, kind: gguf.GGM
         tensor = tensor.squeeze(1)
     elif name.endswith("norm.weight") and name != "ssm_norm.weight":
         tensor = tensor + 1
-    values = tensor.numpy()
+    values, dtype = tensor.numpy(), matrix_type
     if values.ndim == 1 or name in FLOAT32_TENSORS:
-        kind = gguf.GGMLQuantizationType.F32
-    elif kind == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
-        kind = gguf.GGMLQuantizationType.F16  # its blocks are 32 numbers of a row
-    if kind == gguf.GGMLQuantizationType.F16 and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
-        kind = gguf.GGMLQuantizationType.F32
+        dtype = gguf.GGMLQuantizationType.F32
+    elif dtype == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
+        dtype = gguf.GGMLQuantizationType.F16  # q8_0 has blocks of 32 numbers of a row
+    if dtype == gguf.GGMLQuantizationType.F16 and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
+        dtype = gguf.GGMLQuantizationType.F32
     name = f"blk.{layer[1]}.{name}" if layer else name
-    writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.add_tensor(name, gguf.quants.quantize(values, dtype), raw_dtype=dtype)

@@ -1,6 +1,6 @@
-"""A byte-level BPE tokenizer in the words of GGUF: tokens, their types, merges, how text is cut first, special tokens.
+"""Writes a byte-level BPE tokenizer to a GGUF file: tokens, their types, merges, pre-tokenizer and special tokens.
 
-llama.cpp knows the ways to cut by names; the tokenizer's own way is looked up among them.
+llama.cpp has a fixed set of pre-tokenizers; the tokenizer's regular expression is looked up among them.
 """
 
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 from transformers import PreTrainedTokenizerBase
 
-from subquad.utils import UserError
+from subquad.modeling.export_target import ExportError
 
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -19,30 +19,29 @@ PRE_TOKENIZERS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen35",
 }
-"""Expressions that cut text in front of BPE, and what llama.cpp calls them."""
+"""Regular expressions of pre-tokenizers, and llama.cpp's names for them."""
 
 
-class UnsupportedTokenizer(UserError):
-    def __init__(self, reason: str):
-        super().__init__(
-            f"this tokenizer cannot be written into a GGUF file: {reason}; expected byte-level BPE that cuts text as "
-            "GPT-2, SmolLM, Llama 3, Qwen2 or Qwen3.5 do (format qwen3_5 takes any)"
-        )
+def unsupported(reason: str) -> ExportError:
+    return ExportError(
+        f"tokenizer: {reason}; a GGUF file needs byte-level BPE that splits text as GPT-2, SmolLM, Llama 3, Qwen2 or "
+        "Qwen3.5 do (format qwen3_5 supports any tokenizer)"
+    )
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Writes all that llama.cpp needs for the same tokens.
+    """Writes all that llama.cpp needs to produce the same tokens.
 
-    size: rows of the embedding; what the tokenizer has no token for gets one that is never used.
+    size: of the embedding; ids without a token get an unused one.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UnsupportedTokenizer(f"{type(tokenizer).__name__} is not one of the tokenizers library")
+        raise unsupported(f"{type(tokenizer).__name__} is not a fast tokenizer")
     spec = json.loads(backend.to_str())
     if spec["model"]["type"] != "BPE" or spec["model"].get("byte_fallback"):
-        raise UnsupportedTokenizer(f"its model is {spec['model']['type']}, or falls back to bytes")
+        raise unsupported(f"its model is {spec['model']['type']}, or has byte fallback")
     if (spec.get("normalizer") or {}).get("type", "NFC") != "NFC":
-        raise UnsupportedTokenizer(f"it changes text first ({spec['normalizer']['type']})")
+        raise unsupported(f"it normalizes text ({spec['normalizer']['type']})")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(spec["pre_tokenizer"]))
     tokens, types = token_list(spec, size)
@@ -54,14 +53,14 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, s
 
 
 def token_list(spec: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every token by its number, and its type."""
-    tokens = {number: token for token, number in spec["model"]["vocab"].items()}
+    """Tokens in the order of their ids, and their types."""
+    tokens = {token_id: token for token, token_id in spec["model"]["vocab"].items()}
     types = dict.fromkeys(tokens, gguf.TokenType.NORMAL)
     for added in spec["added_tokens"]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     if max(tokens) >= size:
-        raise UnsupportedTokenizer(f"it has a token {max(tokens)}, but the embedding has {size} rows")
+        raise unsupported(f"it has token id {max(tokens)}, but the embedding has {size} rows")
     return (
         [tokens.get(i, f"[UNUSED{i}]") for i in range(size)],
         [int(types.get(i, gguf.TokenType.UNUSED)) for i in range(size)],
@@ -69,31 +68,31 @@ def token_list(spec: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
 
 
 def pre_tokenizer_name(pre: dict[str, Any] | None) -> str:
-    """llama.cpp's name for how a tokenizer cuts text in front of BPE."""
+    """llama.cpp's name of a pre-tokenizer."""
     steps = [] if pre is None else pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    kinds = [step["type"] for step in steps]
-    if not kinds or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        raise UnsupportedTokenizer(f"it cuts text by {' and '.join(kinds) or 'nothing'}")
-    expression = steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and expression:
+    types = [step["type"] for step in steps]
+    if not types or types[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        raise unsupported(f"it splits text by {' and '.join(types) or 'nothing'}")
+    use_regex = steps[-1].get("use_regex", True)
+    if types == ["ByteLevel"] and use_regex:
         return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and expression and steps[0]["individual_digits"]:
+    if types == ["Digits", "ByteLevel"] and use_regex and steps[0]["individual_digits"]:
         return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not expression and steps[0]["behavior"] == "Isolated":
+    if types == ["Split", "ByteLevel"] and not use_regex and steps[0]["behavior"] == "Isolated":
         name = PRE_TOKENIZERS.get(steps[0]["pattern"].get("Regex"))
         if name is not None:
             return name
-    raise UnsupportedTokenizer(f"it cuts text by {' and '.join(kinds)} in a way that is not known here")
+    raise unsupported(f"it splits text by {' and '.join(types)} with unknown settings")
 
 
 def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
     for kind in ("bos", "eos", "unk", "pad"):
-        number = getattr(tokenizer, f"{kind}_token_id")
-        if number is not None:
-            getattr(writer, f"add_{kind}_token_id")(number)
-    plain, marked = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
-    writer.add_add_bos_token(marked[: -len(plain)] == [tokenizer.bos_token_id])
-    writer.add_add_eos_token(marked[len(plain) :] == [tokenizer.eos_token_id] != [None])
+        token_id = getattr(tokenizer, f"{kind}_token_id")
+        if token_id is not None:
+            getattr(writer, f"add_{kind}_token_id")(token_id)
+    plain, full = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
+    writer.add_add_bos_token(full[: -len(plain)] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(full[len(plain) :] == [tokenizer.eos_token_id] != [None])
     writer.add_add_space_prefix(False)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)

@@ -1,57 +1,49 @@
-"""A student as a plain Qwen3.5 checkpoint (`Qwen3_5ForCausalLM`, `qwen3_5_text`), weight for weight.
+"""Converts a `gated_deltanet` student to a Qwen3.5 model (`Qwen3_5ForCausalLM`, `qwen3_5_text`).
 
-What Qwen3.5 has and a student has not stands where it does nothing: convolutions as the identity, the gate of its
-attention at one half, which the output projection takes back, and one layer that adds nothing where no layer keeps
-attention. What stands for one weight in a student and for another there is folded: scales of heads into the projection
-behind them, norms less one. See docs/serving.md.
+Parts of Qwen3.5 that a student does not have are set so that they do nothing: missing convolutions to the identity, the
+gate of attention to 1/2, which the output projection compensates. The student's norm weights, one per head and channel,
+are folded into the output projection. See docs/serving.md.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from subquad.export.target import (
+from subquad.export.converter import (
     AttentionTraces,
     Converter,
     Sizes,
-    Unfit,
     Weights,
-    classes_named,
     conv_weight,
-    convert,
+    query_scale,
     rope_parameters,
+    transformers_classes,
 )
 from subquad.mixers.gated_deltanet import GatedDeltaNet
 from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.attention.tracing import AttentionCall
-from subquad.modeling.export_target import TARGETS
+from subquad.modeling.export_target import TARGETS, ExportError
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 
-def to_qwen3_5(student: SubquadForCausalLM) -> PreTrainedModel:
-    """The same model as `Qwen3_5ForCausalLM`; see `host.convert`."""
-    return convert(student, Qwen3_5())
-
-
-class Qwen3_5(Converter):
+class Qwen3_5Converter(Converter):
     target = TARGETS["qwen3_5"]
     final_norm = "model.norm.weight"
     mlp = "mlp"
     mlp_norm = "post_attention_layernorm"
-    norm_shift = 1.0
+    norm_offset = 1.0
 
     def classes(self) -> tuple[Any, Any]:
-        return classes_named("Qwen3_5TextConfig", "Qwen3_5ForCausalLM")
+        return transformers_classes("Qwen3_5TextConfig", "Qwen3_5ForCausalLM")
 
     def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: AttentionTraces) -> Any:
-        types = ["full_attention" if keep else "linear_attention" for keep in student.config.keeps_attention]
+        layer_types = ["full_attention" if keep else "linear_attention" for keep in student.config.keeps_attention]
         rope, channels = rope_parameters(student, kept, sizes.attention_heads[2])
-        pairs = channels // 2  # text has one position for three sections, which must only cover all frequencies
+        pairs = channels // 2  # text has one position in all three sections, which together must cover all pairs
         return self.classes()[0](
             **sizes.common,
-            layer_types=types if kept else [*types, "full_attention"],
+            layer_types=layer_types if kept else [*layer_types, "full_attention"],
             attn_output_gate=True,
             linear_num_key_heads=sizes.mixer_spec.num_heads,
             linear_num_value_heads=sizes.mixer_spec.num_heads,
@@ -65,54 +57,52 @@ class Qwen3_5(Converter):
             },
         )
 
-    def mixer(self, mixer: GatedDeltaNet, width: int, factor: float) -> Weights:
-        """One norm for all heads: ours goes into the output projection."""
+    def mixer_weights(self, mixer: GatedDeltaNet, conv_width: int, factor: float) -> Weights:
+        """Qwen3.5 has one norm weight for all heads; the student's are folded into the output projection."""
         W = {name: projection.weight.detach() for name, projection in mixer.projections().items()}
-        own = {
+        weights = {
             "in_proj_qkv.weight": torch.cat([W["q"], W["k"], W["v"]]),
             "in_proj_z.weight": mixer.g_proj.weight.detach(),
             "in_proj_b.weight": mixer.b_proj.weight.detach(),
             "in_proj_a.weight": mixer.a_proj.weight.detach(),
-            "conv1d.weight": conv_weight(mixer, ("q", "k", "v"), width),
+            "conv1d.weight": conv_weight(mixer, ("q", "k", "v"), conv_width),
             "A_log": mixer.A_log.detach(),
             "dt_bias": mixer.dt_bias.detach(),
             "norm.weight": W["o"].new_ones(mixer.spec.value_dim),
             "out_proj.weight": W["o"] * mixer.o_norm.detach().flatten() * factor,
         }
-        return {f"linear_attn.{name}": weight for name, weight in own.items()}
+        return {f"linear_attn.{name}": weight for name, weight in weights.items()}
 
-    def attention(self, site: AttentionInfo, call: AttentionCall, factor: float) -> Weights:
-        """The gate of each head, which stands behind its queries, is sigmoid(0)."""
-        H, K = site.spec.num_heads, site.spec.head_dim
-        q, k, v, o = (site.projection_weights(name)[0] for name in "qkvo")
-        by_head = q.unflatten(0, (H, K))
-        scale = float(call.attention_kwargs.get("scaling") or K**-0.5) * K**0.5
-        norms = {name: exact_norm(site, name) for name in "qk"}
+    def attention_weights(self, info: AttentionInfo, call: AttentionCall, factor: float) -> Weights:
+        """`q_proj` has rows of queries and of the gate for each head; zero gate weights give sigmoid(0) = 1/2."""
+        q, k, v, o = (info.projection_weights(name)[0] for name in "qkvo")
+        by_head = q.unflatten(0, (info.spec.num_heads, info.spec.head_dim))
         return {
             "self_attn.q_proj.weight": torch.cat([by_head, torch.zeros_like(by_head)], dim=1).flatten(0, 1),
             "self_attn.k_proj.weight": k,
             "self_attn.v_proj.weight": v,
             "self_attn.o_proj.weight": o * (2 * factor),
-            "self_attn.q_norm.weight": norms["q"] * (1.0 if abs(scale - 1) < 1e-6 else scale) - 1,
-            "self_attn.k_norm.weight": norms["k"] - 1,
+            "self_attn.q_norm.weight": exact_norm_weight(info, "q") * query_scale(info, call) - 1,
+            "self_attn.k_norm.weight": exact_norm_weight(info, "k") - 1,
         }
 
-    def identity_attention(self, hidden: int, channels: int) -> dict[str, tuple[int, ...]]:
+    def attention_shapes(self, hidden: int, head_dim: int) -> dict[str, tuple[int, ...]]:
         return {
-            "self_attn.q_proj.weight": (2 * channels, hidden),
-            "self_attn.k_proj.weight": (channels, hidden),
-            "self_attn.v_proj.weight": (channels, hidden),
-            "self_attn.o_proj.weight": (hidden, channels),
-            "self_attn.q_norm.weight": (channels,),
-            "self_attn.k_norm.weight": (channels,),
+            "self_attn.q_proj.weight": (2 * head_dim, hidden),
+            "self_attn.k_proj.weight": (head_dim, hidden),
+            "self_attn.v_proj.weight": (head_dim, hidden),
+            "self_attn.o_proj.weight": (hidden, head_dim),
+            "self_attn.q_norm.weight": (head_dim,),
+            "self_attn.k_norm.weight": (head_dim,),
         }
 
 
-def exact_norm(site: AttentionInfo, name: str) -> Tensor:
-    """Weight `[K]` of a norm that was read off what it does, to the last bit."""
-    read = site.norms[name][2]
-    if float((read - read[:1]).abs().max()) > 1e-3 * float(read.abs().max()):
-        raise Unfit(f"layer {site.index}: its norm of {name} is not the same for every head")
-    module = site.module.get_submodule(site.slices[name].norm or "")
+def exact_norm_weight(info: AttentionInfo, name: str) -> Tensor:
+    """Weight `[head_dim]` of the norm of "q" or "k": the parameter itself, or plus one, whichever the fitted weight is
+    near to."""
+    fitted = info.norms[name].weight
+    if float((fitted - fitted[:1]).abs().max()) > 1e-3 * float(fitted.abs().max()):
+        raise ExportError(f"layer {info.index}: its norm of {name} differs between heads")
+    module = info.module.get_submodule(info.slices[name].norm or "")
     own: Tensor = module.weight.detach()  # type: ignore[union-attr, operator, assignment]
-    return min((own, own + 1), key=lambda weight: float((weight - read[0]).abs().max()))
+    return min((own, own + 1), key=lambda weight: float((weight - fitted[0]).abs().max()))

@@ -1,8 +1,8 @@
-"""Reads what stands around attention in a decoder by watching it run, and knows no model family by name.
+"""Reads the weights around attention in a decoder from one forward pass; no architecture is known by name.
 
-One form is read: layers that add attention and then a gated MLP to what they are given, each behind an RMS norm, and a
-head behind a last norm, as in Llama, Qwen and Mistral. Factors on the way (Granite's) are found and folded into the
-weights behind them. Whatever else there is, is refused with what was found.
+One structure is supported, that of Llama, Qwen and Mistral: RMS norms, pre-norm layers that add attention and then a
+SiLU-gated MLP to the residual stream, and a linear head after a last norm. Constant factors (Granite's multipliers) are
+measured and folded into the weights that follow them. Anything else raises an `ExportError` that names it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,92 +18,85 @@ from transformers import PreTrainedModel
 
 from subquad.modeling.attention.activations import layer_path
 from subquad.modeling.attention.discovery import random_tokens
-from subquad.modeling.attention.scores import hidden_states_of
-from subquad.modeling.attention.tracing import same_values
-from subquad.utils import UserError
+from subquad.modeling.attention.tracing import hidden_states_of, same_values
+from subquad.modeling.export_target import ExportError
+from subquad.utils import eval_mode
 
 TOLERANCE = 1e-4
-"""Error, over the size of the values, below which two ways to compute something are the same in float32."""
+"""Relative error up to which two computations count as the same in float32."""
 
 
 @dataclass(frozen=True)
 class DecoderLayerWeights:
-    """One layer without its attention: weights of its norms `[hidden]`, what attention's output is multiplied with, and
-    the MLP's matrices."""
+    """The weights of one layer without its attention."""
 
     norm: Tensor
+    """`[hidden]`, as `mlp_norm`."""
     attention_factor: float
+    """What the output of attention is multiplied by before it is added to the residual stream."""
     mlp_norm: Tensor
     gate: Tensor
+    """`[intermediate, hidden]`, as `up`."""
     up: Tensor
     down: Tensor
+    """`[hidden, intermediate]`."""
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """A decoder without its attentions: embedding and head `[vocabulary, hidden]` (None where it is the embedding), its
-    layers, the weight of its last norm, and the epsilon of every norm."""
+    """The weights of a decoder without its attention."""
 
     embedding: Tensor
+    """`[vocabulary, hidden]`."""
     layers: list[DecoderLayerWeights]
     norm: Tensor
+    """`[hidden]`, the last norm."""
     head: Tensor | None
+    """`[vocabulary, hidden]`; None if it is tied to the embedding."""
     eps: float
+    """The epsilon of every norm."""
 
 
 ModuleIO = dict[nn.Module, tuple[Tensor, Tensor]]
-"""What each module took and gave."""
+"""Input and output of each module."""
 
 
 @torch.no_grad()
 def read_decoder(model: PreTrainedModel, paths: Sequence[str]) -> DecoderWeights:
-    """Reads `model`; `paths` name, layer by layer, its attention or what stands in its place.
+    """The weights of `model`; `paths` are those of its attention modules, or of the mixers in their place, by layer.
 
     Raises:
-        UserError: something in it that models of Llama's kind do not have.
+        ExportError: `model` has a part that Llama's architecture does not have.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with record_io(model) as seen:
-            logits = model(input_ids=random_tokens(model), use_cache=False).logits
-    finally:
-        for module, training in modes:
-            module.training = training
-    return DecoderReader(model, seen).read([model.get_submodule(path) for path in paths], paths, logits)
+    with eval_mode(model), record_io(model) as io:
+        logits = model(input_ids=random_tokens(model), use_cache=False).logits
+    return DecoderReader(model, io).read([model.get_submodule(path) for path in paths], paths, logits)
 
 
 @contextmanager
 def record_io(model: nn.Module) -> Iterator[ModuleIO]:
-    """What the modules of `model` take and give while it lasts, as far as it is one tensor of hidden states."""
-    seen: ModuleIO = {}
+    """Records input and output of each module of `model` that maps one tensor of hidden states to another."""
+    io: ModuleIO = {}
 
-    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        given = output[0] if isinstance(output, tuple) else output
-        taken = hidden_states_of(args, kwargs) if args or "hidden_states" in kwargs else None
-        if isinstance(taken, Tensor) and isinstance(given, Tensor):
-            seen[module] = taken, given
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        y = output[0] if isinstance(output, tuple) else output
+        x = hidden_states_of(args, kwargs) if args or "hidden_states" in kwargs else None
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            io[module] = x, y
 
-    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in model.modules()]
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in model.modules()]
     try:
-        yield seen
+        yield io
     finally:
         for hook in hooks:
             hook.remove()
 
 
-class ExportError(UserError):
-    """Something that no target of an export has."""
-
-    def __init__(self, reason: str):
-        super().__init__(f"this model cannot be exported: {reason}")
-
-
 class DecoderReader:
-    """Reads the parts of one model from what they took and gave."""
+    """Identifies the parts of one model by their recorded inputs and outputs."""
 
-    def __init__(self, model: PreTrainedModel, seen: ModuleIO):
-        self.model, self.io = model, seen
+    def __init__(self, model: PreTrainedModel, io: ModuleIO):
+        self.model, self.io = model, io
         config = getattr(model.config, "base_config", model.config).get_text_config()
         values = vars(config).values()
         known = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
@@ -113,85 +106,95 @@ class DecoderReader:
 
     def read(self, attentions: Sequence[nn.Module], paths: Sequence[str], logits: Tensor) -> DecoderWeights:
         layers = [self.model.get_submodule(layer_path(path)) for path in paths]
-        table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        found = [self.read_layer(i, *pair) for i, pair in enumerate(zip(layers, attentions, strict=True))]
-        first, last = self.io[layers[0]][0], self.io[layers[-1]][1]
-        embedded = self.require_factor(first, self.io[table][1], first, "embeddings reach the first layer changed")
-        norm = self.find_norm(last, "behind the last layer")
-        if head not in self.io or table not in self.io:
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        layer_weights = [self.read_layer(i, *pair) for i, pair in enumerate(zip(layers, attentions, strict=True))]
+        if head not in self.io or embedding not in self.io:
             raise ExportError("its embeddings or its head are not used as modules")
-        into_head, from_head = self.io[head]
+        first, last = self.io[layers[0]][0], self.io[layers[-1]][1]
+        embedding_factor = self.require_factor(
+            first, self.io[embedding][1], first, "its first layer's input is not a multiple of its embeddings"
+        )
+        norm = self.find_norm(last, "after the last layer")
+        head_input, head_output = self.io[head]
         if has_bias(head):
             raise ExportError("its head has a bias")
-        before = self.require_factor(
-            into_head, self.io[norm][1], into_head, "something stands between last norm and head"
+        head_factor = self.require_factor(
+            head_input, self.io[norm][1], head_input, "its head's input is not a multiple of the last norm's output"
         )
-        behind = (
-            self.require_factor(logits, from_head, logits, "its logits are not what its head gives (a cap?)") * before
+        head_factor *= self.require_factor(
+            logits, head_output, logits, "its logits are not a multiple of its head's output (such as a soft cap)"
         )
-        weight: Tensor = table.weight.detach()  # type: ignore[union-attr, operator, assignment]
-        own: Tensor = head.weight.detach()  # type: ignore[union-attr, operator, assignment]
-        tied = embedded == behind == 1.0 and own.data_ptr() == weight.data_ptr()
-        last_weight = self.norm_weight(norm, "the last norm")
+        weight: Tensor = embedding.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        head_weight: Tensor = head.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        tied = embedding_factor == head_factor == 1.0 and head_weight.data_ptr() == weight.data_ptr()
+        norm_weight = self.norm_weight(norm, "the last norm")
         if len(self.eps) != 1:
             raise ExportError(f"its norms have different epsilons ({', '.join(map(str, sorted(self.eps)))})")
-        return DecoderWeights(weight * embedded, found, last_weight, None if tied else own * behind, self.eps.pop())
+        return DecoderWeights(
+            weight * embedding_factor,
+            layer_weights,
+            norm_weight,
+            None if tied else head_weight * head_factor,
+            self.eps.pop(),
+        )
 
     def read_layer(self, index: int, layer: nn.Module, attention: nn.Module) -> DecoderLayerWeights:
-        where = f"layer {index}"
+        name = f"layer {index}"
         if layer not in self.io or attention not in self.io:
-            raise ExportError(f"{where} does not take hidden states and give them")
+            raise ExportError(f"{name} or its attention does not map hidden states to hidden states")
         x, y = self.io[layer]
-        taken, a = self.io[attention]
-        norm = self.find_norm(x, f"of {where}")
-        if not same_values(self.io[norm][1], taken):
-            raise ExportError(f"attention of {where} is not given the norm of what the layer is given")
+        attention_input, attention_output = self.io[attention]
+        norm = self.find_norm(x, f"in {name}")
+        if not same_values(self.io[norm][1], attention_input):
+            raise ExportError(f"the attention of {name} does not take the norm of the layer's input")
         inside = set(attention.modules())
         for module in layer.modules():
-            m, normed = self.io.get(module, (None, None))
-            if module in inside or m is None or module is norm or normed is None or m.shape != x.shape:
+            residual, normed = self.io.get(module, (None, None))
+            if module in inside or module is norm or residual is None or normed is None or residual.shape != x.shape:
                 continue
-            by = self.find_factor(m - x, a, m)
-            if by is not None and by != 0 and normed.shape == x.shape and self.is_norm(module):
-                return self.read_mlp(where, layer, module, m, y, (self.norm_weight(norm, where), by))
+            factor = self.find_factor(residual - x, attention_output, residual)
+            if factor is not None and factor != 0 and normed.shape == x.shape and self.is_norm(module):
+                return self.read_mlp(name, layer, module, y, (self.norm_weight(norm, name), factor))
         raise ExportError(
-            f"{where} has more between its attention and its MLP than a sum and a norm (a second norm behind "
-            "attention, or MLP and attention side by side)"
+            f"{name} has more between its attention and its MLP than a residual sum and a norm (such as a norm after "
+            "attention, or MLP and attention in parallel)"
         )
 
     def read_mlp(
-        self, where: str, layer: nn.Module, norm: nn.Module, m: Tensor, y: Tensor, before: tuple[Tensor, float]
+        self, name: str, layer: nn.Module, norm: nn.Module, y: Tensor, norm_and_factor: tuple[Tensor, float]
     ) -> DecoderLayerWeights:
-        x = self.io[norm][1]
-        linears = [p for p in layer.modules() if isinstance(p, nn.Linear) and p in self.io]
-        into = [p for p in linears if same_values(self.io[p][0], x)]
-        halves = [(*half,) for p in into for half in self.gate_and_up(p, len(into) == 1)]
+        """The weights of `layer`, whose MLP takes the output of `norm` and whose output is `y`; `norm_and_factor` are
+        the first two of them."""
+        residual, x = self.io[norm]
+        linears = [m for m in layer.modules() if isinstance(m, nn.Linear) and m in self.io]
+        projections = [m for m in linears if same_values(self.io[m][0], x)]
+        halves = [(*half,) for m in projections for half in self.gate_and_up(m, len(projections) == 1)]
         for down in linears:
-            u, f = self.io[down]
-            by = None if f.shape != y.shape else self.find_factor(y - m, f, y)
-            if by is None or by == 0 or len(halves) != 2:
+            down_input, down_output = self.io[down]
+            factor = None if down_output.shape != y.shape else self.find_factor(y - residual, down_output, y)
+            if factor is None or factor == 0 or len(halves) != 2:
                 continue
-            for (gate, g), (up, p) in (halves, halves[::-1]):
-                if g.shape == u.shape and all_close(F.silu(g) * p, u):
-                    if any(has_bias(part) for part in (*into, down)):
-                        raise ExportError(f"the MLP of {where} has biases")
-                    down_weight = down.weight.detach() * by
-                    return DecoderLayerWeights(*before, self.norm_weight(norm, where), gate, up, down_weight)
-        kind = self.activation
-        told = "" if kind in (None, "silu", "swish") else f" (hidden_act is {kind!r})"
-        raise ExportError(f"the MLP of {where} is not down(silu(gate x) * up x){told}, or a norm stands behind it")
+            for (gate, g), (up, u) in (halves, halves[::-1]):
+                if g.shape == down_input.shape and all_close(F.silu(g) * u, down_input):
+                    if any(has_bias(part) for part in (*projections, down)):
+                        raise ExportError(f"the MLP of {name} has biases")
+                    down_weight = down.weight.detach() * factor
+                    return DecoderLayerWeights(*norm_and_factor, self.norm_weight(norm, name), gate, up, down_weight)
+        known = self.activation in (None, "silu", "swish")
+        activation = "" if known else f" (hidden_act is {self.activation!r})"
+        raise ExportError(f"the MLP of {name} is not down(silu(gate x) * up x){activation}, or a norm follows it")
 
     def gate_and_up(self, projection: nn.Linear, fused: bool) -> list[tuple[Tensor, Tensor]]:
-        """Weight and output of a projection into the MLP; of its two halves where one makes both."""
-        weight, given = projection.weight.detach(), self.io[projection][1]
+        """Weight and output of a projection of the MLP's input; if it is fused, those of its two halves."""
+        weight, output = projection.weight.detach(), self.io[projection][1]
         if not fused or len(weight) % 2:
-            return [(weight, given)]
-        return list(zip(weight.chunk(2), given.chunk(2, dim=-1), strict=True))
+            return [(weight, output)]
+        return list(zip(weight.chunk(2), output.chunk(2, dim=-1), strict=True))
 
     def find_norm(self, x: Tensor, where: str) -> nn.Module:
-        """The norm that is given `x`."""
-        for module, (taken, given) in self.io.items():
-            if taken.shape == given.shape and same_values(taken, x) and self.is_norm(module):
+        """The RMS norm whose input is `x`."""
+        for module, (norm_input, output) in self.io.items():
+            if norm_input.shape == output.shape and same_values(norm_input, x) and self.is_norm(module):
                 return module
         raise ExportError(f"there is no RMS norm {where}")
 
@@ -199,7 +202,7 @@ class DecoderReader:
         return self.effective_weight(module) is not None
 
     def effective_weight(self, module: nn.Module) -> Tensor | None:
-        """What a norm multiplies each channel with (some hold one less); None where it is no RMS norm."""
+        """The factor of each channel in an RMS norm (Gemma's store it minus one); None if `module` is not one."""
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 1 or has_bias(module):
             return None
@@ -210,41 +213,44 @@ class DecoderReader:
                 return candidate
         return None
 
-    def norm_weight(self, module: nn.Module, where: str) -> Tensor:
+    def norm_weight(self, module: nn.Module, name: str) -> Tensor:
         weight = self.effective_weight(module)
         if weight is None:
-            raise ExportError(f"the norm of {where} is no RMS norm")
+            raise ExportError(f"the norm of {name} is not an RMS norm")
         self.eps.add(epsilon(module))
         return weight
 
-    def find_factor(self, wanted: Tensor, of: Tensor, beside: Tensor) -> float | None:
-        """c with `wanted` = c `of`, up to what rounding leaves of a difference as large as `beside`; None if there is
-        none. A c that the configuration knows is taken from there."""
-        if wanted.shape != of.shape:
+    def find_factor(self, target: Tensor, source: Tensor, magnitude: Tensor) -> float | None:
+        """c with `target` = c `source`; None if there is none. If a number of the configuration is c up to rounding,
+        that number.
+
+        magnitude: the tensor whose rounding errors `target` has, where `target` is a difference.
+        """
+        if target.shape != source.shape:
             return None
-        w, o = wanted.double(), of.double()
-        c = float((w * o).sum() / o.square().sum().clamp_min(1e-300))
-        tolerance = TOLERANCE * dtype_tolerance(wanted)
-        if bool(((w - c * o).abs() > tolerance * (beside.double().abs() + (c * o).abs().mean())).any()):
+        t, s = target.double(), source.double()
+        c = float((t * s).sum() / s.square().sum().clamp_min(1e-300))
+        tolerance = TOLERANCE * dtype_tolerance(target)
+        if bool(((t - c * s).abs() > tolerance * (magnitude.double().abs() + (c * s).abs().mean())).any()):
             return None
         nearest = min(self.known_factors, key=lambda known: abs(known - c))
         return nearest if abs(nearest - c) < tolerance * abs(nearest) else c
 
-    def require_factor(self, wanted: Tensor, of: Tensor, beside: Tensor, reason: str) -> float:
-        c = self.find_factor(wanted, of, beside)
+    def require_factor(self, target: Tensor, source: Tensor, magnitude: Tensor, reason: str) -> float:
+        c = self.find_factor(target, source, magnitude)
         if c is None:
             raise ExportError(reason)
         return c
 
 
-def all_close(found: Tensor, wanted: Tensor) -> bool:
-    """Equal up to rounding."""
-    tolerance = TOLERANCE * dtype_tolerance(wanted) * float(wanted.float().abs().max())
-    return float((found.float() - wanted.float()).abs().max()) <= tolerance
+def all_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding, relative to the largest expected value."""
+    tolerance = TOLERANCE * dtype_tolerance(expected) * float(expected.float().abs().max())
+    return float((found.float() - expected.float()).abs().max()) <= tolerance
 
 
 def dtype_tolerance(x: Tensor) -> float:
-    """How much coarser than float32 a dtype is taken to be."""
+    """The factor by which tolerances grow in dtypes narrower than float32."""
     return 1.0 if x.dtype in (torch.float32, torch.float64) else 200.0
 
 
@@ -254,6 +260,6 @@ def epsilon(norm: nn.Module) -> float:
 
 
 def has_bias(module: nn.Module) -> bool:
-    """Whether a module adds something that is not zero."""
+    """Whether `module` has a bias that is not zero everywhere."""
     bias = getattr(module, "bias", None)
     return isinstance(bias, Tensor) and bool(bias.any())

@@ -1,24 +1,27 @@
-"""What a student may be made of so that it can leave as a model that others run; `subquad.export` takes it there.
+"""What a student must be made of so that it can be exported to an architecture that other software runs.
 
-Two targets are built of Llama's layers and have a mixer of ours: Qwen3.5 the gated delta rule, and attention with a
-norm of queries and keys; Bamba Mamba-2, and Llama's own attention. What they compute is in docs/serving.md.
+Both targets have Llama's layers and a mixer that Subquad has: Qwen3.5 the gated delta rule, Bamba Mamba-2.
+`subquad.export` converts the weights; docs/serving.md describes the targets. Imports no torch, so that recipes are
+checked at once.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
-from subquad.mixers import ATTENTION, AttentionSpec
-from subquad.modeling.attention.discovery import AttentionInfo
-from subquad.modeling.decoder_weights import read_decoder
+from subquad.mixers import AttentionSpec
+from subquad.mixers.options import ATTENTION
 from subquad.utils import UserError, nearest
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from subquad.modeling.attention.discovery import AttentionInfo
+
 NORM_EPS = 1e-8
-"""Of all norms of a student that is to leave, where its configuration has a word for it: its hosts have one epsilon for
-all. The 1e-5 of a Llama, harmless to the norms of its layers, would swallow what comes out of a first layer's mixer
-(SmolLM2: 2.8 nats at the start); they in turn do not feel 1e-8 (KL 2e-7 from the teacher's own logits)."""
+"""Epsilon of all norms of a student for export, if its configuration has `rms_norm_eps`: targets have one epsilon for
+layer norms and mixer norms. Llama's 1e-5 exceeds the mean square of the first mixer's output (SmolLM2: 2.8 nats at
+initialization); layer norms are insensitive to it (KL of the teacher's logits with 1e-8: 2e-7)."""
 MIXER_OPTIONS = {
     "qk_activation": "silu",
     "v_activation": "silu",
@@ -28,78 +31,120 @@ MIXER_OPTIONS = {
     "output_gate": "swish",
     "biases": False,
 }
-"""Options of a mixer with which it is a layer of a target."""
+"""Mixer options that every target requires."""
 
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """A model that others run, in what decides whether a student can become one."""
+    """An architecture that students can be exported to: which mixer and which attention its layers have.
 
-    title: str
+    A new target is an entry in `TARGETS` and a `subquad.export.converter.Converter`.
+    """
+
     key: str
-    """How `export` and `--format` call it."""
+    """Value of `export_target`, and name of the format in `subquad export`."""
+    title: str
+    """Name in messages."""
     mixer: str
     mixer_options: dict[str, Any]
-    """Of the mixer; `norm_eps` is the model's, and the convolution may have any width."""
+    """Required options of the mixer, except `norm_eps`; the short convolutions may have any width."""
     has_qk_norm: bool
     """Whether its attention has a norm of queries and keys."""
+    scales_queries: bool = True
+    """Whether its mixer scales queries by 1 / sqrt(head_dim), as Subquad's does."""
     biased_projections: tuple[str, ...] = ()
     """Projections of the mixer that may have a bias."""
 
     @property
     def supported_layers(self) -> str:
+        """The end of an error message."""
         return (
             f"supported layers: {self.mixer} made by linearize(..., export_target='{self.key}'), and layers that keep "
             "the teacher's full attention"
         )
 
-    def norm_eps(self, eps: float, layout: AttentionSpec) -> float:
-        """The mixer's, where the model's is `eps`. Bamba does not scale queries by 1 / sqrt(K), so that its norm is
-        given numbers sqrt(K) as large."""
-        return eps / layout.head_dim if self.mixer == "mamba2" else eps
+    def mixer_norm_eps(self, eps: float, spec: AttentionSpec) -> float:
+        """The epsilon of a student's mixer norm, if the target's norms have `eps`: without scaled queries the norm's
+        input in the target is sqrt(head_dim) times as large."""
+        return eps if self.scales_queries else eps / spec.head_dim
 
 
 TARGETS = {
     target.key: target
     for target in (
-        ExportTarget("Qwen3.5", "qwen3_5", "gated_deltanet", MIXER_OPTIONS, has_qk_norm=True),
-        ExportTarget("Bamba", "bamba", "mamba2", {**MIXER_OPTIONS, "discretization": "zoh"}, False, ("a_proj",)),
+        ExportTarget("qwen3_5", "Qwen3.5", "gated_deltanet", MIXER_OPTIONS, has_qk_norm=True),
+        ExportTarget(
+            "bamba",
+            "Bamba",
+            "mamba2",
+            {**MIXER_OPTIONS, "discretization": "zoh"},
+            has_qk_norm=False,
+            scales_queries=False,
+            biased_projections=("a_proj",),
+        ),
     )
 }
 
 
+class ExportError(UserError):
+    """A model has a part that an export target does not have; `reason` names the first one."""
+
+    def __init__(self, reason: str, target: ExportTarget | None = None, model: str = "this model"):
+        if target is None:
+            super().__init__(f"{model} cannot be exported: {reason}")
+        else:
+            super().__init__(f"{model} cannot be exported to {target.title}: {reason}; {target.supported_layers}")
+        self.reason = reason
+
+
+def find_target(key: str) -> ExportTarget:
+    """The target of that name; an unknown name is a UserError with the nearest one."""
+    if key not in TARGETS:
+        raise UserError(f"export_target: unknown {key!r}{nearest(key, TARGETS)}")
+    return TARGETS[key]
+
+
+def check_mixers(names: Iterable[str], target: ExportTarget) -> None:
+    """Raises UserError if one of `names` is neither the target's mixer nor `attention`."""
+    for name in names:
+        if name not in (target.mixer, ATTENTION):
+            raise UserError(f"{name} cannot be exported to {target.title}; {target.supported_layers}")
+
+
 def restrict_to_target(
-    layer_specs: list[dict[str, Any]], attention_layers: Sequence[AttentionInfo], teacher: PreTrainedModel, target: str
+    layer_specs: list[dict[str, Any]],
+    attention_layers: Sequence["AttentionInfo"],
+    teacher: "PreTrainedModel",
+    target: str,
 ) -> tuple[list[dict[str, Any]], float]:
-    """The plan with every entry in the form that `target` computes, and the epsilon for all norms of the student (see
-    `set_epsilon`).
+    """The layer specs with the options that `target` requires, and the epsilon for all norms of the student (see
+    `set_norm_eps`).
 
     Raises:
-        UserError: an unknown target; a teacher, a mixer or an option that cannot go there, with the reason.
+        UserError: unknown target; a mixer or an option that it does not have.
+        ExportError: a teacher that it does not have the parts of.
     """
-    host = find_target(target)
-    check_mixers((entry["mixer"] for entry in layer_specs), host)
-    eps = read_decoder(teacher, [site.path for site in attention_layers]).eps
+    from subquad.modeling.decoder_weights import read_decoder
+
+    found = find_target(target)
+    check_mixers((spec["mixer"] for spec in layer_specs), found)
+    try:
+        eps = read_decoder(teacher, [info.path for info in attention_layers]).eps
+    except ExportError as error:
+        raise ExportError(error.reason, found, "this teacher") from None
     if hasattr(teacher.config, "rms_norm_eps"):
         eps = min(eps, NORM_EPS)
     restricted = [
-        restrict_mixer(entry, f"layer {site.index}", site.spec, eps, host)
-        if entry["mixer"] == host.mixer
-        else restrict_attention(entry, site.spec, f"layer {site.index}", eps, host)
-        for entry, site in zip(layer_specs, attention_layers, strict=True)
+        restrict_mixer(spec, f"layer {info.index}", info.spec, eps, found)
+        if spec["mixer"] == found.mixer
+        else restrict_attention(spec, f"layer {info.index}", info.spec, eps, found)
+        for spec, info in zip(layer_specs, attention_layers, strict=True)
     ]
     return restricted, eps
 
 
-def find_target(key: str) -> ExportTarget:
-    """UserError where there is none."""
-    if key not in TARGETS:
-        raise UserError(f"export: unknown {key!r}{nearest(key, TARGETS)}")
-    return TARGETS[key]
-
-
-def set_norm_eps(base: PreTrainedModel, eps: float) -> None:
-    """Gives every norm of `base` the epsilon `eps`, and writes it into its configuration."""
+def set_norm_eps(base: "PreTrainedModel", eps: float) -> None:
+    """Sets the epsilon of every norm of `base`, and `rms_norm_eps` in its configuration."""
     if getattr(base.config, "rms_norm_eps", eps) == eps:
         return
     base.config.rms_norm_eps = eps  # type: ignore[assignment]
@@ -109,49 +154,40 @@ def set_norm_eps(base: PreTrainedModel, eps: float) -> None:
                 setattr(module, name, eps)
 
 
-def check_mixers(names: Iterable[str], target: ExportTarget) -> None:
-    """UserError where a plan names a mixer that the target does not have."""
-    for name in names:
-        if name not in (target.mixer, ATTENTION):
-            raise UserError(f"{name} cannot be exported to {target.title}; {target.supported_layers}")
-
-
 def restrict_mixer(
-    entry: dict[str, Any], where: str, layout: AttentionSpec, eps: float, target: ExportTarget
+    layer_spec: dict[str, Any], name: str, spec: AttentionSpec, eps: float, target: ExportTarget
 ) -> dict[str, Any]:
-    wanted = {**target.mixer_options, "norm_eps": target.norm_eps(eps, layout)}
-    for name, value in wanted.items():
-        if entry.get(name, value) != value:
+    required = {**target.mixer_options, "norm_eps": target.mixer_norm_eps(eps, spec)}
+    for option, value in required.items():
+        if layer_spec.get(option, value) != value:
             raise UserError(
-                f"{where}: {name}: got {entry[name]!r}, but a layer of {target.title} has {value!r}; leave it out, or "
-                "leave out export"
+                f"{name}: {option}: got {layer_spec[option]!r}, expected {value!r}, which export to {target.title} "
+                "requires; leave out the option or export_target"
             )
-    return {**entry, **wanted}
+    return {**layer_spec, **required}
 
 
 def restrict_attention(
-    entry: dict[str, Any], layout: AttentionSpec, where: str, eps: float, target: ExportTarget
+    layer_spec: dict[str, Any], name: str, spec: AttentionSpec, eps: float, target: ExportTarget
 ) -> dict[str, Any]:
-    wrong = unsupported_attention(entry, layout, target)
-    if wrong is not None:
-        raise UserError(
-            f"{where}: its attention cannot be exported to {target.title}: {wrong}; {target.supported_layers}"
-        )
-    return entry if not target.has_qk_norm or layout.qk_norm is not None else {**entry, "qk_norm": eps}
+    problem = unsupported_attention(layer_spec, spec, target)
+    if problem is not None:
+        raise ExportError(f"{name}: {problem}", target, "this teacher")
+    return layer_spec if not target.has_qk_norm or spec.qk_norm is not None else {**layer_spec, "qk_norm": eps}
 
 
-def unsupported_attention(entry: dict[str, Any], layout: AttentionSpec, target: ExportTarget) -> str | None:
-    """Why the target has no attention like this, as far as a plan and a layout tell; None where it has."""
-    if entry.get("window") is not None or layout.window is not None:
-        return "it sees a window of the last tokens only"
-    if layout.qkv_bias or layout.output_bias:
-        return "its projections have biases"
-    if not target.has_qk_norm and (layout.qk_norm is not None or entry.get("qk_norm") is not None):
-        return "it has a norm of queries and keys"
-    if layout.qk_norm not in (None, "rms-head"):
-        return f"its norm of queries and keys is {layout.qk_norm}, not one over each head"
-    if layout.rotary != "half":
-        return "it turns queries and keys by position in another way, or not at all"
-    if layout.value_dim != layout.head_dim:
-        return f"its values have {layout.value_dim} channels a head, its keys {layout.head_dim}"
+def unsupported_attention(layer_spec: dict[str, Any], spec: AttentionSpec, target: ExportTarget) -> str | None:
+    """What the target's attention does not have, of an attention with these specs; None if it has all."""
+    if layer_spec.get("window") is not None or spec.window is not None:
+        return "its attention has a sliding window"
+    if spec.qkv_bias or spec.output_bias:
+        return "its attention has projections with biases"
+    if not target.has_qk_norm and (spec.qk_norm is not None or layer_spec.get("qk_norm") is not None):
+        return "its attention has a norm of queries and keys"
+    if spec.qk_norm not in (None, "rms-head"):
+        return f"its norm of queries and keys is {spec.qk_norm!r}, expected 'rms-head'"
+    if spec.rotary != "half":
+        return f"its rotary embedding is {spec.rotary!r}, expected 'half'"
+    if spec.value_dim != spec.head_dim:
+        return f"its values have {spec.value_dim} channels per head and its keys {spec.head_dim}, expected the same"
     return None

@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 from subquad.mixers import AttentionSpec, Mixer
 from subquad.mixers.norms import head_norm
-from subquad.modeling.attention.scores import attention_probabilities, hidden_states_of
+from subquad.modeling.attention.scores import attention_probabilities
+from subquad.modeling.attention.tracing import hidden_states_of
 from subquad.modeling.cache import CACHE_ARGUMENT, RecurrentCacheLayer, SlidingWindowCacheLayer, SubquadCache
 from subquad.modeling.masks import additive_mask, doc_ids_and_positions
 from subquad.utils import UserError

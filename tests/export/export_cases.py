@@ -1,4 +1,4 @@
-"""Students that can leave, of tiny teachers, no parameter of whose mixers is neutral; and a process to meet them in."""
+"""Tiny exportable students with random mixer parameters, and a subprocess without Subquad that runs exported models."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def teacher_of(family: str, seed: int = 0, **changes):
-    """A random teacher, every weight of which is drawn, norms about one."""
+    """A teacher with random weights, norm weights near one."""
     sizes = {name: value for name, value in {**SIZES, **changes}.items() if value is not None}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def student_of(
 
 
 def saved_student(directory: Path, layers: dict | None = None, target: str = "qwen3_5", **changes) -> Path:
-    """A student with a tokenizer, on disk."""
+    """Saves a teacher, and a student with its tokenizer, below `directory`; returns the student's directory."""
     workshop.tiny_teacher(directory / "teacher", **{"num_hidden_layers": 4, "head_dim": 32, **changes})
     teacher, tokenizer = subquad.load_teacher(directory / "teacher")
     student = shaken(subquad.linearize(teacher, layer_types=layers or PURE, scale_ids=TEXT, export_target=target))
@@ -61,21 +61,21 @@ def saved_student(directory: Path, layers: dict | None = None, target: str = "qw
     return directory / "student"
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape
     assert found.isfinite().all()
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-ELSEWHERE = """
+SCRIPT = """
 import sys
 sys.modules["subquad"] = sys.modules["fla"] = None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
 
-def meet(directory):
-    ids, padded, mask, dtype = torch.load(directory + "/given.pt")
+def run(directory):
+    ids, padded, mask, dtype = torch.load(directory + "/inputs.pt")
     model = AutoModelForCausalLM.from_pretrained(directory + "/served", dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(directory + "/served")
     assert type(model).__module__.startswith("transformers."), type(model)
@@ -84,57 +84,63 @@ def meet(directory):
         cache, steps = None, []
         for piece in ids.split([5] + [1] * (ids.shape[1] - 5), dim=1):
             seen = sum(step.shape[1] for step in steps)
-            place = torch.arange(seen, seen + piece.shape[1])[None]
-            # a forward of Bamba counts places from zero unless it is told, with a cache too; `generate` tells
-            given = {"position_ids": place} if model.config.model_type == "bamba" else {}
-            result = model(input_ids=piece, use_cache=True, past_key_values=cache, **given)
+            positions = torch.arange(seen, seen + piece.shape[1])[None]
+            # without position_ids Bamba counts positions from zero, with a cache too; generate passes them
+            extra = {"position_ids": positions} if model.config.model_type == "bamba" else {}
+            result = model(input_ids=piece, use_cache=True, past_key_values=cache, **extra)
             cache = result["cache"] if "cache" in result else result["past_key_values"]
             steps.append(result.logits)
         batch = model(input_ids=padded, attention_mask=mask).logits
     greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    written = model.generate(ids[:1, :6], **greedy)
+    single = model.generate(ids[:1, :6], **greedy)
     batched = model.generate(padded, attention_mask=mask, **greedy)
-    found = whole, torch.cat(steps, 1), batch, written, batched, tokenizer("The old fox.").input_ids
-    torch.save(found, directory + "/out.pt")
+    outputs = whole, torch.cat(steps, 1), batch, single, batched, tokenizer("The old fox.").input_ids
+    torch.save(outputs, directory + "/outputs.pt")
 
 for directory in sys.argv[1:]:
-    meet(directory)
+    run(directory)
 """
 
 
-def meet_elsewhere(given: dict[Path, tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype = torch.float32) -> list[tuple]:
-    """What the models in `directory / "served"` give in a process that has neither subquad nor fla, for (ids, padded
-    ids, their mask): logits of the ids at once and with a cache, of the padded batch, greedy continuations of both, and
-    the tokens of a sentence."""
-    for directory, tensors in given.items():
-        torch.save((*tensors, dtype), directory / "given.pt")
-    run = subprocess.run([sys.executable, "-c", ELSEWHERE, *given], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return [torch.load(directory / "out.pt") for directory in given]
+def run_without_subquad(
+    inputs: dict[Path, tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype = torch.float32
+) -> list[tuple]:
+    """Runs the models in `directory / "served"` in a process that can import neither subquad nor fla.
+
+    inputs: (ids, padded ids, mask of the padded ids) by directory.
+
+    Returns, for each directory: logits of the ids in one forward and with a cache, logits of the padded batch, greedy
+    continuations of one row and of the padded batch, and the tokens of a sentence.
+    """
+    for directory, tensors in inputs.items():
+        torch.save((*tensors, dtype), directory / "inputs.pt")
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *inputs], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(directory / "outputs.pt") for directory in inputs]
 
 
 def left_padded(ids: Tensor, lengths: list[int], pad: int) -> tuple[Tensor, Tensor]:
-    """Rows of `ids` cut to `lengths`, padded on their left."""
+    """Rows of `ids` cut to `lengths` and padded on the left, and their mask."""
     padded, mask = torch.full_like(ids, pad), torch.zeros_like(ids)
     for row, length in enumerate(lengths):
         padded[row, -length:], mask[row, -length:] = ids[row, :length], 1
     return padded, mask
 
 
-def check_elsewhere(places: list[Path]) -> None:
-    """What is served in each directory gives what the student saved beside it gives: at once, with a cache, padded on
-    the left, greedily."""
+def check_served(directories: list[Path]) -> None:
+    """Checks that the model in `directory / "served"` gives the outputs of the student in `directory / "student"`: in
+    one forward, with a cache, with left padding, and in greedy generation."""
     ids = torch.randint(3, 300, (2, 70), generator=torch.Generator().manual_seed(3))
     padded, mask = left_padded(ids, [70, 41], pad=0)
-    found = meet_elsewhere(dict.fromkeys(places, (ids, padded, mask)))
-    for place, (whole, steps, batch, written, batched, tokens) in zip(places, found, strict=True):
-        student, tokenizer = subquad.load_teacher(place / "student")
+    outputs = run_without_subquad(dict.fromkeys(directories, (ids, padded, mask)))
+    for directory, (whole, steps, batch, single, batched, tokens) in zip(directories, outputs, strict=True):
+        student, tokenizer = subquad.load_teacher(directory / "student")
         expected = logits(student, ids)
-        assert relative(whole, expected) < 1e-5
-        assert relative(steps, expected) < 1e-5
-        own = logits(student, padded, attention_mask=mask)
-        assert relative(batch[mask.bool()], own[mask.bool()]) < 1e-5
+        assert relative_error(whole, expected) < 1e-5
+        assert relative_error(steps, expected) < 1e-5
+        expected = logits(student, padded, attention_mask=mask)
+        assert relative_error(batch[mask.bool()], expected[mask.bool()]) < 1e-5
         greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-        assert torch.equal(written, student.generate(ids[:1, :6], **greedy))
+        assert torch.equal(single, student.generate(ids[:1, :6], **greedy))
         assert torch.equal(batched, student.generate(padded, attention_mask=mask, **greedy))
         assert tokens == tokenizer("The old fox.").input_ids

@@ -1,4 +1,4 @@
-"""llama.cpp at work on a GGUF file, in a process of its own: what it writes, and how likely it finds a text."""
+"""Runs llama.cpp on a GGUF file in a subprocess: generated tokens and log probabilities."""
 
 import importlib.util
 import json
@@ -21,21 +21,21 @@ params.model.path = path
 params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 512, 1, 0, False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it sums in 16 bits
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it adds in 16 bits
 server = xllamacpp.Server(params)
-asked = {"n_predict": count, "n_probs": probabilities, "temperature": 0, "top_k": 1, "ignore_eos": True}
+options = {"n_predict": count, "n_probs": probabilities, "temperature": 0, "top_k": 1, "ignore_eos": True}
 found = []
 for prompt in prompts:
-    body = json.dumps({**asked, "prompt": prompt, "return_tokens": True, "cache_prompt": True}).encode()
-    kind = {"Content-Type": "application/json"}
-    request = urllib.request.Request(server.listening_address + "/completion", body, kind)
+    body = json.dumps({**options, "prompt": prompt, "return_tokens": True, "cache_prompt": True}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.listening_address + "/completion", body, headers)
     found.append(json.loads(urllib.request.urlopen(request).read()))
 print("FOUND" + json.dumps(found))
 """
 
 
 def run(path: Path, prompts: list, count: int, probabilities: int = 1) -> list[dict]:
-    """What llama.cpp's server answers to each prompt (text, or tokens): `count` tokens, always the likeliest."""
+    """The answers of llama.cpp's server to each prompt (text or token ids): `count` greedy tokens."""
     given = json.dumps([str(path), prompts, count, probabilities])
     done = subprocess.run([sys.executable, "-c", SCRIPT], input=given, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND")), None)
@@ -44,11 +44,10 @@ def run(path: Path, prompts: list, count: int, probabilities: int = 1) -> list[d
 
 
 def log_probabilities(answer: dict) -> list[tuple[int, float]]:
-    """The place of each written token that llama.cpp tells the log probability of, and that; those which are not yet
-    whole characters are left out."""
-    found, at = [], 0
+    """Index and log probability of the generated tokens; llama.cpp omits tokens that do not end a character."""
+    found, index = [], 0
     for step in answer["completion_probabilities"]:
-        at = answer["tokens"].index(step["id"], at)
-        found.append((at, step["logprob"]))
-        at += 1
+        index = answer["tokens"].index(step["id"], index)
+        found.append((index, step["logprob"]))
+        index += 1
     return found

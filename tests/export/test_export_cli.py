@@ -1,4 +1,4 @@
-"""`subquad linearize --export` and `subquad export` from end to end."""
+"""`subquad linearize --export` and `subquad export` on the command line."""
 
 import json
 
@@ -23,7 +23,7 @@ def student(tmp_path_factory):
     return directory / "s"
 
 
-def test_from_teacher_to_a_model_for_others(student, tmp_path, capsys):
+def test_linearize_and_export(student, tmp_path, capsys):
     assert json.loads((student / "config.json").read_text())["layer_specs"][2] == {
         "mixer": "attention",
         "qk_norm": 1e-8,
@@ -41,12 +41,12 @@ def test_from_teacher_to_a_model_for_others(student, tmp_path, capsys):
     assert (tmp_path / "s.gguf").read_bytes()[:4] == b"GGUF"
 
 
-def test_mistakes_are_one_line_and_write_nothing(student, tmp_path, capsys):
+def test_errors_are_one_line_and_nothing_is_written(student, tmp_path, capsys):
     directory = student.parent / "teacher"
     cases = {
-        "is a llama model; expected a student": [str(directory), "-o", str(tmp_path / "x")],
+        "is a llama model": [str(directory), "-o", str(tmp_path / "x")],
         "there is no directory": [str(student), "-o", str(tmp_path / "no" / "x")],
-        "exists; expected a new directory": [str(student), "-o", str(tmp_path)],
+        "exists": [str(student), "-o", str(tmp_path)],
     }
     for message, argv in cases.items():
         assert main(["export", "--format", "qwen3_5", *argv]) == 2

@@ -1,34 +1,35 @@
-"""A student as a GGUF file: read back tensor by tensor and by transformers, and run by llama.cpp."""
+"""Export to GGUF: the tensors in the file, and the model in transformers and llama.cpp."""
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from export_cases import IRREGULAR, PURE, REGULAR, relative, saved_student, student_of
+from export_cases import IRREGULAR, PURE, REGULAR, relative_error, saved_student, student_of
 from llama_cpp import log_probabilities, needs_llama_cpp, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subquad
-from subquad.export import export, to_qwen3_5
+from subquad.export import convert, export
+from subquad.export.gguf import check_config
 from subquad.export.gguf_tokenizer import pre_tokenizer_name, token_list
-from subquad.utils import UserError
+from subquad.modeling.export_target import ExportError
 from tests.modeling.modeling_cases import logits
 
 PRECISION = {"f32": 1e-5, "f16": 1e-2, "q8_0": 0.2}
-"""Random weights make much of little: a trained student's logits move less."""
+"""Relative errors of the logits. Random weights amplify rounding; those of a trained student are smaller."""
 SENTENCE = "The old fox sees the small river.\n\nThe  red stone 123 is near."
 
 
 @pytest.fixture(scope="module")
 def students(tmp_path_factory):
-    """Directories of saved students by the name of their plan, and of their GGUF files."""
-    made = {}
+    """Directories with a saved student and its GGUF file, by the name of its layer types."""
+    directories = {}
     for name, layers in (("pure", PURE), ("regular", REGULAR), ("irregular", IRREGULAR)):
         directory = tmp_path_factory.mktemp(name)
         saved_student(directory, layers)
         export(directory / "student", directory / "student.gguf", "gguf", "f32")
-        made[name] = directory
-    return made
+        directories[name] = directory
+    return directories
 
 
 def read(path):
@@ -38,19 +39,19 @@ def read(path):
     return fields, tensors, {t.name: t.tensor_type.name for t in reader.tensors}
 
 
-@pytest.mark.parametrize("plan", ["pure", "regular", "irregular"])
-def test_every_tensor_is_in_the_file_as_llama_cpp_keeps_it(plan, students):
-    directory = students[plan]
+@pytest.mark.parametrize("layer_types", ["pure", "regular", "irregular"])
+def test_file_has_every_tensor_in_llama_cpps_form(layer_types, students):
+    directory = students[layer_types]
     student, _ = subquad.load_teacher(directory / "student")
-    weights = {name: t.numpy() for name, t in to_qwen3_5(student).state_dict().items()}
+    weights = {name: t.numpy() for name, t in convert(student, "qwen3_5").state_dict().items()}
     fields, tensors, _ = read(directory / "student.gguf")
     linear = next(i for i, keep in enumerate(student.config.keeps_attention) if not keep)
-    of = f"model.layers.{linear}.linear_attn."
-    assert np.allclose(tensors[f"blk.{linear}.ssm_a"], -np.exp(weights[of + "A_log"]), rtol=1e-6)
-    assert np.array_equal(tensors[f"blk.{linear}.ssm_dt.bias"], weights[of + "dt_bias"])
-    assert np.array_equal(tensors[f"blk.{linear}.ssm_conv1d.weight"], weights[of + "conv1d.weight"][:, 0])
-    assert np.array_equal(tensors[f"blk.{linear}.ssm_norm.weight"], weights[of + "norm.weight"])
-    assert np.array_equal(tensors[f"blk.{linear}.attn_qkv.weight"], weights[of + "in_proj_qkv.weight"])
+    prefix = f"model.layers.{linear}.linear_attn."
+    assert np.allclose(tensors[f"blk.{linear}.ssm_a"], -np.exp(weights[prefix + "A_log"]), rtol=1e-6)
+    assert np.array_equal(tensors[f"blk.{linear}.ssm_dt.bias"], weights[prefix + "dt_bias"])
+    assert np.array_equal(tensors[f"blk.{linear}.ssm_conv1d.weight"], weights[prefix + "conv1d.weight"][:, 0])
+    assert np.array_equal(tensors[f"blk.{linear}.ssm_norm.weight"], weights[prefix + "norm.weight"])
+    assert np.array_equal(tensors[f"blk.{linear}.attn_qkv.weight"], weights[prefix + "in_proj_qkv.weight"])
     assert np.allclose(tensors["output_norm.weight"], weights["model.norm.weight"] + 1)
     assert np.array_equal(tensors["token_embd.weight"], weights["model.embed_tokens.weight"])
     assert len(tensors) == len(weights)
@@ -58,40 +59,42 @@ def test_every_tensor_is_in_the_file_as_llama_cpp_keeps_it(plan, students):
     assert fields["general.architecture"] == "qwen35"
     placement = [fields.get("qwen35.full_attention_interval"), fields.get("qwen35.attention.recurrent_layers")]
     expected = {"pure": [5, None], "regular": [2, None], "irregular": [None, [False, True, True, False]]}
-    assert placement == expected[plan]
+    assert placement == expected[layer_types]
 
 
-@pytest.mark.parametrize("kind", PRECISION)
-@pytest.mark.parametrize("plan", ["pure", "regular"])
-def test_transformers_reads_it_back_to_the_same_logits(plan, kind, students):
-    directory = students[plan]
+@pytest.mark.parametrize("number_type", PRECISION)
+@pytest.mark.parametrize("layer_types", ["pure", "regular"])
+def test_transformers_loads_the_file_with_the_same_logits(layer_types, number_type, students):
+    directory = students[layer_types]
     student, tokenizer = subquad.load_teacher(directory / "student")
-    if not (directory / f"{kind}.gguf").exists():
-        export(directory / "student", directory / f"{kind}.gguf", "gguf", kind)
-    loaded = AutoModelForCausalLM.from_pretrained(directory, gguf_file=f"{kind}.gguf", dtype=torch.float32).eval()
+    if not (directory / f"{number_type}.gguf").exists():
+        export(directory / "student", directory / f"{number_type}.gguf", "gguf", number_type)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        directory, gguf_file=f"{number_type}.gguf", dtype=torch.float32
+    ).eval()
     assert type(loaded).__name__ == "Qwen3_5ForCausalLM"
     ids = torch.randint(3, 300, (2, 50), generator=torch.Generator().manual_seed(3))
-    assert relative(logits(loaded, ids), logits(student, ids)) < PRECISION[kind]
-    back = AutoTokenizer.from_pretrained(directory, gguf_file=f"{kind}.gguf")
-    assert back(SENTENCE).input_ids == tokenizer(SENTENCE).input_ids
-    assert back.eos_token_id == tokenizer.eos_token_id
+    assert relative_error(logits(loaded, ids), logits(student, ids)) < PRECISION[number_type]
+    loaded_tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=f"{number_type}.gguf")
+    assert loaded_tokenizer(SENTENCE).input_ids == tokenizer(SENTENCE).input_ids
+    assert loaded_tokenizer.eos_token_id == tokenizer.eos_token_id
 
 
-def test_what_is_small_and_decides_much_stays_in_float32(students):
+def test_norms_gates_and_convolutions_stay_in_float32(students):
     directory = students["regular"]
     export(directory / "student", directory / "small.gguf", "gguf", "q8_0")
-    _, _, kinds = read(directory / "small.gguf")
-    assert kinds["blk.0.attn_qkv.weight"] == kinds["token_embd.weight"] == "Q8_0"
-    assert kinds["blk.0.ffn_down.weight"] == "F16"  # rows of 48 numbers are no whole blocks
+    _, _, types = read(directory / "small.gguf")
+    assert types["blk.0.attn_qkv.weight"] == types["token_embd.weight"] == "Q8_0"
+    assert types["blk.0.ffn_down.weight"] == "F16"  # rows of 48 numbers are not whole blocks
     assert {
-        kinds[f"blk.0.{name}"] for name in ("ssm_a", "ssm_beta.weight", "ssm_conv1d.weight", "attn_norm.weight")
+        types[f"blk.0.{name}"] for name in ("ssm_a", "ssm_beta.weight", "ssm_conv1d.weight", "attn_norm.weight")
     } == {"F32"}
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("plan", ["pure", "regular", "irregular"])
-def test_llama_cpp_writes_the_same_tokens(plan, students):
-    directory = students[plan]
+@pytest.mark.parametrize("layer_types", ["pure", "regular", "irregular"])
+def test_llama_cpp_generates_the_same_tokens(layer_types, students):
+    directory = students[layer_types]
     student, tokenizer = subquad.load_teacher(directory / "student")
     prompt = tokenizer(SENTENCE).input_ids
     expected = student.generate(
@@ -100,13 +103,13 @@ def test_llama_cpp_writes_the_same_tokens(plan, students):
     (answer,) = run(directory / "student.gguf", [prompt], 32)
     assert answer["tokens"] == expected.tolist()
     full = logits(student, torch.tensor([[*prompt, *expected]]))[0, len(prompt) - 1 : -1].log_softmax(-1)
-    told = log_probabilities(answer)
-    assert len(told) > 8
-    assert max(abs(found - full[at, expected[at]].item()) for at, found in told) < 1e-4
+    found = log_probabilities(answer)
+    assert len(found) > 8
+    assert max(abs(value - full[i, expected[i]].item()) for i, value in found) < 1e-4
 
 
 @needs_llama_cpp
-def test_llama_cpp_cuts_text_into_the_same_tokens(students):
+def test_llama_cpp_tokenizes_the_same_way(students):
     directory = students["pure"]
     _, tokenizer = subquad.load_teacher(directory / "student")
     ids = tokenizer(SENTENCE).input_ids
@@ -115,7 +118,7 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(students):
     assert of_text["tokens"] == of_tokens["tokens"]
 
 
-def test_what_llama_cpp_has_no_words_for_is_refused(tmp_path):
+def test_rope_type_that_llama_cpp_cannot_read_is_refused(tmp_path):
     rope = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -126,9 +129,7 @@ def test_what_llama_cpp_has_no_words_for_is_refused(tmp_path):
     }
     saved_student(tmp_path, REGULAR, rope_parameters=rope)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(
-        UserError, match=r"scaled as 'llama3', which llama.cpp's qwen35 does not read; format qwen3_5 can"
-    ):
+    with pytest.raises(ExportError, match="rope_type: got 'llama3'"):
         export(tmp_path / "student", tmp_path / "student.gguf", "gguf")
     assert sorted(tmp_path.iterdir()) == before
 
@@ -141,8 +142,8 @@ QWEN2 = (
 
 
 def split(expression):
-    cut = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [cut, {**BYTES, "use_regex": False}]}
+    splitter = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [splitter, {**BYTES, "use_regex": False}]}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def split(expression):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_llama_cpps_name_for_how_text_is_cut(pre, name):
+def test_pre_tokenizer_name(pre, name):
     assert pre_tokenizer_name(pre) == name
 
 
@@ -166,17 +167,17 @@ def test_llama_cpps_name_for_how_text_is_cut(pre, name):
         (None, "by nothing"),
         ({"type": "Metaspace"}, "by Metaspace"),
         ({**BYTES, "add_prefix_space": True}, "by ByteLevel"),
-        ({"type": "Sequence", "pretokenizers": [{**DIGITS, "individual_digits": False}, BYTES]}, "not known here"),
-        (split("a|b"), "by Split and ByteLevel in a way"),
+        ({"type": "Sequence", "pretokenizers": [{**DIGITS, "individual_digits": False}, BYTES]}, "unknown settings"),
+        (split("a|b"), "by Split and ByteLevel"),
     ],
     ids=lambda value: "",
 )
-def test_another_way_to_cut_is_refused(pre, reason):
-    with pytest.raises(UserError, match=f"cannot be written into a GGUF file: .*{reason}"):
+def test_unknown_pre_tokenizer_is_refused(pre, reason):
+    with pytest.raises(ExportError, match=f"tokenizer: .*{reason}"):
         pre_tokenizer_name(pre)
 
 
-def test_rows_of_the_embedding_without_a_token_get_one_that_is_never_used():
+def test_embedding_rows_without_a_token_get_an_unused_one():
     spec = {
         "model": {"vocab": {"a": 0, "b": 1}},
         "added_tokens": [
@@ -187,11 +188,11 @@ def test_rows_of_the_embedding_without_a_token_get_one_that_is_never_used():
     tokens, types = token_list(spec, 6)
     assert tokens == ["a", "b", "<s>", "[UNUSED3]", "<think>", "[UNUSED5]"]
     assert types == [1, 1, 3, 5, 4, 5]
-    with pytest.raises(UserError, match="has a token 4, but the embedding has 3 rows"):
+    with pytest.raises(ExportError, match=r"token id 4, .* 3 rows"):
         token_list(spec, 3)
 
 
-def test_linear_scaling_of_positions_goes_into_the_file(tmp_path):
+def test_linear_rope_scaling_is_in_the_file(tmp_path):
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
     saved_student(tmp_path, REGULAR, rope_parameters=rope)
     export(tmp_path / "student", tmp_path / "student.gguf", "gguf", "f32")
@@ -201,11 +202,8 @@ def test_linear_scaling_of_positions_goes_into_the_file(tmp_path):
     assert fields["qwen35.rope.freq_base"] == 5000.0
 
 
-def test_values_of_another_size_than_keys_are_refused():
-    student = student_of()
-    model = to_qwen3_5(student)
+def test_value_size_other_than_key_size_is_refused():
+    model = convert(student_of(), "qwen3_5")
     model.config.linear_value_head_dim = 8
-    from subquad.export.gguf import check_config
-
-    with pytest.raises(UserError, match="its values have 8 channels a head, its keys 16"):
+    with pytest.raises(ExportError, match="linear_value_head_dim: got 8"):
         check_config(model.config)

@@ -1,4 +1,4 @@
-"""Every family with a few plans: what a student must do whatever its teacher was. (Every mixer on one family:
+"""Properties of students of every architecture, with a few layer types. (Every mixer with one architecture:
 test_generation.py, test_linearize.py, test_saving.py.)"""
 
 import pytest
@@ -22,32 +22,32 @@ each_plan = pytest.mark.parametrize("plan", PLANS)
 
 @pytest.fixture
 def ids():
-    """[3, 17] tokens, none of them special; longer than the windows."""
+    """`[3, 17]` tokens without special ones, longer than the windows."""
     return torch.randint(3, 61, (3, 17), generator=torch.Generator().manual_seed(5))
 
 
-def near(found, expected, tolerance=1e-4):
+def all_close(found, expected, tolerance=1e-4):
     return float((found - expected).abs().max()) < tolerance * max(1.0, float(expected.abs().max()))
 
 
-# ---------------------------------------------------------------------- what is copied
+# ---------------------------------------------------------------------- copied weights
 
 
 @each_family
-def test_softmax_reproduces_the_teacher(name, ids):
+def test_softmax_student_has_the_teachers_logits(name, ids):
     teacher = family(name)
     control = subquad.linearize(teacher, "softmax", scale_ids=TEXT)
-    assert near(logits(control, ids), logits(teacher, ids), 1e-5)
+    assert all_close(logits(control, ids), logits(teacher, ids), 1e-5)
     mask = torch.ones_like(ids)
     mask[0, :6], mask[1, 12:] = 0, 0
     expected = logits(teacher, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
     real = mask.bool()
-    assert near(logits(control, ids, attention_mask=mask)[real], expected[real])
+    assert all_close(logits(control, ids, attention_mask=mask)[real], expected[real])
 
 
-def by_hand(name, attention, x, layout):
-    """q, k and v `[B, T, heads, channels]` before norms and rotary, as each family's own file makes them."""
-    H, G, D = layout.num_heads, layout.num_kv_heads, layout.head_dim
+def project(name, attention, x, spec):
+    """q, k and v `[B, T, heads, channels]` before norms and rotary embedding, as each architecture computes them."""
+    H, G, D = spec.num_heads, spec.num_kv_heads, spec.head_dim
     if name == "gpt_neox":
         return attention.query_key_value(x).unflatten(-1, (H, 3 * D)).chunk(3, dim=-1)
     if name == "persimmon":
@@ -63,27 +63,25 @@ def by_hand(name, attention, x, layout):
 
 
 @each_family
-def test_copied_projections_give_what_the_teachers_give(name, ids):
+def test_copied_projections_have_the_teachers_outputs(name, ids):
     teacher = build(name)
-    if name not in HAVE_EXPERTS:  # they have no kernel for it
+    if name not in HAVE_EXPERTS:  # experts have no float64 kernel
         teacher.double()
     copied = subquad.linearize(teacher, "gla", scale_ids=TEXT)
-    sites = discover_attention(teacher)
-    for site, block, recording in zip(
-        sites, copied.mixer_layers, collect_activations(teacher, attention_modules(sites), ids), strict=True
-    ):
-        layout, x = site.spec, recording.hidden_states
-        groups = layout.num_heads // layout.num_kv_heads
+    attention_layers = discover_attention(teacher)
+    activations = collect_activations(teacher, attention_modules(attention_layers), ids)
+    for info, layer, recorded in zip(attention_layers, copied.mixer_layers, activations, strict=True):
+        spec, x = info.spec, recorded.hidden_states
+        groups = spec.num_heads // spec.num_kv_heads
         with torch.no_grad():
-            q, k, v = by_hand(name, site.module, x, layout)
+            q, k, v = project(name, info.module, x, spec)
             expected = {"q": q, "k": k.repeat_interleave(groups, 2), "v": v.repeat_interleave(groups, 2)}
             for part, wanted in expected.items():
-                assert near(block.mixer.projections()[part](x), wanted.flatten(2), 1e-6), part
-            heads = recording.heads
-            assert near(block.mixer.o_proj(heads), recording.output, 1e-6)
+                assert all_close(layer.mixer.projections()[part](x), wanted.flatten(2), 1e-6), part
+            assert all_close(layer.mixer.o_proj(recorded.heads), recorded.output, 1e-6)
 
 
-# ---------------------------------------------------------------------- students at work
+# ---------------------------------------------------------------------- students
 
 
 @each_plan
@@ -93,24 +91,24 @@ def test_cached_decoding_equals_the_full_forward(name, plan, ids):
     full = logits(model, ids, use_cache=False)
     cache = model.new_cache()
     pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split([5, 1, 1, 1, 4, 1, 1, 3], dim=1)]
-    assert near(torch.cat(pieces, 1), full)
+    assert all_close(torch.cat(pieces, 1), full)
     assert cache.get_seq_length() == 17
 
 
 @each_plan
 @each_family
-def test_padded_rows_and_packed_documents_give_what_each_gives_alone(name, plan, ids):
+def test_padded_rows_and_packed_documents_match_separate_forwards(name, plan, ids):
     model = student(name, plan)
     mask = torch.ones_like(ids)
     mask[0, :8], mask[1, 10:] = 0, 0
     found = logits(model, ids, attention_mask=mask)
     for row in range(3):
         real = mask[row].bool()
-        assert near(found[row, real], logits(model, ids[row : row + 1, real])[0])
+        assert all_close(found[row, real], logits(model, ids[row : row + 1, real])[0])
     positions = torch.cat([torch.arange(9), torch.arange(8)])
     found = logits(model, ids[:1], position_ids=positions[None], use_cache=False)
     for document in (slice(0, 9), slice(9, 17)):
-        assert near(found[:, document], logits(model, ids[:1, document]))
+        assert all_close(found[:, document], logits(model, ids[:1, document]))
 
 
 @each_family
@@ -138,10 +136,10 @@ def test_saved_and_loaded_student_has_the_same_weights(name, plan, ids, tmp_path
     assert loaded.state_dict().keys() == expected.keys()
     for key, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[key]), key
-        tensor.data = tensor.data.clone()  # the file has them where they lie in memory, and kernels go by that
+        tensor.data = tensor.data.clone()  # alignment in the mapped file changes which kernel runs
     tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert tied == (family(name).get_output_embeddings().weight is family(name).get_input_embeddings().weight)
-    assert near(logits(loaded, ids), logits(model, ids), 1e-5)
+    assert all_close(logits(loaded, ids), logits(model, ids), 1e-5)
 
 
 @each_family
@@ -157,15 +155,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, ids):
     expected = gradients()
     model.gradient_checkpointing_enable()
     for found, wanted in zip(gradients(), expected, strict=True):
-        assert near(found, wanted, 1e-5)
+        assert all_close(found, wanted, 1e-5)
 
 
-class NoTensorWithTwoTimeAxes(TorchDispatchMode):
+class AssertNoQuadraticTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                assert sum(size >= LONG for size in tensor.shape) < 2, f"{func} gives {list(tensor.shape)}"
+                assert sum(size >= LONG for size in tensor.shape) < 2, f"{func} returns {list(tensor.shape)}"
         return out
 
 
@@ -173,11 +171,11 @@ LONG = 521
 
 
 def run_long(model):
-    """A forward of LONG tokens, with a cache and without, with padding and without."""
+    """Forwards of LONG tokens with and without a cache, with and without padding."""
     long = torch.randint(3, 61, (2, LONG), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(long)
     mask[1, :100] = 0
-    with NoTensorWithTwoTimeAxes():
+    with AssertNoQuadraticTensor():
         for attention_mask in (None, mask):
             for use_cache in (True, False):
                 out = model(input_ids=long, attention_mask=attention_mask, use_cache=use_cache)
@@ -186,7 +184,7 @@ def run_long(model):
 
 @torch.no_grad()
 @each_family
-def test_no_tensor_has_two_time_axes(name):
+def test_student_allocates_no_quadratic_tensor(name):
     teacher = build(
         name, **{"n_positions" if name in ("gpt2", "gpt_bigcode", "gptj") else "max_position_embeddings": LONG}
     )
@@ -195,12 +193,12 @@ def test_no_tensor_has_two_time_axes(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("mixer", EIGHT)
-def test_no_tensor_of_any_mixer_has_two_time_axes(mixer):
+def test_mixer_allocates_no_quadratic_tensor(mixer):
     assert run_long(subquad.linearize(build("mistral"), mixer, scale_ids=TEXT)).isfinite().all()
 
 
-def test_two_time_axes_would_be_seen():
-    with pytest.raises(AssertionError, match=r"gives \[2, 4, 521, 521\]|gives \[.*521, 521\]"), torch.no_grad():
+def test_quadratic_tensor_of_softmax_is_detected():
+    with pytest.raises(AssertionError, match=r"returns \[.*521, 521\]"), torch.no_grad():
         run_long(subquad.linearize(build("mistral"), "softmax", scale_ids=TEXT))
 
 
@@ -208,13 +206,13 @@ def test_two_time_axes_would_be_seen():
 
 
 @each_family
-def test_position_table_is_found_where_there_is_one(name):
+def test_number_of_learned_positions(name):
     assert find_max_learned_positions(family(name)) == (64 if name in LEARNED_POSITIONS else None)
     assert student(name, "retnet").config.max_learned_positions == (64 if name in LEARNED_POSITIONS else None)
 
 
 @pytest.mark.parametrize("name", LEARNED_POSITIONS)
-def test_running_past_learned_positions_is_refused(name, tmp_path):
+def test_more_tokens_than_learned_positions_are_refused(name, tmp_path):
     student(name, "retnet").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     long = torch.randint(3, 61, (2, 70), generator=torch.Generator().manual_seed(1))
@@ -226,14 +224,14 @@ def test_running_past_learned_positions_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=message):
         model.generate(long[:, :60], max_new_tokens=6, **settings)
     assert model.generate(long[:, :60], max_new_tokens=5, **settings).shape == (2, 65)
-    # padding takes no place in the table
+    # padding uses no learned positions
     mask = torch.ones_like(long)
     mask[:, :20] = 0
     found = model.generate(long, attention_mask=mask, max_new_tokens=8, **settings)
     assert torch.equal(found[:, 70:], model.generate(long[:, 20:], max_new_tokens=8, **settings)[:, 50:])
 
 
-def test_short_position_table_is_not_overrun_when_linearizing():
+def test_linearize_stays_within_few_learned_positions():
     teacher = build("gpt2", n_positions=20)
     assert subquad.linearize(teacher, "gla").config.max_learned_positions == 20
     with pytest.raises(UserError, match="scale_ids or calibration_ids: got 21 tokens a row, expected at most 20"):
@@ -255,33 +253,33 @@ NORMED = {
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name in NORMED])
-def test_kept_norms_give_what_the_teachers_give(name):
+def test_kept_qk_norms_have_the_teachers_outputs(name):
     teacher = build(name)
     kept = subquad.linearize(teacher, "retnet", qk_norm=True, rotary=False, qk_activation="none", scale_ids=TEXT)
-    for site, call, block in zip(
+    for info, call, layer in zip(
         discover_attention(teacher), trace_attention(teacher, random_tokens(teacher)), kept.mixer_layers, strict=True
     ):
-        assert site.spec.qk_norm == NORMED[name]
-        core, _ = block.mixer.op_inputs(call.hidden_states, None, None, None)
-        groups = site.spec.num_heads // site.spec.num_kv_heads
-        # at the first token rotary turns nothing
+        assert info.spec.qk_norm == NORMED[name]
+        core, _ = layer.mixer.op_inputs(call.hidden_states, None, None, None)
+        groups = info.spec.num_heads // info.spec.num_kv_heads
+        # a rotary embedding does not change the first token
         for part, values, repeats in (("q", call.query, 1), ("k", call.key, groups)):
             wanted = values.repeat_interleave(repeats, 1)[:, :, 0]
-            assert near(core[part][:, 0], wanted, 1e-4), part
+            assert all_close(core[part][:, 0], wanted, 1e-4), part
 
 
 @pytest.mark.parametrize("name", ["qwen3", "olmo2", "persimmon"])
-def test_student_with_kept_norms_decodes_pads_and_loads(name, ids, tmp_path):
+def test_student_with_kept_qk_norms_decodes_and_loads(name, ids, tmp_path):
     plan = {"default": {"mixer": "gated_deltanet", "qk_norm": True}, "1": {"mixer": "retnet", "qk_norm": True}}
     model = shaken(subquad.linearize(family(name), layer_types=plan, scale_ids=TEXT))
     full = logits(model, ids, use_cache=False)
     cache = model.new_cache()
     pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split([5, 1, 11], 1)]
-    assert near(torch.cat(pieces, 1), full)
+    assert all_close(torch.cat(pieces, 1), full)
     model.save_pretrained(tmp_path)
-    assert near(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), full, 1e-5)
+    assert all_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), full, 1e-5)
 
 
-def test_norms_that_are_not_there_cannot_be_kept():
+def test_keeping_missing_qk_norms_is_refused():
     with pytest.raises(UserError, match="qk_norm: got True, expected False"):
         subquad.linearize(family("llama"), "gla", qk_norm=True, scale_ids=TEXT)

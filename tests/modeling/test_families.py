@@ -1,4 +1,4 @@
-"""Reading a teacher's attention by structure, and refusing what is none."""
+"""Discovery of a teacher's attention, and errors for models whose attention is not supported."""
 
 import pytest
 import torch
@@ -34,24 +34,24 @@ TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attent
         ("qwen3", 12, False, False),
     ],
 )
-def test_attention_is_found_with_its_layout(make_teacher, family, head_dim, qkv_bias, output_bias):
+def test_discovered_attention_has_the_right_spec(make_teacher, family, head_dim, qkv_bias, output_bias):
     teacher = make_teacher(family)
-    sites = discover_attention(teacher)
-    assert [site.index for site in sites] == [0, 1]
-    assert [site.module for site in sites] == [layer.self_attn for layer in teacher.model.layers]
-    for site in sites:
-        layout = site.spec
-        assert (layout.hidden_size, layout.num_heads, layout.num_kv_heads) == (32, 4, 2)
-        assert (layout.head_dim, layout.value_dim) == (head_dim, head_dim)
-        assert (layout.qkv_bias, layout.output_bias) == (qkv_bias, output_bias)
-        assert layout.initializer_range == 0.2
+    attention_layers = discover_attention(teacher)
+    assert [info.index for info in attention_layers] == [0, 1]
+    assert [info.module for info in attention_layers] == [layer.self_attn for layer in teacher.model.layers]
+    for info in attention_layers:
+        spec = info.spec
+        assert (spec.hidden_size, spec.num_heads, spec.num_kv_heads) == (32, 4, 2)
+        assert (spec.head_dim, spec.value_dim) == (head_dim, head_dim)
+        assert (spec.qkv_bias, spec.output_bias) == (qkv_bias, output_bias)
+        assert spec.initializer_range == 0.2
 
 
-def test_a_bias_of_any_projection_counts(make_teacher):
+def test_bias_of_one_projection_is_found(make_teacher):
     teacher = make_teacher()
     v = teacher.model.layers[1].self_attn.v_proj
     v.bias = torch.nn.Parameter(torch.arange(16.0))
-    assert [site.spec.qkv_bias for site in discover_attention(teacher)] == [False, True]
+    assert [info.spec.qkv_bias for info in discover_attention(teacher)] == [False, True]
     student = subquad.linearize(teacher, "gla")
     mixer = student.mixer_layers[1].mixer
     expected = torch.cat([torch.arange(8.0)] * 2 + [torch.arange(8.0, 16)] * 2)
@@ -71,68 +71,66 @@ def euro_bert():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda t: BertForMaskedLM(BertConfig(**TINY)), "BertSelfAttention.* looks both ways; expected causal"),
-        (lambda t: euro_bert(), "EuroBertAttention.* looks both ways; expected causal attention"),
-        (lambda t: LlamaModel(t.config), "LlamaModel .* no head over the vocabulary"),
+        (lambda t: BertForMaskedLM(BertConfig(**TINY)), "BertSelfAttention.* bidirectional attention"),
+        (lambda t: euro_bert(), "EuroBertAttention.* bidirectional attention"),
+        (lambda t: LlamaModel(t.config), "LlamaModel .* no language modeling head"),
         (
             lambda t: LlamaForSequenceClassification(t.config),
-            "ForSequenceClassification .* no head over the vocabulary",
+            "ForSequenceClassification .* no language modeling head",
         ),
     ],
     ids=["BERT", "EuroBERT", "no head", "classifier"],
 )
-def test_what_does_not_fit_is_refused_with_what_was_missing(teacher, build, message):
+def test_models_other_than_causal_lms_are_refused(teacher, build, message):
     with pytest.raises(UserError, match=message):
         subquad.linearize(build(teacher), "gla")
 
 
-def test_gated_queries_are_not_taken_for_more_heads(teacher):
+def test_gated_queries_are_refused(teacher):
     attention = teacher.model.layers[0].self_attn
     attention.q_proj = torch.nn.Linear(32, 64, bias=False)  # query and gate in one, as in Qwen3-Next
-    with pytest.raises(UserError, match="LlamaForCausalLM cannot be linearized: it failed while its attention was"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM .* failed during tracing"):
         subquad.linearize(teacher, "gla")
 
 
-def change(attention, forward):
-    """A teacher's attention that does something else inside."""
-    own = attention.forward
-    attention.forward = lambda *args, **kwargs: forward(own, *args, **kwargs)
+def wrap_forward(attention, wrapper):
+    forward = attention.forward
+    attention.forward = lambda *args, **kwargs: wrapper(forward, *args, **kwargs)
 
 
-def adds_residual(own, *args, **kwargs):
-    out, weights = own(*args, **kwargs)
+def add_residual(forward, *args, **kwargs):
+    out, weights = forward(*args, **kwargs)
     return out + kwargs["hidden_states"], weights
 
 
-def fails(own, *args, **kwargs):
-    raise RuntimeError("no such kernel\nand much more")
+def fail(forward, *args, **kwargs):
+    raise RuntimeError("no such kernel\nand more lines")
 
 
-def normed_output(attention):
+def add_norm_before_output(attention):
     attention.o_proj = torch.nn.Sequential(torch.nn.LayerNorm(32), attention.o_proj)
 
 
-def mixed_queries(attention):
+def add_second_query_projection(attention):
     attention.q_proj = torch.nn.Sequential(attention.q_proj, torch.nn.Linear(32, 32))
 
 
 @pytest.mark.parametrize(
-    ("break_it", "message"),
+    ("change", "message"),
     [
-        (lambda a: change(a, adds_residual), "what it returns is not what its output projection, o_proj, gives"),
-        (lambda a: change(a, fails), "failed while its attention was watched: no such kernel$"),
-        (normed_output, "a gate or a norm stands between"),
-        (mixed_queries, "its q is not made of channels of a projection of the layer's input; its parts are "),
+        (lambda a: wrap_forward(a, add_residual), "does not return the output of its projection o_proj"),
+        (lambda a: wrap_forward(a, fail), "failed during tracing: no such kernel$"),
+        (add_norm_before_output, "no projection takes the output of attention"),
+        (add_second_query_projection, "its q is not made of channels of a projection"),
     ],
     ids=["residual", "failure", "norm", "two projections"],
 )
-def test_attention_that_does_more_is_refused(teacher, break_it, message):
-    before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()]
-    break_it(teacher.model.layers[1].self_attn)
+def test_attention_with_other_computations_is_refused(teacher, change, message):
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+    change(teacher.model.layers[1].self_attn)
     with pytest.raises(UserError, match=message):
         subquad.linearize(teacher, "gla")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
-    assert not any(before)
     assert teacher.config._attn_implementation == "sdpa"
 
 
@@ -154,85 +152,85 @@ GEMMA3N |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "activat
 LLAMA4 = {**GROUPED, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 40, "attention_chunk_size": 8192}
 REFUSED = {
     "bloom": (BLOOM, "BloomForCausalLM cannot be linearized: "),
-    "falcon": ({**TINY, "alibi": True}, "it adds more to its scores than a mask"),
+    "falcon": ({**TINY, "alibi": True}, "more than a mask is added to its scores"),
     "mpt": (MPT, "Mpt.* cannot be linearized: "),
-    "deepseek_v2": (GROUPED, "DeepseekV2.* cannot be linearized: it failed while its attention was watched: The size"),
+    "deepseek_v2": (GROUPED, "DeepseekV2.* failed during tracing: The size"),
     "jetmoe": ({**GROUPED, "kv_channels": 8, "num_local_experts": 4}, "its q is not made of channels of a projection"),
-    "doge": (GROUPED, "it adds more to its scores than a mask"),
-    "diffllama": (GROUPED, "4 attentions in 2 layers; expected one a layer|a gate or a norm stands between"),
-    "bitnet": (GROUPED, "a gate or a norm stands between"),
-    "mamba": (TINY, "its layers keep recurrent states of their own already"),
-    "falcon_h1": (GROUPED, "its layers keep recurrent states of their own already"),
-    "lfm2": ({**GROUPED, "layer_types": ["conv", "full_attention"]}, "1 attentions in 2 layers; expected one a layer"),
+    "doge": (GROUPED, "more than a mask is added to its scores"),
+    "diffllama": (GROUPED, "4 attention calls in 2 layers|no projection takes the output of attention"),
+    "bitnet": (GROUPED, "no projection takes the output of attention"),
+    "mamba": (TINY, "its layers are recurrent already"),
+    "falcon_h1": (GROUPED, "its layers are recurrent already"),
+    "lfm2": ({**GROUPED, "layer_types": ["conv", "full_attention"]}, "1 attention calls in 2 layers"),
     "gpt2": ({**BLOOM, "add_cross_attention": True}, "its student cannot decode with a cache: "),
     "bart": (BART, "BartForCausalLM cannot be linearized: it ignores position_ids"),
     "marian": (BART, "MarianForCausalLM cannot be linearized: it ignores position_ids"),
     "gemma3n_text": (GEMMA3N, "ha(s|ve) no keys and values of (its|their) own"),
-    "llama4_text": (LLAMA4, "it attends within chunks of the text"),
+    "llama4_text": (LLAMA4, "chunked attention"),
     "emu3": ({"text_config": GROUPED}, "AutoModelForCausalLM does not build it from a Emu3TextConfig"),
 }
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_family_that_does_not_fit_is_refused_with_the_reason(family):
+def test_unsupported_architecture_is_refused(family):
     sizes, message = REFUSED[family]
     try:
         teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     except (ValueError, AttributeError) as error:
-        pytest.skip(f"this version of transformers has it not, or broken: {error}")
+        pytest.skip(f"not in this version of transformers, or broken: {error}")
     with pytest.raises(UserError, match=message) as caught:
         subquad.linearize(teacher, "gla")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["codegen", "xglm"])
-def test_attention_that_is_written_out_is_read(family):
-    """Beside those in test_every_family.py."""
+def test_attention_without_the_attention_interface(family):
+    """Further architectures than those in test_every_family.py."""
     gpt = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 61, "n_positions": 64}
     xglm = {"d_model": 32, "ffn_dim": 40, "num_layers": 2, "attention_heads": 4, "vocab_size": 61}
     config = AutoConfig.for_model(family, **(gpt if family == "codegen" else xglm))
     teacher = AutoModelForCausalLM.from_config(config).eval()
     student = subquad.linearize(teacher, "gla", scale_ids=TEXT)
-    for recording, block in zip(
+    for activations, layer in zip(
         collect_activations(teacher, attention_modules(discover_attention(teacher)), TEXT),
         student.mixer_layers,
         strict=True,
     ):
         with torch.no_grad():
-            assert torch.allclose(block.mixer.o_proj(recording.heads), recording.output, atol=1e-6)
+            assert torch.allclose(layer.mixer.o_proj(activations.heads), activations.output, atol=1e-6)
     if family == "xglm":
-        own = teacher.model.layers[0].self_attn.k_proj
-        assert torch.equal(student.mixer_layers[0].mixer.k_proj.weight, own.weight)
-        assert torch.equal(student.mixer_layers[0].mixer.k_proj.bias, own.bias)
+        k_proj = teacher.model.layers[0].self_attn.k_proj
+        assert torch.equal(student.mixer_layers[0].mixer.k_proj.weight, k_proj.weight)
+        assert torch.equal(student.mixer_layers[0].mixer.k_proj.bias, k_proj.bias)
     assert logits(student, TEXT).isfinite().all()
 
 
 @pytest.mark.parametrize("window", [None, 6, 2047])
 @pytest.mark.parametrize("family", ["phimoe", "mistral", "gemma2"])
-def test_window_is_found_also_where_the_text_is_too_short_to_show_it(family, window):
-    """Phi-MoE tells its attention nothing of it: only the mask is made by it."""
+def test_window_longer_than_the_traced_text_is_found(family, window):
+    """Phi-MoE passes the window to the mask only, not to the attention function."""
     if family == "gemma2" and window is None:
-        pytest.skip("it always has one")
-    sites = discover_attention(build(family, sliding_window=window))
-    assert [site.spec.window for site in sites] == [window, None if family == "gemma2" else window]
+        pytest.skip("it always has a window")
+    attention_layers = discover_attention(build(family, sliding_window=window))
+    assert [info.spec.window for info in attention_layers] == [window, None if family == "gemma2" else window]
 
 
-@pytest.mark.skipif("gemma4_text" not in FAMILIES, reason="this transformers has it not")
-def test_layers_may_differ_in_their_heads():
+@pytest.mark.skipif("gemma4_text" not in FAMILIES, reason="not in this version of transformers")
+def test_layers_with_different_head_sizes():
     teacher = build("gemma4_text")
-    assert [site.spec.head_dim for site in discover_attention(teacher)] == [8, 8, 16]
+    assert [info.spec.head_dim for info in discover_attention(teacher)] == [8, 8, 16]
     config = subquad.linearize(teacher, "gla", scale_ids=TEXT).config
     assert config.hidden_size == 32
     assert not hasattr(config, "head_dim")
 
 
-def test_a_student_is_no_teacher(teacher):
-    with pytest.raises(UserError, match=r"SubquadForCausalLM .* keep recurrent states of their own already"):
+def test_student_as_teacher_is_refused(teacher):
+    with pytest.raises(UserError, match=r"SubquadForCausalLM .* recurrent already"):
         subquad.linearize(subquad.linearize(teacher, "gla"), "gla")
 
 
-def test_experts_that_see_tokens_in_another_order_do_not_disturb():
-    """A part of attention that gives `[tokens, channels]`, beside projections that are found."""
+def test_submodule_that_flattens_the_tokens_is_ignored():
+    """An expert inside attention that returns `[tokens, channels]`."""
     teacher = build("llama")
     attention = teacher.model.layers[0].self_attn
 
@@ -241,17 +239,16 @@ def test_experts_that_see_tokens_in_another_order_do_not_disturb():
             return x.flatten(0, 1)
 
     attention.expert = Flat()
-    own = attention.forward
 
-    def forward(*args, **kwargs):
+    def call_expert(forward, *args, **kwargs):
         attention.expert(kwargs["hidden_states"])
-        return own(*args, **kwargs)
+        return forward(*args, **kwargs)
 
-    attention.forward = forward
+    wrap_forward(attention, call_expert)
     assert len(discover_attention(teacher)) == 2
 
 
-def test_a_teacher_in_bfloat16_is_read_as_in_float32():
+def test_discovery_in_bfloat16_equals_float32():
     wide, narrow = build("gpt_neox"), build("gpt_neox").bfloat16()
     for a, b in zip(discover_attention(wide), discover_attention(narrow), strict=True):
         assert a.spec == b.spec
@@ -260,30 +257,31 @@ def test_a_teacher_in_bfloat16_is_read_as_in_float32():
 
 
 @pytest.mark.parametrize("family", ["plain", "wide-biased-tied", "mistral", "qwen3"])
-def test_recorded_attention_is_reproduced_by_its_matrix(make_teacher, ids, family):
-    """What stage 1 aims at: the teacher's probabilities, sliding window included, give the teacher's heads."""
+def test_attention_probabilities_reproduce_the_teachers_heads(make_teacher, ids, family):
+    """The targets of stage 1, with a sliding window too."""
     teacher = make_teacher(family)
-    sites = discover_attention(teacher)
-    chosen = teacher.config._attn_implementation
-    for site, recording in zip(sites, collect_activations(teacher, attention_modules(sites), ids), strict=True):
-        attention = site.module
-        P = attention_probabilities(attention, site.spec.window, 0, recording.args, recording.kwargs)
+    attention_layers = discover_attention(teacher)
+    implementation = teacher.config._attn_implementation
+    activations = collect_activations(teacher, attention_modules(attention_layers), ids)
+    for info, layer in zip(attention_layers, activations, strict=True):
+        attention = info.module
+        P = attention_probabilities(attention, info.spec.window, 0, layer.args, layer.kwargs)
         assert P.shape == (3, 4, 11, 11)
-        some = attention_probabilities(attention, site.spec.window, 0, recording.args, recording.kwargs, slice(4, 9))
+        some = attention_probabilities(attention, info.spec.window, 0, layer.args, layer.kwargs, slice(4, 9))
         assert torch.allclose(some, P[:, :, 4:9], atol=1e-6)
         assert torch.allclose(P.sum(-1), torch.ones(()), atol=1e-5)
         assert torch.equal(P, P.tril())
-        v = attention.v_proj(recording.hidden_states).unflatten(-1, (2, -1)).repeat_interleave(2, dim=2)
+        v = attention.v_proj(layer.hidden_states).unflatten(-1, (2, -1)).repeat_interleave(2, dim=2)
         heads = torch.einsum("bhij,bjhv->bihv", P, v)
-        assert torch.allclose(heads.flatten(-2), recording.heads, atol=1e-5)
-        assert torch.allclose(attention.o_proj(recording.heads), recording.output, atol=1e-5)
-    assert teacher.config._attn_implementation == chosen
+        assert torch.allclose(heads.flatten(-2), layer.heads, atol=1e-5)
+        assert torch.allclose(attention.o_proj(layer.heads), layer.output, atol=1e-5)
+    assert teacher.config._attn_implementation == implementation
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["plain", "wide-biased-tied", "mistral", "qwen2", "qwen3"])
-def test_softmax_student_gives_the_teachers_logits(make_teacher, ids, family, implementation):
+def test_softmax_student_has_the_teachers_logits(make_teacher, ids, family, implementation):
     teacher = make_teacher(family)
     teacher.set_attn_implementation(implementation)
     student = subquad.linearize(teacher, "softmax")

@@ -11,26 +11,31 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.modeling.attention.discovery import AttentionInfo
+from subquad.modeling.attention.tracing import hidden_states_of
 from subquad.utils import eval_mode
+
+MAX_INPUT_TOKENS = 1024
+"""Tokens of each layer's input that `AttentionStats` keeps."""
 
 
 @dataclass
 class LayerActivations:
-    """What one layer, or its attention, was given and what it made of it, in one forward of the teacher."""
+    """Arguments and output of one decoder layer, or of its attention, in one forward pass."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
     heads: Tensor | None = None
-    """Input of an attention's output projection, `[B, T, H * V]`."""
+    """Input of the attention's output projection, `[B, T, H * V]`."""
 
     @property
     def hidden_states(self) -> Tensor:
-        return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
+        return hidden_states_of(self.args, self.kwargs)
 
 
 def layer_path(path: str) -> str:
-    """The module of the decoder layer in which the attention at `path` stands: the member of a list of layers."""
+    """The path of the decoder layer that contains the attention at `path`: `model.layers.3` of
+    `model.layers.3.self_attn`."""
     parts = path.split(".")
     last = max(i for i, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: last + 1])
@@ -40,28 +45,28 @@ def layer_path(path: str) -> str:
 def capture_activations(
     modules: Sequence[tuple[nn.Module, nn.Module | None]], on_output: Callable[[int, LayerActivations], None]
 ) -> Iterator[None]:
-    """While it lasts, `each(index, recording)` is called as soon as one of `modules` has run.
+    """Inside this context, `on_output(index, activations)` is called each time one of `modules` has run.
 
-    modules: layers or their attentions, each with its output projection where the heads are wanted.
+    modules: decoder layers or attention modules, each with its output projection if `heads` are needed.
     """
     hooks: list[Any] = []
     for index, (module, projection) in enumerate(modules):
-        given: dict[str, Any] = {}
+        captured: dict[str, Any] = {}
 
-        def before(_module, args, kwargs, given=given):
-            given.update(args=args, kwargs=kwargs)
+        def before(_module, args, kwargs, captured=captured):
+            captured.update(args=args, kwargs=kwargs)
 
-        def projecting(_module, args, given=given):
-            given["heads"] = args[0].flatten(2) if args[0].dim() > 3 else args[0]
+        def before_projection(_module, args, captured=captured):
+            captured["heads"] = args[0].flatten(2) if args[0].dim() > 3 else args[0]
 
-        def after(_module, _args, output, given=given, index=index):
+        def after(_module, _args, output, captured=captured, index=index):
             output = output[0] if isinstance(output, tuple) else output
-            on_output(index, LayerActivations(output=output, **given))
-            given.clear()
+            on_output(index, LayerActivations(output=output, **captured))
+            captured.clear()
 
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if projection is not None:
-            hooks.append(projection.register_forward_pre_hook(projecting))
+            hooks.append(projection.register_forward_pre_hook(before_projection))
         hooks.append(module.register_forward_hook(after))
     try:
         yield
@@ -71,8 +76,8 @@ def capture_activations(
 
 
 def attention_modules(attention_layers: Sequence[AttentionInfo]) -> list[tuple[nn.Module, nn.Module | None]]:
-    """The attentions of a model with their output projections, for `listen`."""
-    return [(site.module, site.module.get_submodule(site.output_projection)) for site in attention_layers]
+    """The attention modules with their output projections, as `capture_activations` takes them."""
+    return [(info.module, info.module.get_submodule(info.output_projection)) for info in attention_layers]
 
 
 @torch.no_grad()
@@ -82,24 +87,23 @@ def collect_activations(
     input_ids: Tensor,
     position_ids: Tensor | None = None,
 ) -> list[LayerActivations]:
-    """Runs `model` once on `input_ids: [B, T]`, all tokens real, and records every one of `modules` (see `listen`).
-    Positions that restart are documents that do not see each other."""
-    heard: dict[int, LayerActivations] = {}
-    where = {} if position_ids is None else {"position_ids": position_ids}
-    with capture_activations(modules, heard.__setitem__):
-        model.base_model(input_ids=input_ids, use_cache=False, **where)
-    return [heard[index] for index in range(len(modules))]
+    """Runs `model` once and returns the activations of `modules` (see `capture_activations`), in their order.
 
-
-MAX_INPUT_TOKENS = 1024
-"""Tokens of a layer's input that are kept while its attention is heard."""
+    input_ids: `[B, T]`, without padding.
+    position_ids: `[B, T]`; positions that restart at 0 separate documents, which do not attend to each other.
+    """
+    found: dict[int, LayerActivations] = {}
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    with capture_activations(modules, found.__setitem__):
+        model.base_model(input_ids=input_ids, use_cache=False, **positions)
+    return [found[index] for index in range(len(modules))]
 
 
 class AttentionStats:
-    """What is known of one attention at work: the scale of its heads' outputs, and tokens that it was given."""
+    """Statistics of one attention, from which a mixer is initialized: the scale of its heads, and inputs."""
 
-    def __init__(self, site: AttentionInfo):
-        self.spec = site.spec
+    def __init__(self, info: AttentionInfo):
+        self.spec = info.spec
         self.mean_squares: list[Tensor] = []
         self.inputs: list[Tensor] = []
 
@@ -111,11 +115,11 @@ class AttentionStats:
             self.inputs.append(activations.hidden_states.reshape(-1, self.spec.hidden_size))
 
     def output_rms(self) -> Tensor:
-        """Root mean square of each head's output, `[H]`."""
+        """Root mean square of each head's output, float32 `[H]`."""
         return torch.cat(self.mean_squares).mean(0).sqrt()
 
     def input_tokens(self) -> Tensor:
-        """`[tokens, hidden]`, no more than `INPUTS`."""
+        """Inputs of the attention, `[tokens, hidden]`, at most `MAX_INPUT_TOKENS`."""
         return torch.cat(self.inputs)[:MAX_INPUT_TOKENS]
 
 
@@ -123,11 +127,11 @@ class AttentionStats:
 def collect_attention_stats(
     teacher: PreTrainedModel, attention_layers: list[AttentionInfo]
 ) -> Iterator[list[AttentionStats]]:
-    """Hears the attentions of `sites` while `teacher` works."""
-    heard = [AttentionStats(site) for site in attention_layers]
+    """Yields statistics of `attention_layers` that every forward pass of `teacher` inside this context adds to."""
+    stats = [AttentionStats(info) for info in attention_layers]
     with (
         eval_mode(teacher),
         torch.no_grad(),
-        capture_activations(attention_modules(attention_layers), lambda i, seen: heard[i].add(seen)),
+        capture_activations(attention_modules(attention_layers), lambda i, activations: stats[i].add(activations)),
     ):
-        yield heard
+        yield stats

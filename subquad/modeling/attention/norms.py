@@ -1,4 +1,6 @@
-"""The norm that a family puts on queries and keys, read off what it takes and gives."""
+"""Finds the kind and weights of a norm of queries or keys from its input and output."""
+
+from typing import NamedTuple
 
 import torch.nn as nn
 from torch import Tensor
@@ -7,13 +9,22 @@ from subquad.mixers.norms import qk_norm
 from subquad.modeling.attention.tracing import TRACE_LENGTH
 
 NORM_KINDS = ("rms-head", "rms-all", "layer-head", "layer-all")
-QKNorm = tuple[str, float, Tensor, Tensor | None]
-"""Kind, epsilon, weight and bias `[heads, channels]`; no bias in the rms kinds."""
+"""RMS or layer norm, over each head or over all heads (see `subquad.mixers.norms.qk_norm`)."""
 
 
-def fit_norm(module: nn.Module, taken: Tensor, given: Tensor, heads: int) -> QKNorm | None:
-    """The kind of norm, and its weights by least squares over tokens; None where it is none of `KINDS`."""
-    x, y = (split_heads(t, heads).double() for t in (taken, given))
+class QKNorm(NamedTuple):
+    """A norm of queries or keys: one of `NORM_KINDS`, its epsilon, weight and bias `[heads, head_dim]`."""
+
+    kind: str
+    eps: float
+    weight: Tensor
+    bias: Tensor | None
+    """None in RMS norms."""
+
+
+def fit_norm(module: nn.Module, norm_input: Tensor, norm_output: Tensor, heads: int) -> QKNorm | None:
+    """The kind of a norm and its weights, by least squares over the tokens; None if it is none of `NORM_KINDS`."""
+    x, y = (split_heads(t, heads).double() for t in (norm_input, norm_output))
     if x.shape != y.shape:
         return None
     eps = next((getattr(module, n) for n in ("variance_epsilon", "eps") if hasattr(module, n)), None)
@@ -21,21 +32,22 @@ def fit_norm(module: nn.Module, taken: Tensor, given: Tensor, heads: int) -> QKN
     best: tuple[float, QKNorm] | None = None
     for kind in NORM_KINDS:
         n = qk_norm(x, kind, eps)
-        about = (0, 1)
+        tokens = (0, 1)
         if kind.startswith("layer"):
-            centred, mean = n - n.mean(about), n.mean(about)
-            weight = (centred * y).sum(about) / centred.square().sum(about)
-            bias = y.mean(about) - weight * mean
+            mean = n.mean(tokens)
+            centered = n - mean
+            weight = (centered * y).sum(tokens) / centered.square().sum(tokens)
+            bias = y.mean(tokens) - weight * mean
         else:
-            weight, bias = (n * y).sum(about) / n.square().sum(about), None
+            weight, bias = (n * y).sum(tokens) / n.square().sum(tokens), None
         error = float((qk_norm(x, kind, eps, weight, bias) - y).square().mean() / y.square().mean())
-        if best is None or error < 1e-2 * best[0]:  # a kind with more freedom must be worth it
-            best = error, (kind, eps, weight, bias)
+        if best is None or error < 1e-2 * best[0]:  # a kind with more parameters must fit much better
+            best = error, QKNorm(kind, eps, weight, bias)
     return best[1] if best is not None and best[0] < 1e-4 else None
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """`[B, T, H, K]`, from that, from `[B, H, T, K]`, or from `[B, T, H * K]`."""
+    """`x` as `[B, T, H, K]`; given that, `[B, H, T, K]` or `[B, T, H * K]`."""
     if x.dim() == 4:
         return x.transpose(1, 2) if x.shape[1] != TRACE_LENGTH else x
     return x.unflatten(-1, (heads, -1)) if x.shape[-1] % heads == 0 else x

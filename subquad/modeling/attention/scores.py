@@ -1,8 +1,8 @@
-"""The probabilities of a family's own softmax attention, some rows at a time: what stage 1 learns from.
+"""The attention probabilities of a softmax attention module, whole or some rows at a time; the targets of stage 1.
 
-They come from the family's eager attention function, so that caps, sinks and scalings are its own. It is handed only
-the queries of the rows that are asked for; a family in which that is not the same as rows of the whole (one that
-builds a causal mask of its own, or writes its attention out) gives the whole, of which the rows are taken.
+They come from the model's own eager attention function, which includes its soft caps, attention sinks and scaling. To
+get some rows, the function is given only the queries of these rows. Where this does not return rows of the whole matrix
+(a model that builds its own causal mask, or has no such function), the whole matrix is computed and sliced.
 """
 
 import inspect
@@ -15,21 +15,22 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from subquad.modeling.attention.tracing import attention_implementation
+from subquad.modeling.attention.tracing import attention_implementation, hidden_states_of
 from subquad.modeling.masks import additive_mask, doc_ids_and_positions
 
 ROW_SLICED = "subquad_rows"
+"""Name of the attention implementation that computes some rows."""
 PROBE_LENGTH = 6
-"""Tokens on which a family's rows are compared with its whole."""
+"""Tokens on which row slicing is compared with the whole matrix, once for each class of attention."""
 
 _requests: list[tuple[slice, list[Tensor]]] = []
 _row_slicing: dict[type, bool] = {}
 
 
-def _row_sliced_attention(module, query, key, value, attention_mask, **options):
+def _row_sliced_attention(module, query, key, value, attention_mask, **kwargs):
     rows, found = _requests[-1]
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    found.append(eager(module, query[:, :, rows], key, value, attention_mask, **options)[1])
+    found.append(eager(module, query[:, :, rows], key, value, attention_mask, **kwargs)[1])
     B, H, T, _ = query.shape
     return query.new_zeros(B, T, H, value.shape[-1]), None
 
@@ -43,55 +44,54 @@ def attention_probabilities(
 ) -> Tensor:
     """Rows of the attention probabilities of one layer, `[B, H, rows, T]`; differentiable.
 
-    args, kwargs: what the family handed to it, for rows that are one document each, without a cache.
+    window: tokens that a query attends to, itself included; None for all.
+    sinks: first tokens that every query also attends to.
+    args, kwargs: of the attention module's forward, for sequences of one document each, without padding or cache.
     """
     T = hidden_states_of(args, kwargs).shape[1]
-    first, end, _ = rows.indices(T)
-    if end - first == T:
+    start, stop, _ = rows.indices(T)
+    if stop - start == T:
         return _full_matrix(attention, window, sinks, args, kwargs)
     if not _supports_row_slicing(attention, window, sinks, args, kwargs):
         return _full_matrix(attention, window, sinks, args, kwargs)[:, :, rows]
-    return _matrix_rows(attention, window, sinks, args, kwargs, slice(first, end))
+    return _matrix_rows(attention, window, sinks, args, kwargs, slice(start, stop))
 
 
-def hidden_states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The input of a layer or its attention, from what a family hands over."""
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-
-def slice_tokens(value: Any, T: int, tokens: slice, row: slice = slice(None)) -> Any:
-    """Some tokens (and rows) of whatever has the tokens of a batch on its second axis, also within tuples."""
+def slice_tokens(value: Any, T: int, tokens: slice, batch: slice = slice(None)) -> Any:
+    """Slices every tensor whose second axis has `T` tokens, also inside tuples; returns anything else unchanged."""
     if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == T:
-        return value[row if value.shape[0] > 1 else slice(None), tokens]
-    return tuple(slice_tokens(v, T, tokens, row) for v in value) if isinstance(value, tuple) else value
+        return value[batch if value.shape[0] > 1 else slice(None), tokens]
+    return tuple(slice_tokens(v, T, tokens, batch) for v in value) if isinstance(value, tuple) else value
 
 
-def slice_arguments(args: tuple, kwargs: dict[str, Any], tokens: slice, row: slice = slice(None)) -> tuple[tuple, dict]:
-    """A family's arguments for some tokens (and rows) of a batch."""
+def slice_arguments(
+    args: tuple, kwargs: dict[str, Any], tokens: slice, batch: slice = slice(None)
+) -> tuple[tuple, dict]:
+    """The arguments of an attention's forward for some tokens (and rows) of a batch."""
     T = hidden_states_of(args, kwargs).shape[1]
-    return slice_tokens(args, T, tokens, row), {n: slice_tokens(value, T, tokens, row) for n, value in kwargs.items()}
+    return slice_tokens(args, T, tokens, batch), {n: slice_tokens(v, T, tokens, batch) for n, v in kwargs.items()}
 
 
 def replace_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any], mask: Tensor | None) -> tuple[tuple, dict]:
-    """What a family hands to a layer or its attention, `module`, with our mask in the place of its own."""
+    """The arguments of a decoder layer's or an attention's forward, with `mask` in place of their attention mask."""
     T = hidden_states_of(args, kwargs).shape[1]
 
     def is_mask(value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() == 4 and value.shape[-2:] in ((T, T), (1, T), (1, 0))
 
-    # One that was handed over by place may have been None: all tokens are real, and attention knows that it is causal.
-    taken = inspect.signature(module.forward).parameters.values()
-    by_place = [parameter.name for parameter in taken if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    found = {name: mask if is_mask(value) else value for name, value in kwargs.items()}
-    placed = [by_place[i : i + 1] == ["attention_mask"] or is_mask(value) for i, value in enumerate(args)]
-    if any(placed):
-        return tuple(mask if here else value for here, value in zip(placed, args, strict=True)), found
-    return args, {**found, "attention_mask": mask}
+    # A positional mask can be None (no padding, causal attention), so positional masks are also found by name.
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    replaced = {name: mask if is_mask(value) else value for name, value in kwargs.items()}
+    is_positional_mask = [names[i : i + 1] == ["attention_mask"] or is_mask(value) for i, value in enumerate(args)]
+    if any(is_positional_mask):
+        return tuple(mask if found else arg for found, arg in zip(is_positional_mask, args, strict=True)), replaced
+    return args, {**replaced, "attention_mask": mask}
 
 
 def _make_mask(x: Tensor, window: int | None, sinks: int, rows: slice) -> Tensor:
-    documents, places = doc_ids_and_positions(None, len(x), x.shape[1], x.device)
-    return additive_mask((documents[:, rows], places[:, rows]), (documents, places), window, sinks, x.dtype)
+    doc_ids, positions = doc_ids_and_positions(None, len(x), x.shape[1], x.device)
+    return additive_mask((doc_ids[:, rows], positions[:, rows]), (doc_ids, positions), window, sinks, x.dtype)
 
 
 def _full_matrix(attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -118,16 +118,16 @@ def _matrix_rows(
 def _supports_row_slicing(
     attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether this family's eager function, given some of the queries, gives those rows of the whole."""
-    known = _row_slicing.get(type(attention))
-    if known is None:
-        few_args, few = slice_arguments(args, kwargs, slice(0, PROBE_LENGTH))
+    """Whether the eager function of this class, given some queries, returns their rows of the whole matrix."""
+    supported = _row_slicing.get(type(attention))
+    if supported is None:
+        args, kwargs = slice_arguments(args, kwargs, slice(0, PROBE_LENGTH))
         rows = slice(2, 4)
         try:
-            some = _matrix_rows(attention, window, sinks, few_args, few, rows)
-            whole = _full_matrix(attention, window, sinks, few_args, few)
-            known = some.shape == whole[:, :, rows].shape and torch.allclose(some, whole[:, :, rows], atol=1e-4)
+            some = _matrix_rows(attention, window, sinks, args, kwargs, rows)
+            whole = _full_matrix(attention, window, sinks, args, kwargs)
+            supported = some.shape == whole[:, :, rows].shape and torch.allclose(some, whole[:, :, rows], atol=1e-4)
         except (AttributeError, IndexError, RuntimeError):
-            known = False
-        _row_slicing[type(attention)] = known
-    return known
+            supported = False
+        _row_slicing[type(attention)] = supported
+    return supported

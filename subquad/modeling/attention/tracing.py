@@ -1,8 +1,8 @@
-"""Watches attention at work: what it is given, what reaches softmax, what its parts take and give.
+"""Traces the attention of a model in one forward pass: queries, keys, values, and inputs and outputs of submodules.
 
-Almost every attention of `transformers` hands its queries, keys and values to a function that can be replaced. A
-stand-in for it sees them; where an older family writes softmax(q k^T) v out, a watch over torch's functions does.
-What is seen is read in `families.py`; nothing here knows what it means.
+Nearly every model of `transformers` passes queries, keys and values to a registered attention function. Tracing
+registers one that records its arguments. Older models compute softmax(q k^T) v with torch functions; for them a
+`TorchFunctionMode` records the matrix products and the softmax. `discovery.py` interprets the records.
 """
 
 from collections.abc import Iterator
@@ -20,42 +20,55 @@ from transformers.masking_utils import sdpa_mask
 
 from subquad.utils import UserError
 
-TRACED = "subquad_watched"
+TRACED = "subquad_traced"
+"""Name of the attention implementation that records its calls."""
 TRACE_BATCH, TRACE_LENGTH = 5, 13
-"""Size of the text that is run: primes that are no usual number of heads, so that axes can be told apart."""
+"""Shape of the traced token ids. Both are primes and unusual head counts, so that axes can be told apart by size."""
+
+
+def hidden_states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a decoder layer or an attention module."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 @dataclass
 class AttentionCall:
-    """One attention at work: what it was given, what reached the attention function (`[B, H, T, D]`), what that made
-    of it (`[B, T, H, V]`), and what the module's parts took and gave, by name."""
+    """One call of attention in a traced forward pass."""
 
     module: nn.Module
     query: Tensor
+    """`[B, H, T, D]`, as `key` and `value`: what the attention function was given."""
     key: Tensor
     value: Tensor
     attn_output: Tensor
+    """`[B, T, H, V]`: what the attention function returned."""
     mask: Tensor | None = None
     probabilities: Tensor | None = None
-    """Where the family computes them itself."""
+    """`[B, H, T, T]`, where the model computes them itself."""
     attention_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the attention function, such as `scaling` and `sliding_window`."""
     args: tuple[Any, ...] = ()
+    """Arguments of the attention module's forward, as `kwargs`."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     submodule_io: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Input and output of each submodule of `module`, by name."""
     module_output: Any = None
 
     @property
     def hidden_states(self) -> Tensor:
-        return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
+        return hidden_states_of(self.args, self.kwargs)
 
     @property
     def window(self) -> int | None:
-        """Tokens that a query sees: by the mask, which some families leave to say it alone, or as attention is told."""
+        """Tokens that a query attends to, itself included; None without a window.
+
+        It is read from the mask, which in some models alone has it, else from the attention function's arguments.
+        """
         return getattr(self.mask, "subquad_window", (self.attention_kwargs.get("sliding_window"), False))[0]
 
     @property
     def is_chunked(self) -> bool:
-        """Whether what is seen begins anew every `window` tokens."""
+        """Whether attention is restricted to fixed chunks of `window` tokens, instead of a sliding window."""
         return getattr(self.mask, "subquad_window", (None, False))[1]
 
     @property
@@ -66,21 +79,23 @@ class AttentionCall:
 _calls: list[AttentionCall] = []
 
 
-def _traced_attention(module, query, key, value, attention_mask, **options):
-    plain = {name: option for name, option in options.items() if name not in ("softcap", "s_aux")}
-    mixed = sdpa_attention_forward(module, query, key, value, attention_mask, **plain)[0]
-    _calls.append(AttentionCall(module, query, key, value, mixed, attention_mask, attention_kwargs=options))
-    return mixed, None
+def _traced_attention(module, query, key, value, attention_mask, **kwargs):
+    plain = {name: arg for name, arg in kwargs.items() if name not in ("softcap", "s_aux")}
+    attn_output = sdpa_attention_forward(module, query, key, value, attention_mask, **plain)[0]
+    _calls.append(AttentionCall(module, query, key, value, attn_output, attention_mask, attention_kwargs=kwargs))
+    return attn_output, None
 
 
 def _traced_mask(*args, **kwargs):
-    """The mask, never left out, with what is known of the window that made it: the text is too short to show it."""
+    """The SDPA mask, always built, with `subquad_window = (size, is_chunked)`: the traced text can be shorter than the
+    window, so that the mask's values do not show it."""
     size = kwargs.get("local_size")
     mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
     if mask is not None and size is not None:
-        # In a window the last token of twice its size sees the second half; in chunks it has just begun the third.
-        places = (torch.tensor(n, device=mask.device) for n in (0, 0, 2 * size, size + 1))
-        mask.subquad_window = size, size > 1 and not bool(kwargs["mask_function"](*places))  # type: ignore[attr-defined]
+        # Token 2 * size sees token size + 1 in a sliding window; with chunks it starts the third chunk and does not.
+        indices = (torch.tensor(n, device=mask.device) for n in (0, 0, 2 * size, size + 1))
+        is_chunked = size > 1 and not bool(kwargs["mask_function"](*indices))
+        mask.subquad_window = size, is_chunked  # type: ignore[attr-defined]
     return mask
 
 
@@ -90,7 +105,7 @@ AttentionMaskInterface.register(TRACED, _traced_mask)
 
 @contextmanager
 def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Every attention below `model` goes through the implementation `name` for a while."""
+    """Sets the attention implementation of `model` and its submodules to `name`; restores the previous ones on exit."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "to_dict")}
     before = [(config, config._attn_implementation) for config in configs.values()]  # type: ignore[union-attr]
     try:
@@ -98,20 +113,22 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
             config._attn_implementation = name  # type: ignore[union-attr]
         yield
     finally:
-        for config, chosen in before:
-            config._attn_implementation = chosen  # type: ignore[union-attr]
+        for config, implementation in before:
+            config._attn_implementation = implementation  # type: ignore[union-attr]
 
 
 class EagerAttentionTracer(TorchFunctionMode):
-    """Sees softmax(q k^T) v where it is written out, or given to torch's own function for it, in whichever module is
-    the last of `running`."""
+    """Records attention that a model computes with torch calls: softmax(q k^T) v, or `scaled_dot_product_attention`.
+
+    The call is attributed to the innermost running module, the last of `module_stack`.
+    """
 
     MATMULS = torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm
     SOFTMAXES = torch.softmax, Tensor.softmax, nn.functional.softmax
 
-    def __init__(self, running: list[nn.Module]):
+    def __init__(self, module_stack: list[nn.Module]):
         super().__init__()
-        self.module_stack = running
+        self.module_stack = module_stack
         self.query_and_key: tuple[Tensor, Tensor] | None = None
         self.probabilities: Tensor | None = None
 
@@ -124,8 +141,8 @@ class EagerAttentionTracer(TorchFunctionMode):
         elif func in self.SOFTMAXES:
             self.probabilities = out if self.query_and_key is not None else None
         elif func in self.MATMULS and self.probabilities is not None and same_values(args[0], self.probabilities):
-            given = (*self.query_and_key, args[1], out, self.probabilities)  # type: ignore[misc]
-            q, k, v, o, p = (x if x.dim() == 4 else x.unflatten(0, (TRACE_BATCH, -1)) for x in given)
+            tensors = (*self.query_and_key, args[1], out, self.probabilities)  # type: ignore[misc]
+            q, k, v, o, p = (x if x.dim() == 4 else x.unflatten(0, (TRACE_BATCH, -1)) for x in tensors)
             _calls.append(AttentionCall(self.module_stack[-1], q, k, v, o.transpose(1, 2), probabilities=p))
             self.query_and_key = self.probabilities = None
         elif func in self.MATMULS and out.shape[-2:] == (TRACE_LENGTH, TRACE_LENGTH):
@@ -135,19 +152,22 @@ class EagerAttentionTracer(TorchFunctionMode):
 
 @torch.no_grad()
 def trace_attention(model: PreTrainedModel, input_ids: Tensor) -> list[AttentionCall]:
-    """Runs `model` once on `[B, T]` tokens and looks into its attentions. UserError where it fails."""
-    given: dict[nn.Module, tuple[tuple, dict[str, Any]]] = {}
-    made: dict[nn.Module, Any] = {}
+    """Runs `model` once on `input_ids: [B, T]` and returns its calls of attention, in order.
 
-    running: list[nn.Module] = []
+    Raises:
+        UserError: the forward pass failed.
+    """
+    inputs: dict[nn.Module, tuple[tuple, dict[str, Any]]] = {}
+    outputs: dict[nn.Module, Any] = {}
+    module_stack: list[nn.Module] = []
 
     def enter(module, args, kwargs):
-        given[module] = args, kwargs
-        running.append(module)
+        inputs[module] = args, kwargs
+        module_stack.append(module)
 
     def leave(module, args, output):
-        made[module] = output
-        running.pop()
+        outputs[module] = output
+        module_stack.pop()
 
     hooks: list[Any] = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
     hooks += [module.register_forward_hook(leave) for module in model.modules()]
@@ -156,28 +176,28 @@ def trace_attention(model: PreTrainedModel, input_ids: Tensor) -> list[Attention
         with attention_implementation(model, TRACED):
             model(input_ids=input_ids, use_cache=False)
         if not _calls:
-            with attention_implementation(model, "eager"), EagerAttentionTracer(running):
+            with attention_implementation(model, "eager"), EagerAttentionTracer(module_stack):
                 model(input_ids=input_ids, use_cache=False)
         calls = list(_calls)
     except Exception as error:
-        why = str(error).strip().splitlines() or [type(error).__name__]
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{type(model).__name__} cannot be linearized: it failed while its attention was watched: {why[0]}"
+            f"{type(model).__name__} cannot be linearized: its forward pass failed during tracing: {reason[0]}"
         ) from error
     finally:
         _calls.clear()
         for hook in hooks:
             hook.remove()
     for call in calls:
-        (call.args, call.kwargs), call.module_output = given[call.module], made[call.module]
-        for name, part in call.module.named_modules():
-            if name and part in made:
-                args, output = given[part][0], made[part]
+        (call.args, call.kwargs), call.module_output = inputs[call.module], outputs[call.module]
+        for name, submodule in call.module.named_modules():
+            if name and submodule in outputs:
+                args, output = inputs[submodule][0], outputs[submodule]
                 if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                     call.submodule_io[name] = args[0], output
     return calls
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers in the same order, whatever their axes."""
+    """Whether two tensors hold the same numbers in the same order, whatever their shapes."""
     return a.numel() == b.numel() and torch.equal(a.flatten(), b.flatten())

@@ -1,0 +1,338 @@
+"""Converts a student to a model of `transformers` with Llama's layers: the part that all targets share.
+
+`qwen3_5.py` and `bamba.py` subclass `Converter` with the names and forms of their weights.
+"""
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from subquad.mixers import AttentionSpec
+from subquad.modeling.attention.discovery import AttentionInfo, random_tokens, read_attention
+from subquad.modeling.attention.tracing import AttentionCall, trace_attention
+from subquad.modeling.decoder_weights import DecoderLayerWeights, DecoderWeights, has_bias, read_decoder
+from subquad.modeling.export_target import ExportError, ExportTarget, unsupported_attention
+from subquad.modeling.layers import AttentionLayer, MixerLayer
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.utils import UserError, eval_mode
+
+TOLERANCE = 1e-5
+"""Relative error of the logits, in float32, up to which student and model count as equal; larger if the student's own
+rounding error is (see `rounding_error`)."""
+IDENTITY_HEAD_DIM = 64
+"""Channels of the one head of the identity layer, a size that inference kernels support."""
+Weights = dict[str, Tensor]
+AttentionTraces = dict[int, tuple[AttentionInfo, AttentionCall]]
+"""The layers that keep attention, by index."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that the configuration of every target contains."""
+
+    conv_width: int
+    """Of the short convolutions."""
+    mixer_spec: AttentionSpec
+    """The same for all mixers, in heads and channels."""
+    attention_heads: tuple[int, int, int]
+    """Query heads, key heads and head size of attention, kept or in the identity layer."""
+    common: dict[str, Any]
+    """Arguments of the configuration with the same names in all targets."""
+
+
+class Converter:
+    """Converts students to one target: names, shapes and values of its weights, and its configuration."""
+
+    target: ClassVar[ExportTarget]
+    final_norm: ClassVar[str]
+    """Name of the last norm's weight."""
+    mlp: ClassVar[str]
+    """Name of a layer's MLP, as `mlp_norm` of the norm before it."""
+    mlp_norm: ClassVar[str]
+    norm_offset: ClassVar[float] = 0.0
+    """What the target adds to the stored weights of its layer norms."""
+
+    def classes(self) -> tuple[Any, Any]:
+        """The configuration class and the model class; UserError if this version of transformers lacks them."""
+        raise NotImplementedError
+
+    def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: AttentionTraces) -> Any:
+        raise NotImplementedError
+
+    def mixer_weights(self, mixer: Any, conv_width: int, factor: float) -> Weights:
+        """Weights of a layer's mixer, its output multiplied by `factor`."""
+        raise NotImplementedError
+
+    def attention_weights(self, info: AttentionInfo, call: AttentionCall, factor: float) -> Weights:
+        """Weights of a kept attention, its output multiplied by `factor`."""
+        raise NotImplementedError
+
+    def attention_shapes(self, hidden: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights of an attention with one head."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def convert(self, student: SubquadForCausalLM) -> PreTrainedModel:
+        """The target's model with the student's weights, dtype and generation config, in evaluation mode. Its logits on
+        random tokens at distant positions have been compared with the student's.
+
+        Raises:
+            ExportError: the student computes something that the target does not; with the first difference found.
+        """
+        try:
+            with eval_mode(student):
+                return self._convert(student)
+        except ExportError as error:
+            raise ExportError(error.reason, self.target, "this student") from None
+
+    def _convert(self, student: SubquadForCausalLM) -> PreTrainedModel:
+        check_layers(student, self.target)
+        decoder = read_decoder(student, [f"base.{spec['path']}" for spec in student.config.attention_specs])
+        kept = trace_kept_attention(student)
+        check_epsilons(student, decoder.eps, kept, self.target)
+        mixers = [layer.mixer for layer in student.mixer_layers if isinstance(layer, MixerLayer)]
+        conv_width = max([mixer.options.short_conv for mixer in mixers] or [4]) or 4
+        weights = {
+            "model.embed_tokens.weight": decoder.embedding,
+            self.final_norm: decoder.norm - self.norm_offset,
+        }
+        if decoder.head is not None:
+            weights["lm_head.weight"] = decoder.head
+        for i, (layer, rest) in enumerate(zip(student.mixer_layers, decoder.layers, strict=True)):
+            if isinstance(layer, MixerLayer):
+                own = self.mixer_weights(layer.mixer, conv_width, rest.attention_factor)
+            else:
+                own = self.attention_weights(*kept[i], rest.attention_factor)
+            own |= self.norm_and_mlp_weights(rest)
+            weights |= {f"model.layers.{i}.{name}": weight for name, weight in own.items()}
+        if not kept:
+            identity = self.identity_layer(decoder)
+            weights |= {f"model.layers.{len(decoder.layers)}.{name}": weight for name, weight in identity.items()}
+        config = self.config(student, read_sizes(student, decoder, kept, conv_width), kept)
+        model = self.build_model(config, weights, student)
+        check_logits(student, model)
+        return model
+
+    def norm_and_mlp_weights(self, layer: DecoderLayerWeights) -> Weights:
+        return {
+            "input_layernorm.weight": layer.norm - self.norm_offset,
+            f"{self.mlp_norm}.weight": layer.mlp_norm - self.norm_offset,
+            f"{self.mlp}.gate_proj.weight": layer.gate,
+            f"{self.mlp}.up_proj.weight": layer.up,
+            f"{self.mlp}.down_proj.weight": layer.down,
+        }
+
+    def identity_layer(self, decoder: DecoderWeights) -> Weights:
+        """The weights, all zero, of a layer with attention that returns its input."""
+        layer = decoder.layers[0]
+        shapes = self.attention_shapes(decoder.embedding.shape[1], IDENTITY_HEAD_DIM)
+        shapes |= {name: tuple(weight.shape) for name, weight in self.norm_and_mlp_weights(layer).items()}
+        return {name: decoder.norm.new_zeros(shape) for name, shape in shapes.items()}
+
+    def build_model(self, config: Any, weights: Weights, student: SubquadForCausalLM) -> PreTrainedModel:
+        """The target's model with copies of `weights` and the student's generation config."""
+        with torch.device(student.device):
+            model = self.classes()[1](config).to(student.dtype)
+        state = model.state_dict()
+        shapes = {name: list(t.shape) for name, t in state.items() if name != "lm_head.weight" or name in weights}
+        if shapes != {name: list(weight.shape) for name, weight in weights.items()}:
+            wrong = sorted(set(shapes) ^ set(weights)) or [n for n, s in shapes.items() if list(weights[n].shape) != s]
+            raise ExportError(f"its weights do not have the names and shapes of the target's ({', '.join(wrong[:3])})")
+        for name, weight in weights.items():
+            state[name].copy_(weight)
+        model.generation_config = student.generation_config
+        return model.eval()
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def check_layers(student: SubquadForCausalLM, target: ExportTarget) -> None:
+    """Raises ExportError if the target does not have a layer of the student, by its layer specs and weights."""
+    for i, (layer, spec) in enumerate(zip(student.mixer_layers, student.config.layer_specs, strict=True)):
+        if isinstance(layer, AttentionLayer):
+            problem = unsupported_attention(spec, layer.spec, target)
+            normed = layer.spec.qk_norm is not None or layer.added_qk_norms()
+            if problem is None and target.has_qk_norm and not normed:
+                problem = "its attention has no norm of queries and keys"
+        elif layer.mixer.name == target.mixer:
+            problem = unsupported_mixer(layer.mixer, target)
+        else:
+            problem = f"its mixer is {spec['mixer']}"
+        if problem is not None:
+            raise ExportError(f"layer {i}: {problem}")
+
+
+def unsupported_mixer(mixer: Any, target: ExportTarget) -> str | None:
+    for name, required in target.mixer_options.items():
+        value = getattr(mixer.options, name)
+        if name != "biases" and value != required:
+            return f"{name}: got {value!r}, expected {required!r}"
+    biased = [n for n, part in mixer.named_children() if has_bias(part) and n not in target.biased_projections]
+    return f"biases in {', '.join(biased)}, expected none" if biased else None
+
+
+def check_epsilons(student: SubquadForCausalLM, eps: float, kept: AttentionTraces, target: ExportTarget) -> None:
+    """Raises ExportError if a norm of a mixer or of kept attention has another epsilon than the target has for all."""
+    found = {i: (info.spec.qk_norm_eps, eps) for i, (info, _) in kept.items() if target.has_qk_norm}
+    for i, layer in enumerate(student.mixer_layers):
+        if isinstance(layer, MixerLayer):
+            found[i] = layer.mixer.norm_eps, target.mixer_norm_eps(eps, layer.spec)
+    for i, (value, required) in sorted(found.items()):
+        if value != required:
+            raise ExportError(f"layer {i}: norm_eps: got {value:g}, expected {required:g}, as in the layer norms")
+
+
+def trace_kept_attention(student: SubquadForCausalLM) -> AttentionTraces:
+    if not any(student.config.keeps_attention):
+        return {}
+    indices = {
+        id(layer.attention): i for i, layer in enumerate(student.mixer_layers) if isinstance(layer, AttentionLayer)
+    }
+    found = {}
+    for call in trace_attention(student, random_tokens(student)):
+        i = indices[id(call.module)]
+        found[i] = read_attention(i, student.config.attention_specs[i]["path"], call, student.config.base_config), call
+    return found
+
+
+def check_logits(student: SubquadForCausalLM, model: PreTrainedModel) -> None:
+    """Raises ExportError if the two do not give the same logits in float32, on random tokens at positions spread over
+    the teacher's context length."""
+    wide_student, wide_model = (m if m.dtype == torch.float32 else float32_copy(m) for m in (student, model))
+    tokens = random_tokens(student)
+    context = getattr(student.config, "max_position_embeddings", 2048)
+    last = min(context, student.config.max_learned_positions or 2**31) - 1
+    positions = torch.linspace(0, last, tokens.shape[1], device=tokens.device).long().expand_as(tokens)
+    inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": torch.ones_like(tokens)}
+    error = relative_error(*(m(**inputs, use_cache=False).logits for m in (wide_model, wide_student)))
+    allowed = max(TOLERANCE, 3 * rounding_error(wide_student, tokens)) if student.dtype == torch.float32 else 3e-2
+    if not error < allowed:
+        raise ExportError(
+            f"the relative error of the new model's logits is {error:.1e}, where rounding explains {allowed:.0e}; the "
+            "student computes something that was not detected"
+        )
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def rounding_error(student: PreTrainedModel, tokens: Tensor) -> float:
+    """The relative error between the student's logits of a whole text and of the same text token by token."""
+    cache = student.new_cache()  # type: ignore[operator]
+    steps = [student(input_ids=piece, past_key_values=cache).logits for piece in tokens.split(1, dim=1)]
+    return relative_error(torch.cat(steps, dim=1), student(input_ids=tokens, use_cache=False).logits)
+
+
+def float32_copy(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model).float()
+
+
+# ---------------------------------------------------------------------- sizes and weights
+
+
+def read_sizes(student: SubquadForCausalLM, decoder: DecoderWeights, kept: AttentionTraces, conv_width: int) -> Sizes:
+    base: Any = student.config.base_config.get_text_config()  # type: ignore[union-attr]
+    specs = [layer.spec for layer in student.mixer_layers if isinstance(layer, MixerLayer)]
+    require_one_size([(s.num_heads, s.head_dim, s.value_dim) for s in specs], "mixers")
+    shapes = [(i.spec.num_heads, i.spec.num_kv_heads, i.spec.head_dim) for i, _ in kept.values()]
+    heads = require_one_size(shapes or [(1, 1, IDENTITY_HEAD_DIM)], "attention layers")
+    common = {
+        "vocab_size": len(decoder.embedding),
+        "hidden_size": decoder.embedding.shape[1],
+        "intermediate_size": require_one_size([len(layer.gate) for layer in decoder.layers], "MLPs"),
+        "num_hidden_layers": len(student.mixer_layers) + (not kept),
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": heads[2],
+        "rms_norm_eps": decoder.eps,
+        "max_position_embeddings": getattr(base, "max_position_embeddings", 32768),
+        "tie_word_embeddings": decoder.head is None,
+        "initializer_range": getattr(base, "initializer_range", 0.02),
+        "dtype": student.dtype,
+        **{name: getattr(base, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+    return Sizes(conv_width, specs[0], heads, common)
+
+
+def require_one_size(sizes: list[Any], what: str) -> Any:
+    if not sizes:
+        raise ExportError(f"it has no {what}")
+    if len(set(sizes)) != 1:
+        raise ExportError(f"its {what} have different sizes ({', '.join(map(str, sorted(set(sizes))))})")
+    return sizes[0]
+
+
+def rope_parameters(student: SubquadForCausalLM, kept: AttentionTraces, head_dim: int) -> tuple[dict[str, Any], int]:
+    """The teacher's `rope_parameters` (without kept attention, default ones), and the channels of a head that the
+    embedding rotates."""
+    base: Any = student.config.base_config.get_text_config()  # type: ignore[union-attr]
+    rope = getattr(base, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10_000.0}
+    rotated = {int(call.position_embeddings[0].shape[-1]) for _, call in kept.values() if call.position_embeddings}
+    rotated = rotated or {head_dim}
+    if any(isinstance(value, dict) for value in rope.values()) or len(rotated) != 1:
+        raise ExportError("its layers have different rotary embeddings")
+    if not kept:
+        rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10_000.0)}
+    return {**rope, "partial_rotary_factor": (channels := rotated.pop()) / head_dim}, channels
+
+
+def query_scale(info: AttentionInfo, call: AttentionCall) -> float:
+    """The scale of kept attention's scores, relative to 1 / sqrt(head_dim)."""
+    head_dim = info.spec.head_dim
+    scale = float(call.attention_kwargs.get("scaling") or head_dim**-0.5) * head_dim**0.5
+    return 1.0 if abs(scale - 1) < 1e-6 else scale
+
+
+def conv_weight(mixer: Any, names: tuple[str, ...], width: int) -> Tensor:
+    """The short convolutions of the projections `names`, concatenated: `[channels, 1, width]`."""
+    projections, kernels = mixer.projections(), mixer.conv_weights()
+    padded = [pad_kernel(projections[name].out_features, kernels.get(name), width) for name in names]
+    return torch.cat(padded).unsqueeze(1).to(mixer.o_proj.weight)
+
+
+def pad_kernel(channels: int, kernel: Tensor | None, width: int) -> Tensor:
+    """`kernel` with zeros before it, `[channels, width]`; the identity if it is None."""
+    padded = torch.zeros(channels, width)
+    if kernel is None:
+        padded[:, -1] = 1.0
+    else:
+        padded[:, width - kernel.shape[1] :] = kernel.detach()
+    return padded
+
+
+# ---------------------------------------------------------------------- classes of transformers
+
+
+@contextmanager
+def without_fla() -> Iterator[None]:
+    """Hides `fla` if there is no GPU: `transformers` binds its Triton kernels when a model class is imported, and they
+    would fail when called."""
+    before = {"fla": sys.modules["fla"]} if "fla" in sys.modules else {}
+    if not torch.cuda.is_available():
+        sys.modules["fla"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.modules.pop("fla", None)
+        sys.modules.update(before)
+
+
+def transformers_classes(config: str, model: str) -> tuple[Any, Any]:
+    """Two classes of `transformers` by name; UserError if this version lacks one."""
+    with without_fla():
+        found = [getattr(transformers, name, None) for name in (config, model)]
+    if None in found:
+        raise UserError(f"transformers {transformers.__version__} has no {model}; expected a later version")
+    return found[0], found[1]
