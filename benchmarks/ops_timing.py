@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad import ops
-from subquad.ops.engine.segments import CHUNK
+from subquad.ops.engine.segments import DEFAULT_CHUNK
 
 Call = Callable[[], object]
 
@@ -226,7 +226,7 @@ def matmul_rate() -> float:
 
 def matmul_operations(kind: str, size: Size) -> float:
     """Floating-point operations in the matrix products of our chunk form, forward and backward."""
-    C, K, V = CHUNK, size.K, size.V + (kind in ("mlstm", "normalized"))
+    C, K, V = DEFAULT_CHUNK, size.K, size.V + (kind in ("mlstm", "normalized"))
     chunks = size.B * size.H * -(-size.T // C)
     if kind in ("delta", "gated_delta", "kda"):
         inside = C * C * (16 * K + 10 * V) + 2 * C**3 / 3

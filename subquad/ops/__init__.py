@@ -1,7 +1,7 @@
-"""The mathematics of every mixer, as pure functions on tensors; knows nothing of models, modules or configs.
+"""The operators of all mixers, as pure functions on tensors in the layout [batch, time, heads, dim].
 
-Layout [batch, time, heads, dim]; decays are always carried as logs. `step` is the definition, `chunk` trains and
-prefills, `matrix` is the dense mixing matrix; `normalized` and `mlstm` add a normaliser to the same recurrence.
+`step` defines the recurrence and decodes, `chunk` trains and prefills, `matrix` is the dense mixing matrix.
+`normalized` and `mlstm` add a normalizer, `short_conv` is a causal depthwise convolution. Decays are passed as logs.
 """
 
 from subquad.ops.chunk import chunk

@@ -1,9 +1,8 @@
-"""What an op's arguments must look like, and the errors that say so.
+"""Argument checks of the public operators.
 
-Every public op calls one `check_*` before it computes. A wrong type or dtype is a `TypeError`, anything else a
-`ValueError`; the message names the argument, what came and what was expected. What can only be known by looking at
-values (a positive decay, document boundaries) is checked on the CPU and outside compilation only, where looking costs
-no synchronisation and no graph break.
+A wrong type or dtype raises a `TypeError`, anything else a `ValueError`. The message names the argument, what it got
+and what was expected. Checks that read values (a positive decay, document boundaries) run only on the CPU and outside
+compilation, where they cause no synchronization and no graph break.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which an op computes and keeps its state: float64 for float64 inputs, float32 for every other."""
+    """The dtype of the computation and the state: float64 for float64 inputs, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def can_read_values(x: Tensor) -> bool:
-    """Whether the values of `x` may be read: on the CPU, not while compiling, not inside `vmap` or a fake tensor."""
+    """Whether values of `x` can be read: it is a CPU tensor, outside compilation, `vmap` and fake tensors."""
     return (
         x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
@@ -32,12 +31,17 @@ def can_read_values(x: Tensor) -> bool:
     )
 
 
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd is enabled and some tensor requires a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _shape(x: Tensor) -> str:
     return "[" + ", ".join(str(n) for n in x.shape) + "]"
 
 
-def tensor(name: str, x: object, like: Tensor | None = None, same_dtype: bool = False) -> None:
-    """`x` is a floating-point tensor, on the device (and, if asked, of the dtype) of `like`."""
+def check_tensor(name: str, x: object, like: Tensor | None = None, same_dtype: bool = False) -> None:
+    """`x` is a floating-point tensor on the device of `like` and, with `same_dtype`, of its dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
     if x.dtype not in DTYPES:
@@ -45,29 +49,29 @@ def tensor(name: str, x: object, like: Tensor | None = None, same_dtype: bool = 
         raise TypeError(f"{name}: got dtype {x.dtype}, expected one of {expected}")
     if like is not None and x.device != like.device:
         raise ValueError(
-            f"{name}: got a tensor on {x.device}, expected it on {like.device}, where the first argument is"
+            f"{name}: got a tensor on {x.device}, expected {like.device}, the device of the first argument"
         )
     if like is not None and same_dtype and x.dtype != like.dtype:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected {like.dtype}, the dtype of the first argument")
 
 
-def shape(name: str, x: Tensor, *expected: Sequence[int], axes: str) -> None:
-    """The shape of `x` is one of `expected`; `axes` is how the axes are called in the message."""
+def check_shape(name: str, x: Tensor, *expected: Sequence[int], dims: str) -> None:
+    """The shape of `x` is one of `expected`; `dims` names its dimensions in the message."""
     if tuple(x.shape) not in {tuple(e) for e in expected}:
-        wanted = " or ".join(str(list(e)) for e in expected)
-        raise ValueError(f"{name}: got shape {_shape(x)}, expected {axes} = {wanted}")
+        shapes = " or ".join(str(list(e)) for e in expected)
+        raise ValueError(f"{name}: got shape {_shape(x)}, expected {dims} = {shapes}")
 
 
 def check_qk(q: Tensor, k: Tensor) -> None:
-    tensor("q", q)
+    check_tensor("q", q)
     if q.dim() != 4:
-        raise ValueError(f"q: got shape {_shape(q)}, expected 4 axes, [batch, time, heads, key size]")
-    tensor("k", k, like=q, same_dtype=True)
-    shape("k", k, q.shape, axes="the shape of q")
+        raise ValueError(f"q: got shape {_shape(q)}, expected 4 dimensions, [batch, time, heads, key size]")
+    check_tensor("k", k, like=q, same_dtype=True)
+    check_shape("k", k, q.shape, dims="the shape of q")
 
 
 def check_v(q: Tensor, v: Tensor) -> None:
-    tensor("v", v, like=q, same_dtype=True)
+    check_tensor("v", v, like=q, same_dtype=True)
     if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         B, T, H, _ = q.shape
         raise ValueError(f"v: got shape {_shape(v)}, expected [B, T, H, V] = [{B}, {T}, {H}, any]")
@@ -77,27 +81,25 @@ def check_log_decay(q: Tensor, log_decay: Tensor | None) -> None:
     if log_decay is None:
         return
     B, T, H, K = q.shape
-    tensor("log_decay", log_decay, like=q)
-    shape("log_decay", log_decay, (H,), (B, T, H), (B, T, H, K), axes="[H] or [B, T, H] or [B, T, H, K]")
+    check_tensor("log_decay", log_decay, like=q)
+    check_shape("log_decay", log_decay, (H,), (B, T, H), (B, T, H, K), dims="[H] or [B, T, H] or [B, T, H, K]")
     if can_read_values(log_decay) and log_decay.numel() and (largest := log_decay.amax().item()) > 0:
-        raise ValueError(
-            f"log_decay: got a positive value, {largest:.6g}; expected the log of a decay in [0, 1], at most 0"
-        )
+        raise ValueError(f"log_decay: got {largest:.6g}, expected at most 0, the log of a decay in [0, 1]")
 
 
 def check_gate(name: str, q: Tensor, gate: Tensor) -> None:
     B, T, H, _ = q.shape
-    tensor(name, gate, like=q)
-    shape(name, gate, (B, T, H), axes="[B, T, H]")
+    check_tensor(name, gate, like=q)
+    check_shape(name, gate, (B, T, H), dims="[B, T, H]")
 
 
-def check_state(name: str, q: Tensor, state: Tensor | None, expected: Sequence[int], axes: str) -> None:
+def check_state(name: str, q: Tensor, state: Tensor | None, expected: Sequence[int], dims: str) -> None:
     if state is None:
         return
-    tensor(name, state, like=q)
+    check_tensor(name, state, like=q)
     if state.dtype != compute_dtype(q):
-        raise TypeError(f"{name}: got dtype {state.dtype}, expected {compute_dtype(q)}, in which the state is carried")
-    shape(name, state, expected, axes=axes)
+        raise TypeError(f"{name}: got dtype {state.dtype}, expected {compute_dtype(q)}, the dtype of states")
+    check_shape(name, state, expected, dims=dims)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
@@ -108,7 +110,7 @@ def check_chunk_size(chunk_size: int | None) -> None:
 
 
 def check_cu_seqlens(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Number of sequences that own a state: documents, or the batch without `cu_seqlens`. `x` is [B, T, ...]."""
+    """Returns the number of documents, each with its own state; without `cu_seqlens` the batch size of x."""
     if cu_seqlens is None:
         return x.shape[0]
     if not isinstance(cu_seqlens, Tensor):
@@ -143,21 +145,21 @@ def check_recurrence(
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> None:
-    """Everything that `step` and `chunk` ask of their arguments."""
+    """All arguments of `step` and `chunk`."""
     check_qk(q, k)
     check_v(q, v)
     check_log_decay(q, log_decay)
     if beta is not None:
         check_gate("beta", q, beta)
     check_chunk_size(chunk_size)
-    sequences = check_cu_seqlens(q, cu_seqlens)
+    documents = check_cu_seqlens(q, cu_seqlens)
     _, _, H, K = q.shape
     owner = "B" if cu_seqlens is None else "documents"
-    check_state("initial_state", q, initial_state, (sequences, H, K, v.shape[-1]), axes=f"[{owner}, H, K, V]")
+    check_state("initial_state", q, initial_state, (documents, H, K, v.shape[-1]), dims=f"[{owner}, H, K, V]")
 
 
 def check_tuple(name: str, x: object, parts: Sequence[str]) -> None:
-    """`x` is a tuple with one tensor for each of `parts`."""
+    """`x` is a tuple with one element for each of `parts`."""
     expected = "(" + ", ".join(parts) + ")"
     if not isinstance(x, (tuple, list)):
         raise TypeError(f"{name}: got {type(x).__name__}, expected the tuple {expected}")
@@ -166,7 +168,7 @@ def check_tuple(name: str, x: object, parts: Sequence[str]) -> None:
 
 
 def check_rows(rows: slice | None, T: int) -> tuple[int, int]:
-    """First row and end of the rows asked for."""
+    """Returns the first row and the end of `rows`; None is all T."""
     if rows is None:
         return 0, T
     if not isinstance(rows, slice):
@@ -178,10 +180,7 @@ def check_rows(rows: slice | None, T: int) -> tuple[int, int]:
 
 
 def check_inplace(initial_state: Tensor | None, tensors: Sequence[Tensor | None]) -> None:
-    """There is a state to write over, and no gradient that would miss it."""
     if initial_state is None:
-        raise ValueError("inplace: got True without initial_state, expected a state to write over")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, initial_state)):
-        raise ValueError(
-            "inplace: got True for tensors that require gradients, expected torch.no_grad() or detached ones"
-        )
+        raise ValueError("inplace: got True without initial_state, expected a state to write into")
+    if any_requires_grad(*tensors, initial_state):
+        raise ValueError("inplace: got tensors that require gradients, expected torch.no_grad() or detached ones")

@@ -1,8 +1,9 @@
-"""Short convolution: causal, one filter of W taps a channel, with a state of the last W - 1 inputs.
+"""Short causal depthwise convolution: one filter of W taps for each channel, with a state of the last W - 1 inputs.
 
-    y_t = bias + sum_w weight[:, w] x_{t - (W - 1) + w}          weight[:, W - 1] weighs the current token
+    y_t = bias + sum_w weight[:, w] x_{t - (W - 1) + w}          weight[:, W - 1] is the tap of the current token
 
-It is bound by memory, so that it goes through the sequence in blocks that stay in the cache while all taps read them.
+Memory bandwidth limits it, so that it goes through the sequence in tiles that stay in the cache while all taps read
+them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from subquad.ops import checks
 from subquad.ops.engine.functions import OnceDifferentiable, VmapByLoopFunction
 from subquad.ops.engine.workspace import Workspace
 
-TILE_NUMBERS = 1 << 16  # numbers
+TILE_NUMBERS = 1 << 16
 
 
 def short_conv(
@@ -30,63 +31,60 @@ def short_conv(
     cu_seqlens: Tensor | None = None,
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Convolve every channel over time with its own filter.
+    """Convolves every channel over time with its own filter.
 
     Args:
         x: [B, T, D]; bfloat16 and float16 are computed in float32.
-        weight: [D, W], the current token's tap last.
+        weight: [D, W], the tap of the current token last.
         bias: [D].
         initial_state: [B, W - 1, D] in the dtype of x, the inputs before the first; None is zeros.
         cu_seqlens: [N + 1] boundaries of N documents packed into a batch of one; states are then [N, W - 1, D].
         activation: None or "silu".
 
     Returns:
-        y [B, T, D] in the dtype of x, and the last W - 1 inputs [B, W - 1, D], ready for the next call.
+        y [B, T, D] in the dtype of x, and the last W - 1 inputs [B, W - 1, D], the `initial_state` of the next call.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; an unknown activation.
     """
-    sequences = check_conv(x, weight, bias, initial_state, cu_seqlens, activation)
+    documents = check_conv(x, weight, bias, initial_state, cu_seqlens, activation)
     _, T, D = x.shape
-    state = x.new_zeros(sequences, weight.shape[1] - 1, D) if initial_state is None else initial_state
+    state = x.new_zeros(documents, weight.shape[1] - 1, D) if initial_state is None else initial_state
     bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
-    return ShortConv.apply(x, weight, bias, state, Bounds(bounds), activation == "silu")
+    return ShortConv.apply(x, weight, bias, state, DocumentBounds(bounds), activation == "silu")
 
 
-class Bounds:
-    """Where documents begin and end, [0, T] for none; opaque to `torch.func`, which would take a list apart."""
+class DocumentBounds:
+    """Boundaries of documents in tokens, [0, T] without documents. A class, since `torch.func` would unpack a list."""
 
     def __init__(self, bounds: list[int]) -> None:
         self.bounds = bounds
         self.packed = len(bounds) > 2
 
-    def spans(self) -> list[tuple[int, int]]:
-        return list(itertools.pairwise(self.bounds))
-
 
 class ConvTile(NamedTuple):
     start: int  # token
     end: int
-    states: slice  # whose state comes before the first block and after the last
-    first: bool
+    states: slice  # of the document, or of the whole batch
+    first: bool  # in its document
     last: bool
 
 
 class ShortConv(VmapByLoopFunction):
-    """(x, weight, bias, state, bounds, silu) -> (y, last inputs).
-
-    Nothing but the inputs is kept: the argument of the activation is computed again before its derivative.
-    """
+    """(x, weight, bias, state, bounds, silu) -> (y, last inputs). Saves only its inputs; recomputes the rest."""
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, bounds: Bounds, silu: bool
+        x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, bounds: DocumentBounds, silu: bool
     ) -> tuple[Tensor, Tensor]:
-        walk = ConvTiles(x, weight, bias, state, bounds)
-        y, final = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
-        for block in walk.blocks():
-            inputs, sums = walk.sums(block)
-            y[:, block.start : block.end] = F.silu(sums, inplace=True) if silu else sums
-            if block.last:
-                final[block.states] = inputs[:, block.end - block.start :]
-        return y, final
+        tiles = ConvTiles(x, weight, bias, state, bounds)
+        y, final_state = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
+        for tile in tiles:
+            inputs, sums = tiles.convolve(tile)
+            y[:, tile.start : tile.end] = F.silu(sums, inplace=True) if silu else sums
+            if tile.last:
+                final_state[tile.states] = inputs[:, tile.end - tile.start :]
+        return y, final_state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -110,70 +108,70 @@ class ShortConvBackward(OnceDifferentiable):
         weight: Tensor,
         bias: Tensor | None,
         state: Tensor,
-        bounds: Bounds,
+        bounds: DocumentBounds,
         silu: bool,
     ) -> tuple[Tensor | None, ...]:
         dy = torch.zeros_like(x) if dy is None else dy
-        walk, before = ConvTiles(x, weight, bias, state, bounds), state.shape[1]
+        tiles, history = ConvTiles(x, weight, bias, state, bounds), state.shape[1]
         dx, d_state = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
-        d_taps, d_bias = torch.zeros_like(walk.taps), torch.zeros_like(walk.taps[0])
-        carry = walk.work("carry", x.shape[0], before, x.shape[2])
-        for block in reversed(list(walk.blocks())):
-            inputs, sums = walk.sums(block)
-            if block.last:
-                carry.zero_() if d_final is None else carry.copy_(d_final[block.states])
-            n = block.end - block.start
-            d_sums = walk.work("d_sums", *sums.shape).copy_(dy[:, block.start : block.end])
+        d_taps, d_bias = torch.zeros_like(tiles.taps), torch.zeros_like(tiles.taps[0])
+        carry = tiles.work("carry", x.shape[0], history, x.shape[2])
+        for tile in reversed(list(tiles)):
+            inputs, sums = tiles.convolve(tile)
+            if tile.last:
+                carry.zero_() if d_final is None else carry.copy_(d_final[tile.states])
+            n = tile.end - tile.start
+            d_sums = tiles.work("d_sums", *sums.shape).copy_(dy[:, tile.start : tile.end])
             if silu:
                 d_sums = torch.ops.aten.silu_backward(d_sums, sums)
-            # Inputs of the block and the `before` ahead of it; the latter are handed to the block before.
-            d_inputs = walk.work("d_inputs", *inputs.shape)
+            # The first `history` inputs belong to the previous tile, which receives their gradient by `carry`.
+            d_inputs = tiles.work("d_inputs", *inputs.shape)
             d_inputs[:, :n].zero_()
             d_inputs[:, n:] = carry
-            for w, tap in enumerate(walk.taps):
+            for w, tap in enumerate(tiles.taps):
                 d_inputs[:, w : w + n].addcmul_(d_sums, tap)
                 d_taps[w] += torch.linalg.vecdot(inputs[:, w : w + n], d_sums, dim=1).sum(0)
             d_bias += d_sums.sum((0, 1))
-            dx[:, block.start : block.end] = d_inputs[:, before:]
-            carry.copy_(d_inputs[:, :before])
-            if block.first:
-                d_state[block.states] = carry
+            dx[:, tile.start : tile.end] = d_inputs[:, history:]
+            carry.copy_(d_inputs[:, :history])
+            if tile.first:
+                d_state[tile.states] = carry
         return dx, d_taps.mT, None if bias is None else d_bias, d_state
 
 
 class ConvTiles:
-    """The blocks of all documents (or of the batch), and the convolution of one."""
+    """The tiles of all documents (or of the batch), and the convolution of one tile."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, bounds: Bounds) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, bounds: DocumentBounds) -> None:
         dtype = checks.compute_dtype(x)
         self.x, self.state, self.bounds = x, state, bounds
         self.taps = weight.to(dtype).mT.contiguous()
         self.bias = None if bias is None else bias.to(dtype)
         self.work = Workspace(x, dtype)
 
-    def blocks(self) -> Iterator[ConvTile]:
+    def __iter__(self) -> Iterator[ConvTile]:
         B, _, D = self.x.shape
         size = max(32, 2 * self.state.shape[1], TILE_NUMBERS // max(1, B * D))
-        for n, (start, end) in enumerate(self.bounds.spans()):
-            states = slice(n, n + 1) if self.bounds.packed else slice(0, B)
-            # An empty document has one empty block, which hands its state through.
-            for at in range(start, max(end, start + 1), size):
-                stop = min(at + size, end)
-                yield ConvTile(at, stop, states, at == start, stop == end)
+        for document, (start, end) in enumerate(itertools.pairwise(self.bounds.bounds)):
+            states = slice(document, document + 1) if self.bounds.packed else slice(0, B)
+            # An empty document has one empty tile, which returns its state unchanged.
+            for tile_start in range(start, max(end, start + 1), size):
+                tile_end = min(tile_start + size, end)
+                yield ConvTile(tile_start, tile_end, states, tile_start == start, tile_end == end)
 
-    def sums(self, block: ConvTile) -> tuple[Tensor, Tensor]:
-        """The block's inputs with those before it [B, W - 1 + n, D], and the convolution before its activation."""
+    def convolve(self, tile: ConvTile) -> tuple[Tensor, Tensor]:
+        """Returns the tile's inputs and the W - 1 before them [B, W - 1 + n, D], and the sums before the activation."""
         B, _, D = self.x.shape
-        before, n = self.state.shape[1], block.end - block.start
-        inputs = self.work("inputs", B, before + n, D)
-        inputs[:, before:] = self.x[:, block.start : block.end]
-        if block.first:
-            inputs[:, :before] = self.state[block.states]
-        else:  # a block holds more tokens than a filter, so that these are the document's own
-            inputs[:, :before] = self.x[:, block.start - before : block.start]
+        history, n = self.state.shape[1], tile.end - tile.start
+        inputs = self.work("inputs", B, history + n, D)
+        inputs[:, history:] = self.x[:, tile.start : tile.end]
+        if tile.first:
+            inputs[:, :history] = self.state[tile.states]
+        else:  # a tile is longer than a filter: these tokens belong to the same document
+            inputs[:, :history] = self.x[:, tile.start - history : tile.start]
         sums = self.work("sums", B, n, D)
-        torch.mul(inputs[:, before:], self.taps[before], out=sums)
-        for w in range(before):
+        torch.mul(inputs[:, history:], self.taps[history], out=sums)
+        for w in range(history):
             sums.addcmul_(inputs[:, w : w + n], self.taps[w])
         return inputs, sums if self.bias is None else sums.add_(self.bias)
 
@@ -186,22 +184,22 @@ def check_conv(
     cu_seqlens: Tensor | None,
     activation: str | None,
 ) -> int:
-    """Number of sequences that own a state."""
-    checks.tensor("x", x)
+    """Returns the number of documents, as `checks.check_cu_seqlens`."""
+    checks.check_tensor("x", x)
     if x.dim() != 3:
-        raise ValueError(f"x: got shape {list(x.shape)}, expected 3 axes, [batch, time, channels]")
+        raise ValueError(f"x: got shape {list(x.shape)}, expected 3 dimensions, [batch, time, channels]")
     D = x.shape[-1]
-    checks.tensor("weight", weight, like=x)
+    checks.check_tensor("weight", weight, like=x)
     if weight.dim() != 2 or weight.shape[0] != D or weight.shape[1] < 1:
         raise ValueError(f"weight: got shape {list(weight.shape)}, expected [D, W] = [{D}, at least 1]")
     if bias is not None:
-        checks.tensor("bias", bias, like=x)
-        checks.shape("bias", bias, (D,), axes="[D]")
-    sequences = checks.check_cu_seqlens(x, cu_seqlens)
+        checks.check_tensor("bias", bias, like=x)
+        checks.check_shape("bias", bias, (D,), dims="[D]")
+    documents = checks.check_cu_seqlens(x, cu_seqlens)
     if initial_state is not None:
-        checks.tensor("initial_state", initial_state, like=x, same_dtype=True)
-        expected = (sequences, weight.shape[1] - 1, D)
-        checks.shape("initial_state", initial_state, expected, axes="[B or documents, W - 1, D]")
+        checks.check_tensor("initial_state", initial_state, like=x, same_dtype=True)
+        expected = (documents, weight.shape[1] - 1, D)
+        checks.check_shape("initial_state", initial_state, expected, dims="[B or documents, W - 1, D]")
     if activation not in (None, "silu"):
         raise ValueError(f'activation: got {activation!r}, expected None or "silu"')
-    return sequences
+    return documents

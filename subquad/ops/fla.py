@@ -1,8 +1,8 @@
-"""The kernels of flash-linear-attention (`fla`, extra `subquad[gpu]`) behind the signatures of `chunk` and `step`.
+"""The Triton kernels of flash-linear-attention (`fla`, extra `subquad[gpu]`) as a backend of `chunk` and `step`.
 
-They take over on CUDA where the package is installed; `backend="torch"` or `"fla"` or the environment variable
-`SUBQUAD_BACKEND` decides otherwise (the argument wins). What `fla` lacks is computed by ours, with one log line for
-each reason. Layout and states are the same: [B, T, H, K], [N, H, K, V], one state a document.
+They are used for CUDA tensors if the package is installed. The argument `backend="torch"` or `"fla"`, or else the
+environment variable `SUBQUAD_BACKEND`, overrides that. What `fla` does not support is computed by PyTorch, with one log
+line for each reason. Layouts and states are the same: [B, T, H, K], [N, H, K, V], one state for each document.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ import sys
 import torch
 from torch import Tensor
 
+from subquad.ops.checks import any_requires_grad
+
 BACKENDS = ("auto", "torch", "fla")
-VARIABLE = "SUBQUAD_BACKEND"
-LARGEST_KEY = 256  # of fla's chunk kernels
+BACKEND_VARIABLE = "SUBQUAD_BACKEND"
+MAX_HEAD_SIZE = 256  # of fla's chunk kernels
 
 logger = logging.getLogger("subquad.ops")
 
 
-def wanted(backend: str | None, q: Tensor) -> bool:
-    """Whether `fla` should compute this call, by argument, environment variable or device, in this order."""
-    name, choice = ("backend", backend) if backend is not None else (VARIABLE, os.environ.get(VARIABLE, "auto"))
-    if choice not in BACKENDS:
-        raise ValueError(f'{name}: got {choice!r}, expected "auto", "torch" or "fla"')
-    if choice == "fla" and not installed():
+def use_fla(backend: str | None, q: Tensor) -> bool:
+    """Whether `fla` should compute a call: by the argument, else the environment variable, else the device."""
+    name, value = "backend", backend
+    if backend is None:
+        name, value = BACKEND_VARIABLE, os.environ.get(BACKEND_VARIABLE, "auto")
+    if value not in BACKENDS:
+        raise ValueError(f'{name}: got {value!r}, expected "auto", "torch" or "fla"')
+    if value == "fla" and not installed():
         raise ValueError(
             f'{name}: got "fla", which needs flash-linear-attention and Triton: pip install "subquad[gpu]"'
         )
-    return choice == "fla" or (choice == "auto" and q.device.type == "cuda" and installed())
+    return value == "fla" or (value == "auto" and q.device.type == "cuda" and installed())
 
 
 def installed() -> bool:
@@ -47,25 +51,25 @@ def _found(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def lacks(op: str, q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, gradients: bool) -> str | None:
+def unsupported_reason(op: str, q: Tensor, v: Tensor, beta: Tensor | None, gradients: bool) -> str | None:
     """Why `fla` cannot compute this call, or None."""
     if q.dtype == torch.float64:
-        return "fla computes in float32 at most"
+        return "fla does not compute in float64"
     if q.shape[1] == 0:
-        return "fla has no empty sequences"
-    if op == "chunk" and max(q.shape[-1], v.shape[-1]) > LARGEST_KEY:
-        return f"fla's chunk kernels end at heads of {LARGEST_KEY}"
+        return "fla does not support empty sequences"
+    if op == "chunk" and max(q.shape[-1], v.shape[-1]) > MAX_HEAD_SIZE:
+        return f"fla's chunk kernels support heads of at most {MAX_HEAD_SIZE}"
     if op == "step" and beta is not None and gradients:
-        return "fla's token-by-token delta kernels have no backward pass"
+        return "fla's token-by-token delta-rule kernels have no backward pass"
     return None
 
 
 @functools.lru_cache
-def _say_once(op: str, reason: str) -> None:
+def warn_once(op: str, reason: str) -> None:
     logger.warning("ops.%s: computed by PyTorch instead of fla: %s", op, reason)
 
 
-def run(
+def run_kernel(
     op: str,
     q: Tensor,
     k: Tensor,
@@ -76,11 +80,10 @@ def run(
     scale: float,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """`op` "chunk" or "step" by the kernel of its kind; None, and a log line, where there is none."""
-    tensors = (q, k, v, log_decay, beta, initial_state)
-    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if (reason := lacks(op, q, v, log_decay, beta, gradients)) is not None:
-        _say_once(op, reason)
+    """Computes `op`, "chunk" or "step", with fla's kernel; logs the reason and returns None if it is not supported."""
+    gradients = any_requires_grad(q, k, v, log_decay, beta, initial_state)
+    if (reason := unsupported_reason(op, q, v, beta, gradients)) is not None:
+        warn_once(op, reason)
         return None
     family, decay_name = _kernel(log_decay, beta, op)
     arguments: dict = {"scale": scale, "initial_state": initial_state, "output_final_state": True}
@@ -101,8 +104,8 @@ def run(
 
 
 def _kernel(log_decay: Tensor | None, beta: Tensor | None, op: str) -> tuple[str, str]:
-    """`fla`'s family of a kind and how it calls the decay. Its plain delta rule refuses float32 in chunks, the gated
-    one with a decay of zero does not."""
+    """The family of kernels in `fla`, and its name of the decay. The chunk kernel of the plain delta rule refuses
+    float32; that of the gated delta rule with a decay of zero accepts it."""
     per_channel = log_decay is not None and log_decay.dim() == 4
     if beta is None:
         if per_channel:

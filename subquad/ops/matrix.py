@@ -1,11 +1,12 @@
-"""The mixing matrix of the recurrence: the dense M with o = M v, for stage 1 and for diagnostics.
+"""The dense mixing matrix M of the recurrence, o = M v, for stage 1 and diagnostics.
 
     additive    M_ij = scale q_i . (D_ij k_j)                D_ij the decay from token j to token i >= j
     delta rule  M    = A (I + L)^-1 Diag(beta)               A the additive M, L_ij = beta_i k_i . (D_ij k_j), i > j
 
-Both are put together from blocks of `BLOCK` tokens, so that a few rows of a long sequence cost no more than themselves
-and a tensor [T, T, K] is never built. Decays are differences of float64 sums; a decay per channel is exponentiated
-relative to a token between j and i, inside a block by the tree of `channel`, so that no factor exceeds one.
+Both are assembled from tiles of `TILE` tokens, so that a few rows of a long sequence cost no more than those rows and
+no tensor [T, T, K] is built. Decays are differences of float64 cumulative log decays. A decay per channel is
+exponentiated relative to a token between j and i, in diagonal tiles by the tree of `engine.channel_decay`, so that no
+factor exceeds one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from subquad.ops import checks
 from subquad.ops.engine.scalar_decay import MIN_LOG_DECAY
 
-BLOCK = 64
+TILE = 64
 
 
 def matrix(
@@ -28,11 +29,11 @@ def matrix(
     scale: float | None = None,
     rows: slice | None = None,
 ) -> Tensor:
-    """The matrix M [B, H, T, T] of `step` and `chunk` from a zero state; differentiable.
+    """Returns the matrix M [B, H, T, T] of `step` and `chunk` from a zero state, in the dtype of q; differentiable.
 
     Args:
         q, k, log_decay, beta, scale: as in `step`.
-        rows: only these rows of M, [B, H, len(rows), T]; without a step.
+        rows: compute only these rows of M, [B, H, len(rows), T]; a slice without a step.
 
     Raises:
         TypeError, ValueError: as `step`; `rows` with a step.
@@ -46,76 +47,75 @@ def matrix(
     dtype, dtype_out, scale = checks.compute_dtype(q), q.dtype, K**-0.5 if scale is None else scale
     q, k = (q[:, first:end].to(dtype) * scale).transpose(1, 2), k.to(dtype).transpose(1, 2)
     products = DecayedProducts(k, log_decay)
-    A = torch.cat(
-        [q.new_zeros(B, H, 0, T), *(_row_block(products, q, a, first, end, T) for a in range(first, end, BLOCK))], 2
-    )
+    row_tiles = (_row_tile(products, q, a, first, end, T) for a in range(first, end, TILE))
+    A = torch.cat([q.new_zeros(B, H, 0, T), *row_tiles], 2)
     if beta is None:
         return A.to(dtype_out)
-    strength = beta.to(dtype).transpose(1, 2)
+    beta = beta.to(dtype).transpose(1, 2)
     solved = A[..., end:end]
-    writes = k * strength.unsqueeze(-1)
-    for a in reversed(range(0, end, BLOCK)):
-        b = min(a + BLOCK, end)
-        here = A[..., a:b]
+    writes = k * beta.unsqueeze(-1)
+    for a in reversed(range(0, end, TILE)):
+        b = min(a + TILE, end)
+        tile = A[..., a:b]
         if b < end:
-            here = here - solved @ products.before(writes[:, :, b:end], b, a, b)
-        system = products.inside(writes[:, :, a:b], a)  # its diagonal is not read
-        here = torch.linalg.solve_triangular(system, here, upper=False, left=False, unitriangular=True)
-        solved = torch.cat([here, solved], -1)
-    M = solved * strength[..., :end].unsqueeze(-2)
+            tile = tile - solved @ products.off_diagonal(writes[:, :, b:end], b, a, b)
+        system = products.diagonal(writes[:, :, a:b], a)  # solve_triangular does not read its diagonal
+        tile = torch.linalg.solve_triangular(system, tile, upper=False, left=False, unitriangular=True)
+        solved = torch.cat([tile, solved], -1)
+    M = solved * beta[..., :end].unsqueeze(-2)
     return F.pad(M, (0, T - end)).tril(first).to(dtype_out)
 
 
-def _row_block(products: DecayedProducts, q: Tensor, a: int, first: int, end: int, T: int) -> Tensor:
-    """Rows a to a + BLOCK of the additive matrix; `q` starts at token `first`."""
-    b = min(a + BLOCK, end)
-    rows = q[:, :, a - first : b - first]
-    return F.pad(torch.cat([products.before(rows, a, 0, a), products.inside(rows, a)], -1), (0, T - b))
+def _row_tile(products: DecayedProducts, q: Tensor, a: int, first: int, end: int, T: int) -> Tensor:
+    """Rows a to a + TILE of the additive matrix; `q` begins at token `first`."""
+    b = min(a + TILE, end)
+    queries = q[:, :, a - first : b - first]
+    return F.pad(torch.cat([products.off_diagonal(queries, a, 0, a), products.diagonal(queries, a)], -1), (0, T - b))
 
 
 class DecayedProducts:
-    """x_i . (D_ij k_j) for blocks of rows x and of the keys k [B, H, T, K]."""
+    """x_i . (D_ij k_j) for tiles of queries x and keys k [B, H, T, K]."""
 
     def __init__(self, k: Tensor, log_decay: Tensor | None) -> None:
         self.k, self.per_channel = k, False
-        self.since: Tensor | None = None
+        self.cum_decay: Tensor | None = None
         if log_decay is None:
             return
         if log_decay.dim() == 1:
             log_decay = log_decay.expand(k.shape[0], k.shape[2], -1)
         self.per_channel = log_decay.dim() == 4
         self.log_decay = log_decay.transpose(1, 2).to(torch.float64).clamp_min(MIN_LOG_DECAY)
-        self.since = self.log_decay.cumsum(2)
+        self.cum_decay = self.log_decay.cumsum(2)
         if not self.per_channel:
-            self.since = self.since.unsqueeze(-1)
+            self.cum_decay = self.cum_decay.unsqueeze(-1)
 
-    def before(self, x: Tensor, a: int, c: int, d: int) -> Tensor:
-        """Rows `x` from token a on against keys c to d <= a."""
-        rows, keys = x, self.k[:, :, c:d]
-        if self.since is not None and c < d:
-            origin = self.since[:, :, a - 1 : a]
-            rows = rows * (self.since[:, :, a : a + x.shape[2]] - origin).to(x.dtype).exp()
-            keys = keys * (origin - self.since[:, :, c:d]).to(x.dtype).exp()
-        return rows @ keys.mT
+    def off_diagonal(self, x: Tensor, a: int, c: int, d: int) -> Tensor:
+        """Queries `x` of the tokens from a on times keys of the tokens c to d, d <= a."""
+        queries, keys = x, self.k[:, :, c:d]
+        if self.cum_decay is not None and c < d:
+            origin = self.cum_decay[:, :, a - 1 : a]
+            queries = queries * (self.cum_decay[:, :, a : a + x.shape[2]] - origin).to(x.dtype).exp()
+            keys = keys * (origin - self.cum_decay[:, :, c:d]).to(x.dtype).exp()
+        return queries @ keys.mT
 
-    def inside(self, x: Tensor, a: int) -> Tensor:
-        """Rows `x` from token a on against the keys of the same tokens, lower triangular."""
+    def diagonal(self, x: Tensor, a: int) -> Tensor:
+        """Queries `x` of the tokens from a on times keys of the same tokens, lower triangular."""
         n = x.shape[2]
         keys = self.k[:, :, a : a + n]
-        if self.since is None:
+        if self.cum_decay is None:
             return (x @ keys.mT).tril()
         if self.per_channel:
-            return triangle(x, keys, self.log_decay[:, :, a : a + n].to(x.dtype))
-        since = self.since[:, :, a : a + n]
-        return (x @ keys.mT).tril() * (since - since.mT).tril().to(x.dtype).exp()
+            return channel_decay_tile(x, keys, self.log_decay[:, :, a : a + n].to(x.dtype))
+        cum_decay = self.cum_decay[:, :, a : a + n]
+        return (x @ keys.mT).tril() * (cum_decay - cum_decay.mT).tril().to(x.dtype).exp()
 
 
-def triangle(x: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
-    """x_i . (D_ij k_j) for i >= j, all [B, H, n, K], by the tree of `channel`, differentiable by itself."""
+def channel_decay_tile(x: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
+    """x_i . (D_ij k_j) for i >= j, all [B, H, n, K], by the tree of `engine.channel_decay` with PyTorch's autograd."""
     n = x.shape[2]
     pad = (0, 0, 0, (1 << (n - 1).bit_length()) - n)
-    x, k, log_decay = (F.pad(y, pad).unsqueeze(3) for y in (x, k, log_decay))  # [B, H, blocks, h, K]
-    A, total = torch.linalg.vecdot(x, k).unsqueeze(-1), log_decay  # blocks of A [h, h], h = 1
+    x, k, log_decay = (F.pad(y, pad).unsqueeze(3) for y in (x, k, log_decay))  # [B, H, n / h, h, K], h = 1
+    A, total = torch.linalg.vecdot(x, k).unsqueeze(-1), log_decay  # A: diagonal blocks [h, h]
     x = x * log_decay.exp()
     while x.shape[2] > 1:
         block = x[:, :, 1::2] @ k[:, :, 0::2].mT

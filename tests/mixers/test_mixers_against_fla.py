@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from mixer_cases import build, distance, draw
 
-from tests.peers import fla_reference
+from tests.references import fla_reference
 
 CASES = [
     ("kda", {}),

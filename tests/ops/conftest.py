@@ -1,4 +1,4 @@
-"""One thread: these tensors are small, and two threads on a busy core wait for each other a hundred times as long."""
+"""Runs the tests of the operators in one thread: threads on tensors this small mostly wait for each other."""
 
 import pytest
 import torch

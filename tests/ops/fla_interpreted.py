@@ -1,8 +1,8 @@
-"""Run `fla`'s kernels on the CPU by Triton's interpreter and print their errors against `step` in float64, as JSON.
+"""Script: runs `fla`'s kernels in Triton's interpreter and prints their errors against `step` in float64, as JSON.
 
-A script of its own, because TRITON_INTERPRET must be set before Triton is imported. Two changes make the kernels run,
-both to a temporary copy: the autotuner takes its first configuration (it wants a driver to measure with), and a loop
-variable, a plain int in the interpreter, is not cast.
+It is a script because TRITON_INTERPRET must be set before Triton is imported. Two changes make the kernels run without
+a GPU: the autotuner takes its first configuration, since measuring needs a driver, and in a temporary copy of `fla` a
+loop variable, which is an int in the interpreter, is not cast.
 """
 
 import importlib.util
@@ -60,7 +60,7 @@ def main(decay, delta, op, packed):
             reference = {n: reference[n] for n in got}
         else:
             got = differentiate(getattr(ops, op), case, torch.float32, backend="fla", **kwargs)
-        assert any(name.startswith("fla.ops") for name in sys.modules), "fla was not asked"
+        assert any(name.startswith("fla.ops") for name in sys.modules), "fla was not called"
         print(json.dumps(errors(got, reference)))
 
 

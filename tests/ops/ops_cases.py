@@ -1,4 +1,4 @@
-"""Random cases of every kind of recurrence, and how they are run and compared. Used by all tests of `subquad.ops`."""
+"""Random inputs for every variant of the recurrence (decay, delta rule), and functions to run and compare them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from subquad import ops
 
 DECAYS = ("none", "fixed", "scalar", "channel")
-KINDS = [(decay, delta) for decay in DECAYS for delta in (False, True)]
-KIND_IDS = [f"{decay}-{'delta' if delta else 'additive'}" for decay, delta in KINDS]
+VARIANTS = [(decay, delta) for decay in DECAYS for delta in (False, True)]
+VARIANT_IDS = [f"{decay}-{'delta' if delta else 'additive'}" for decay, delta in VARIANTS]
 NAMES = ("q", "k", "v", "log_decay", "beta", "initial_state")
 EXTREMES = torch.tensor([0.0, -1e-6, -0.1, -1.0, -5.0, -20.0], dtype=torch.float64)
 
@@ -19,9 +19,9 @@ def rounded(x):
     return x.float().double()
 
 
-def draw(kind, B=1, T=64, H=2, K=16, V=16, state=True, log_decay=None, seed=0):
-    """The arguments of `step` and `chunk` in float64, log decays mixed from the extremes within every head."""
-    decay, delta = kind
+def draw(variant, B=1, T=64, H=2, K=16, V=16, state=True, log_decay=None, seed=0):
+    """The arguments of `step` and `chunk` in float64; log decays from EXTREMES, mixed within every head."""
+    decay, delta = variant
     gen = torch.Generator().manual_seed(1000 * seed + T)
 
     def normal(*shape):
@@ -42,7 +42,7 @@ def draw(kind, B=1, T=64, H=2, K=16, V=16, state=True, log_decay=None, seed=0):
 
 
 def draw_gates(B=1, T=64, H=2, low=-20.0, high=20.0, seed=0):
-    """Pre-activations of mLSTM: input gates over the whole range, forget gates from shut to open."""
+    """Pre-activations of mLSTM: input gates from low to high, forget gates from closed to open."""
     gen = torch.Generator().manual_seed(77 + 1000 * seed + T)
 
     def uniform(lo, hi):
@@ -52,7 +52,7 @@ def draw_gates(B=1, T=64, H=2, low=-20.0, high=20.0, seed=0):
 
 
 def differentiate(op, case, dtype=torch.float64, seed=1, **kwargs):
-    """Outputs of `op` and its gradients by every floating-point argument, from fixed random cotangents, by name."""
+    """Outputs of `op` and its gradients with respect to every argument, from fixed random cotangents, by name."""
     args = {n: None if x is None else x.to(dtype).detach().requires_grad_() for n, x in case.items()}
     outputs = flatten(op(**args, **kwargs))
     gen = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def flatten(outputs):
 
 
 def error(x, reference):
-    """Norm of the difference over the norm of the reference; a reference of zero asks for zero."""
+    """Norm of the difference over the norm of the reference, or the norm of the difference if the reference is zero."""
     assert x.shape == reference.shape, (x.shape, reference.shape)
     assert torch.isfinite(x).all(), "inf or NaN"
     difference = (x.double() - reference.double()).norm().item()
@@ -81,7 +81,7 @@ def error(x, reference):
 
 
 def errors(got, expected):
-    """`error` of each result, over its scale in `expected` where there is one (see `definition`)."""
+    """`error` of each result, relative to its scale in `expected` if there is one (see `definition`)."""
     names = [name for name in expected if not name.startswith("scale of ")]
     assert got.keys() == set(names)
     worst = {}
@@ -94,12 +94,12 @@ def errors(got, expected):
 
 def assert_close(got, expected, tolerance):
     bad = {name: f"{e:.1e}" for name, e in errors(got, expected).items() if not e <= tolerance}
-    assert not bad, f"beyond {tolerance:.0e}: {bad}"
+    assert not bad, f"above {tolerance:.0e}: {bad}"
 
 
 def definition(case, op=ops.step):
-    """`op` in float64. The gradient of a fixed decay is a sum over all tokens, which may cancel to any smallness: its
-    scale is the sum of the absolute values."""
+    """`op` in float64. The gradient of a fixed decay is a sum over all tokens that may cancel; its scale is the sum of
+    the absolute values."""
     log_decay = case["log_decay"]
     if log_decay is None or log_decay.dim() > 1:
         return differentiate(op, case)

@@ -1,12 +1,12 @@
-"""The chunk form against the definition: `step` in float64."""
+"""`chunk` and `step` against the definition, `step` in float64."""
 
 import itertools
 
 import pytest
 import torch
 from ops_cases import (
-    KIND_IDS,
-    KINDS,
+    VARIANT_IDS,
+    VARIANTS,
     assert_close,
     definition,
     differentiate,
@@ -19,53 +19,53 @@ from subquad import ops
 from subquad.ops.engine import segments
 
 TOLERANCE = 1e-6
-kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
-decaying = pytest.mark.parametrize("kind", KINDS[2:], ids=KIND_IDS[2:])
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=VARIANT_IDS)
+decaying = pytest.mark.parametrize("variant", VARIANTS[2:], ids=VARIANT_IDS[2:])
 
 
-@kinds
+@variants
 @pytest.mark.parametrize(("K", "V"), [(16, 16), (64, 64), (60, 96)], ids=str)
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 257])
-def test_outputs_states_and_gradients(kind, T, K, V):
-    case = draw(kind, T=T, H=3, K=K, V=V)
+def test_chunk_matches_step_in_outputs_states_and_gradients(variant, T, K, V):
+    case = draw(variant, T=T, H=3, K=K, V=V)
     assert_close(differentiate(ops.chunk, case, torch.float32), definition(case), TOLERANCE)
 
 
-@kinds
-def test_a_thousand_tokens(kind):
-    case = draw(kind, T=1000, K=60, V=96)
+@variants
+def test_chunk_of_1000_tokens(variant):
+    case = draw(variant, T=1000, K=60, V=96)
     assert_close(differentiate(ops.chunk, case, torch.float32), definition(case), TOLERANCE)
 
 
-@kinds
+@variants
 @pytest.mark.parametrize(
     ("B", "H", "K", "V"), [(3, 1, 16, 24), (2, 12, 8, 8), (1, 1, 128, 128), (1, 1, 256, 256)], ids=str
 )
-def test_batches_heads_and_wide_heads(kind, B, H, K, V):
-    case = draw(kind, B=B, T=70, H=H, K=K, V=V)
+def test_batch_sizes_head_counts_and_head_sizes(variant, B, H, K, V):
+    case = draw(variant, B=B, T=70, H=H, K=K, V=V)
     assert_close(differentiate(ops.chunk, case, torch.float32), definition(case), TOLERANCE)
 
 
-@kinds
-def test_a_large_batch_goes_some_sequences_at_a_time(kind):
-    case = draw(kind, B=50, T=40, H=7, K=8, V=8)
-    assert case["q"].shape[0] * case["q"].shape[2] > 2 * segments.MOST
+@variants
+def test_large_batch_is_split(variant):
+    case = draw(variant, B=50, T=40, H=7, K=8, V=8)
+    assert case["q"].shape[0] * case["q"].shape[2] > 2 * segments.MAX_MATRICES
     assert_close(differentiate(ops.chunk, case, torch.float32), definition(case), TOLERANCE)
 
 
 @decaying
 @pytest.mark.parametrize("log_decay", [-1e-6, -1.0, -20.0])
-def test_uniform_decays_to_the_last_bit_of_their_gradient(kind, log_decay):
-    """At -20 a step the gradient of the decay is 1e-9 of the others."""
-    case = draw(kind, T=100, log_decay=log_decay)
+def test_uniform_decays_and_their_gradients(variant, log_decay):
+    """At -20 per token the gradient of the decay is 1e-9 of the others."""
+    case = draw(variant, T=100, log_decay=log_decay)
     assert_close(differentiate(ops.chunk, case, torch.float32), definition(case), TOLERANCE)
 
 
 @decaying
 @pytest.mark.parametrize("log_decay", [-200.0, -1e4, -torch.inf])
-def test_everything_decayed_to_zero(kind, log_decay):
-    """Beyond the smallest float32 the past is gone, and its gradients are zeros, not NaN."""
-    case = draw(kind, T=100, log_decay=log_decay)
+def test_decays_that_underflow(variant, log_decay):
+    """Below the smallest float32, gradients of earlier tokens are zero, not NaN."""
+    case = draw(variant, T=100, log_decay=log_decay)
     got, want = differentiate(ops.chunk, case, torch.float32), definition(case)
     assert_close(
         {n: got[n] for n in got if n[:2] != "di" and n != "dlog_decay"},
@@ -76,19 +76,19 @@ def test_everything_decayed_to_zero(kind, log_decay):
     assert got["dlog_decay"].abs().max() < 1e-30
 
 
-@kinds
-def test_float64_is_exact_and_stays_float64(kind):
-    case = draw(kind, T=77)
+@variants
+def test_float64_is_exact_and_stays_float64(variant):
+    case = draw(variant, T=77)
     got = differentiate(ops.chunk, case, torch.float64)
     assert got["out1"].dtype == torch.float64
     assert_close(got, definition(case), 1e-13)
 
 
-@kinds
+@variants
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_inputs_are_computed_in_float32(kind, dtype):
+def test_half_precision_inputs_are_computed_in_float32(variant, dtype):
     halves = ("q", "k", "v", "beta")
-    case = draw(kind, T=100)
+    case = draw(variant, T=100)
     case = {n: x.to(dtype).double() if n in halves and x is not None else x for n, x in case.items()}
 
     def in_half(**args):
@@ -102,28 +102,28 @@ def test_half_precision_inputs_are_computed_in_float32(kind, dtype):
     assert error(got["out1"], want["out1"]) < 1e-6
 
 
-@kinds
-def test_gradients_have_the_dtype_of_their_argument(kind):
-    args = {n: x if x is None else x.bfloat16() for n, x in draw(kind, T=20, state=False).items()}
+@variants
+def test_gradients_have_the_dtype_of_their_argument(variant):
+    args = {n: x if x is None else x.bfloat16() for n, x in draw(variant, T=20, state=False).items()}
     given = [x.requires_grad_() for x in args.values() if x is not None]
     ops.chunk(**args)[0].float().sum().backward()
     assert all(x.grad.dtype == torch.bfloat16 for x in given)
 
 
-@kinds
+@variants
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 16, 64, 128])
-def test_any_chunk_size(kind, chunk_size):
-    case = draw(kind, T=130, H=1)
+def test_result_does_not_depend_on_chunk_size(variant, chunk_size):
+    case = draw(variant, T=130, H=1)
     got = differentiate(ops.chunk, case, torch.float32, chunk_size=chunk_size)
     assert_close(got, definition(case), TOLERANCE)
 
 
-@kinds
+@variants
 @pytest.mark.parametrize("cut", [1, 31, 32, 65, 99])
-def test_cut_anywhere_and_continued(kind, cut):
-    case = draw(kind, T=100, H=1)
+def test_two_calls_equal_one(variant, cut):
+    case = draw(variant, T=100, H=1)
 
-    def in_two(q, k, v, log_decay, beta, initial_state):
+    def two_calls(q, k, v, log_decay, beta, initial_state):
         first, second = [], []
         for x in (q, k, v, log_decay, beta):
             timeless = x is None or x.dim() == 1
@@ -133,19 +133,19 @@ def test_cut_anywhere_and_continued(kind, cut):
         o2, state = ops.chunk(*second, initial_state=state)
         return torch.cat([o1, o2], 1), state
 
-    assert_close(differentiate(in_two, case, torch.float32), definition(case), TOLERANCE)
+    assert_close(differentiate(two_calls, case, torch.float32), definition(case), TOLERANCE)
 
 
-@kinds
+@variants
 @pytest.mark.parametrize("state", [True, False], ids=["state", "zero"])
-def test_packed_documents_equal_each_alone(kind, state):
+def test_packed_documents_match_separate_documents(variant, state):
     bounds = [0, 0, 1, 40, 40, 104, 137, 137]
-    case = draw(kind, T=137, state=False)
+    case = draw(variant, T=137, state=False)
     if state:
         gen = torch.Generator().manual_seed(3)
         case["initial_state"] = torch.randn(len(bounds) - 1, 2, 16, 16, generator=gen).double()
 
-    def alone(q, k, v, log_decay, beta, initial_state):
+    def separate(q, k, v, log_decay, beta, initial_state):
         outputs, states = [], []
         for n, (start, end) in enumerate(itertools.pairwise(bounds)):
             parts = [x if x is None or x.dim() == 1 else x[:, start:end] for x in (q, k, v, log_decay, beta)]
@@ -155,12 +155,12 @@ def test_packed_documents_equal_each_alone(kind, state):
         return torch.cat(outputs, 1), torch.cat(states)
 
     got = differentiate(ops.chunk, case, torch.float32, cu_seqlens=torch.tensor(bounds))
-    assert_close(got, differentiate(alone, case), TOLERANCE)
+    assert_close(got, differentiate(separate, case), TOLERANCE)
 
 
-@kinds
-def test_an_empty_sequence_returns_its_state(kind):
-    case = draw(kind, T=3)
+@variants
+def test_empty_sequence_returns_its_state(variant):
+    case = draw(variant, T=3)
     empty = {n: x if x is None or n == "initial_state" or x.dim() == 1 else x[:, :0].float() for n, x in case.items()}
     empty = {n: x if x is None else x.float() for n, x in empty.items()}
     for op in (ops.chunk, ops.step):
@@ -169,9 +169,9 @@ def test_an_empty_sequence_returns_its_state(kind):
         assert torch.equal(state, empty["initial_state"])
 
 
-@kinds
-def test_step_in_float32_and_its_continuation(kind):
-    case = draw(kind, T=20)
+@variants
+def test_step_in_float32_and_token_by_token(variant):
+    case = draw(variant, T=20)
     assert_close(differentiate(ops.step, case, torch.float32), definition(case), 1e-5)
     single = {n: None if x is None else x.float() for n, x in case.items()}
     state, outputs = single.pop("initial_state"), []
@@ -184,27 +184,27 @@ def test_step_in_float32_and_its_continuation(kind):
     assert error(state, want[1]) < 1e-6
 
 
-@kinds
-def test_inputs_need_not_be_contiguous_and_are_not_written(kind):
-    case = {n: None if x is None else x.float() for n, x in draw(kind, T=40, B=2).items()}
-    apart = {}
+@variants
+def test_noncontiguous_inputs_give_the_same_and_are_not_modified(variant):
+    case = {n: None if x is None else x.float() for n, x in draw(variant, T=40, B=2).items()}
+    strided = {}
     for name, x in case.items():
         if x is None or x.dim() < 3:
-            apart[name] = x
-        else:  # as a split of one projection, or a transpose, gives them
-            apart[name] = (
+            strided[name] = x
+        else:  # strides of a split projection, or of a transpose
+            strided[name] = (
                 torch.cat([x, x], -1).chunk(2, -1)[0]
                 if x.dim() == 4
                 else x.transpose(0, 1).contiguous().transpose(0, 1)
             )
-    before = {n: None if x is None else x.clone() for n, x in apart.items()}
-    for x, y in zip(flatten(ops.chunk(**apart)), flatten(ops.chunk(**case)), strict=True):
+    before = {n: None if x is None else x.clone() for n, x in strided.items()}
+    for x, y in zip(flatten(ops.chunk(**strided)), flatten(ops.chunk(**case)), strict=True):
         assert torch.equal(x, y)
-    for name, x in apart.items():
+    for name, x in strided.items():
         assert x is None or torch.equal(x, before[name])
 
 
-def test_the_scale_is_an_argument_and_defaults_to_the_key_size():
+def test_scale_defaults_to_the_inverse_square_root_of_the_key_size():
     case = draw(("scalar", True), T=10, K=16)
     o, _ = ops.chunk(**case)
     assert error(ops.chunk(**case, scale=0.25)[0], o) < 1e-14
@@ -212,15 +212,15 @@ def test_the_scale_is_an_argument_and_defaults_to_the_key_size():
     assert error(ops.step(**case, scale=1.0)[0], 4 * o) < 1e-14
 
 
-@kinds
-def test_step_in_place_writes_over_the_state(kind):
-    case = {n: None if x is None else x.float() for n, x in draw(kind, T=5, B=2).items()}
+@variants
+def test_step_inplace_writes_into_the_initial_state(variant):
+    case = {n: None if x is None else x.float() for n, x in draw(variant, T=5, B=2).items()}
     o, state = ops.step(**case)
     before = case["initial_state"].clone()
     with_gradients = ops.step(**{n: None if x is None else x.requires_grad_() for n, x in case.items()})
     assert error(o, with_gradients[0].detach()) < 1e-6
     assert error(state, with_gradients[1].detach()) < 1e-6
-    assert torch.equal(case["initial_state"], before), "written without being asked"
+    assert torch.equal(case["initial_state"], before), "initial_state was modified without inplace=True"
     with torch.no_grad():
         o2, state2 = ops.step(**case, inplace=True)
     assert state2 is case["initial_state"]
@@ -230,10 +230,10 @@ def test_step_in_place_writes_over_the_state(kind):
 
 @pytest.mark.parametrize("bounds", [[0, 1, 3], [0, 2, 5], [0, 3, 8], [0, 1, 2, 20]])
 @pytest.mark.parametrize("chunk_size", [None, 1, 16])
-def test_documents_of_very_few_tokens(bounds, chunk_size):
-    """Packed, they are longer than they were: one chunk size must serve before and after."""
+def test_documents_shorter_than_a_chunk(bounds, chunk_size):
+    """Padding lengthens the sequence; the chunk size must not depend on whether it is applied before or after."""
     gen = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, bounds[-1], 2, 4, generator=gen) for _ in range(3))
     o, _ = ops.chunk(q, k, v, cu_seqlens=torch.tensor(bounds), chunk_size=chunk_size)
-    alone = [ops.step(q[:, a:b], k[:, a:b], v[:, a:b])[0] for a, b in itertools.pairwise(bounds)]
-    torch.testing.assert_close(o, torch.cat(alone, 1), rtol=1e-5, atol=1e-5)
+    separate = [ops.step(q[:, a:b], k[:, a:b], v[:, a:b])[0] for a, b in itertools.pairwise(bounds)]
+    torch.testing.assert_close(o, torch.cat(separate, 1), rtol=1e-5, atol=1e-5)

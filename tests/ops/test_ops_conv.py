@@ -1,4 +1,4 @@
-"""The short convolution against PyTorch's own."""
+"""`short_conv` against `torch.nn.functional.conv1d`."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def draw_conv(T, B=2, D=6, W=4, bias=True, sequences=None):
     return case
 
 
-def by_torch(activation):
+def conv1d(activation):
     def op(x, weight, bias, initial_state):
         inputs = torch.cat([initial_state, x], 1)
         y = F.conv1d(inputs.mT, weight.unsqueeze(1), bias, groups=x.shape[-1]).mT
@@ -34,25 +34,25 @@ def by_torch(activation):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("W", [1, 2, 4])
 @pytest.mark.parametrize("T", [1, 2, 3, 50])
-def test_convolution_and_gradients(T, W, bias, activation):
+def test_outputs_and_gradients_match_conv1d(T, W, bias, activation):
     case = draw_conv(T, W=W, bias=bias)
-    reference = differentiate(by_torch(activation), case)
+    reference = differentiate(conv1d(activation), case)
     assert_close(differentiate(ops.short_conv, case, activation=activation), reference, 1e-13)
     assert_close(differentiate(ops.short_conv, case, torch.float32, activation=activation), reference, 1e-6)
 
 
-def test_token_by_token_equals_the_sequence():
+def test_token_by_token_matches_the_sequence():
     case = draw_conv(9)
-    y, state = ops.short_conv(**case, activation="silu")
-    running, outputs = case["initial_state"], []
+    y, final_state = ops.short_conv(**case, activation="silu")
+    state, outputs = case["initial_state"], []
     for t in range(9):
-        o, running = ops.short_conv(case["x"][:, t : t + 1], case["weight"], case["bias"], running, activation="silu")
+        o, state = ops.short_conv(case["x"][:, t : t + 1], case["weight"], case["bias"], state, activation="silu")
         outputs.append(o)
     assert error(torch.cat(outputs, 1), y) < 1e-14
-    assert torch.equal(running, state)
+    assert torch.equal(state, final_state)
 
 
-def test_no_state_is_zeros():
+def test_missing_state_is_zeros():
     case = draw_conv(5)
     case["initial_state"] = torch.zeros_like(case["initial_state"])
     zero = ops.short_conv(**case)
@@ -62,42 +62,40 @@ def test_no_state_is_zeros():
 
 
 @pytest.mark.parametrize("state", [True, False])
-def test_packed_documents_equal_each_alone(state):
+def test_packed_documents_match_separate_documents(state):
     bounds = [0, 0, 1, 3, 3, 20, 27]
     case = draw_conv(27, B=1, sequences=6)
     if not state:
         case["initial_state"] = None
 
-    def alone(x, weight, bias, initial_state):
+    def separate(x, weight, bias, initial_state):
         results = []
         for n, (start, end) in enumerate(itertools.pairwise(bounds)):
             before = torch.zeros_like(x[:, :3]) if initial_state is None else initial_state[n : n + 1]
-            results.append(
-                by_torch("silu")(x[:, start:end], weight, bias, before) if end > start else (x[:, :0], before)
-            )
+            results.append(conv1d("silu")(x[:, start:end], weight, bias, before) if end > start else (x[:, :0], before))
         return tuple(torch.cat(parts, axis) for axis, parts in zip((1, 0), zip(*results, strict=True), strict=True))
 
     got = differentiate(ops.short_conv, case, cu_seqlens=torch.tensor(bounds), activation="silu")
-    assert_close(got, differentiate(alone, case), 1e-13)
+    assert_close(got, differentiate(separate, case), 1e-13)
 
 
 def test_bfloat16_is_computed_in_float32():
     case = {n: x.bfloat16() for n, x in draw_conv(40).items()}
     y, state = ops.short_conv(**case)
     assert (y.dtype, state.dtype) == (torch.bfloat16, torch.bfloat16)
-    want, _ = by_torch(None)(**{n: x.double() for n, x in case.items()})
+    want, _ = conv1d(None)(**{n: x.double() for n, x in case.items()})
     assert error(y, want) < 4e-3
 
 
 @pytest.mark.parametrize(
     ("change", "error_type", "message"),
     [
-        ({"x": torch.zeros(2, 3)}, ValueError, r"x: got shape \[2, 3\], expected 3 axes"),
-        ({"weight": torch.zeros(5, 4)}, ValueError, r"weight: got shape \[5, 4\], expected \[D, W\] = \[6"),
-        ({"bias": torch.zeros(5)}, ValueError, r"bias: got shape \[5\], expected \[D\] = \[6\]"),
-        ({"initial_state": torch.zeros(2, 4, 6)}, ValueError, r"initial_state: got shape \[2, 4, 6\], expected"),
-        ({"activation": "gelu"}, ValueError, r"activation: got 'gelu', expected None or \"silu\""),
-        ({"weight": None}, TypeError, r"weight: got NoneType, expected a torch.Tensor"),
+        ({"x": torch.zeros(2, 3)}, ValueError, r"x: got shape \[2, 3\]"),
+        ({"weight": torch.zeros(5, 4)}, ValueError, r"weight: got shape \[5, 4\], .*\[6"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias: got shape \[5\], .*\[6\]"),
+        ({"initial_state": torch.zeros(2, 4, 6)}, ValueError, r"initial_state: got shape \[2, 4, 6\]"),
+        ({"activation": "gelu"}, ValueError, "activation: got 'gelu'"),
+        ({"weight": None}, TypeError, "weight: got NoneType"),
     ],
     ids=lambda x: "" if not isinstance(x, dict) else next(iter(x)),
 )

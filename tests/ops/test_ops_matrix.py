@@ -1,29 +1,29 @@
-"""The mixing matrices: what they weigh the values with is what the recurrences compute."""
+"""Mixing matrices times values equal the outputs of the recurrences."""
 
 import pytest
 import torch
-from ops_cases import KIND_IDS, KINDS, assert_close, definition, differentiate, draw, draw_gates, error
+from ops_cases import VARIANT_IDS, VARIANTS, assert_close, definition, differentiate, draw, draw_gates, error
 
 from subquad import ops
 
-kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=VARIANT_IDS)
 
 
-def mixed(M, v):
+def multiply(M, v):
     return (M @ v.transpose(1, 2)).transpose(1, 2)
 
 
-@kinds
+@variants
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 257])
-def test_matrix_times_values_is_the_recurrence(kind, T):
-    case = draw(kind, T=T, K=16, V=24, state=False)
+def test_matrix_times_values_equals_step(variant, T):
+    case = draw(variant, T=T, K=16, V=24, state=False)
     del case["initial_state"]
 
     def by_matrix(q, k, v, log_decay, beta):
         M = ops.matrix(q, k, log_decay, beta)
         assert M.shape == (1, 2, T, T)
         assert not M.triu(1).any()
-        return mixed(M, v), v.new_zeros(0)
+        return multiply(M, v), v.new_zeros(0)
 
     def by_step(q, k, v, log_decay, beta):
         return ops.step(q, k, v, log_decay, beta)[0], v.new_zeros(0)
@@ -31,23 +31,23 @@ def test_matrix_times_values_is_the_recurrence(kind, T):
     assert_close(differentiate(by_matrix, case, torch.float32), definition(case, by_step), 1e-6)
 
 
-@kinds
+@variants
 @pytest.mark.parametrize("rows", [slice(0, 10), slice(70, 200), slice(-3, None), slice(64, 128), slice(5, 5)], ids=str)
-def test_rows_are_rows_of_the_whole(kind, rows):
-    case = draw(kind, T=150, state=False)
+def test_some_rows_equal_rows_of_the_full_matrix(variant, rows):
+    case = draw(variant, T=150, state=False)
     del case["initial_state"], case["v"]
-    whole = ops.matrix(**case)
+    full = ops.matrix(**case)
     part = ops.matrix(**case, rows=rows)
-    assert part.shape == whole[:, :, rows].shape
-    assert error(part, whole[:, :, rows]) < 1e-13
+    assert part.shape == full[:, :, rows].shape
+    assert error(part, full[:, :, rows]) < 1e-13
 
-    def by(**args):
+    def some_rows(**args):
         return ops.matrix(**args, rows=rows), torch.zeros(0)
 
     def by_slicing(**args):
         return ops.matrix(**args)[:, :, rows], torch.zeros(0)
 
-    assert_close(differentiate(by, case), differentiate(by_slicing, case), 1e-12)
+    assert_close(differentiate(some_rows, case), differentiate(by_slicing, case), 1e-12)
 
 
 def test_matrix_of_bfloat16():
@@ -59,15 +59,15 @@ def test_matrix_of_bfloat16():
 
 
 @pytest.mark.parametrize("T", [1, 64, 100])
-def test_matrix_of_mlstm_includes_the_normaliser(T):
+def test_mlstm_matrix_times_values_equals_mlstm(T):
     case = draw(("none", False), T=T, state=False)
     i, f = draw_gates(T=T, low=-5, high=5)
     M = ops.mlstm_matrix(case["q"], case["k"], i, f)
     o, _ = ops.mlstm(case["q"], case["k"], case["v"], i, f, form="step")
-    assert error(mixed(M, case["v"]), o) < 1e-12
+    assert error(multiply(M, case["v"]), o) < 1e-12
 
     def by_matrix(q, k, input_gate, forget_gate):
-        return mixed(ops.mlstm_matrix(q, k, input_gate, forget_gate), case["v"].to(q.dtype)), q.new_zeros(0)
+        return multiply(ops.mlstm_matrix(q, k, input_gate, forget_gate), case["v"].to(q.dtype)), q.new_zeros(0)
 
     def by_step(q, k, input_gate, forget_gate):
         return ops.mlstm(q, k, case["v"], input_gate, forget_gate, form="step")[0], q.new_zeros(0)
@@ -77,11 +77,11 @@ def test_matrix_of_mlstm_includes_the_normaliser(T):
 
 
 @pytest.mark.parametrize("decay", ["none", "fixed", "scalar", "channel"])
-def test_matrix_of_normalized_has_rows_that_sum_to_one(decay):
+def test_normalized_matrix_rows_sum_to_one(decay):
     case = draw((decay, False), T=70, state=False)
     q, k = case["q"].abs(), case["k"].abs()
     M = ops.normalized_matrix(q, k, case["log_decay"], eps=0.0)
     assert error(M.sum(-1), torch.ones(1, 2, 70, dtype=torch.float64)) < 1e-12
     o, _ = ops.normalized(q, k, case["v"], case["log_decay"], eps=1e-3, form="step")
     M = ops.normalized_matrix(q, k, case["log_decay"], eps=1e-3)
-    assert error(mixed(M, case["v"]), o) < 1e-12
+    assert error(multiply(M, case["v"]), o) < 1e-12

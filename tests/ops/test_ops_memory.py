@@ -1,4 +1,4 @@
-"""Scratch memory is used again, but never a view of what has moved; a few rows of a long matrix stay a few rows."""
+"""Scratch memory is reused and its stale views are not; a few rows of a long matrix need little memory."""
 
 import subprocess
 import sys
@@ -6,22 +6,22 @@ import threading
 
 import pytest
 import torch
-from ops_cases import KINDS, differentiate, draw
+from ops_cases import VARIANTS, differentiate, draw
 
 from subquad import ops
-from subquad.ops.engine.workspace import REMEMBERED, Workspace
+from subquad.ops.engine.workspace import MAX_VIEWS, Workspace
 
 ROWS_OF_A_LONG_MATRIX = """
 import sys
 sys.path[:0] = ["tests/ops"]
 import torch
-from ops_cases import KINDS, draw
+from ops_cases import VARIANTS, draw
 from subquad import ops
-from subquad.ops.bench import peak_rss
+from benchmarks.common import peak_rss
 
 def run(T):
-    for kind in KINDS:
-        case = {n: x.float() for n, x in draw(kind, T=T, H=4, state=False).items() if x is not None and n != "v"}
+    for variant in VARIANTS:
+        case = {n: x.float() for n, x in draw(variant, T=T, H=4, state=False).items() if x is not None and n != "v"}
         with torch.no_grad():
             assert ops.matrix(**case, rows=slice(T - 128, T)).shape == (1, 4, 128, T)
 
@@ -32,22 +32,22 @@ print(peak_rss() - before)
 """
 
 
-def space():
-    """A workspace of a dtype that nothing else computes in."""
+def workspace():
+    """A workspace of a dtype that no operator uses."""
     return Workspace(torch.empty(0), torch.complex128)
 
 
-def test_a_buffer_is_used_again_and_grows():
-    work = space()
+def test_buffers_are_reused_and_grow():
+    work = workspace()
     small = work("x", 2, 3)
     assert work("x", 2, 3) is small
-    assert space()("x", 3, 2).data_ptr() == small.data_ptr(), "another call of the same thread"
+    assert workspace()("x", 3, 2).data_ptr() == small.data_ptr(), "another call of the same thread"
     large = work("x", 100)
     assert work("x", 2, 3).data_ptr() == large.data_ptr() != small.data_ptr()
 
 
-def test_what_was_derived_from_a_buffer_is_derived_anew_when_it_moves():
-    work = space()
+def test_cached_views_are_recreated_when_their_buffer_grows():
+    work = workspace()
 
     def make():
         return [work("y", n) for n in (5, 50)]  # the second request moves the buffer of the first
@@ -60,32 +60,34 @@ def test_what_was_derived_from_a_buffer_is_derived_anew_when_it_moves():
     assert {x.data_ptr() for x in again} == {moved.data_ptr()}
 
 
-def test_views_are_not_remembered_without_end():
-    work = space()
-    for n in range(2 * REMEMBERED):
+def test_number_of_cached_views_is_bounded():
+    work = workspace()
+    for n in range(2 * MAX_VIEWS):
         work.cached_view(("number", n), lambda n=n: n + 1)
-    assert len(work.views) <= REMEMBERED
+    assert len(work.views) <= MAX_VIEWS
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
-def test_sizes_in_any_order_give_the_same(delta):
-    kinds = [kind for kind in KINDS if kind[1] == delta]
-    cases = [draw(kind, B=B, T=T, K=K, V=K) for kind in kinds for B, T, K in [(1, 40, 8), (2, 130, 16), (1, 300, 8)]]
+def test_results_do_not_depend_on_the_order_of_sizes(delta):
+    variants = [variant for variant in VARIANTS if variant[1] == delta]
+    cases = [
+        draw(variant, B=B, T=T, K=K, V=K) for variant in variants for B, T, K in [(1, 40, 8), (2, 130, 16), (1, 300, 8)]
+    ]
     first = [differentiate(ops.chunk, case, torch.float32) for case in cases]
     for case, before in reversed(list(zip(cases, first, strict=True))):
         again = differentiate(ops.chunk, case, torch.float32)
         assert all(torch.equal(again[name], before[name]) for name in before)
 
 
-def test_threads_do_not_share_it():
+def test_threads_do_not_share_scratch_memory():
     cases = [draw(("channel", True), T=200, seed=seed) for seed in range(2)]
-    alone = [differentiate(ops.chunk, case, torch.float32) for case in cases]
+    sequential = [differentiate(ops.chunk, case, torch.float32) for case in cases]
     wrong = []
 
     def work(n):
         for _ in range(5):
             got = differentiate(ops.chunk, cases[n], torch.float32)
-            wrong.extend(name for name in got if not torch.equal(got[name], alone[n][name]))
+            wrong.extend(name for name in got if not torch.equal(got[name], sequential[n][name]))
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
     for thread in threads:
@@ -98,6 +100,6 @@ def test_threads_do_not_share_it():
 @pytest.mark.slow
 @pytest.mark.sample
 def test_rows_of_a_long_matrix_fit_in_memory():
-    """The whole would be 268 MB, 128 rows are 8."""
+    """The full matrix takes 268 MB, 128 rows take 8 MB."""
     result = subprocess.run([sys.executable, "-c", ROWS_OF_A_LONG_MATRIX], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 100e6

@@ -1,4 +1,4 @@
-"""mLSTM and normalised linear attention: the recurrences with a denominator."""
+"""`mlstm` and `normalized`: the recurrences with a normalizer."""
 
 import itertools
 
@@ -7,19 +7,19 @@ import torch
 from ops_cases import assert_close, definition, differentiate, draw, draw_gates, error, errors, flatten, rounded
 
 from subquad import ops
-from subquad.ops.mlstm import EMPTY
+from subquad.ops.mlstm import INITIAL_STABILIZER
 
 
-def plain(q, k, v, input_gate, forget_gate, scale):
-    """mLSTM without its stabiliser, as its definition reads; float64 holds exp(40)."""
+def unstabilized(q, k, v, input_gate, forget_gate, scale):
+    """The definition of mLSTM without its stabilizer; float64 represents exp(40)."""
     B, T, H, K = q.shape
     S, n, outputs = q.new_zeros(B, H, K, v.shape[-1]), q.new_zeros(B, H, K), []
     for t in range(T):
         forget, write = torch.sigmoid(forget_gate[:, t]), torch.exp(input_gate[:, t])
         S = forget[..., None, None] * S + write[..., None, None] * k[:, t, :, :, None] * v[:, t, :, None, :]
         n = forget[..., None] * n + write[..., None] * k[:, t]
-        level = (scale * (q[:, t] * n).sum(-1)).abs().clamp_min(1.0)
-        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S) / level[..., None])
+        denominator = (scale * (q[:, t] * n).sum(-1)).abs().clamp_min(1.0)
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S) / denominator[..., None])
     return torch.stack(outputs, 1)
 
 
@@ -35,7 +35,7 @@ def draw_mlstm(T, B=1, H=2, K=16, V=16, state=False, **gates):
 
 
 def run(form, **kwargs):
-    """`mlstm` as a function whose state's parts are arguments; the level m is drawn, it has no gradient."""
+    """`mlstm` as a function of the parts of its state; the stabilizer m is random and has no gradient."""
 
     def op(q, k, v, input_gate, forget_gate, S=None, n=None):
         state = None
@@ -51,23 +51,23 @@ def run(form, **kwargs):
 
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 257])
 @pytest.mark.parametrize("form", ["step", "chunk"])
-def test_mlstm_is_its_definition_without_stabiliser(form, T):
+def test_mlstm_matches_the_unstabilized_definition(form, T):
     case = draw_mlstm(T)
-    reference = plain(*case.values(), scale=0.25)
+    reference = unstabilized(*case.values(), scale=0.25)
     o, _ = ops.mlstm(**case, form=form)
     assert error(o, reference) < 1e-11
     if T == 1:
-        return  # o is v or a fraction of it: most gradients are exactly zero
+        return  # o is proportional to v: most gradients are exactly zero
     args = {n: x.clone().requires_grad_() for n, x in case.items()}
     got = torch.autograd.grad(ops.mlstm(**args, form=form)[0].square().sum(), args.values())
-    want = torch.autograd.grad(plain(*args.values(), scale=0.25).square().sum(), args.values())
+    want = torch.autograd.grad(unstabilized(*args.values(), scale=0.25).square().sum(), args.values())
     for x, y in zip(got, want, strict=True):
         assert error(x, y) < 1e-9
 
 
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 257, 1000])
 @pytest.mark.parametrize(("K", "V"), [(16, 16), (60, 96)], ids=str)
-def test_mlstm_chunk_is_as_good_as_the_float32_step(T, K, V):
+def test_mlstm_chunk_is_as_accurate_as_step_in_float32(T, K, V):
     case = draw_mlstm(T, K=K, V=V)
 
     def outputs_only(form):
@@ -87,22 +87,22 @@ def test_mlstm_chunk_is_as_good_as_the_float32_step(T, K, V):
 
 
 @pytest.mark.parametrize("T", [1, 64, 257])
-def test_mlstm_from_and_to_states_in_benign_gates(T):
+def test_mlstm_states_with_moderate_gates(T):
     case = draw_mlstm(T, H=3, state=True, low=-2.0, high=2.0)
-    case["q"], case["k"] = case["q"].abs(), case["k"].abs()  # keeps the normaliser away from zero
+    case["q"], case["k"] = case["q"].abs(), case["k"].abs()  # keeps the normalizer away from zero
     case["n"] = case["n"].abs()
     reference = differentiate(run("step"), case)
     assert_close(differentiate(run("chunk"), case, torch.float32), reference, 1e-6)
     assert_close(differentiate(run("chunk"), case, torch.float64), reference, 1e-12)
 
 
-def test_mlstm_of_a_large_batch():
+def test_mlstm_large_batch_is_split():
     case = draw_mlstm(40, B=50, H=7, K=8, V=8, state=True)
     assert_close(differentiate(run("chunk"), case), differentiate(run("step"), case), 1e-10)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 16, 64, 128])
-def test_mlstm_any_chunk_size(chunk_size):
+def test_mlstm_does_not_depend_on_chunk_size(chunk_size):
     case = draw_mlstm(130, state=True)
     got = differentiate(run("chunk", chunk_size=chunk_size), case)
     assert_close(got, differentiate(run("step"), case), 1e-10)
@@ -110,25 +110,25 @@ def test_mlstm_any_chunk_size(chunk_size):
 
 @pytest.mark.parametrize("cut", [1, 31, 32, 65, 99])
 @pytest.mark.parametrize("forms", [("chunk", "chunk"), ("chunk", "step"), ("step", "chunk")], ids="-".join)
-def test_mlstm_cut_anywhere_and_continued(cut, forms):
+def test_mlstm_two_calls_equal_one(cut, forms):
     case = draw_mlstm(100)
 
-    def in_two(q, k, v, input_gate, forget_gate):
+    def two_calls(q, k, v, input_gate, forget_gate):
         parts = [(x[:, :cut], x[:, cut:]) for x in (q, k, v, input_gate, forget_gate)]
         o1, state = ops.mlstm(*(p[0] for p in parts), form=forms[0])
         o2, state = ops.mlstm(*(p[1] for p in parts), state, form=forms[1])
         return torch.cat([o1, o2], 1), state[:2]
 
     reference = differentiate(run("step"), case)
-    assert_close(differentiate(in_two, case), reference, 1e-11)
+    assert_close(differentiate(two_calls, case), reference, 1e-11)
     if forms == ("chunk", "chunk"):
         whole = errors(differentiate(run("chunk"), case, torch.float32), reference)
-        pieces = errors(differentiate(in_two, case, torch.float32), reference)
+        pieces = errors(differentiate(two_calls, case, torch.float32), reference)
         assert all(pieces[n] < max(1e-6, 3 * whole[n]) for n in whole), (pieces, whole)
 
 
-def test_mlstm_hands_its_level_over_exactly():
-    """After thousands of open input gates m is in the hundreds, where float32 is coarse: S must belong to that m."""
+def test_mlstm_final_state_is_relative_to_its_rounded_stabilizer():
+    """With open input gates m is in the hundreds, where float32 is coarse: S must be relative to the rounded m."""
     T = 600
     case = draw_mlstm(T, low=300.0, high=400.0)
     case["forget_gate"] = case["forget_gate"].abs() + 5
@@ -144,7 +144,7 @@ def test_mlstm_hands_its_level_over_exactly():
         assert error(n2, n * (m - m2.double()).exp()[..., None]) < 2e-6
 
 
-def test_mlstm_packed_documents_equal_each_alone():
+def test_mlstm_packed_documents_match_separate_documents():
     bounds = [0, 0, 1, 40, 40, 104, 137]
     case = draw_mlstm(137, low=-5.0, high=5.0)
     gen = torch.Generator().manual_seed(3)
@@ -157,7 +157,7 @@ def test_mlstm_packed_documents_equal_each_alone():
         o, (S, n, m_) = ops.mlstm(q, k, v, input_gate, forget_gate, (S, n, m.to(S.dtype)), cu_seqlens=cu)
         return o, (S, n, m_)
 
-    def alone(q, k, v, input_gate, forget_gate, S, n):
+    def separate(q, k, v, input_gate, forget_gate, S, n):
         results = []
         for d, (start, end) in enumerate(itertools.pairwise(bounds)):
             parts = (x[:, start:end] for x in (q, k, v, input_gate, forget_gate))
@@ -165,12 +165,12 @@ def test_mlstm_packed_documents_equal_each_alone():
         o, S, n, m_ = zip(*results, strict=True)
         return torch.cat(o, 1), (torch.cat(S), torch.cat(n), torch.cat(m_))
 
-    assert_close(differentiate(packed, case), differentiate(alone, case), 1e-12)
+    assert_close(differentiate(packed, case), differentiate(separate, case), 1e-12)
 
 
 @pytest.mark.parametrize("form", ["step", "chunk"])
-def test_mlstm_shut_input_gates_write_nothing(form):
-    """Padding: gates of minus infinity before the first token leave the empty state, its level and no NaN behind."""
+def test_mlstm_input_gates_of_minus_infinity_write_nothing(form):
+    """Padding before the first token leaves the initial state and stabilizer, without NaN."""
     case = draw_mlstm(40)
     case["input_gate"][:, :35] = -torch.inf
     case["input_gate"][:, 36] = -torch.inf
@@ -185,7 +185,7 @@ def test_mlstm_shut_input_gates_write_nothing(form):
     _, (S, n, m) = ops.mlstm(**{name: x[:, :35].float() for name, x in case.items()}, form=form)
     assert not S.any()
     assert not n.any()
-    assert (m == EMPTY).all()
+    assert (m == INITIAL_STABILIZER).all()
 
 
 def test_mlstm_in_bfloat16():
@@ -217,7 +217,7 @@ def test_gradients_of_half_precision_inputs(op):
 
 
 @pytest.mark.parametrize("K", [128, 256])
-def test_wide_heads_with_a_normaliser(K):
+def test_mlstm_with_large_heads(K):
     case = draw_mlstm(70, K=K, V=K, low=-2.0, high=2.0)
     case["q"], case["k"] = case["q"].abs(), case["k"].abs()
     assert_close(differentiate(run("chunk"), case, torch.float32), differentiate(run("step"), case), 1e-6)
@@ -225,7 +225,7 @@ def test_wide_heads_with_a_normaliser(K):
 
 @pytest.mark.parametrize("decay", ["none", "fixed", "scalar", "channel"])
 @pytest.mark.parametrize("T", [1, 65, 200])
-def test_normalized_divides_by_the_sum_of_keys(decay, T):
+def test_normalized_matches_division_by_a_second_recurrence(decay, T):
     case = draw((decay, False), T=T, H=3, V=24)
     del case["beta"]
     S = case.pop("initial_state")
@@ -233,8 +233,10 @@ def test_normalized_divides_by_the_sum_of_keys(decay, T):
 
     def naive(q, k, v, log_decay, S, z):
         o, S_new = ops.step(q, k, v, log_decay, initial_state=S, scale=1.0)
-        level, z_new = ops.step(q, k, torch.ones_like(v[..., :1]), log_decay, initial_state=z.unsqueeze(-1), scale=1.0)
-        return o / (level + 1e-3), (S_new, z_new.squeeze(-1))
+        normalizer, z_new = ops.step(
+            q, k, torch.ones_like(v[..., :1]), log_decay, initial_state=z.unsqueeze(-1), scale=1.0
+        )
+        return o / (normalizer + 1e-3), (S_new, z_new.squeeze(-1))
 
     def op(form):
         return lambda q, k, v, log_decay, S, z: ops.normalized(q, k, v, log_decay, (S, z), 1.0, 1e-3, form)

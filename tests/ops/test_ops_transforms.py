@@ -1,42 +1,42 @@
-"""The ops under the rest of PyTorch: compilation, functional transforms, checkpointing, saved memory."""
+"""The operators with `torch.compile`, `torch.func`, checkpointing, and the memory saved for the backward pass."""
 
 import pytest
 import torch
-from ops_cases import KIND_IDS, KINDS, assert_close, definition, differentiate, draw, draw_gates, error
+from ops_cases import VARIANT_IDS, VARIANTS, assert_close, definition, differentiate, draw, draw_gates, error
 from torch.utils.checkpoint import checkpoint
 
 from subquad import ops
 from subquad.ops.engine import compiled
 
-kinds = pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=VARIANT_IDS)
 
 
-@kinds
+@variants
 @pytest.mark.parametrize("normalizer", [False, True], ids=["plain", "normalizer"])
-def test_the_operation_of_a_compiled_graph_is_what_it_says(kind, normalizer):
-    """Its schema and its fake results; whole graphs are compiled in the slow tests."""
-    case = {n: x if x is None else x.float() for n, x in draw(kind, T=70, state=False).items()}
+def test_schema_and_fake_results_of_the_custom_operation(variant, normalizer):
+    """The slow tests compile whole graphs."""
+    case = {n: x if x is None else x.float() for n, x in draw(variant, T=70, state=False).items()}
     gate = case["log_decay"]
-    gate = gate.expand(1, 70, 2) if kind[0] == "fixed" else gate
+    gate = gate.expand(1, 70, 2) if variant[0] == "fixed" else gate
     given = [case["q"], case["k"], case["v"], gate, case["beta"], None, None]
-    eps = 1e-3 if normalizer and not kind[1] else None
+    eps = 1e-3 if normalizer and not variant[1] else None
     arguments = (*given, *[None] * 5, [1, 70, 2, 32, 80], None, 0.25, True, eps)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(compiled.forward, arguments, test_utils=tests)
-    o, final, *kept = compiled.forward(*arguments)
-    needed = [x is not None for x in given]
-    backward = (torch.ones_like(o), final, *arguments[:12], *kept, o, *arguments[12:], needed)
+    o, final_state, *saved = compiled.forward(*arguments)
+    needs_grad = [x is not None for x in given]
+    backward = (torch.ones_like(o), final_state, *arguments[:12], *saved, o, *arguments[12:], needs_grad)
     torch.library.opcheck(compiled.backward, backward, test_utils=tests)
 
 
 @pytest.mark.slow
-@kinds
-def test_compiled_functions_give_the_same(kind):
+@variants
+def test_compiled_step_and_chunk_match_eager(variant):
     torch.compiler.reset()
-    case = draw(kind, T=70)
+    case = draw(variant, T=70)
     for op in (ops.chunk, ops.step):
         compiled = torch.compile(lambda op=op, **args: op(**args), backend="aot_eager", fullgraph=True)
-        short = case if op is ops.chunk else draw(kind, T=3)
+        short = case if op is ops.chunk else draw(variant, T=3)
         tolerance = 1e-6 if op is ops.chunk else 1e-5
         assert_close(differentiate(compiled, short, torch.float32), definition(short), tolerance)
 
@@ -45,7 +45,7 @@ def test_compiled_functions_give_the_same(kind):
 @pytest.mark.parametrize(
     "name", [pytest.param("mlstm", marks=pytest.mark.sample), "normalized", "short_conv", "matrix"]
 )
-def test_compiled_losses_give_the_same(name):
+def test_compiled_losses_match_eager(name):
     functions, q = losses()
     compiled = torch.compile(functions[name], backend="aot_eager")
     want, got = (q.clone().requires_grad_() for _ in range(2))
@@ -56,7 +56,7 @@ def test_compiled_losses_give_the_same(name):
 
 @pytest.mark.slow
 @pytest.mark.sample
-def test_compiled_convolutions_of_several_lengths_and_eager_ones_between():
+def test_compiled_and_eager_convolutions_of_several_lengths_alternate():
     def loss(x, weight):
         return ops.short_conv(x, weight, activation="silu")[0].square().sum()
 
@@ -89,7 +89,7 @@ def losses():
 
 
 @pytest.mark.parametrize("name", losses()[0])
-def test_functional_transforms(name):
+def test_grad_and_vmap_of_torch_func(name):
     functions, q = losses()
     loss = functions[name]
     leaf = q.clone().requires_grad_()
@@ -101,15 +101,15 @@ def test_functional_transforms(name):
 
 
 @pytest.mark.parametrize("name", ["chunk", "channel", "mlstm", "normalized", "short_conv"])
-def test_second_derivatives_are_refused(name):
+def test_second_derivatives_raise(name):
     functions, q = losses()
     leaf = q.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(functions[name](leaf), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="chunk forms and short_conv have no second derivative"):
+    with pytest.raises(RuntimeError, match="second derivative"):
         gradient.sum().backward()
 
 
-def test_checkpointing_and_two_backward_passes():
+def test_two_backward_passes_and_checkpointing():
     functions, q = losses()
     leaf = q.clone().requires_grad_()
     loss = functions["chunk"](leaf)
@@ -122,40 +122,40 @@ def test_checkpointing_and_two_backward_passes():
     assert error(leaf.grad, first) < 1e-14
 
 
-def test_gradients_only_where_asked():
+def test_gradients_of_single_arguments():
     case = draw(("scalar", True), T=40)
-    whole = definition(case)
+    expected = definition(case)
     for name in [n for n, x in case.items() if x is not None]:
         leaf = case[name].clone().requires_grad_()
         o, state = ops.chunk(**case | {name: leaf})
         gen = torch.Generator().manual_seed(1)
         cotangents = [torch.randn(x.shape, dtype=torch.float64, generator=gen).float().double() for x in (o, state)]
         torch.autograd.backward([o, state], cotangents)
-        assert error(leaf.grad, whole[f"d{name}"]) < 1e-12
+        assert error(leaf.grad, expected[f"d{name}"]) < 1e-12
 
 
 def saved_bytes(op, *inputs):
-    """Bytes that a call keeps for its backward pass, besides inputs and outputs."""
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.update({x.data_ptr(): x}), x)[1], lambda x: x):
+    """Bytes that a call saves for its backward pass, without inputs and outputs."""
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.update({x.data_ptr(): x}), x)[1], lambda x: x):
         outputs = op(*inputs)
-    mine = {x.data_ptr() for x in inputs} | {outputs[0].data_ptr()}
-    return sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in mine)
+    excluded = {x.data_ptr() for x in inputs} | {outputs[0].data_ptr()}
+    return sum(x.untyped_storage().nbytes() for pointer, x in saved.items() if pointer not in excluded)
 
 
-@kinds
-def test_memory_kept_for_the_backward_pass(kind):
+@variants
+def test_memory_saved_for_the_backward_pass(variant):
     T, H, K = 1024, 2, 64
-    args = {n: None if x is None else x.float() for n, x in draw(kind, T=T, H=H, K=K, V=K, state=False).items()}
+    args = {n: None if x is None else x.float() for n, x in draw(variant, T=T, H=H, K=K, V=K, state=False).items()}
     given = [x.requires_grad_() for x in args.values() if x is not None]
     names = [n for n, x in args.items() if x is not None]
-    kept = saved_bytes(lambda *xs: ops.chunk(**dict(zip(names, xs, strict=True))), *given)
-    # One state more than chunks: at the end, which is an output.
-    assert kept - K * K * H * 4 <= (4 if kind[1] else 3) * args["q"].nbytes
+    saved = saved_bytes(lambda *xs: ops.chunk(**dict(zip(names, xs, strict=True))), *given)
+    # One state more than chunks: the final state, which is an output.
+    assert saved - K * K * H * 4 <= (4 if variant[1] else 3) * args["q"].nbytes
 
 
 @pytest.mark.parametrize("op", ["mlstm", "normalized"])
-def test_memory_kept_with_a_normaliser(op):
+def test_memory_saved_with_a_normalizer(op):
     q, k, v = (torch.randn(1, 1024, 2, 64).requires_grad_() for _ in range(3))
     gates = [torch.randn(1, 1024, 2).requires_grad_() for _ in range(2)] if op == "mlstm" else []
     assert saved_bytes(getattr(ops, op), q, k, v, *gates) <= 3 * q.nbytes

@@ -1,1 +1,1 @@
-"""The chunked machinery of the operators: segments, decays, updates, autograd."""
+"""The chunked machinery of the operators: segments, decays, state updates, autograd."""

@@ -1,7 +1,7 @@
-"""What the autograd functions here have in common: they work under `torch.func`, and end at the first derivative.
+"""Base classes of the autograd functions: they support `torch.func` and the first derivative only.
 
-Under `torch.func` a backward pass sees wrapped tensors, which must not be written into scratch memory; as a function of
-its own (`FirstDerivative`) it gets plain ones, and a second derivative gets an error that says what to do.
+Under `torch.func` a backward pass receives wrapped tensors, which must not be written into scratch memory. A backward
+pass that is an autograd function itself (`OnceDifferentiable`) receives plain tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class VmapByLoopFunction(torch.autograd.Function):
-    """Under `vmap` one call after the other: right, if not fast."""
+    """Runs `vmap` as a loop over calls."""
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple, *args: Any) -> tuple[tuple, tuple]:
@@ -26,7 +26,7 @@ class VmapByLoopFunction(torch.autograd.Function):
 
 
 class OnceDifferentiable(VmapByLoopFunction):
-    """A backward pass."""
+    """A backward pass that raises when it is differentiated."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

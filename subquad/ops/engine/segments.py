@@ -1,8 +1,8 @@
-"""How a sequence is walked: chunks of C tokens, grouped into segments whose temporaries stay in the cache.
+"""How a sequence is processed: chunks of C tokens, grouped into segments whose temporaries fit in the cache.
 
-A segment is n consecutive chunks of all B H heads; everything in it is one batch of m = n B H small matrices, shaped
-[m, C, ...] in the order (chunk, batch, head). Inputs are copied in (and converted, so that half precision needs no
-second copy), outputs are copied out; the tokens that fill the last chunk are zeros, which change no state.
+A segment is n consecutive chunks of all B H heads. All its tensors are batches of m = n B H small matrices
+[m, C, ...] in the order (chunk, batch, head). Inputs are copied into the segment and converted to the computation's
+dtype there; outputs are copied back. Zeros fill the last chunk, which leaves the state unchanged.
 """
 
 from __future__ import annotations
@@ -14,126 +14,91 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 32  # 64 is 5 to 20% slower, 16 more
-SMALLEST = 16  # below, the state's rounding at every chunk would show in float32
-# A segment has as many chunk matrices as keep so many numbers at work, 80 of them for heads of 64: more leave the
-# cache (10% slower at twice as many), fewer pay for launches.
-NUMBERS = 1_000_000
-FEWEST, MOST = 8, 160
+DEFAULT_CHUNK = 32  # 64 is 5 to 20% slower, 16 more
+MIN_CHUNK = 16  # in shorter chunks the rounding of the state at every chunk would show in float32
+# Numbers in the temporaries of a segment, 80 matrices for heads of 64. Twice as many leave the cache (10% slower);
+# with fewer, launches dominate.
+SEGMENT_NUMBERS = 1_000_000
+MIN_MATRICES, MAX_MATRICES = 8, 160
 
 
 class Segment(NamedTuple):
-    first: int  # chunk
-    n: int
+    first: int  # index of its first chunk
+    n: int  # chunks
 
 
-class Layout:
-    """Where the tokens of q-shaped tensors [B, T, H, D] go, and at which chunks documents begin and end."""
+class ChunkLayout:
+    """Maps tokens of tensors [B, T, H, D] to chunks and segments, and documents to the chunks where they begin and end.
+
+    Args:
+        matrices_per_segment: upper bound of n B H, see `count_matrices_per_segment`.
+        bounds: boundaries of packed documents in tokens, multiples of C (see `VarlenPadding`); None without documents.
+    """
 
     def __init__(
         self, B: int, T: int, H: int, C: int, matrices_per_segment: int, bounds: list[int] | None = None
     ) -> None:
         self.B, self.T, self.H, self.BH = B, T, H, B * H
-        self.C, self.matrices, self.bounds = C, matrices_per_segment, bounds
+        self.C, self.matrices_per_segment, self.bounds = C, matrices_per_segment, bounds
         self.N = -(-T // self.C)
-        # `Packing` has made the bounds of documents multiples of C.
-        chunks = [0, self.N] if bounds is None else [b // self.C for b in bounds]
-        self.spans = list(itertools.pairwise(chunks))
-        self.sequences = len(self.spans)
-        self.first = {a: n for n, (a, b) in enumerate(self.spans) if a < b}
-        self.last = {b - 1: n for n, (a, b) in enumerate(self.spans) if a < b}
-        self.empty = [n for n, (a, b) in enumerate(self.spans) if a == b]
+        chunk_bounds = [0, self.N] if bounds is None else [b // self.C for b in bounds]
+        self.chunk_ranges = list(itertools.pairwise(chunk_bounds))  # of each document
+        self.num_documents = len(self.chunk_ranges)
+        self.first_chunks = {a: doc for doc, (a, b) in enumerate(self.chunk_ranges) if a < b}
+        self.last_chunks = {b - 1: doc for doc, (a, b) in enumerate(self.chunk_ranges) if a < b}
+        self.empty_documents = [doc for doc, (a, b) in enumerate(self.chunk_ranges) if a == b]
         most = max(1, matrices_per_segment // max(1, self.BH))
-        self.n = max(1, -(-self.N // max(1, -(-self.N // most))))  # as even as may be
+        self.chunks_per_segment = max(1, -(-self.N // max(1, -(-self.N // most))))  # segments of nearly equal size
 
     def segments(self) -> list[Segment]:
-        return [Segment(c, min(self.n, self.N - c)) for c in range(0, self.N, self.n)]
+        size = self.chunks_per_segment
+        return [Segment(c, min(size, self.N - c)) for c in range(0, self.N, size)]
 
-    def gates(self, x: Tensor, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
-        """[B, T, H] -> [N, BH, C], the whole sequence at once: gates are small."""
+    def gates_to_chunks(self, x: Tensor, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+        """[B, T, H] -> [N, BH, C] for the whole sequence at once, since gates are small."""
         padded = x.new_full((self.B, self.N * self.C, self.H), fill, dtype=dtype)
         padded[:, : self.T] = x
         return padded.view(self.B, self.N, self.C, self.H).permute(1, 0, 3, 2).reshape(self.N, self.BH, self.C)
 
-    def from_gates(self, x: Tensor) -> Tensor:
-        """[N, BH, C] -> [B, T, H], the inverse of `gates`."""
+    def chunks_to_gates(self, x: Tensor) -> Tensor:
+        """[N, BH, C] -> [B, T, H], the inverse of `gates_to_chunks`."""
         tokens = x.view(self.N, self.B, self.H, self.C).permute(1, 0, 3, 2)
         return tokens.reshape(self.B, self.N * self.C, self.H)[:, : self.T]
 
 
 class ChunkedView:
-    """A tensor [B, T, H, D], or [B, T, H] as D = 1, seen as chunks [N, B, H, C, D], to copy segments from and to."""
+    """A tensor [B, T, H, D], or [B, T, H] as D = 1, viewed as chunks [N, B, H, C, D], to copy segments from and to."""
 
-    def __init__(self, layout: Layout, x: Tensor) -> None:
+    def __init__(self, layout: ChunkLayout, x: Tensor) -> None:
         x = x.unsqueeze(-1) if x.dim() == 3 else x
         B, T, H, D = x.shape
-        self.layout, self.count = layout, T // layout.C
-        length = self.count * layout.C
-        self.whole = x[:, :length].view(B, self.count, layout.C, H, D).permute(1, 0, 3, 2, 4)
-        self.rest = x[:, length:].transpose(1, 2)  # the tokens of a part chunk, [B, H, fewer than C, D]
+        self.layout, self.num_full = layout, T // layout.C
+        length = self.num_full * layout.C
+        self.full = x[:, :length].view(B, self.num_full, layout.C, H, D).permute(1, 0, 3, 2, 4)
+        self.tail = x[:, length:].transpose(1, 2)  # the tokens after the last full chunk, [B, H, fewer than C, D]
 
     def load(self, segment: Segment, out: Tensor, scale: float = 1.0, by: ChunkedView | None = None) -> Tensor:
-        """Copy a segment into `out` [m, C, D], times a number or `by`, token by token; zeros fill a part chunk."""
-        target = self._chunks(out, segment)
-        n = min(segment.n, self.count - segment.first)
-        here = slice(segment.first, segment.first + n)
-        _copy(self.whole[here], target if n == segment.n else target[:n], scale if by is None else by.whole[here])
+        """Copies a segment into `out` [m, C, D], times `scale` or times `by` [.., 1] per token, padded with zeros."""
+        target = self._by_head(out, segment)
+        n = min(segment.n, self.num_full - segment.first)
+        chunks = slice(segment.first, segment.first + n)
+        _copy(self.full[chunks], target if n == segment.n else target[:n], scale if by is None else by.full[chunks])
         if n < segment.n:
-            part, length = target[n], self.rest.shape[2]
-            _copy(self.rest, part[:, :, :length], scale if by is None else by.rest)
-            part[:, :, length:].zero_()
+            last, length = target[n], self.tail.shape[2]
+            _copy(self.tail, last[:, :, :length], scale if by is None else by.tail)
+            last[:, :, length:].zero_()
         return out
 
     def store(self, x: Tensor, segment: Segment, scale: float = 1.0) -> None:
-        """Copy [m, C, D] to the segment's tokens, times a number."""
-        source = self._chunks(x, segment)
-        n = min(segment.n, self.count - segment.first)
-        _copy(source if n == segment.n else source[:n], self.whole[segment.first : segment.first + n], scale)
+        """Copies x [m, C, D], times `scale`, to the tokens of the segment."""
+        source = self._by_head(x, segment)
+        n = min(segment.n, self.num_full - segment.first)
+        _copy(source if n == segment.n else source[:n], self.full[segment.first : segment.first + n], scale)
         if n < segment.n:
-            _copy(source[n, :, :, : self.rest.shape[2]], self.rest, scale)
+            _copy(source[n, :, :, : self.tail.shape[2]], self.tail, scale)
 
-    def _chunks(self, x: Tensor, segment: Segment) -> Tensor:
+    def _by_head(self, x: Tensor, segment: Segment) -> Tensor:
         return x.view(segment.n, self.layout.B, self.layout.H, *x.shape[1:])
-
-
-class VarlenPadding:
-    """Documents of a packed sequence moved apart, so that each begins with a chunk; nothing to do without documents."""
-
-    def __init__(self, q: Tensor, v: Tensor, chunk_size: int | None, cu_seqlens: Tensor | None) -> None:
-        B, T, H, K = q.shape
-        self.positions: Tensor | None = None
-        C = chunk_length(T, chunk_size)
-        matrices = chunk_matrices(C, K, v.shape[-1])
-        if cu_seqlens is None:
-            self.layout = Layout(B, T, H, C, matrices)
-            return
-        bounds = cu_seqlens.tolist()
-        apart, positions = [0], []
-        for start, end in itertools.pairwise(bounds):
-            positions.append(torch.arange(apart[-1], apart[-1] + end - start))
-            apart.append(apart[-1] + -(-(end - start) // C) * C)
-        if apart != bounds:
-            self.positions, self.length = torch.cat(positions).to(q.device), apart[-1]
-        self.layout = Layout(B, apart[-1], H, C, matrices, apart)
-
-    def pack(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """[1, T, ...] -> [1, T and padding, ...]"""
-        if self.positions is None:
-            return x
-        return x.new_full((1, self.length, *x.shape[2:]), fill).index_copy(1, self.positions, x)
-
-    def unpack(self, x: Tensor) -> Tensor:
-        return x if self.positions is None else x.index_select(1, self.positions)
-
-
-def chunk_length(T: int, chunk_size: int | None) -> int:
-    """A power of two: the requested size, or the default, but no more than the sequence needs."""
-    return 1 << (min(max(1, T), max(SMALLEST, chunk_size or CHUNK)) - 1).bit_length()
-
-
-def chunk_matrices(C: int, K: int, V: int) -> int:
-    """In a segment; each has its rows, keys and values with their gradients, and two states."""
-    return max(FEWEST, min(MOST, NUMBERS // (K * V + 2 * C * (K + V))))
 
 
 def _copy(source: Tensor, target: Tensor, factor: float | Tensor) -> None:
@@ -141,63 +106,108 @@ def _copy(source: Tensor, target: Tensor, factor: float | Tensor) -> None:
         target.copy_(source)
     elif source.dtype == target.dtype:
         torch.mul(source, factor, out=target)
+    elif target.element_size() >= source.element_size():
+        target.copy_(source).mul_(factor)
     else:
-        target.copy_(source).mul_(factor) if target.element_size() >= source.element_size() else target.copy_(
-            source * factor
-        )
+        target.copy_(source * factor)
+
+
+class VarlenPadding:
+    """Pads packed documents so that each begins at a chunk boundary. Without `cu_seqlens` it changes nothing."""
+
+    def __init__(self, q: Tensor, v: Tensor, chunk_size: int | None, cu_seqlens: Tensor | None) -> None:
+        B, T, H, K = q.shape
+        self.positions: Tensor | None = None
+        C = chunk_length(T, chunk_size)
+        matrices = count_matrices_per_segment(C, K, v.shape[-1])
+        if cu_seqlens is None:
+            self.layout = ChunkLayout(B, T, H, C, matrices)
+            return
+        bounds = cu_seqlens.tolist()
+        padded_bounds, positions = [0], []
+        for start, end in itertools.pairwise(bounds):
+            padded_start, length = padded_bounds[-1], end - start
+            positions.append(torch.arange(padded_start, padded_start + length))
+            padded_bounds.append(padded_start + -(-length // C) * C)
+        if padded_bounds != bounds:
+            self.positions, self.padded_length = torch.cat(positions).to(q.device), padded_bounds[-1]
+        self.layout = ChunkLayout(B, padded_bounds[-1], H, C, matrices, padded_bounds)
+
+    def pad(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """[1, T, ...] -> [1, padded length, ...]"""
+        if self.positions is None:
+            return x
+        return x.new_full((1, self.padded_length, *x.shape[2:]), fill).index_copy(1, self.positions, x)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        return x if self.positions is None else x.index_select(1, self.positions)
+
+
+def chunk_length(T: int, chunk_size: int | None) -> int:
+    """A power of two: the requested or default chunk size, at least `MIN_CHUNK`, and not above what T tokens need."""
+    return 1 << (min(max(1, T), max(MIN_CHUNK, chunk_size or DEFAULT_CHUNK)) - 1).bit_length()
+
+
+def count_matrices_per_segment(C: int, K: int, V: int) -> int:
+    """Each chunk matrix holds queries, keys and values with their gradients, and two states."""
+    return max(MIN_MATRICES, min(MAX_MATRICES, SEGMENT_NUMBERS // (K * V + 2 * C * (K + V))))
 
 
 class StateScan:
-    """The order in which states pass from chunk to chunk, forward and backward, starting anew at each document."""
+    """Passes states from chunk to chunk, forward, and their gradients, backward; restarts at every document.
 
-    def __init__(self, layout: Layout, chunk_states: Tensor, keep: bool) -> None:
-        """`slots`, [chunks + 1, BH, K, V], holds the states of all chunks, or if none is kept of one segment."""
-        self.layout, self.slots, self.keep = layout, chunk_states, keep
-        self.each = chunk_states.unbind(0)
+    Args:
+        chunk_states: [chunks + 1, BH, K, V] memory for the state before each chunk: of all chunks if `save`, else of
+            one segment.
+    """
 
-    def base(self, segment: Segment) -> int:
-        """The slot of the segment's first chunk."""
-        return segment.first if self.keep else 0
+    def __init__(self, layout: ChunkLayout, chunk_states: Tensor, save: bool) -> None:
+        self.layout, self.chunk_states, self.save = layout, chunk_states, save
+        self.by_chunk = chunk_states.unbind(0)
 
-    def starts(self, segment: Segment) -> Tensor:
+    def offset(self, segment: Segment) -> int:
+        """Index in `chunk_states` of the segment's first chunk."""
+        return segment.first if self.save else 0
+
+    def before(self, segment: Segment) -> Tensor:
         """The states before each chunk of the segment, [n, BH, K, V]."""
-        return self.slots[self.base(segment) : self.base(segment) + segment.n]
+        return self.chunk_states[self.offset(segment) : self.offset(segment) + segment.n]
 
-    def forward(self, segment: Segment, initial: Tensor | None, final: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each chunk i of the segment (i, the state before, where to put the state after)."""
-        first, last, base = self.layout.first, self.layout.last, self.base(segment)
-        if not self.keep and segment.first not in first:
-            self.each[0].copy_(self.each[self.layout.n])
+    def forward(
+        self, segment: Segment, initial_state: Tensor | None, final_state: Tensor
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yields for each chunk i of the segment (i, the state before, the tensor to fill with the state after)."""
+        layout, states, offset = self.layout, self.by_chunk, self.offset(segment)
+        if not self.save and segment.first not in layout.first_chunks:
+            states[0].copy_(states[layout.chunks_per_segment])
         for i in range(segment.n):
             chunk = segment.first + i
-            if chunk in first:
-                _start(self.each[base + i], initial, first[chunk])
-            yield i, self.each[base + i], self.each[base + i + 1]
-            if chunk in last:
-                final[last[chunk]].copy_(self.each[base + i + 1])
+            if chunk in layout.first_chunks:
+                _copy_or_zero(initial_state, layout.first_chunks[chunk], out=states[offset + i])
+            yield i, states[offset + i], states[offset + i + 1]
+            if chunk in layout.last_chunks:
+                final_state[layout.last_chunks[chunk]].copy_(states[offset + i + 1])
 
     def backward(
-        self, segment: Segment, ends: Tensor, carry: Tensor, d_final: Tensor | None, d_initial: Tensor
+        self, segment: Segment, G: Tensor, carry: Tensor, d_final: Tensor | None, d_initial: Tensor
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each chunk i, last first: (i, the gradient of the state after, where to put that of the state before).
-
-        `ends` [n, BH, K, V] collects the former; `carry` [BH, K, V] passes to the segment before this one.
+        """Yields for each chunk i, last first: (i, the gradient of the state after, the tensor to fill with that of the
+        state before). `G` [n, BH, K, V] collects the former; `carry` [BH, K, V] passes on to the previous segment.
         """
-        first, last = self.layout.first, self.layout.last
-        each = ends.unbind(0)
-        each[-1].copy_(carry)
+        layout, by_chunk = self.layout, G.unbind(0)
+        by_chunk[-1].copy_(carry)
         for i in reversed(range(segment.n)):
             chunk = segment.first + i
-            if chunk in last:
-                _start(each[i], d_final, last[chunk])
-            target = each[i - 1] if i else carry
-            yield i, each[i], target
-            if chunk in first:
-                d_initial[first[chunk]].copy_(target)
+            if chunk in layout.last_chunks:
+                _copy_or_zero(d_final, layout.last_chunks[chunk], out=by_chunk[i])
+            d_before = by_chunk[i - 1] if i else carry
+            yield i, by_chunk[i], d_before
+            if chunk in layout.first_chunks:
+                d_initial[layout.first_chunks[chunk]].copy_(d_before)
 
 
-def _start(slot: Tensor, states: Tensor | None, n: int) -> None:
+def _copy_or_zero(states: Tensor | None, document: int, out: Tensor) -> None:
     if states is None:
-        slot.zero_()
+        out.zero_()
     else:
-        slot.copy_(states[n])
+        out.copy_(states[document])

@@ -1,7 +1,7 @@
-"""What writes the state, additively or by the delta rule: the part of `engine` that scans over the chunks of a segment.
+"""The additive update and the delta rule of the state: scans over the chunks of a segment, forward and backward.
 
-In the notation of `engine`, for m = n B H chunk matrices: rows [m, C, R, K] and keys [m, C, K] decayed, values
-[m, C, V], reads and their gradients [m, C, (R,) V], states [n, BH, K, V].
+Notation and shapes as in `autograd`, for m = n B H chunk matrices: decayed queries [m, C, R, K] and keys [m, C, K],
+values [m, C, V], reads [m, C, (R,) V], states [n, BH, K, V].
 """
 
 from __future__ import annotations
@@ -20,163 +20,146 @@ Decay = ScalarDecay | ChannelDecay
 
 
 class SavedForBackward(NamedTuple):
-    """What the forward pass leaves for the backward one; without gradients the same, for one segment at a time."""
+    """Intermediates of the forward pass: of all chunks for the backward pass; of one segment without gradients."""
 
     states: StateScan
-    A: Tensor | None = None  # [N BH, C, C]; additive
+    A: Tensor | None = None  # [N BH, C, C]; additive update
     U: Tensor | None = None  # [N BH, C, V]; delta rule
-    inverse: Tensor | None = None  # [N BH, C (C + 1)]; delta rule, see `unit_inverse`
+    inverse: Tensor | None = None  # [N BH, C (C + 1)]; delta rule, see `unit_lower_inverse`
 
-    def part(self, x: Tensor | None, segment: Segment) -> Tensor:
+    def of_segment(self, x: Tensor | None, segment: Segment) -> Tensor:
         """The segment's matrices of A, U or inverse."""
         assert x is not None
         BH = self.states.layout.BH
-        return x[self.states.base(segment) * BH :][: segment.n * BH]
+        return x[self.states.offset(segment) * BH :][: segment.n * BH]
 
 
-def additive_forward(
-    segment: Segment,
-    frame: Decay,
-    kept: SavedForBackward,
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    initial: Tensor | None,
-    final: Tensor,
-    work: Workspace,
-) -> Tensor:
-    """O [m, C, V]; the states pass from chunk to chunk by one multiplication each."""
-    m, C, _, K = rows.shape
-    V = values.shape[-1]
-    A = kept.part(kept.A, segment)
-    frame.forward(segment, rows, keys, A, None)
-    added = torch.bmm(keys.mT, values, out=work("added", m, K, V)).view(segment.n, -1, K, V).unbind(0)
-    total = _each(frame.total(segment))
-    for i, before, after in kept.states.forward(segment, initial, final):
-        if total is None:
-            torch.add(added[i], before, out=after)
-        else:
-            torch.addcmul(added[i], before, total[i], out=after)
-    reads = torch.bmm(A, values, out=work("reads", m, C, V))
-    return reads.baddbmm_(rows.view(m, C, K), kept.states.starts(segment).flatten(0, 1))
+class StateUpdate:
+    """An update with the decay, what the forward pass saves, and scratch memory of a call.
+
+    `forward` returns O [m, C, V]. `backward` returns the gradients of the states after each chunk, G [n, BH, K, V], and
+    of V [m, C, V].
+    """
+
+    def __init__(self, decay: Decay, saved: SavedForBackward, work: Workspace) -> None:
+        self.decay, self.saved, self.work = decay, saved, work
 
 
-def additive_backward(
-    segment: Segment,
-    frame: Decay,
-    kept: SavedForBackward,
-    decayed: tuple[Tensor, Tensor, Tensor],
-    reads: Tensor,
-    d_final: Tensor | None,
-    d_initial: Tensor,
-    carry: Tensor,
-    work: Workspace,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the states after each chunk, G [n, BH, K, V], and of V [m, C, V]."""
-    rows, keys, A = decayed
-    m, C, _, K = rows.shape
-    do, V = reads[:, :, 0], reads.shape[-1]
-    read = torch.bmm(rows[:, :, 0].mT, do, out=work("read", m, K, V)).view(segment.n, -1, K, V).unbind(0)
-    ends, total = work("ends", segment.n, *read[0].shape), _each(frame.total(segment))
-    for i, G, before in kept.states.backward(segment, ends, carry, d_final, d_initial):
-        if total is None:
-            torch.add(read[i], G, out=before)
-        else:
-            torch.addcmul(read[i], G, total[i], out=before)
-    d_values = torch.bmm(keys, ends.flatten(0, 1), out=work("d_values", m, C, V))
-    return ends, d_values.baddbmm_(A.mT, do)
+class AdditiveUpdate(StateUpdate):
+    """Each state follows from the one before by one multiplication and one addition."""
+
+    def forward(
+        self, segment: Segment, queries: Tensor, keys: Tensor, values: Tensor, ends: tuple[Tensor | None, Tensor]
+    ) -> Tensor:
+        saved, work, (m, C, _, K), V = self.saved, self.work, queries.shape, values.shape[-1]
+        A = saved.of_segment(saved.A, segment)
+        self.decay.forward(segment, queries, keys, A, None)
+        added = torch.bmm(keys.mT, values, out=work("added", m, K, V)).view(segment.n, -1, K, V).unbind(0)
+        total = _by_chunk(self.decay.total(segment))
+        for i, before, after in saved.states.forward(segment, *ends):
+            if total is None:
+                torch.add(added[i], before, out=after)
+            else:
+                torch.addcmul(added[i], before, total[i], out=after)
+        reads = torch.bmm(A, values, out=work("reads", m, C, V))
+        return reads.baddbmm_(queries.view(m, C, K), saved.states.before(segment).flatten(0, 1))
+
+    def backward(
+        self, segment: Segment, queries: Tensor, keys: Tensor, A: Tensor, d_reads: Tensor, d_ends: tuple
+    ) -> tuple[Tensor, Tensor]:
+        work, (m, C, _, K), n = self.work, queries.shape, segment.n
+        do, V = d_reads[:, :, 0], d_reads.shape[-1]
+        d_state = torch.bmm(queries[:, :, 0].mT, do, out=work("d_state", m, K, V)).view(n, -1, K, V).unbind(0)
+        G, total = work("G", n, *d_state[0].shape), _by_chunk(self.decay.total(segment))
+        for i, d_after, d_before in self.saved.states.backward(segment, G, *d_ends):
+            if total is None:
+                torch.add(d_state[i], d_after, out=d_before)
+            else:
+                torch.addcmul(d_state[i], d_after, total[i], out=d_before)
+        d_values = torch.bmm(keys, G.flatten(0, 1), out=work("d_values", m, C, V))
+        return G, d_values.baddbmm_(A.mT, do)
 
 
-def delta_forward(
-    segment: Segment,
-    frame: Decay,
-    kept: SavedForBackward,
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    initial: Tensor | None,
-    final: Tensor,
-    work: Workspace,
-) -> Tensor:
-    """O [m, C, V]; U depends on the state, so that it is found inside the scan, its triangular system solved before."""
-    m, C, _, K = rows.shape
-    V, n = values.shape[-1], segment.n
-    A, L = work("A", m, C, C), square(work("L", m, C * (C + 1)), C)
-    frame.forward(segment, rows, keys, A, L)
-    inverse, U = kept.part(kept.inverse, segment), kept.part(kept.U, segment).view(n, -1, C, V)
-    unit_inverse(L, inverse, work)
-    solve = square(inverse, C).unflatten(0, (n, -1)).unbind(0)
-    key_rows, writes = rows[:, :, 1].view(n, -1, C, K).unbind(0), keys.mT.view(n, -1, K, C).unbind(0)
-    each_v, each_U, total = values.view(n, -1, C, V).unbind(0), U.unbind(0), _each(frame.total(segment))
-    for i, before, after in kept.states.forward(segment, initial, final):
-        each_v[i].baddbmm_(key_rows[i], before, alpha=-1)
-        torch.bmm(solve[i], each_v[i], out=each_U[i])
-        after.copy_(before) if total is None else torch.mul(before, total[i], out=after)
-        after.baddbmm_(writes[i], each_U[i])
-    reads = torch.bmm(A, U.flatten(0, 1), out=work("reads", m, C, V))
-    return reads.baddbmm_(rows[:, :, 0], kept.states.starts(segment).flatten(0, 1))
+class DeltaUpdate(StateUpdate):
+    """U depends on the state and is computed in the scan, (I + L)^-1 before it."""
+
+    def forward(
+        self, segment: Segment, queries: Tensor, keys: Tensor, values: Tensor, ends: tuple[Tensor | None, Tensor]
+    ) -> Tensor:
+        saved, work, (m, C, _, K), V, n = self.saved, self.work, queries.shape, values.shape[-1], segment.n
+        A, L = work("A", m, C, C), padded_square(work("L", m, C * (C + 1)), C)
+        self.decay.forward(segment, queries, keys, A, L)
+        inverse, U = saved.of_segment(saved.inverse, segment), saved.of_segment(saved.U, segment).view(n, -1, C, V)
+        unit_lower_inverse(L, inverse, work)
+        inverses = padded_square(inverse, C).unflatten(0, (n, -1)).unbind(0)
+        key_queries, writes = queries[:, :, 1].view(n, -1, C, K).unbind(0), keys.mT.view(n, -1, K, C).unbind(0)
+        each_V, each_U = values.view(n, -1, C, V).unbind(0), U.unbind(0)
+        total = _by_chunk(self.decay.total(segment))
+        for i, before, after in saved.states.forward(segment, *ends):
+            each_V[i].baddbmm_(key_queries[i], before, alpha=-1)
+            torch.bmm(inverses[i], each_V[i], out=each_U[i])
+            after.copy_(before) if total is None else torch.mul(before, total[i], out=after)
+            after.baddbmm_(writes[i], each_U[i])
+        reads = torch.bmm(A, U.flatten(0, 1), out=work("reads", m, C, V))
+        return reads.baddbmm_(queries[:, :, 0], saved.states.before(segment).flatten(0, 1))
+
+    def backward(
+        self, segment: Segment, queries: Tensor, keys: Tensor, A: Tensor, d_reads: Tensor, d_ends: tuple
+    ) -> tuple[Tensor, Tensor]:
+        """Also writes -dV, the gradient of what keys read, to `d_reads[:, :, 1]`."""
+        saved, work, (m, C, _, K), n = self.saved, self.work, queries.shape, segment.n
+        do, V = d_reads[:, :, 0], d_reads.shape[-1]
+        inverses = padded_square(saved.of_segment(saved.inverse, segment), C).mT.unflatten(0, (n, -1)).unbind(0)
+        d_state = torch.bmm(queries[:, :, 0].mT, do, out=work("d_state", m, K, V)).view(n, -1, K, V).unbind(0)
+        dU = torch.bmm(A.mT, do, out=work("d_values", m, C, V)).view(n, -1, C, V).unbind(0)
+        d_values = work("solved", n, m // n, C, V)
+        key_queries, writes = queries[:, :, 1].mT.view(n, -1, K, C).unbind(0), keys.view(n, -1, C, K).unbind(0)
+        dV, G, total = d_values.unbind(0), work("G", n, *d_state[0].shape), _by_chunk(self.decay.total(segment))
+        for i, d_after, d_before in saved.states.backward(segment, G, *d_ends):
+            dU[i].baddbmm_(writes[i], d_after)
+            torch.bmm(inverses[i], dU[i], out=dV[i])
+            if total is None:
+                torch.add(d_state[i], d_after, out=d_before)
+            else:
+                torch.addcmul(d_state[i], d_after, total[i], out=d_before)
+            d_before.baddbmm_(key_queries[i], dV[i], alpha=-1)
+        flat = d_values.view(m, C, V)
+        torch.neg(flat, out=d_reads[:, :, 1])
+        return G, flat
 
 
-def delta_backward(
-    segment: Segment,
-    frame: Decay,
-    kept: SavedForBackward,
-    decayed: tuple[Tensor, Tensor, Tensor],
-    reads: Tensor,
-    d_final: Tensor | None,
-    d_initial: Tensor,
-    carry: Tensor,
-    work: Workspace,
-) -> tuple[Tensor, Tensor]:
-    """As `additive_backward`; also writes -dV, the gradient of what keys read, into the second role of `reads`."""
-    rows, keys, A = decayed
-    m, C, _, K = rows.shape
-    do, V, n = reads[:, :, 0], reads.shape[-1], segment.n
-    solve = square(kept.part(kept.inverse, segment), C).mT.unflatten(0, (n, -1)).unbind(0)
-    read = torch.bmm(rows[:, :, 0].mT, do, out=work("read", m, K, V)).view(n, -1, K, V).unbind(0)
-    d_values = torch.bmm(A.mT, do, out=work("d_values", m, C, V)).view(n, -1, C, V).unbind(0)
-    all_solved = work("solved", n, m // n, C, V)
-    key_reads, writes = rows[:, :, 1].mT.view(n, -1, K, C).unbind(0), keys.view(n, -1, C, K).unbind(0)
-    solved, ends, total = all_solved.unbind(0), work("ends", n, *read[0].shape), _each(frame.total(segment))
-    for i, G, before in kept.states.backward(segment, ends, carry, d_final, d_initial):
-        d_values[i].baddbmm_(writes[i], G)
-        torch.bmm(solve[i], d_values[i], out=solved[i])
-        torch.add(read[i], G, out=before) if total is None else torch.addcmul(read[i], G, total[i], out=before)
-        before.baddbmm_(key_reads[i], solved[i], alpha=-1)
-    flat = all_solved.view(m, C, V)
-    torch.neg(flat, out=reads[:, :, 1])
-    return ends, flat
-
-
-def _each(total: Tensor | None) -> tuple[Tensor, ...] | None:
+def _by_chunk(total: Tensor | None) -> tuple[Tensor, ...] | None:
     return None if total is None else total.unbind(0)
 
 
-def square(flat: Tensor, C: int) -> Tensor:
-    """[m, C (C + 1)] as [m, C, C]. With a gap of C numbers after each matrix all diagonal blocks of a size are equally
-    far apart, so that those of all matrices are one batch."""
+def padded_square(flat: Tensor, C: int) -> Tensor:
+    """[m, C (C + 1)] as [m, C, C]. The C unused numbers after each matrix place all diagonal blocks of one size at
+    equal distances, so that those of all matrices form one batch."""
     return flat.as_strided((flat.shape[0], C, C), (C * (C + 1), C, 1), flat.storage_offset())
 
 
-def unit_inverse(L: Tensor, inverse: Tensor, work: Workspace) -> None:
-    """(I + L)^-1 of a strictly lower triangular L by doubling blocks, half the time of `solve_triangular`:
+def unit_lower_inverse(L: Tensor, inverse: Tensor, work: Workspace) -> None:
+    """(I + L)^-1 of a strictly lower triangular L by blocks of doubling size, in half the time of `solve_triangular`:
 
         inverse of [[A, 0], [B, C]] = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]
 
-    Both are `square`; `inverse` [m, C (C + 1)] comes with zeros above its diagonal, L's is not read there.
+    Args:
+        L: [m, C, C], a `padded_square`; only its lower triangle is read.
+        inverse: [m, C (C + 1)], to be filled; must be zero above the diagonal.
     """
     m, C, _ = L.shape
-    square(inverse, C).diagonal(0, 1, 2).fill_(1.0)
-    l_at, at = L.storage_offset(), inverse.storage_offset()
+    padded_square(inverse, C).diagonal(0, 1, 2).fill_(1.0)
+    L_offset, offset = L.storage_offset(), inverse.storage_offset()
     h = 1
     while h < C:
         size, strides = (m * C // (2 * h), h, h), (2 * h * (C + 1), C, 1)
-        below = L.as_strided(size, strides, l_at + h * C)
-        corner = inverse.as_strided(size, strides, at + h * C)
+        below = L.as_strided(size, strides, L_offset + h * C)
+        corner = inverse.as_strided(size, strides, offset + h * C)
         if h == 1:
             torch.neg(below, out=corner)
         else:
-            first, second = inverse.as_strided(size, strides, at), inverse.as_strided(size, strides, at + h * (C + 1))
+            first = inverse.as_strided(size, strides, offset)
+            second = inverse.as_strided(size, strides, offset + h * (C + 1))
             half = torch.bmm(second, below, out=work("half", *size))
             torch.neg(torch.bmm(half, first, out=work("whole", *size)), out=corner)
         h *= 2

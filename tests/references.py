@@ -1,4 +1,4 @@
-"""Implementations that nobody here wrote, to compare with."""
+"""Reference implementations by other projects."""
 
 import importlib.metadata
 import importlib.util
@@ -8,7 +8,7 @@ import pytest
 
 
 def fla_reference(family, function):
-    """A function of `fla/ops/<family>/naive.py`, loaded by its path: `fla` imports Triton at its root."""
+    """A function of `fla/ops/<family>/naive.py`, loaded by its path, since `import fla` needs Triton."""
     pytest.importorskip("einops", reason="fla's references need einops")
     try:
         files = importlib.metadata.files("fla-core") or []

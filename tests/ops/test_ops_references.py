@@ -1,7 +1,7 @@
-"""Agreement with implementations that nobody here wrote: `fla`'s plain references and `transformers`' PyTorch paths.
+"""The operators against `fla`'s naive references and the PyTorch functions of `transformers`, all in float32.
 
-`fla` imports Triton at its root, so that its references are loaded by file path; `transformers` binds `fla`'s kernels
-where it finds them, so that `fla` is hidden while its models are imported. Both compute in float32.
+`import fla` needs Triton, so that its references are loaded by file path. `transformers` binds `fla`'s kernels if it
+finds them, so that `fla` is hidden while its models are imported.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from ops_cases import assert_close, differentiate, draw, draw_gates, error
 
 from subquad import ops
 from subquad.ops.chunk import chunk
-from tests.peers import fla_reference
+from tests.references import fla_reference
 
 
 def model_function(model, function):
@@ -35,8 +35,8 @@ def model_function(model, function):
     return getattr(sys.modules[name], function)
 
 
-def moderate(decay, delta, T=70, **sizes):
-    """Decays that references with plain cumulative sums survive."""
+def moderate_case(decay, delta, T=70, **sizes):
+    """Decays for which references with plain cumulative sums do not overflow."""
     case = draw((decay, delta), T=T, H=3, **sizes)
     if decay != "none":
         gen = torch.Generator().manual_seed(9)
@@ -44,12 +44,14 @@ def moderate(decay, delta, T=70, **sizes):
     return {n: None if x is None else x.float().double() for n, x in case.items()}
 
 
-def compare(peer, case, tolerance=2e-6, **kwargs):
-    """Peer and ours as functions of the same arguments, both in float32, outputs, states and gradients."""
+def compare(reference_op, case, tolerance=2e-6, **kwargs):
+    """Compares outputs, states and gradients of `step` and `chunk` with those of the reference, all in float32."""
     present = {n: x for n, x in case.items() if x is not None}
-    for ours in (ops.step, chunk):
-        got = differentiate(lambda ours=ours, **args: ours(**args, **kwargs), present, torch.float32)
-        assert_close(got, {n: x.double() for n, x in differentiate(peer, present, torch.float32).items()}, tolerance)
+    for op in (ops.step, chunk):
+        got = differentiate(lambda op=op, **args: op(**args, **kwargs), present, torch.float32)
+        assert_close(
+            got, {n: x.double() for n, x in differentiate(reference_op, present, torch.float32).items()}, tolerance
+        )
 
 
 def heads_first(*tensors):
@@ -60,9 +62,9 @@ def test_fla_simple_gla():
     naive = fla_reference("simple_gla", "naive_recurrent_simple_gla")
     compare(
         lambda q, k, v, log_decay, initial_state: naive(q, k, v, log_decay, initial_state=initial_state),
-        moderate("scalar", False, V=24),
+        moderate_case("scalar", False, V=24),
     )
-    case = moderate("scalar", False)
+    case = moderate_case("scalar", False)
     parallel = fla_reference("simple_gla", "naive_parallel_simple_gla")
     _, A = parallel(*(case[n].float() for n in ("q", "k", "v", "log_decay")))
     assert error(ops.matrix(case["q"], case["k"], case["log_decay"]), A) < 2e-6
@@ -72,13 +74,13 @@ def test_fla_gla():
     naive = fla_reference("gla", "naive_recurrent_gla")
     compare(
         lambda q, k, v, log_decay, initial_state: naive(q, k, v, log_decay, initial_state, True),
-        moderate("channel", False, V=24),
+        moderate_case("channel", False, V=24),
     )
 
 
 def test_fla_retention():
     naive = fla_reference("retention", "naive_retention")
-    case = moderate("fixed", False)
+    case = moderate_case("fixed", False)
     log_decay = torch.log1p(-(2.0 ** (-5.0 - torch.arange(3, dtype=torch.float64))))
     q, k, v = (case[n].float() for n in "qkv")
     o = naive(*heads_first(q, k, v)).transpose(1, 2)
@@ -89,11 +91,11 @@ def test_fla_retention():
 def test_fla_delta_rule():
     naive = fla_reference("delta_rule", "delta_rule_recurrence")
 
-    def peer(q, k, v, beta, initial_state):
+    def reference_op(q, k, v, beta, initial_state):
         o, state = naive(*heads_first(q, k, v, beta), initial_state=initial_state)
         return o.transpose(1, 2), state
 
-    compare(peer, moderate("none", True, V=24))
+    compare(reference_op, moderate_case("none", True, V=24))
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunk"])
@@ -103,7 +105,7 @@ def test_fla_gated_delta_rule(form):
         lambda q, k, v, log_decay, beta, initial_state: naive(
             q, k, v, beta=beta, g=log_decay, initial_state=initial_state, output_final_state=True
         ),
-        moderate("scalar", True, V=24),
+        moderate_case("scalar", True, V=24),
     )
 
 
@@ -114,7 +116,7 @@ def test_fla_kda(form):
         lambda q, k, v, log_decay, beta, initial_state: naive(
             q, k, v, g=log_decay, beta=beta, initial_state=initial_state, output_final_state=True
         ),
-        moderate("channel", True, T=64, V=24),
+        moderate_case("channel", True, T=64, V=24),
         tolerance=5e-6,
     )
 
@@ -122,7 +124,7 @@ def test_fla_kda(form):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_fla_linear_attention(normalize):
     naive = fla_reference("linear_attn", "naive_recurrent_linear_attn")
-    case = moderate("none", False)
+    case = moderate_case("none", False)
     q, k, v = case["q"].float().abs(), case["k"].float().abs(), case["v"].float()
     o, state = naive(q, k, v, output_final_state=True, normalize=normalize)
     if normalize:
@@ -136,56 +138,56 @@ def test_fla_linear_attention(normalize):
 
 
 def test_transformers_gated_delta_rule():
-    peer = model_function("qwen3_next", "torch_chunk_gated_delta_rule")
+    reference_op = model_function("qwen3_next", "torch_chunk_gated_delta_rule")
     compare(
-        lambda q, k, v, log_decay, beta, initial_state: peer(
+        lambda q, k, v, log_decay, beta, initial_state: reference_op(
             q, k, v, log_decay, beta, initial_state=initial_state, output_final_state=True
         ),
-        moderate("scalar", True, V=24),
+        moderate_case("scalar", True, V=24),
     )
 
 
 def test_transformers_kimi_delta_attention():
-    peer = model_function("kimi_linear", "chunk_kimi_delta_attention")
+    reference_op = model_function("kimi_linear", "chunk_kimi_delta_attention")
     compare(
-        lambda q, k, v, log_decay, beta, initial_state: peer(
+        lambda q, k, v, log_decay, beta, initial_state: reference_op(
             q, k, v, log_decay, beta, initial_state=initial_state, output_final_state=True
         ),
-        moderate("channel", True, V=24),
+        moderate_case("channel", True, V=24),
     )
 
 
 def test_transformers_mlstm():
-    """Its denominator has 1e-6 added, which ours has not: gates are drawn where that is below the tolerance."""
-    peer = model_function("xlstm", "mlstm_chunkwise_native_autograd")
+    """Its denominator has an additional 1e-6: gates are drawn where that is below the tolerance."""
+    reference_op = model_function("xlstm", "mlstm_chunkwise_native_autograd")
     case = draw(("none", False), T=128, H=3, V=24)
     i, f = draw_gates(T=128, H=3, low=-3.0, high=3.0)
     q, k = case["q"].abs().float(), case["k"].abs().float()
     args = {"q": q, "k": k, "v": case["v"].float(), "input_gate": i.float(), "forget_gate": f.float()}
 
-    def theirs(q, k, v, input_gate, forget_gate):
-        o, (S, n, m) = peer(*heads_first(q, k, v, input_gate, forget_gate), return_last_states=True)
+    def reference(q, k, v, input_gate, forget_gate):
+        o, (S, n, m) = reference_op(*heads_first(q, k, v, input_gate, forget_gate), return_last_states=True)
         unscaled = m.squeeze(-1)
         return o.transpose(1, 2), (S, n, unscaled)
 
-    # The peer keeps k unscaled in its state too, and states are compared free of their level.
-    o, (S, n, m) = theirs(**args)
+    # The reference also stores k unscaled; states are compared after removing the stabilizer.
+    o, (S, n, m) = reference(**args)
     for form in ("chunk", "step"):
         got, (S2, n2, m2) = ops.mlstm(**args, form=form)
         assert error(got, o) < 1e-5
         assert error(S2 * m2.exp()[..., None, None], S * m.exp()[..., None, None]) < 1e-5
         assert error(n2 * m2.exp()[..., None], n * m.exp()[..., None]) < 1e-5
 
-    def only(op):
+    def outputs_only(op):
         return lambda **a: (op(**a)[0], a["q"].new_zeros(0))
 
-    want = differentiate(only(theirs), args, torch.float32)
-    assert_close(differentiate(only(ops.mlstm), args, torch.float32), want, 1e-5)
+    want = differentiate(outputs_only(reference), args, torch.float32)
+    assert_close(differentiate(outputs_only(ops.mlstm), args, torch.float32), want, 1e-5)
 
 
 def test_transformers_mamba2():
-    """Mamba-2 is the scalar kind: q = C, k = dt B, log decay dt A; C and B shared by groups of heads."""
-    peer = model_function("mamba2", "mamba2_chunk_scan")
+    """Mamba-2 has a scalar decay: q = C, k = dt B, log decay dt A; C and B are shared by groups of heads."""
+    reference_op = model_function("mamba2", "mamba2_chunk_scan")
     gen = torch.Generator().manual_seed(2)
     T, H, G, K, V = 70, 4, 2, 16, 24
     x, B, C = (torch.randn(1, T, *s, generator=gen) for s in ((H, V), (G, K), (G, K)))
@@ -194,7 +196,7 @@ def test_transformers_mamba2():
         -torch.rand(H, generator=gen),
         torch.randn(H, generator=gen),
     )
-    result = peer(x, dt, A, B, C, chunk_size=32, D=D, return_final_states=True)
+    result = reference_op(x, dt, A, B, C, chunk_size=32, D=D, return_final_states=True)
     o, state = result
     q, k = (y.repeat_interleave(H // G, 2) for y in (C, B))
     for op in (ops.chunk, ops.step):
