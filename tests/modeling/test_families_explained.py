@@ -1,4 +1,4 @@
-"""The diagnostics look into every family that linearize reads, from either side."""
+"""Diagnostics of teachers and students of every architecture that `linearize` supports."""
 
 import pytest
 import torch
@@ -13,18 +13,18 @@ ROWS = torch.randint(3, 61, (1, 20), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
-def test_every_family_is_explained(name):
+def test_diagnostics_of_every_architecture(name):
     teacher, hybrid = family(name), student(name, "hybrid")
-    itself = diagnostics_results(teacher, ROWS, teacher, top=4)
-    assert {row.value for row in select(itself, metric="overlap")} == {1}
-    assert {row.value for row in select(itself, metric="cka")} == {1}
+    same_model = diagnostics_results(teacher, ROWS, teacher, top=4)
+    assert {result.value for result in select(same_model, metric="overlap")} == {1}
+    assert {result.value for result in select(same_model, metric="cka")} == {1}
     for metric in ("mixer_error", "layer_error", "swap_kl"):
-        assert one(itself, metric=metric, layer=None).value == pytest.approx(0, abs=1e-6)
+        assert one(same_model, metric=metric, layer=None).value == pytest.approx(0, abs=1e-6)
     found = diagnostics_results(hybrid, ROWS, teacher, top=4)
     assert one(found, metric="overlap", layer=1, head=None).value == 1  # its attention is kept
     assert one(found, metric="overlap", layer=0, head=None).value < 1
     assert abs(one(found, metric="swap_kl", layer=1).value) < 1e-6
     assert one(found, metric="swap_kl", layer=0).value > 1e-4
     assert one(found, metric="mixer_error", layer=0).value > 1e-2
-    parts = {row.task for row in ablation_results(hybrid, ROWS, window=8)}
-    assert {"without_mixers", "without_attention", "frozen_gate", "frozen_decay"} <= parts
+    ablations = {result.task for result in ablation_results(hybrid, ROWS, window=8)}
+    assert {"without_mixers", "without_attention", "frozen_gate", "frozen_decay"} <= ablations
