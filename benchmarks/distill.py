@@ -22,10 +22,13 @@ from transformers import TrainerCallback
 import subquad
 from subquad.config import Recipe
 from subquad.distill import trainer
+from subquad.distill.objective import Objective
 from subquad.distill.param_groups import parameter_groups
-from subquad.distill.pipeline import versions
-from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, Objective
+from subquad.distill.stage1_matrix_mixing import MatrixMixing
+from subquad.distill.stage2_hidden_alignment import HiddenAlignment
+from subquad.distill.stage3_end_to_end import EndToEndDistillation
 from subquad.distill.trainer import StageRun, run_stage
+from subquad.utils import run_info
 
 
 class Rows(Dataset):
@@ -72,7 +75,7 @@ def plain_step(run: StageRun, student, groups: list[dict[str, Any]], optimizer, 
 def seconds_of_plain_loop(run: StageRun, student, steps: int) -> float:
     groups = parameter_groups(student, run.objective.trained(student), run.stage)
     optimizer = torch.optim.AdamW(groups, lr=run.stage.lr, betas=(0.9, 0.95), fused=True)
-    batches = run.rows.ids.split(run.stage.batch_size)  # type: ignore[attr-defined]
+    batches = run.train.ids.split(run.stage.batch_size)  # type: ignore[attr-defined]
     times = []
     for ids in batches[:steps]:
         start = time.perf_counter()
@@ -117,7 +120,7 @@ def make_run(name: str, teacher, args: argparse.Namespace, directory: Path) -> S
         "end_to_end": lambda: EndToEndDistillation(teacher, stage),
     }
     objective: Objective = objectives[name]()
-    return StageRun(recipe, stage, objective, rows, rows, directory, report=lambda row: None)
+    return StageRun(recipe, objective, rows, rows, directory)
 
 
 def main() -> None:
@@ -160,7 +163,7 @@ def main() -> None:
         )
     if args.json:
         head = {
-            **versions(),
+            **run_info(),
             "teacher": args.teacher,
             "mixer": args.mixer,
             "batch": args.batch,

@@ -4,7 +4,7 @@ python -m benchmarks.loss [--tokens 4096] [--vocabulary 49152] [--hidden 576] [-
     [--chunk 512] [--json FILE]
 
 straightforward: float32 logits of student and teacher, `F.cross_entropy` and `F.kl_div`, backward.
-plain: `subquad.distill.losses.distillation_loss` on the same logits, which every model can take.
+plain: `subquad.distill.distillation_loss` on the same logits, which every model can take.
 fused: `subquad.distill.fused_loss`.
 
 Peak memory: the highest resident size of a fresh process, less what it was before the loss, with inputs in place.
@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops_timing import peak_rss
-from subquad.distill.fused_loss import CHUNK, Head, fused_distillation_loss
-from subquad.distill.losses import Divergence, distillation_loss
+from subquad.distill.distillation_loss import Divergence, LossOptions, distillation_loss
+from subquad.distill.fused_loss import CHUNK, fused_distillation_loss
+from subquad.distill.lm_head import Head
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -65,12 +66,14 @@ def plain(inputs: Inputs, divergence: Divergence, chunk: int) -> Tensor:
         teacher = F.linear(H, U)
     # the plain loss shifts labels by itself, so that the last token does not count
     shifted = F.pad(labels[:-1], (1, 0)).unsqueeze(0)
-    return distillation_loss(F.linear(h, W).unsqueeze(0), teacher.unsqueeze(0), shifted, divergence=divergence)[0]
+    return distillation_loss(
+        F.linear(h, W).unsqueeze(0), teacher.unsqueeze(0), shifted, LossOptions(divergence=divergence)
+    )[0]
 
 
 def fused(inputs: Inputs, divergence: Divergence, chunk: int) -> Tensor:
     h, H, W, U, labels = inputs
-    return fused_distillation_loss(h, H, labels, Head(W), Head(U), divergence=divergence, chunk=chunk)[0]
+    return fused_distillation_loss(h, H, labels, Head(W), Head(U), LossOptions(divergence=divergence), chunk)[0]
 
 
 WAYS: dict[str, Callable[[Inputs, Divergence, int], Tensor]] = {

@@ -72,7 +72,7 @@ def explain(args: argparse.Namespace) -> list[Result]:
         None,
         diagnostics_results(teacher, texts) + recall_results(teacher, tokenizer, haystack, items=args.items),
     )
-    results = [json.loads((run / "result.json").read_text())["row"] for run in runs]
+    results = [json.loads((run / "result.json").read_text())["result"] for run in runs]
     told_apart = len({result["mixer"] for result in results}) == len(runs)
     recovered = {}
     for run, result in zip(runs, results, strict=True):

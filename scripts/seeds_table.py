@@ -23,7 +23,7 @@ def runs(directory: Path) -> list[dict]:
     found = []
     for result in sorted(directory.glob("*/result.json")):
         recipe = yaml.safe_load((result.parent / "recipe.yaml").read_text())
-        found.append({"recipe": recipe, **json.loads(result.read_text())["row"]})
+        found.append({"recipe": recipe, **json.loads(result.read_text())["result"]})
     return found
 
 

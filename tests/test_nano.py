@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import subquad
 from subquad.config import EndToEnd, Hidden, Matrix
 from subquad.data import stdlib
-from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing
+from subquad.distill.stage1_matrix_mixing import MatrixMixing
+from subquad.distill.stage2_hidden_alignment import HiddenAlignment
+from subquad.distill.stage3_end_to_end import EndToEndDistillation
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_its_recipe_runs_end_to_end(teacher, tmp_path, capsys):
     changes = [f"data.source={text}", "student.calibration_tokens=null", *small]
     argv = ["distill", str(recipe), "--output", str(tmp_path / "student")]
     assert main(argv + [part for change in changes for part in ("--set", change)]) == 0
-    row = json.loads((tmp_path / "student" / "result.json").read_text())["row"]
+    row = json.loads((tmp_path / "student" / "result.json").read_text())["result"]
     assert row["kl"] < row["kl_at_init"]
     assert main(["generate", str(tmp_path / "student"), "The old man", "--tokens", "8"]) == 0
     assert capsys.readouterr().out.splitlines()[-1]

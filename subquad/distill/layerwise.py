@@ -1,83 +1,76 @@
-"""What stages 1 and 2 measure: the distance of mixing matrices, some rows at a time, and of outputs; and how layers
-that learn alone make one loss.
-
-Every loss is a mean, per matrix row or per token, so that it does not change with batch size, length or accumulation.
-"""
+"""What stages 1 and 2 share: every layer learns on its own, from the teacher's input to that layer."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-Rows = Callable[[slice], Tensor]
-"""Gives rows of a matrix `[B, H, T, T]`, as `[B, H, rows, T]`."""
+from subquad.distill.documents import document_ids
+from subquad.distill.objective import Batch, Objective, StageOutput
+from subquad.modeling.attention.activations import LayerActivations, attention_modules, collect_activations
+from subquad.modeling.attention.discovery import AttentionInfo, discover_attention
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 
-def matrix_distance(matrix: Rows, target: Rows, length: int, scale_is_free: bool, rows: int) -> Tensor:
-    """Squared Frobenius distance a row between two matrices `[B, H, T, T]`; the mean over batch, heads and rows.
+class LayerwiseDistillation(Objective):
+    """Runs the teacher once on a batch and compares each student layer with the teacher's on the same input.
 
-    length: T. rows: so many rows exist at a time; where that is fewer than T, the backward pass computes them again.
-    scale_is_free: a norm follows the core, so that a head's scale has no meaning; the matrix is first scaled by
-        <M, A> / <M, M>, the least-squares scale of each sequence and head (zero where M is against A everywhere).
-        That scale minimises the distance, so that its own gradient is zero: it is a constant.
+    attention_layers: `discover_attention(teacher)`, if the caller has it already.
     """
-    blocks = [slice(a, min(a + rows, length)) for a in range(0, length, rows)]
-    if len(blocks) == 1:
-        M, A = matrix(blocks[0]).float(), target(blocks[0]).float()
-        return _squares(M, A, _scale(*_products(M.detach(), A)) if scale_is_free else None) / M[..., 0].numel()
-    scale = None
-    if scale_is_free:
-        with torch.no_grad():
-            parts = [_products(matrix(block).float(), target(block).float()) for block in blocks]
-        scale = _scale(*(torch.stack(x).sum(0) for x in zip(*parts, strict=True)))
 
-    def distance(block: slice) -> tuple[Tensor, Tensor]:
-        M = matrix(block).float()
-        return _squares(M, target(block).float(), scale), M.new_tensor(M[..., 0].numel())
+    def __init__(self, teacher: PreTrainedModel, attention_layers: list[AttentionInfo] | None = None):
+        self.teacher = teacher
+        self.attention_layers = attention_layers or discover_attention(teacher)
+        self.hooked_modules = attention_modules(self.attention_layers)
 
-    sums = [checkpoint(distance, block, use_reentrant=False) for block in blocks]
-    total, count = (torch.stack(x).sum(0) for x in zip(*sums, strict=True))
-    return total / count
+    def targets(self, batch: Batch) -> dict[str, Any]:
+        input_ids, doc_ids = batch["input_ids"], document_ids(batch)
+        positions = None if doc_ids is None else batch["position_ids"]
+        activations = collect_activations(self.teacher, self.hooked_modules, input_ids, positions)
+        return {"input_ids": input_ids, "activations": activations, "doc_ids": doc_ids}
 
+    def trained(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
+        return [p for parameters in self.layer_parameters(student) for p in parameters]
 
-def _products(M: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """<M, A> and <M, M>, `[B, H, 1, 1]`."""
-    return (M * A).sum((-2, -1), keepdim=True), M.square().sum((-2, -1), keepdim=True)
+    def layer_parameters(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
+        """The parameters that this stage trains, a list for each layer."""
+        raise NotImplementedError
 
+    def layer_loss(
+        self, student: SubquadForCausalLM, index: int, activations: LayerActivations, doc_ids: Tensor | None
+    ) -> Tensor:
+        """The loss of layer `index`, a mean over the tokens of the batch."""
+        raise NotImplementedError
 
-def _scale(overlap: Tensor, power: Tensor) -> Tensor:
-    return (overlap / power.clamp_min(torch.finfo(power.dtype).tiny)).clamp_min(0)
-
-
-def _squares(M: Tensor, A: Tensor, scale: Tensor | None) -> Tensor:
-    return (M - A if scale is None else torch.addcmul(-A, M, scale)).square().sum()
-
-
-def output_distance(output: Tensor, target: Tensor, power: Tensor) -> Tensor:
-    """Squared distance a token between `output` and `target`, `[B, T, D]`, over `power`, the mean square of the
-    teacher's outputs in this layer: 1 is a student that says nothing."""
-    return (output.float() - target.float()).square().sum(-1).mean() / power
+    def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
+        activations, doc_ids = targets["activations"], targets["doc_ids"]
+        losses = [lambda i=i, a=a: self.layer_loss(student, i, a, doc_ids) for i, a in enumerate(activations)]
+        return StageOutput(*layerwise_loss(losses, self.layer_parameters(student)))
 
 
-def layerwise(losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
-    """The mean of independent losses, one a layer, of which only one layer's graph is alive at a time.
+def layerwise_loss(
+    losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Returns the mean of independent losses, one for each layer, and their values, `[layers]`.
 
-    `losses[i]()` depends on `parameters[i]` alone. Each is differentiated as soon as it is known; the result hands the
-    gradients on when it is differentiated itself, so that whatever wraps the model (accumulation, DDP, a gradient
-    scaler) sees an ordinary loss. A parameter without influence gets a gradient of zero, for which data-parallel
-    wrappers wait. Returns the mean and the values of the layers, `[layers]`.
+    `losses[i]()` depends on `parameters[i]` alone. Each loss is differentiated as soon as it is computed, so that the
+    graph of only one layer is in memory. The returned mean passes these gradients on when it is differentiated, so
+    that whatever wraps the model (accumulation, DDP, a gradient scaler) sees an ordinary loss. An unused parameter
+    gets a gradient of zero, for which data-parallel wrappers wait.
     """
-    flat = [p for group in parameters for p in group if p.requires_grad]
+    flat = [p for layer in parameters for p in layer if p.requires_grad]
     differentiate = torch.is_grad_enabled() and bool(flat)
     values, gradients = [], []
-    for loss, group in zip(losses, parameters, strict=True):
-        learning = [p for p in group if p.requires_grad]
+    for loss, layer in zip(losses, parameters, strict=True):
+        learning = [p for p in layer if p.requires_grad]
         with torch.set_grad_enabled(differentiate and bool(learning)):
             value = loss()
         if differentiate and learning:
-            parts = torch.autograd.grad(value, learning, allow_unused=True, materialize_grads=True)
-            gradients += [g / len(losses) for g in parts]
+            grads = torch.autograd.grad(value, learning, allow_unused=True, materialize_grads=True)
+            gradients += [g / len(losses) for g in grads]
         values.append(value.detach())
     per_layer = torch.stack(values)
     if not differentiate:
@@ -86,7 +79,7 @@ def layerwise(losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Seque
 
 
 class _PrecomputedGrads(torch.autograd.Function):
-    """A value whose gradients with respect to `parameters` are known already."""
+    """A value whose gradients with respect to `parameters` are already known."""
 
     @staticmethod
     def forward(ctx, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:

@@ -1,11 +1,9 @@
-"""Stages that several runs of a study begin with: trained once, kept, and put in place in every other run.
+"""Finished stages that several runs of a study share: trained once, then copied into every other run.
 
-Two runs have a stage in common where their recipes are the same up to its end and their rows come in the same order:
-then the student behind it is the same to the bit, whoever trained it.
+Two runs share a stage if their recipes are equal up to its end and their rows come in the same order
+(`recipe_stages.stage_keys`). The student after that stage is then bitwise the same, whichever run trained it.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from collections import Counter
@@ -13,61 +11,50 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from subquad.config import Recipe
-from subquad.distill.progress import read_jsonl
-from subquad.utils import write_text_atomic
-
-ORDER = ("matrix", "hidden", "end_to_end")
-
-
-def stage_key(recipe: Recipe, name: str, epoch_tokens: int) -> str:
-    """Of everything that decides the student behind a stage: the recipe without later stages, and the tokens of an
-    epoch, on which the order of the rows depends."""
-    tree = recipe.model_dump(mode="json")
-    for later in ORDER[ORDER.index(name) + 1 :]:
-        tree["stages"][later] = None
-    text = json.dumps([tree, epoch_tokens], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+from subquad.distill.metrics import read_jsonl, write_jsonl
+from subquad.distill.recipe_stages import STAGE_NAMES
 
 
 @dataclass(frozen=True)
 class StageCache:
-    """A directory of finished stages, one below each key.
+    """A directory of finished stages, a subdirectory for each key.
 
-    wanted: the keys that are worth keeping, since several runs have them.
+    shared_keys: the keys of stages that several runs have; only these are stored.
     """
 
     directory: Path
-    wanted: frozenset[str]
+    shared_keys: frozenset[str]
 
     @classmethod
-    def among(cls, directory: Path, keys: Iterable[Iterable[str]]) -> "StageCache":
-        """Of runs with these keys: what more than one of them has."""
-        counts = Counter(key for own in keys for key in own)
+    def for_runs(cls, directory: Path, keys: Iterable[Iterable[str]]) -> "StageCache":
+        """keys: of the stages of each run."""
+        counts = Counter(key for run_keys in keys for key in run_keys)
         return cls(directory, frozenset(key for key, count in counts.items() if count > 1))
 
     def has(self, key: str) -> bool:
         return (self.directory / key).is_dir()
 
-    def save(self, key: str, name: str, output: Path) -> None:
-        """Keeps the stage `name` that the run in `output` has just finished, whole or not at all."""
-        if key not in self.wanted or self.has(key):
+    def save(self, key: str, name: str, run_directory: Path) -> None:
+        """Stores the finished stage `name` of a run if its key is shared, completely or not at all."""
+        if key not in self.shared_keys or self.has(key):
             return
-        work = self.directory / f"{key}-{os.getpid()}.part"
-        shutil.rmtree(work, ignore_errors=True)
-        copy_tree(output / "checkpoints" / f"{name}-done", work / "student")
-        shutil.copy(output / "checkpoints" / "initial.json", work)
-        upto = ORDER[: ORDER.index(name) + 1]
-        write_lines(work / "metrics.jsonl", [r for r in read_jsonl(output / "metrics.jsonl") if r["stage"] in upto])
+        partial = self.directory / f"{key}-{os.getpid()}.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        link_tree(run_directory / "checkpoints" / f"{name}-done", partial / "student")
+        shutil.copy(run_directory / "checkpoints" / "initial.json", partial)
+        metrics, stages = read_jsonl(run_directory / "metrics.jsonl"), STAGE_NAMES[: STAGE_NAMES.index(name) + 1]
+        write_jsonl(partial / "metrics.jsonl", [record for record in metrics if record["stage"] in stages])
         try:
-            work.rename(self.directory / key)
-        except OSError:  # another run has just kept the same
-            shutil.rmtree(work, ignore_errors=True)
+            partial.rename(self.directory / key)
+        except OSError:  # another run has stored the same stage
+            shutil.rmtree(partial, ignore_errors=True)
 
-    def restore(self, keys: dict[str, str], output: Path) -> None:
-        """Puts the furthest stage that is kept (`keys`: of the run's stages by name, in order) into the run in
-        `output`, unless that has come as far by itself."""
-        checkpoints = output / "checkpoints"
+    def restore(self, keys: dict[str, str], run_directory: Path) -> None:
+        """Copies the last stored stage of a run into its directory, unless the run has finished that stage itself.
+
+        keys: of the run's stages by name, in order.
+        """
+        checkpoints = run_directory / "checkpoints"
         for name, key in reversed(keys.items()):
             if (checkpoints / f"{name}-done").exists():
                 return
@@ -77,37 +64,33 @@ class StageCache:
             return
         checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.copy(self.directory / key / "initial.json", checkpoints)
-        write_lines(output / "metrics.jsonl", read_jsonl(self.directory / key / "metrics.jsonl"))
-        work = checkpoints / f"{name}-done.part"
-        shutil.rmtree(work, ignore_errors=True)
-        copy_tree(self.directory / key / "student", work)
-        work.rename(checkpoints / f"{name}-done")
-        for earlier in ORDER[: ORDER.index(name) + 1]:
-            shutil.rmtree(checkpoints / earlier, ignore_errors=True)
+        write_jsonl(run_directory / "metrics.jsonl", read_jsonl(self.directory / key / "metrics.jsonl"))
+        partial = checkpoints / f"{name}-done.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        link_tree(self.directory / key / "student", partial)
+        partial.rename(checkpoints / f"{name}-done")
+        for stage in STAGE_NAMES[: STAGE_NAMES.index(name) + 1]:
+            shutil.rmtree(checkpoints / stage, ignore_errors=True)
 
     def prune(self, needed: Iterable[str]) -> None:
-        """Removes what no unfinished run needs, and what a kill left half written."""
+        """Removes stages that no unfinished run needs and those that a kill left incomplete."""
         if not self.directory.is_dir():
             return
-        kept = set(needed)
+        keys = set(needed)
         for path in self.directory.iterdir():
-            if path.name not in kept:
+            if path.name not in keys:
                 shutil.rmtree(path, ignore_errors=True)
         if not any(self.directory.iterdir()):
             self.directory.rmdir()
 
 
-def write_lines(path: Path, rows: Iterable[dict]) -> None:
-    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+def link_tree(source: Path, target: Path) -> None:
+    """Copies a directory by hard links if the file system has them: nothing writes into a finished stage."""
 
-
-def copy_tree(source: Path, target: Path) -> None:
-    """Files are shared with the copy, where the file system can: nothing writes into a finished stage."""
-
-    def link(one: str, other: str) -> None:
+    def link(source_file: str, target_file: str) -> None:
         try:
-            os.link(one, other)
+            os.link(source_file, target_file)
         except OSError:
-            shutil.copy2(one, other)
+            shutil.copy2(source_file, target_file)
 
     shutil.copytree(source, target, copy_function=link)

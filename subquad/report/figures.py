@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from subquad.distill.progress import read_jsonl
+from subquad.distill.metrics import read_jsonl
 from subquad.report.style import TEACHER, colour, marker, mixer_legend, ordered, panel, plain_log
 from subquad.study.aggregate import Group
 

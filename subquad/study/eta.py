@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subquad.distill.pipeline import stage_keys, stage_tokens
-from subquad.distill.progress import read_jsonl
+from subquad.distill.metrics import read_jsonl
+from subquad.distill.recipe_stages import stage_keys, stage_tokens
 from subquad.distill.stage_cache import StageCache
 from subquad.study.runs import METRICS, Run
 
@@ -67,7 +67,7 @@ def remaining_work(runs: Sequence[Run], stage_cache: StageCache) -> list[Remaini
             key = stage_keys(run.recipe)[stage]
             if key in counted or stage_cache.has(key):
                 continue
-            if key in stage_cache.wanted:
+            if key in stage_cache.shared_keys:
                 counted.add(key)
             if total > done.get(stage, 0):
                 tokens[stage] = total - done.get(stage, 0)

@@ -13,7 +13,7 @@ from typing import Any
 
 from subquad.config import Recipe
 from subquad.data import check_data
-from subquad.distill.pipeline import stage_keys, stage_tokens
+from subquad.distill.recipe_stages import stage_keys, stage_tokens
 from subquad.distill.stage_cache import StageCache
 from subquad.modeling.teachers import check_reference
 from subquad.study.eta import (
@@ -126,7 +126,7 @@ def running_runs(scheduler: Scheduler, engine: str) -> list[Run]:
 
 
 def shared_stages(runs: Sequence[Run], output: Path) -> StageCache:
-    return StageCache.among(output / STAGE_CACHE, [stage_keys(run.recipe).values() for run in runs])
+    return StageCache.for_runs(output / STAGE_CACHE, [stage_keys(run.recipe).values() for run in runs])
 
 
 def needed_stage_keys(runs: Iterable[Run]) -> set[str]:

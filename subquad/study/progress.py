@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from subquad.distill.pipeline import stage_tokens
+from subquad.distill.recipe_stages import stage_tokens
 from subquad.distill.stage_cache import StageCache
 from subquad.study.eta import (
     format_count,

@@ -9,7 +9,7 @@ from typing import Any
 
 from subquad.analysis.saved_matrices import Beside, unpack
 from subquad.config import Recipe
-from subquad.distill.stage_cache import ORDER
+from subquad.distill.recipe_stages import STAGE_NAMES
 from subquad.evaluate.jobs import MATRICES
 from subquad.evaluate.results import Result
 from subquad.study.runs import Run, find_runs, read_json, unrelated_runs
@@ -44,7 +44,7 @@ REAL_COLUMNS = ("seconds", "value", "stderr", "low", "high", "depth")
 
 def stage_names(recipe: Recipe) -> list[str]:
     """The stages of a recipe, in order."""
-    return [name for name in ORDER if getattr(recipe.stages, name) is not None]
+    return [name for name in STAGE_NAMES if getattr(recipe.stages, name) is not None]
 
 
 def run_results(runs: Iterable[Run]) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The metrics of a finished run by name; None unless finished."""
         info = self.info()
-        return None if info is None else info["row"]
+        return None if info is None else info["result"]
 
     def error(self) -> dict[str, Any] | None:
         """`type`, `message` and `traceback` of a failed run."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from subquad.distill.pipeline import stage_keys
+from subquad.distill.recipe_stages import stage_keys
 from subquad.distill.stage_cache import StageCache
 from subquad.study.runs import Run
 
@@ -34,7 +34,7 @@ class Scheduler:
 
     def shared_keys(self, run: Run) -> list[str]:
         """Keys of the run's stages that other runs share, in stage order."""
-        return [key for key in stage_keys(run.recipe).values() if key in self.stage_cache.wanted]
+        return [key for key in stage_keys(run.recipe).values() if key in self.stage_cache.shared_keys]
 
     def _is_blocked(self, run: Run) -> bool:
         missing = {key for key in self.shared_keys(run) if not self.stage_cache.has(key)}

@@ -1,4 +1,4 @@
-"""The fused loss against the plain one on logits, and heads as they are read off models against the models."""
+"""The fused loss against the loss on logits, and the heads that are read off models."""
 
 import subprocess
 import sys
@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHea
 
 import subquad
 from subquad.distill import fused_loss as fused
-from subquad.distill.fused_loss import Head, fused_distillation_loss, read_head
-from subquad.distill.losses import distillation_loss
+from subquad.distill.distillation_loss import LossOptions, distillation_loss
+from subquad.distill.fused_loss import fused_distillation_loss
+from subquad.distill.lm_head import Head, read_head
 
 N, D, TEACHER_D, V = 23, 12, 10, 41
 HEADS = {
@@ -25,7 +26,7 @@ HEADS = {
 
 
 class Case:
-    """Hidden states, labels of which some are ignored, and two heads."""
+    """Hidden states, labels of which a fifth is ignored, and two heads."""
 
     def __init__(self, kind="everything", dtype=torch.float32, seed=0):
         g = torch.Generator().manual_seed(seed)
@@ -48,7 +49,7 @@ class Case:
 
     def fused(self, chunk=7, **options):
         return fused_distillation_loss(
-            self.hidden, self.teacher_hidden, self.labels, self.head, self.teacher_head, chunk=chunk, **options
+            self.hidden, self.teacher_hidden, self.labels, self.head, self.teacher_head, LossOptions(**options), chunk
         )
 
     def plain(self, **options):
@@ -57,9 +58,9 @@ class Case:
 
 
 def on_logits(student, teacher, labels, **options):
-    """The plain loss of `[N, V]` logits and labels that are shifted already."""
+    """`distillation_loss` of logits `[N, V]` and labels that are already shifted."""
     student, teacher = (torch.cat([x, x[:1]]).unsqueeze(0) for x in (student, teacher))
-    return distillation_loss(student, teacher, torch.cat([labels[:1], labels]).unsqueeze(0), **options)
+    return distillation_loss(student, teacher, torch.cat([labels[:1], labels]).unsqueeze(0), LossOptions(**options))
 
 
 def assert_equal(found, expected, inputs, tolerance):
@@ -74,21 +75,21 @@ def assert_equal(found, expected, inputs, tolerance):
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["f32", "f64"])
-def test_it_is_the_plain_loss(kind, divergence, temperature, weights, dtype, tolerance, monkeypatch):
+def test_fused_loss_equals_distillation_loss(kind, divergence, temperature, weights, dtype, tolerance, monkeypatch):
     case = Case(kind, dtype)
-    monkeypatch.setattr(fused, "_BLOCK_BYTES", 3 * V * case.hidden.itemsize)
+    monkeypatch.setattr(fused, "_PIECE_BYTES", 3 * V * case.hidden.itemsize)
     options = {"divergence": divergence, "beta": 0.3, "temperature": temperature}
     options |= dict(zip(("ce_weight", "kl_weight"), weights, strict=True))
     assert_equal(case.fused(**options), case.plain(**options), case.inputs, tolerance)
 
 
 @pytest.mark.parametrize("chunk", [1, 6, 18, 23, 512])
-def test_chunks_change_nothing(chunk):
+def test_chunk_size_has_no_effect(chunk):
     case = Case()
     assert_equal(case.fused(chunk), case.plain(), case.inputs, 1e-5)
 
 
-def test_a_tied_head_gets_both_gradients():
+def test_tied_head_gets_both_gradients():
     case = Case()
     tokens = torch.randint(V, (N,))
 
@@ -102,7 +103,7 @@ def test_a_tied_head_gets_both_gradients():
     assert_equal(found, case.plain(), inputs, 1e-5)
 
 
-def test_no_token_that_counts():
+def test_loss_is_zero_if_all_labels_are_ignored():
     case = Case()
     case.labels[:] = -100
     loss, ce, kl = case.fused()
@@ -111,7 +112,7 @@ def test_no_token_that_counts():
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
-def test_gradients_only_where_they_are_wanted(frozen):
+def test_gradients_only_where_required(frozen):
     case = Case()
     (case.hidden if frozen == "hidden" else getattr(case.head, frozen)).requires_grad_(False)
     case.teacher_hidden.requires_grad_()
@@ -123,7 +124,7 @@ def test_gradients_only_where_they_are_wanted(frozen):
     assert case.teacher_head.weight.grad is None
 
 
-def test_without_gradients():
+def test_no_grad():
     case = Case()
     with torch.no_grad():
         found = case.fused()
@@ -135,25 +136,25 @@ def test_without_gradients():
     torch.testing.assert_close(found, (loss.detach(), ce, kl))
 
 
-def test_without_a_teacher():
+def test_no_teacher_with_kl_weight_0():
     case = Case()
     expected = case.plain(kl_weight=0.0)
-    given = case.hidden, None, case.labels, case.head, None
-    found = fused_distillation_loss(*given, kl_weight=0.0, chunk=7)
+    inputs = case.hidden, None, case.labels, case.head, None
+    found = fused_distillation_loss(*inputs, LossOptions(kl_weight=0.0), chunk=7)
     assert found[2].item() == 0
     assert_equal(found[:2], expected[:2], case.inputs, 1e-5)
     with pytest.raises(ValueError, match="teacher_hidden"):
-        fused_distillation_loss(*given)
+        fused_distillation_loss(*inputs, LossOptions())
 
 
-def test_other_vocabularies_are_refused():
+def test_another_vocabulary_is_refused():
     case = Case()
     case.teacher_head = Head(torch.randn(V + 3, TEACHER_D))
-    with pytest.raises(ValueError, match=f"the student has {V} logits a token and the teacher {V + 3}"):
+    with pytest.raises(ValueError, match=rf"vocabulary: got {V} .* {V + 3}"):
         case.fused()
 
 
-def test_accumulation_adds_gradients_up():
+def test_gradients_accumulate():
     case = Case()
     (case.fused()[0] / 4).backward()
     (case.fused(divergence="reverse")[0] / 4).backward()
@@ -162,19 +163,19 @@ def test_accumulation_adds_gradients_up():
         torch.testing.assert_close(x.grad, g, rtol=1e-5, atol=1e-5)
 
 
-def test_a_second_differentiation_is_refused():
+def test_second_backward_is_refused():
     case = Case()
     loss = case.fused()[0]
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(loss, case.hidden, create_graph=True)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="compute it anew"):
+    with pytest.raises(RuntimeError, match="retain_graph"):
         loss.backward()
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
 def test_bfloat16(autocast):
-    """Errors no larger than those of the plain loss in bfloat16, against float64."""
+    """Errors against float64 are no larger than those of `distillation_loss` in bfloat16."""
     exact = Case(dtype=torch.float64)
     case = Case(dtype=torch.float32 if autocast else torch.bfloat16)
     reference = torch.autograd.grad(exact.plain()[0], exact.inputs)
@@ -195,7 +196,7 @@ SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidd
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8}
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
 GPT = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
-FAMILIES: dict[str, tuple[dict, tuple[bool, float, float | None]]] = {
+ARCHITECTURES: dict[str, tuple[dict, tuple[bool, float, float | None]]] = {
     "llama": (SMALL, (False, 1.0, None)),
     "gemma2": ({**SMALL, "final_logit_softcapping": 4.0}, (False, 1.0, 4.0)),
     "gemma3_text": (SMALL, (False, 1.0, None)),
@@ -208,9 +209,11 @@ FAMILIES: dict[str, tuple[dict, tuple[bool, float, float | None]]] = {
 }
 
 
-def model_of(family, seed=0, **changes):
+def make_model(model_type, seed=0, **changes):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**FAMILIES[family][0], **changes}))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**ARCHITECTURES[model_type][0], **changes})
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -218,15 +221,15 @@ def model_of(family, seed=0, **changes):
     return model.eval()
 
 
-def described(head):
+def head_form(head):
     return head.bias is not None, head.scale, head.softcap
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_head_of_a_family(family):
-    teacher, student = model_of(family), subquad.linearize(model_of(family, seed=1), "linear_attention")
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_head_of_an_architecture(model_type):
+    teacher, student = make_model(model_type), subquad.linearize(make_model(model_type, seed=1), "linear_attention")
     heads = [read_head(teacher), read_head(student)]
-    assert [described(head) for head in heads] == [FAMILIES[family][1]] * 2
+    assert [head_form(head) for head in heads] == [ARCHITECTURES[model_type][1]] * 2
     assert heads[1].weight is student.get_output_embeddings().weight
     tokens = torch.randint(3, 61, (2, 16))
     labels = torch.randint(61, (2, 16)).flatten()
@@ -236,7 +239,7 @@ def test_the_head_of_a_family(family):
         teacher_hidden = teacher.base_model(tokens).last_hidden_state.flatten(0, 1)
     expected = on_logits(student(tokens).logits.flatten(0, 1), logits, labels)
     hidden = student.last_hidden_state(tokens).flatten(0, 1)
-    found = fused_distillation_loss(hidden, teacher_hidden, labels, heads[1], heads[0], chunk=10)
+    found = fused_distillation_loss(hidden, teacher_hidden, labels, heads[1], heads[0], LossOptions(), chunk=10)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(x[0], learning, allow_unused=True) for x in (found, expected)]
     for ours, theirs in zip(*gradients, strict=True):
@@ -246,12 +249,12 @@ def test_the_head_of_a_family(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_head_in_another_dtype(dtype):
-    assert described(read_head(model_of("gemma2").to(dtype))) == FAMILIES["gemma2"][1]
+def test_read_head_in_another_dtype(dtype):
+    assert head_form(read_head(make_model("gemma2").to(dtype))) == ARCHITECTURES["gemma2"][1]
 
 
-class Odd(nn.Linear):
-    """A head that does something else besides."""
+class OtherHead(nn.Linear):
+    """A head that is not a `Head`."""
 
     def __init__(self, base, kind):
         super().__init__(base.in_features, base.out_features, bias=False)
@@ -259,30 +262,30 @@ class Odd(nn.Linear):
         self.factor = nn.Parameter(torch.ones(()))
 
     def forward(self, x):
-        if self.kind == "doubles":
+        if self.kind == "scale":
             return 2 * super().forward(x)
-        if self.kind == "caps":
+        if self.kind == "softcap":
             return 30 * torch.tanh(super().forward(x) / 30)
-        if self.kind == "learns a factor":
+        if self.kind == "learned scale":
             return self.factor * super().forward(x)
         return super().forward(nn.functional.dropout(x, 0.1, self.training))
 
 
-@pytest.mark.parametrize("kind", ["doubles", "caps", "learns a factor", "drops at random"])
-def test_a_head_of_another_kind_is_not_read(kind):
-    for model in (model_of("llama"), subquad.linearize(model_of("llama"), "linear_attention")):
+@pytest.mark.parametrize("kind", ["scale", "softcap", "learned scale", "dropout"])
+def test_head_of_another_form_is_not_read(kind):
+    for model in (make_model("llama"), subquad.linearize(make_model("llama"), "linear_attention")):
         assert read_head(model) is not None
-        model.set_output_embeddings(Odd(model.get_output_embeddings(), kind))
+        model.set_output_embeddings(OtherHead(model.get_output_embeddings(), kind))
         assert read_head(model) is None
 
 
-def test_a_head_with_layers_of_its_own_is_not_read():
+def test_head_with_further_layers_is_not_read():
     sizes = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}
     assert read_head(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).eval()) is None
 
 
-def test_a_cap_that_the_configuration_hides_is_not_guessed():
-    model = model_of("gemma2")
+def test_head_that_contradicts_the_configuration_is_not_read():
+    model = make_model("gemma2")
     model.config.final_logit_softcapping = 4.0
     forward = model.forward
     model.forward = lambda *args, **kwargs: _halved(forward(*args, **kwargs))
@@ -294,17 +297,17 @@ def _halved(output):
     return output
 
 
-def test_low_rank_updates():
-    """Of projections they do not matter; of the head they do, even those that make no difference yet."""
+def test_low_rank_update_of_the_head_is_not_read():
+    """Low-rank updates of projections have no effect on the head; those of the head do, even while they are zero."""
     peft = pytest.importorskip("peft")
     for targets, read in ((["q_proj"], True), (["lm_head"], False)):
-        model = model_of("llama", tie_word_embeddings=False)
+        model = make_model("llama", tie_word_embeddings=False)
         model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=targets), model)
         assert (read_head(model) is not None) == read
 
 
-def test_reading_leaves_no_trace():
-    model = subquad.linearize(model_of("gpt2", resid_pdrop=0.1), "gla")
+def test_read_head_restores_the_model():
+    model = subquad.linearize(make_model("gpt2", resid_pdrop=0.1), "gla")
     model.base.transformer.h[0].train()
     model.get_output_embeddings().weight.requires_grad_(False)
 
@@ -324,8 +327,8 @@ def test_reading_leaves_no_trace():
 
 @pytest.mark.slow
 @pytest.mark.sample
-def test_a_quarter_of_the_memory():
-    """SmolLM2-135M's head on 4,096 tokens, each way in a process of its own."""
+def test_fused_loss_needs_a_quarter_of_the_memory():
+    """SmolLM2-135M's head on 4,096 tokens, each loss in its own process."""
 
     def peak(way):
         command = [sys.executable, "-m", "benchmarks.loss", "--peak", way]

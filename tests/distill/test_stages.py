@@ -1,4 +1,4 @@
-"""Each stage on a tiny teacher: what it trains, that it learns, and that the teacher never changes."""
+"""Each stage on a tiny teacher: what it trains, that its loss falls, that the teacher does not change."""
 
 import pytest
 import torch
@@ -7,9 +7,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import subquad
 from subquad import mixers
 from subquad.config import EndToEnd, Hidden, Matrix
-from subquad.distill.stages import EndToEndDistillation, HiddenAlignment, MatrixMixing, respects_document_boundaries
-
-STAGES = ("matrix", "hidden", "end_to_end")
+from subquad.distill.documents import respects_document_boundaries
+from subquad.distill.recipe_stages import STAGE_NAMES
+from subquad.distill.stage1_matrix_mixing import MatrixMixing
+from subquad.distill.stage2_hidden_alignment import HiddenAlignment
+from subquad.distill.stage3_end_to_end import EndToEndDistillation
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def teacher():
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def make(stage, teacher, ids):
+def make_objective(stage, teacher, ids):
     if stage == "matrix":
         return MatrixMixing(teacher, Matrix(tokens=1, lr=1.0))
     if stage == "hidden":
@@ -36,18 +38,18 @@ def make(stage, teacher, ids):
     return EndToEndDistillation(teacher, EndToEnd(tokens=1, lr=1.0))
 
 
-def checksum(model):
+def copied_weights(model):
     return [p.clone() for p in model.state_dict().values()]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_NAMES)
 @pytest.mark.parametrize("mixer", mixers.names())
-def test_a_stage_lowers_its_loss_and_trains_what_it_says(mixer, stage, teacher):
+def test_stage_lowers_its_loss_and_trains_its_parameters_only(mixer, stage, teacher):
     torch.manual_seed(1)
     ids = torch.randint(0, 64, (2, 24))
     student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=ids).requires_grad_(True)
-    objective = make(stage, teacher, ids)
-    before, teacher_before = checksum(student), checksum(teacher)
+    objective = make_objective(stage, teacher, ids)
+    before, teacher_before = copied_weights(student), copied_weights(teacher)
     trained = objective.trained(student)
     trained_ids = {id(p) for p in trained}
     optimizer = torch.optim.Adam(trained, lr=3e-3)
@@ -62,7 +64,7 @@ def test_a_stage_lowers_its_loss_and_trains_what_it_says(mixer, stage, teacher):
                 assert parameter.grad is None or not parameter.grad.any(), name
         optimizer.step()
     assert losses[-1] < losses[0]
-    assert all(torch.equal(a, b) for a, b in zip(teacher_before, checksum(teacher), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(teacher_before, copied_weights(teacher), strict=True))
     changed = {
         name for (name, new), old in zip(student.state_dict().items(), before, strict=True) if not torch.equal(new, old)
     }
@@ -74,8 +76,8 @@ def test_a_stage_lowers_its_loss_and_trains_what_it_says(mixer, stage, teacher):
 
 
 @pytest.mark.parametrize("mixer", mixers.names())
-def test_every_parameter_of_a_mixer_is_reached_by_stage_2(mixer, teacher):
-    """After one step, so that gates which start at zero have moved, a gradient reaches every parameter."""
+def test_stage_2_has_gradients_for_every_parameter_of_a_mixer(mixer, teacher):
+    """Weights are perturbed first, since gates that are zero at initialization block gradients."""
     torch.manual_seed(2)
     ids = torch.randint(0, 64, (2, 24))
     student = subquad.linearize(teacher, mixer, scale_ids=ids).requires_grad_(True)
@@ -84,71 +86,71 @@ def test_every_parameter_of_a_mixer_is_reached_by_stage_2(mixer, teacher):
         for parameter in objective.trained(student):
             parameter.add_(0.05 * torch.randn_like(parameter))
     student(objective=objective, **objective.targets({"input_ids": ids})).loss.backward()
-    silent = [n for b in student.mixer_layers for n, p in b.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not silent
+    layers = student.mixer_layers
+    assert not [n for layer in layers for n, p in layer.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-def test_the_control_with_copied_weights_has_nothing_to_learn(teacher):
+def test_layerwise_losses_of_a_softmax_copy_are_zero(teacher):
     ids = torch.randint(0, 64, (2, 24))
     student = subquad.linearize(teacher, "softmax").requires_grad_(True)
     for stage in ("matrix", "hidden"):
-        objective = make(stage, teacher, ids)
+        objective = make_objective(stage, teacher, ids)
         assert student(objective=objective, **objective.targets({"input_ids": ids})).loss.item() == pytest.approx(
             0, abs=1e-6
         )
 
 
 @pytest.mark.parametrize("mixer", mixers.names())
-def test_stage_1_in_blocks_of_rows_is_the_same(mixer, teacher):
+def test_row_chunk_size_of_stage_1_has_no_effect(mixer, teacher):
     ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(3))
     student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=ids).requires_grad_(True)
-    found = []
-    for rows in (1024, 7):
-        objective = MatrixMixing(teacher, Matrix(tokens=1, lr=1.0, row_chunk_size=rows))
+    results = []
+    for row_chunk_size in (1024, 7):
+        objective = MatrixMixing(teacher, Matrix(tokens=1, lr=1.0, row_chunk_size=row_chunk_size))
         student.zero_grad()
         loss = student(objective=objective, **objective.targets({"input_ids": ids})).loss
         loss.backward()
-        found.append((loss.item(), [p.grad.clone() for p in objective.trained(student)]))
-    (whole, grads), (blocks, block_grads) = found
-    assert blocks == pytest.approx(whole, rel=1e-5)
-    for a, b in zip(grads, block_grads, strict=True):
+        results.append((loss.item(), [p.grad.clone() for p in objective.trained(student)]))
+    (loss, grads), (chunked_loss, chunked_grads) = results
+    assert chunked_loss == pytest.approx(loss, rel=1e-5)
+    for a, b in zip(grads, chunked_grads, strict=True):
         assert torch.allclose(a, b, atol=1e-6 + 1e-4 * a.abs().max().item())
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_NAMES)
 @pytest.mark.parametrize("mixer", ["gla", "gated_deltanet", "xlstm", "softmax"])
-def test_packed_documents_are_learned_as_each_alone(mixer, stage, teacher):
-    """Two documents in a row, kept apart by their positions: the loss is the mean over the tokens of each alone."""
+def test_loss_of_packed_documents_matches_separate_rows(mixer, stage, teacher):
+    """Two documents in a row, separated by their positions: the loss is the mean over the tokens of both."""
     a, b = torch.randint(3, 64, (1, 9)), torch.randint(3, 64, (1, 15))
     calibration = torch.randint(3, 64, (2, 12))
     student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=calibration)
-    objective = make(stage, teacher, calibration)
+    objective = make_objective(stage, teacher, calibration)
 
-    def measured(ids, lengths):
+    def loss_and_count(ids, lengths):
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
         batch = {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
         with torch.no_grad():
             return student(objective=objective, **objective.targets(batch)).loss.item(), objective.count(batch).item()
 
-    packed, count = measured(torch.cat([a, b], dim=1), (9, 15))
-    (first, n), (second, m) = measured(a, (9,)), measured(b, (15,))
+    packed, count = loss_and_count(torch.cat([a, b], dim=1), (9, 15))
+    (first, n), (second, m) = loss_and_count(a, (9,)), loss_and_count(b, (15,))
     assert count == n + m
     assert packed == pytest.approx((n * first + m * second) / (n + m), rel=2e-4)
 
 
-def test_a_teacher_that_keeps_documents_apart_is_told_from_one_that_does_not(teacher):
+def test_respects_document_boundaries(teacher):
     assert respects_document_boundaries(teacher)
-    forgetful = LlamaForCausalLM(teacher.config).eval()
-    whole = forgetful.base_model.forward
-    forgetful.base_model.forward = lambda position_ids=None, **kwargs: whole(**kwargs)
-    assert not respects_document_boundaries(forgetful)
+    other = LlamaForCausalLM(teacher.config).eval()
+    forward = other.base_model.forward
+    other.base_model.forward = lambda position_ids=None, **kwargs: forward(**kwargs)
+    assert not respects_document_boundaries(other)
 
 
-def test_stage_1_of_a_batch_is_the_mean_of_its_rows(teacher):
+def test_loss_of_a_batch_is_the_mean_of_its_rows(teacher):
     ids = torch.randint(0, 64, (4, 24))
     student = subquad.linearize(teacher, "gla").requires_grad_(True)
-    for stage in STAGES:
-        objective = make(stage, teacher, ids)
+    for stage in STAGE_NAMES:
+        objective = make_objective(stage, teacher, ids)
 
         def loss(rows, objective=objective):
             return student(objective=objective, **objective.targets({"input_ids": rows})).loss.item()

@@ -10,7 +10,7 @@ import torch
 from subquad.analysis.mixing_matrices import normalized_abs_rows
 from subquad.analysis.saved_matrices import pack
 from subquad.config import Recipe
-from subquad.distill.stage_cache import ORDER
+from subquad.distill.recipe_stages import STAGE_NAMES
 from subquad.study.results import write_results
 from subquad.study.runs import Run, find_runs
 
@@ -53,7 +53,7 @@ def synthetic_recipes(
 
 def write_finished_run(run: Run) -> None:
     """Writes the files of a finished run, without weights."""
-    mixer, stages = run.recipe.student.mixer, [s for s in ORDER if getattr(run.recipe.stages, s)]
+    mixer, stages = run.recipe.student.mixer, [s for s in STAGE_NAMES if getattr(run.recipe.stages, s)]
     generator = random.Random(f"{mixer} {stages} {run.recipe.student.copy_qkv} {run.recipe.seed}")
     kl = BASE_KL[mixer] * (1 + 0.35 * (3 - len(stages))) * (1 if run.recipe.student.copy_qkv else 1.6)
     kl *= 1 + generator.gauss(0, 0.03)
@@ -81,7 +81,7 @@ def write_finished_run(run: Run) -> None:
     layers = [{"mixer": "attention" if mixer == "softmax" else mixer}] * LAYERS
     (run.directory / "config.json").write_text(json.dumps({"layer_specs": layers}))
     head = {"versions": {"subquad": "0.1.0", "torch": "2"}, "commit": "0" * 40, "device": "cpu, 1 threads"}
-    (run.directory / "result.json").write_text(json.dumps({"digest": run.recipe.digest(), **head, "row": result}))
+    (run.directory / "result.json").write_text(json.dumps({"digest": run.recipe.digest(), **head, "result": result}))
     with (run.directory / "metrics.jsonl").open("w") as file:
         for stage in stages:
             for step in range(1, 33):

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from subquad.cli import main
 from subquad.config import load_study
 from subquad.distill import pipeline
-from subquad.distill.progress import read_jsonl
+from subquad.distill.metrics import read_jsonl
+from subquad.distill.recipe_stages import STAGE_NAMES, stage_keys
+from subquad.distill.run import DistillationRun
 from subquad.distill.stage_cache import StageCache
 from subquad.evaluate import command
 from subquad.evaluate.runner import ResultCache
@@ -37,13 +39,13 @@ def same_weights(one, other):
 def trained_stages(monkeypatch):
     """The stages that are trained, as (run name, stage)."""
     trained = []
-    train = pipeline.train_stage
+    train = DistillationRun.train_stage
 
-    def record(name, stage, recipe, output, *rest):
-        trained.append((output.name, name))
-        return train(name, stage, recipe, output, *rest)
+    def record(run, name):
+        trained.append((run.directory.name, name))
+        train(run, name)
 
-    monkeypatch.setattr(pipeline, "train_stage", record)
+    monkeypatch.setattr(DistillationRun, "train_stage", record)
     return trained
 
 
@@ -90,11 +92,11 @@ def test_shared_stages_are_trained_once_and_give_the_same_students(study_recipe,
 def test_stage_keys_depend_on_everything_up_to_the_stage(study_recipe):
     def keys(*overrides):
         (recipe,) = load_study(study_recipe, overrides)
-        return pipeline.stage_keys(recipe)
+        return stage_keys(recipe)
 
     base = keys()
     longer = keys("stages.end_to_end.tokens=4096")
-    assert [base[name] == longer[name] for name in pipeline.ORDER] == [True, True, False]
+    assert [base[name] == longer[name] for name in STAGE_NAMES] == [True, True, False]
     for other in (
         "seed=1",
         "student.copy_qkv=false",

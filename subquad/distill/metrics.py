@@ -1,4 +1,4 @@
-"""What a stage says while it runs: a bar with loss, tokens per second and time left, rows of metrics, and a picture."""
+"""Metrics of training: the progress bar, `metrics.jsonl`, TensorBoard and the loss curves."""
 
 import json
 import time
@@ -10,18 +10,18 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from subquad.utils import UserError
+from subquad.utils import UserError, write_text_atomic
 
 
-class Progress(TrainerCallback):
-    """A bar on the terminal, and the same as metrics; silent in all processes but the first."""
+class MetricsCallback(TrainerCallback):
+    """Shows a progress bar with the loss and hands every logged step to `report`, in the first process only."""
 
     def __init__(self, tokens_per_step: int, report: Callable[[dict[str, Any]], None], label: str):
         self.tokens_per_step, self.report, self.label = tokens_per_step, report, label
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.start, self.first = time.perf_counter(), state.global_step
+        self.start, self.first_step = time.perf_counter(), state.global_step
         self.bar = tqdm(
             total=state.max_steps * self.tokens_per_step,
             initial=state.global_step * self.tokens_per_step,
@@ -40,7 +40,7 @@ class Progress(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        done = (state.global_step - self.first) * self.tokens_per_step
+        tokens = (state.global_step - self.first_step) * self.tokens_per_step
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
         self._report(
@@ -48,14 +48,14 @@ class Progress(TrainerCallback):
             loss=logs["loss"],
             grad_norm=logs.get("grad_norm"),
             lr=logs.get("learning_rate"),
-            tokens_per_second=round(done / (time.perf_counter() - self.start), 1),
+            tokens_per_second=round(tokens / (time.perf_counter() - self.start), 1),
         )
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics=None, **kwargs: Any
     ):
         if metrics and state.is_world_process_zero:
-            self._report(state, validation_loss=metrics["eval_loss"], text_loss=metrics["eval_text_loss"])
+            self._report(state, validation_loss=metrics["eval_loss"], validation_ce=metrics["eval_ce"])
 
     def _report(self, state: TrainerState, **values: Any) -> None:
         tokens = state.global_step * self.tokens_per_step
@@ -68,7 +68,7 @@ class Progress(TrainerCallback):
 
 
 def tensorboard(directory: Path) -> TrainerCallback:
-    """Curves that stay with a run; what the Trainer writes by itself lies among checkpoints, and goes with them.
+    """Writes TensorBoard curves to `directory`; the Trainer's own would be deleted with the checkpoints.
 
     Raises:
         UserError: TensorBoard is not installed.
@@ -76,37 +76,40 @@ def tensorboard(directory: Path) -> TrainerCallback:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(
-            "report_to: tensorboard is not installed; pip install tensorboard, or report elsewhere"
-        ) from None
+        raise UserError("report_to: tensorboard is not installed; pip install tensorboard, or change it") from None
     return TensorBoardCallback(SummaryWriter(str(directory)))
 
 
-def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(record) + "\n")
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of metrics; the last may have been cut off by a kill."""
+    """The records of a file, none if it does not exist. A last line that a kill cut off is skipped."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
-def draw_curves(rows: Sequence[dict[str, Any]], target: Path, title: str) -> None:
-    """The losses of a run against its tokens as a picture, a panel a stage."""
+def draw_curves(metrics: Sequence[dict[str, Any]], target: Path, title: str) -> None:
+    """Draws training and validation loss against tokens as SVG, a panel for each stage."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    stages = list(dict.fromkeys(record["stage"] for record in metrics))
     if not stages:
         return
     figure = Figure(figsize=(1 + 3.6 * len(stages), 3.2), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        for key, name, style in (("loss", "training", "-"), ("validation_loss", "held out", "o--")):
-            points = [(row["tokens"], row[key]) for row in rows if row["stage"] == stage and key in row]
+        for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o--")):
+            points = [
+                (record["tokens"], record[key]) for record in metrics if record["stage"] == stage and key in record
+            ]
             if points:
-                axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1.2, markersize=3)
+                axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=3)
         axes.set(title=stage, xlabel="tokens", ylabel="loss")
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)

@@ -1,0 +1,49 @@
+"""What the trainer and the student's `forward` need of a stage: its parameters, its targets and its loss."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
+
+Batch = dict[str, Tensor]
+"""A batch of `subquad.data.PackedDataset`: `input_ids`, and where documents are masked or some tokens are ignored,
+`position_ids` and `labels`, all `[B, T]`."""
+
+
+@dataclass
+class StageOutput(ModelOutput):
+    """The loss of a batch. Stages 1 and 2 also give the loss of each layer, `[layers]`, detached."""
+
+    loss: Tensor | None = None
+    layers: Tensor | None = None
+
+
+class Objective:
+    """What a stage minimizes.
+
+    The student calls it inside its own `forward`, so that data-parallel wrappers synchronize the gradients:
+    `student(objective=objective, **objective.targets(batch))`. The teacher is not a submodule of the student.
+    """
+
+    name: str
+    """The stage's key in the recipe."""
+
+    def trained(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
+        """The parameters that this stage trains."""
+        raise NotImplementedError
+
+    def targets(self, batch: Batch) -> dict[str, Any]:
+        """The keyword arguments of the student's forward: `input_ids` and what the teacher computed from them."""
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> Tensor:
+        """The number of tokens over which the loss of a batch is averaged."""
+        return torch.tensor(batch["input_ids"].numel())
+
+    def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
+        raise NotImplementedError

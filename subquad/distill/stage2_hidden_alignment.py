@@ -1,0 +1,63 @@
+"""Stage 2, hidden-state alignment (MOHAWK, arXiv 2408.10189, section 3.2): each layer's output is fitted to the
+teacher's."""
+
+import torch.nn as nn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from subquad.config import Hidden
+from subquad.distill.layerwise import LayerwiseDistillation
+from subquad.modeling.attention.activations import LayerActivations, collect_activations, layer_path
+from subquad.modeling.attention.discovery import AttentionInfo
+from subquad.modeling.attention.scores import replace_mask
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
+
+
+class HiddenAlignment(LayerwiseDistillation):
+    """Compares the mixer's output with the attention's or, with `target: decoder_layer`, outputs of decoder layers.
+
+    `target_norms` are the mean squared norms of the teacher's outputs, one for each layer, measured once on
+    `scale_ids: [B, T]`. They are the units of the layers' losses.
+    """
+
+    name = "hidden"
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        stage: Hidden,
+        scale_ids: Tensor,
+        attention_layers: list[AttentionInfo] | None = None,
+    ):
+        super().__init__(teacher, attention_layers)
+        self.paths = None
+        if stage.target == "decoder_layer":
+            self.paths = [layer_path(attention.path) for attention in self.attention_layers]
+            self.hooked_modules = [(teacher.get_submodule(path), None) for path in self.paths]
+        activations = collect_activations(teacher, self.hooked_modules, scale_ids.to(teacher.device))
+        self.target_norms = [a.output.float().square().sum(-1).mean() for a in activations]
+
+    def modules(self, student: SubquadForCausalLM) -> list[nn.Module]:
+        """The student's modules whose outputs are compared."""
+        if self.paths is None:
+            return list(student.mixer_layers)
+        return [student.base.get_submodule(path) for path in self.paths]
+
+    def layer_parameters(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
+        return [list(module.parameters()) for module in self.modules(student)]
+
+    def layer_loss(
+        self, student: SubquadForCausalLM, index: int, activations: LayerActivations, doc_ids: Tensor | None
+    ) -> Tensor:
+        mask = None if doc_ids is None else doc_ids[:, None, None, :]
+        module = self.modules(student)[index]
+        args, kwargs = replace_mask(module, activations.args, activations.kwargs, mask)
+        output = module(*args, **kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        return output_distance(output, activations.output, self.target_norms[index])
+
+
+def output_distance(output: Tensor, target: Tensor, target_norm: Tensor) -> Tensor:
+    """Squared distance between `output` and `target`, `[B, T, D]`, a mean per token, divided by `target_norm`, the mean
+    squared norm of the teacher's outputs: 1 for an output of zeros."""
+    return (output.float() - target.float()).square().sum(-1).mean() / target_norm
