@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from subquad import mixers
 from subquad.config import load_recipe
-from subquad.distill import run, trainer
+from subquad.distill import layerwise, run, trainer
 from subquad.distill.metrics import read_jsonl
 from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
+from subquad.modeling import linearize
+from subquad.modeling.attention.discovery import discover_attention
 from subquad.utils import UserError
 from tests.workshop import tiny_recipe
 
@@ -75,6 +77,19 @@ def test_finished_run_is_not_repeated(uninterrupted, recipe_path, monkeypatch):
     output, result = uninterrupted
     monkeypatch.setattr(run, "load_teacher", lambda *a: pytest.fail("loaded a teacher for a finished run"))
     assert distill(load_recipe(recipe_path), output) == result
+
+
+def test_attention_is_discovered_once(recipe_path, tmp_path, monkeypatch):
+    calls = []
+
+    def count(model):
+        calls.append(model)
+        return discover_attention(model)
+
+    for module in (run, layerwise, linearize):
+        monkeypatch.setattr(module, "discover_attention", count)
+    distill(load_recipe(recipe_path), tmp_path / "out")
+    assert len(calls) == 1
 
 
 def test_weights_depend_on_the_seed_alone(uninterrupted, recipe_path, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn as nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import subquad
@@ -144,6 +145,31 @@ def test_respects_document_boundaries(teacher):
     forward = other.base_model.forward
     other.base_model.forward = lambda position_ids=None, **kwargs: forward(**kwargs)
     assert not respects_document_boundaries(other)
+
+
+class DropoutHead(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.1, self.training))
+
+
+def test_stage_3_of_a_student_whose_head_cannot_be_read(teacher):
+    """The loss on full logits is computed instead, although the teacher's head can be read."""
+    ids = torch.randint(0, 64, (2, 24))
+    student = subquad.linearize(teacher, "gla", scale_ids=ids).eval()
+
+    def loss():
+        objective = make_objective("end_to_end", teacher, ids)
+        value = student(objective=objective, **objective.targets({"input_ids": ids})).loss
+        return value, objective.head_of(student)
+
+    expected, head = loss()
+    assert head is not None
+    other = DropoutHead(32, 64, bias=False).eval()
+    other.weight = student.get_output_embeddings().weight
+    student.set_output_embeddings(other)
+    found, head = loss()
+    assert head is None
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_loss_of_a_batch_is_the_mean_of_its_rows(teacher):
