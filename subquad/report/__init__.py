@@ -1,1 +1,1 @@
-"""The page of a study: figures, tables and text from its results."""
+"""The report of a study: one HTML page with figures, tables and text, made from result files."""

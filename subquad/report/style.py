@@ -1,9 +1,10 @@
-"""How figures look: one colour and marker for each mixer throughout, told apart without colour vision; and files."""
+"""The look of figures: one color and marker for each mixer, distinguishable without color vision; saving figures."""
 
 import base64
 import io
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-# Okabe and Ito's colours, their yellow darkened for white paper, and a brown; markers tell apart what is near.
-MIXERS = {
+# The colors of Okabe and Ito, with a darker yellow for white paper and a brown; markers separate similar colors.
+MIXER_STYLES = {
     "linear_attention": ("#E69F00", "o"),
     "retnet": ("#56B4E9", "s"),
     "mamba2": ("#009E73", "^"),
@@ -30,10 +31,11 @@ MIXERS = {
     "hgrn2": ("#5E7F24", "h"),
     "softmax": ("#777777", "d"),
 }
-OTHER = "#444444", "8"
-"""Hybrids."""
-TEACHER = "#000000"
-RULES: dict[Any, Any] = {
+OTHER_STYLE = "#444444", "8"
+"""Of hybrids."""
+TEACHER_COLOR = "#000000"
+GRAY = "#555555"
+RC_PARAMS: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 8.5,
@@ -52,58 +54,70 @@ RULES: dict[Any, Any] = {
 }
 
 
-def colour(mixer: str) -> str:
-    return MIXERS.get(mixer, OTHER)[0]
+@dataclass(frozen=True)
+class ReportFigure:
+    """A figure with the stem of its file names and its caption, which ends without a period."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+def color(mixer: str) -> str:
+    return MIXER_STYLES.get(mixer, OTHER_STYLE)[0]
 
 
 def marker(mixer: str) -> str:
-    return MIXERS.get(mixer, OTHER)[1]
+    return MIXER_STYLES.get(mixer, OTHER_STYLE)[1]
 
 
-def panel(width: float = 3.95, height: float = 3.4) -> tuple[Figure, Axes]:
-    """An empty figure with one pair of axes."""
+def mixer_label(mixer: str) -> str:
+    return mixer.replace("_", " ")
+
+
+def sort_mixers(mixers: Iterable[str]) -> list[str]:
+    """The distinct mixers in the order of `MIXER_STYLES`, then the others by name."""
+    distinct = set(mixers)
+    return [name for name in MIXER_STYLES if name in distinct] + sorted(distinct - set(MIXER_STYLES))
+
+
+def new_figure(width: float = 3.95, height: float = 3.4) -> tuple[Figure, Axes]:
+    """An empty figure with one pair of axes; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def plain_log(axis: Axis, values: Sequence[float], ticks: Sequence[float] | None = None) -> None:
-    """Numbers of a logarithmic axis as they are spoken, so many of them as its range needs.
+def legend_line(label: str, **style: Any) -> Line2D:
+    """A legend entry, gray unless `style` has a color."""
+    return Line2D([], [], label=label, **{"color": GRAY, **style})
 
-    ticks: those, in place of chosen ones.
-    """
+
+def add_mixer_legend(figure: Figure, mixers: Iterable[str], extra: Iterable[Line2D] = ()) -> None:
+    """Adds a legend below the axes: the mixers, then `extra` entries."""
+    handles = [legend_line(mixer_label(name), color=color(name), marker=marker(name)) for name in mixers]
+    figure.legend(handles=[*handles, *extra], loc="outside lower center", ncols=3, handlelength=2.4)
+
+
+def format_log_axis(axis: Axis, values: Sequence[float], ticks: Sequence[float] | None = None) -> None:
+    """Labels a logarithmic axis with plain numbers, at `ticks` or at a density that suits the range of `values`."""
     decades = math.log10(max(values) / min(values)) if values and min(values) > 0 else 3
     subs = (1.0, 2.0, 3.0, 5.0, 7.0) if decades < 1.5 else (1.0, 3.0) if decades < 3.5 else (1.0,)
     axis.set_major_locator(LogLocator(subs=subs) if ticks is None else FixedLocator(ticks))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: spoken(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
     axis.set_minor_locator(NullLocator())
 
 
-def spoken(value: float) -> str:
-    """`512`, `2k` (2,048 too), `16k`, `0.05`"""
+def format_tick(value: float) -> str:
+    """`512`, `2k` (also for 2,048), `16k`, `0.05`."""
     if value >= 1024 and value % 1024 == 0:
         return f"{value / 1024:g}k"
     return f"{value / 1e3:g}k" if value >= 1e4 else f"{value:g}"
 
 
-def mixer_legend(figure: Figure, mixers: Iterable[str], extra: Iterable[Line2D] = ()) -> None:
-    """Below the axes, so that it hides nothing."""
-    handles = [
-        Line2D([], [], color=colour(name), marker=marker(name), linestyle="-", label=name.replace("_", " "))
-        for name in mixers
-    ]
-    figure.legend(handles=[*handles, *extra], loc="outside lower center", ncols=3, handlelength=2.4)
-
-
-def ordered(mixers: Iterable[str]) -> list[str]:
-    """Each once, in the order of the table above."""
-    found = set(mixers)
-    return [name for name in MIXERS if name in found] + sorted(found - set(MIXERS))
-
-
-def save(figure: Figure, stem: Path) -> str:
-    """Writes `stem`.svg and `stem`.pdf, the same bytes for the same numbers; returns the SVG."""
+def save_figure(figure: Figure, stem: Path) -> str:
+    """Writes `stem`.svg and `stem`.pdf, byte-identical for identical data; returns the SVG."""
     text = io.StringIO()
-    with matplotlib.rc_context(RULES):
+    with matplotlib.rc_context(RC_PARAMS):
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
         FigureCanvasPdf(figure).print_pdf(f"{stem}.pdf", metadata={"CreationDate": None})
     Path(f"{stem}.svg").write_text(text.getvalue())
@@ -111,5 +125,5 @@ def save(figure: Figure, stem: Path) -> str:
 
 
 def data_uri(svg: str) -> str:
-    """An image that lies in the page itself, its names apart from those of others."""
+    """An SVG as an image URI, which keeps its element ids separate from those of other images on the page."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

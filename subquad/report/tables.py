@@ -1,7 +1,8 @@
-"""The tables of a report: cells with their numbers beside them, as HTML sorts them, as CSV and as LaTeX (booktabs)."""
+"""The tables of a report: all students (`grid_table`) and evaluations (`evaluation_tables`), as HTML, CSV and LaTeX."""
 
 import csv
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,62 +10,89 @@ from pathlib import Path
 from subquad.evaluate.results import Result
 from subquad.evaluate.table import HIDDEN, _format
 from subquad.report.eval_plots import PlotModel
-from subquad.report.style import colour
+from subquad.report.style import color, mixer_label
 from subquad.study.aggregate import Group, Mean, group_labels, significant_best
+
+MISSING = "–"
+LATEX_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: "\\" + character for character in "%_&#${}"},
+}
+METRIC_LABELS = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy (length-normalized)",
+    "acc_generated": "accuracy (generated)",
+    "kl": "KL",
+    "cka": "CKA",
+    "top1_agreement": "top-1 agreement",
+    "top5_agreement": "top-5 agreement",
+    "topk_mass_overlap": "top-k mass overlap",
+    "seconds_per_token": "decoding time per token",
+    "prefill_seconds": "prefill time",
+    "cache_bytes": "cache",
+    "peak_bytes": "peak memory",
+}
+"""Labels of metrics whose name with spaces would read badly."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """text: as it is read. sort: the number by which it is sorted; None: by its text. best: set in bold. dot: a colour
-    before it."""
+    """A cell of a table.
+
+    sort: the number by which it is sorted; None: by its text. best: set in bold. low, high: its 95% interval.
+    color: of a dot before the text.
+    """
 
     text: str
     sort: float | None = None
     best: bool = False
     low: float | None = None
     high: float | None = None
-    dot: str | None = None
+    color: str | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """A name for its files, a caption, titles of its columns and its lines."""
+    """name: stem of its files. titles: of its columns. lines: one tuple of cells each."""
 
     name: str
     caption: str
     titles: tuple[str, ...]
     lines: tuple[tuple[Cell, ...], ...]
 
-    def numeric(self, column: int) -> bool:
-        """Whether a column holds numbers."""
+    def is_numeric(self, column: int) -> bool:
         return any(line[column].sort is not None for line in self.lines)
 
     def to_csv(self, path: Path) -> None:
-        """Numbers unrounded, and ends of intervals in columns of their own."""
-        wide = [any(line[i].low is not None for line in self.lines) for i in range(len(self.titles))]
-        head: list[str] = []
-        for title, has in zip(self.titles, wide, strict=True):
-            head += [title, f"{title} low", f"{title} high"] if has else [title]
+        """Writes unrounded numbers; the ends of intervals have their own columns."""
+        has_interval = [any(line[i].low is not None for line in self.lines) for i in range(len(self.titles))]
+        header: list[str] = []
+        for title, interval in zip(self.titles, has_interval, strict=True):
+            header += [title, f"{title} low", f"{title} high"] if interval else [title]
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(head)
+            writer.writerow(header)
             for line in self.lines:
-                out: list[object] = []
-                for cell, has in zip(line, wide, strict=True):
-                    out.append(cell.text if cell.sort is None else "" if math.isinf(cell.sort) else cell.sort)
-                    out += ["" if end is None else end for end in (cell.low, cell.high)] if has else []
-                writer.writerow(out)
+                values: list[object] = []
+                for cell, interval in zip(line, has_interval, strict=True):
+                    values.append(cell.text if cell.sort is None else "" if math.isinf(cell.sort) else cell.sort)
+                    values += ["" if end is None else end for end in (cell.low, cell.high)] if interval else []
+                writer.writerow(values)
 
     def to_latex(self, path: Path) -> None:
-        columns = "".join("r" if self.numeric(i) else "l" for i in range(len(self.titles)))
-        body = [" & ".join(_latex(cell.text, cell.best) for cell in line) + r" \\" for line in self.lines]
+        """Writes a booktabs table."""
+        columns = "".join("r" if self.is_numeric(i) else "l" for i in range(len(self.titles)))
         text = [
             r"% needs \usepackage{booktabs}",
             r"\begin{tabular}{" + columns + "}",
             r"\toprule",
             " & ".join(_latex(title) for title in self.titles) + r" \\",
             r"\midrule",
-            *body,
+            *(" & ".join(_latex(cell.text, cell.best) for cell in line) + r" \\" for line in self.lines),
             r"\bottomrule",
             r"\end{tabular}",
         ]
@@ -72,121 +100,128 @@ class Table:
 
 
 def _latex(text: str, bold: bool = False) -> str:
-    escaped = "".join(
-        {
-            "\\": r"\textbackslash{}",
-            "±": r"$\pm$",
-            "–": "--",
-            "~": r"\textasciitilde{}",
-            "^": r"\textasciicircum{}",
-        }.get(c, "\\" + c if c in "%_&#${}" else c)
-        for c in text
-    )
+    escaped = "".join(LATEX_SPECIAL.get(character, character) for character in text)
     return rf"\textbf{{{escaped}}}" if bold else escaped
 
 
-@dataclass(frozen=True)
-class Column:
-    """A metric of runs in a unit that is read: its value times `scale`, with so many digits.
+def write_tables(tables: Iterable[Table], directory: Path) -> None:
+    for table in tables:
+        table.to_csv(directory / f"{table.name}.csv")
+        table.to_latex(directory / f"{table.name}.tex")
 
-    lower: whether less is better; None: no best is named, and the interval is in the CSV only.
+
+# ---------------------------------------------------------------------- all students
+
+
+@dataclass(frozen=True)
+class MetricColumn:
+    """A column with a metric of runs, multiplied by `scale` and rounded to `digits`.
+
+    lower_is_better: None: no best value is marked, and the interval is in the CSV only.
     """
 
     metric: str
     title: str
     digits: int
-    lower: bool | None = None
+    lower_is_better: bool | None = None
     scale: float = 1.0
 
     def cell(self, mean: Mean | None, best: bool) -> Cell:
         """`33.4 [32.9, 33.9]`"""
         if mean is None:
-            return Cell("–", float("inf"))
+            return Cell(MISSING, math.inf)
         low, high = (None if end is None else end * self.scale for end in (mean.low, mean.high))
-        value = mean.value * self.scale
-        ends = (
-            ""
-            if low is None or high is None or self.lower is None
-            else f" [{low:.{self.digits}f}, {high:.{self.digits}f}]"
-        )
-        return Cell(f"{value:.{self.digits}f}{ends}", value, best, low, high)
+        value, text = mean.value * self.scale, f"{mean.value * self.scale:.{self.digits}f}"
+        if low is not None and high is not None and self.lower_is_better is not None:
+            text += f" [{low:.{self.digits}f}, {high:.{self.digits}f}]"
+        return Cell(text, value, best, low, high)
 
 
-GRID = (
-    Column("perplexity", "perplexity", 2, True),
-    Column("kl", "KL, nats", 3, True),
-    Column("top1_agreement", "top-1, %", 1, False, 100),
-    Column("recovered_share", "recovered, %", 1, False, 100),
-    Column("kl_at_init", "KL at the start", 2),
-    Column("seconds", "training, s", 0),
-    Column("decode_tokens_per_second", "decoding, tokens/s", 0),
-    Column("state_bytes", "state, KiB", 0, scale=1 / 1024),
-    Column("parameters", "parameters, M", 2, scale=1e-6),
+GRID_COLUMNS = (
+    MetricColumn("perplexity", "perplexity", 2, True),
+    MetricColumn("kl", "KL, nats", 3, True),
+    MetricColumn("top1_agreement", "top-1, %", 1, False, 100),
+    MetricColumn("recovered_share", "recovered, %", 1, False, 100),
+    MetricColumn("kl_at_init", "KL at init, nats", 2),
+    MetricColumn("seconds", "training, s", 0),
+    MetricColumn("decode_tokens_per_second", "decoding, tokens/s", 0),
+    MetricColumn("state_bytes", "state, KiB", 0, scale=1 / 1024),
+    MetricColumn("parameters", "parameters, M", 2, scale=1e-6),
 )
 
 
 def grid_table(groups: Sequence[Group]) -> Table:
-    """A line a group of seeds, the best perplexity first; groups of which nothing is finished at the end."""
-    named = group_labels(groups)
-    plain = len({(g.mixer, g.stages, g.copy_qkv) for g in groups}) == len(groups)
-    first = {c.metric: significant_best(groups, c.metric, c.lower) for c in GRID if c.lower is not None}
+    """All students, a line for each group of seeds: by increasing perplexity, groups without results last."""
+    labels = group_labels(groups)
+    identified = len({(g.mixer, g.stages, g.copy_qkv) for g in groups}) == len(groups)
+    best = {
+        column.metric: significant_best(groups, column.metric, column.lower_is_better)
+        for column in GRID_COLUMNS
+        if column.lower_is_better is not None
+    }
+    titles = (*(() if identified else ("run",)), "mixer", "stages", "copied", "seeds", "tokens")
     lines = []
     for group in groups:
-        done, failed = len(group.results), sum(run.state == "failed" for run in group.runs)
-        others = len(group.runs) - done - failed
-        told = str(done) + (f", {failed} failed" if failed else "") + (f", {others} unfinished" if others else "")
-        tokens = next((row["tokens"] for row in group.results), None)
-        lines.append(
-            (
-                *([] if plain else [Cell(named[group.name])]),
-                Cell(group.mixer.replace("_", " "), dot=colour(group.mixer)),
-                Cell(group.stages),
-                Cell("yes" if group.copy_qkv else "no"),
-                Cell(told, done),
-                Cell("–" if tokens is None else f"{tokens:,}", float("inf") if tokens is None else tokens),
-                *(c.cell(group.mean(c.metric), first.get(c.metric) is group) for c in GRID),
-            )
+        tokens = group.results[0]["tokens"] if group.results else None
+        first = (
+            *(() if identified else (Cell(labels[group.name]),)),
+            Cell(mixer_label(group.mixer), color=color(group.mixer)),
+            Cell(group.stages),
+            Cell("yes" if group.copy_qkv else "no"),
+            _seeds_cell(group),
+            Cell(MISSING, math.inf) if tokens is None else Cell(f"{tokens:,}", tokens),
         )
-    head = ([] if plain else ["run"]) + ["mixer", "stages", "copied", "seeds", "tokens"]
-    where = len(head)
-    lines.sort(key=lambda line: line[where].sort or 0.0)
-    titles = (*head, *(column.title for column in GRID))
-    return Table("grid", "Every student, means over seeds", titles, tuple(lines))
+        metrics = [c.cell(group.mean(c.metric), best.get(c.metric) is group) for c in GRID_COLUMNS]
+        lines.append((*first, *metrics))
+    lines.sort(key=lambda line: line[len(titles)].sort or 0.0)
+    titles = (*titles, *(column.title for column in GRID_COLUMNS))
+    return Table("grid", "All students, mean over seeds", titles, tuple(lines))
 
 
-def evaluation_tables(rows: Sequence[Result], who: Sequence[PlotModel]) -> list[Table]:
-    """For each task of an evaluation the models down, metrics (and lengths) across, with standard errors."""
-    found = []
-    plain = [r for r in rows if r.layer is None and r.depth is None and r.metric not in HIDDEN]
-    for task in dict.fromkeys(row.task for row in plain):
-        own = [row for row in plain if row.task == task]
-        columns = list(dict.fromkeys((row.metric, row.length, row.batch) for row in own))
+def _seeds_cell(group: Group) -> Cell:
+    """`2 (1 failed)`"""
+    finished, failed = len(group.results), sum(run.state == "failed" for run in group.runs)
+    unfinished = len(group.runs) - finished - failed
+    rest = [f"{failed} failed"] * bool(failed) + [f"{unfinished} unfinished"] * bool(unfinished)
+    return Cell(f"{finished} ({', '.join(rest)})" if rest else str(finished), finished)
+
+
+# ---------------------------------------------------------------------- evaluations
+
+
+def evaluation_tables(results: Sequence[Result], models: Sequence[PlotModel]) -> list[Table]:
+    """One table for each task: a line for each model, a column for each metric, length and batch size."""
+    tables = []
+    shown = [r for r in results if r.layer is None and r.depth is None and r.metric not in HIDDEN]
+    for task in dict.fromkeys(r.task for r in shown):
+        own = [r for r in shown if r.task == task]
+        columns = list(dict.fromkeys((r.metric, r.length, r.batch) for r in own))
         lines = []
-        for model in who:
-            mine = {(row.metric, row.length, row.batch): row for row in own if row.model == model.name}
-            if mine:
-                dot = None if model.mixer is None else colour(model.mixer)
-                lines.append((Cell(model.label, dot=dot), *(_measured(mine.get(column)) for column in columns)))
-        titles = ("model", *(_title(*column) for column in columns))
-        safe = "".join(c if c.isalnum() else "-" for c in task)
-        found.append(Table(f"evaluation-{safe}", f"Evaluation: {task}", titles, tuple(lines)))
-    return found
+        for model in models:
+            cells = {(r.metric, r.length, r.batch): r for r in own if r.model == model.name}
+            if cells:
+                dot = None if model.mixer is None else color(model.mixer)
+                lines.append((Cell(model.label, color=dot), *(_result_cell(cells.get(column)) for column in columns)))
+        titles = ("model", *(column_title(*column) for column in columns))
+        name = "".join(c if c.isalnum() else "-" for c in task)
+        tables.append(Table(f"evaluation-{name}", f"Evaluation on {task}", titles, tuple(lines)))
+    return tables
 
 
-def _measured(row: Result | None) -> Cell:
-    if row is None:
-        return Cell("–", float("inf"))
-    show = _format(row.metric)
-    error = "" if row.stderr is None or row.stderr != row.stderr else f" ±{show(row.stderr)}"
-    return Cell(show(row.value) + error, row.value, low=row.low, high=row.high)
+def _result_cell(result: Result | None) -> Cell:
+    """`23.1 ±0.4`"""
+    if result is None:
+        return Cell(MISSING, math.inf)
+    show = _format(result.metric)
+    error = "" if result.stderr is None or math.isnan(result.stderr) else f" ±{show(result.stderr)}"
+    return Cell(show(result.value) + error, result.value, low=result.low, high=result.high)
 
 
-def _title(metric: str, length: int | None, batch: int | None) -> str:
-    where = [] if length is None else [f"{length:,}"]
-    return " ".join([metric.replace("_", " "), *where, *([f"x{batch}"] if batch is not None and batch > 1 else [])])
-
-
-def write_tables(tables: Iterable[Table], folder: Path) -> None:
-    for table in tables:
-        table.to_csv(folder / f"{table.name}.csv")
-        table.to_latex(folder / f"{table.name}.tex")
+def column_title(metric: str, length: int | None = None, batch: int | None = None) -> str:
+    """`cache (1,024 tokens × 8)`, `attention mass at distance 2–3`."""
+    label = METRIC_LABELS.get(metric, metric.replace("_", " "))
+    if distances := re.fullmatch(r"mass_(\d+)(?:_(\d+))?", metric):
+        label = "attention mass at distance " + "–".join(part for part in distances.groups() if part)
+    if length is None:
+        return label
+    return f"{label} ({length:,} tokens{f' × {batch}' if batch is not None and batch > 1 else ''})"

@@ -1,4 +1,4 @@
-"""What a study shows, in sentences: the best student, what it keeps and costs; and what cannot be said, and why."""
+"""The sentences of a report: quality and cost of the best student, and notes on what is missing."""
 
 from collections.abc import Sequence
 
@@ -8,136 +8,141 @@ from subquad.study.aggregate import Group, Mean, best_group, group_labels
 from subquad.study.runs import Run
 
 
-def shown(mean: Mean, digits: int = 2, scale: float = 1.0, unit: str = "") -> str:
-    """`33.35 [32.90, 33.80] over 3 seeds`, `33.35 (one seed)`"""
-    text = f"{mean.value * scale:.{digits}f}{unit}"
+def format_mean(mean: Mean, digits: int = 2) -> str:
+    """`33.35 [32.90, 33.80] (3 seeds)`, `33.35 (1 seed)`."""
     if mean.low is None or mean.high is None:
-        return f"{text} (one seed)"
-    return f"{text} [{mean.low * scale:.{digits}f}, {mean.high * scale:.{digits}f}] over {mean.n} seeds"
+        return f"{mean.value:.{digits}f} (1 seed)"
+    return f"{mean.value:.{digits}f} [{mean.low:.{digits}f}, {mean.high:.{digits}f}] ({mean.n} seeds)"
 
 
-def summary(groups: Sequence[Group], rows: Sequence[Result]) -> list[tuple[str, str]]:
-    """Of the student with the lowest perplexity: a heading and a sentence each."""
-    first = best_group(groups, "perplexity", lower_is_better=True)
-    if first is None:
+def join_names(names: Sequence[str], limit: int = 4) -> str:
+    """`a, b and c`; of more than `limit` names the rest is counted."""
+    parts = list(names[:limit]) + ([f"{len(names) - limit} more"] if len(names) > limit else [])
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+# ---------------------------------------------------------------------- summary
+
+
+def summary(groups: Sequence[Group], results: Sequence[Result]) -> list[tuple[str, str]]:
+    """Headings and sentences about the student with the lowest perplexity. `results`: of evaluations."""
+    best = best_group(groups, "perplexity", lower_is_better=True)
+    if best is None:
         return [("Best student", "No run is finished yet.")]
-    perplexity = first.mean("perplexity")
+    perplexity = best.mean("perplexity")
     assert perplexity is not None
-    teacher = first.results[0]["teacher_perplexity"]
-    found = [
+    teacher = best.results[0]["teacher_perplexity"]
+    sentences = [
         (
             "Best student",
-            f"{group_labels(groups)[first.name]}: held-out perplexity {shown(perplexity)}; its teacher: {teacher:.2f}. "
-            f"{distinguished(groups, first)}",
+            f"{group_labels(groups)[best.name]}. Held-out perplexity: {format_mean(perplexity)}; teacher: "
+            f"{teacher:.2f}. {significance(groups, best)}",
         ),
-        ("What it keeps", _keeps(first)),
-        ("What it costs", _costs(first, rows)),
+        ("Quality", _quality(best)),
+        ("Cost", _cost(best, results)),
     ]
-    long = _long(first, rows)
-    return [*found, ("In long contexts", long)] if long else found
+    ratio = _ratio_to_teacher(best, results, "perplexity")
+    if ratio is not None:
+        length, times = ratio
+        text = f"Over the first {length:,} tokens of a document, its perplexity is {times:.2f} times the teacher's."
+        sentences.append(("Long context", text))
+    return sentences
 
 
-def distinguished(groups: Sequence[Group], first: Group) -> str:
-    """Whether the best is better than the others, as far as seeds tell."""
-    mine = first.mean("perplexity")
-    assert mine is not None
-    others = [(group, mean) for group in groups if group is not first and (mean := group.mean("perplexity"))]
+def significance(groups: Sequence[Group], best: Group) -> str:
+    """Whether the best group is significantly better than the others in perplexity."""
+    mean = best.mean("perplexity")
+    assert mean is not None
+    others = [(group, other) for group in groups if group is not best and (other := group.mean("perplexity"))]
     if not others:
-        return "There is nothing to compare it with."
-    named = group_labels(groups)
-    if mine.n < 2:
-        return "With one seed there is no interval: whether it is better than the next cannot be said."
-    close = [named[group.name] for group, mean in others if mean.n > 1 and not mine.intervals_disjoint(mean)]
-    single = [named[group.name] for group, mean in others if mean.n < 2]
-    told = []
-    if close:
-        told.append(f"Its interval overlaps that of {listed(close)}: no difference is shown.")
+        return "There is no other student to compare it with."
+    if mean.n < 2:
+        return "With one seed there is no interval, so it is unknown whether it is better than the next student."
+    labels = group_labels(groups)
+    overlapping = [labels[group.name] for group, other in others if other.n > 1 and not mean.intervals_disjoint(other)]
+    single = [labels[group.name] for group, other in others if other.n < 2]
+    sentences = []
+    if overlapping:
+        sentences.append(f"Its interval overlaps that of {join_names(overlapping)}: the difference is not significant.")
     if single:
-        told.append(f"Of {listed(single)} there is one seed, so that nothing can be said.")
-    return " ".join(told) or "Its interval lies apart from all others."
+        sentences.append(f"It cannot be compared with {join_names(single)}: one seed only.")
+    return " ".join(sentences) or "Its interval does not overlap any other."
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
-    few = list(names[:most]) + ([f"{len(names) - most} more"] if len(names) > most else [])
-    return few[0] if len(few) == 1 else f"{', '.join(few[:-1])} and {few[-1]}"
-
-
-def _keeps(group: Group) -> str:
+def _quality(group: Group) -> str:
     recovered, top1, kl = (group.mean(name) for name in ("recovered_share", "top1_agreement", "kl"))
     assert recovered is not None
     assert top1 is not None
     assert kl is not None
     return (
-        f"{100 * recovered.value:.1f}% of the way from token frequencies to the teacher's loss; the same likeliest "
-        f"next token as the teacher at {100 * top1.value:.1f}% of places; {kl.value:.3f} nats from its distribution."
+        f"Recovers {100 * recovered.value:.1f}% of the loss gap between token frequencies and the teacher. Its most "
+        f"likely next token is the teacher's at {100 * top1.value:.1f}% of positions. KL divergence to the teacher: "
+        f"{kl.value:.3f} nats."
     )
 
 
-def _costs(group: Group, rows: Sequence[Result]) -> str:
-    tokens, seconds = (group.mean(name) for name in ("tokens", "seconds"))
-    state = group.mean("state_bytes")
+def _cost(group: Group, results: Sequence[Result]) -> str:
+    tokens, seconds, state = (group.mean(name) for name in ("tokens", "seconds", "state_bytes"))
     assert tokens is not None
     assert seconds is not None
     assert state is not None
-    told = [
-        f"{tokens.value:,.0f} tokens and {seconds.value:,.0f} seconds of training. While it decodes it holds "
-        f"{format_bytes(state.value)} a sequence."
+    sentences = [
+        f"Trained on {tokens.value:,.0f} tokens in {seconds.value:,.0f} seconds. Its state takes "
+        f"{format_bytes(state.value)} per sequence."
     ]
-    for metric, what in (("seconds_per_token", "the time of a decoded token is"), ("cache_bytes", "its cache is")):
-        pair = _beside_teacher(group, rows, metric)
-        if pair is not None:
-            length, ratio = pair
-            more = f"{100 * ratio:.2g}% of" if ratio < 1 else f"{ratio:.1f} times"
-            told.append(f"At {length:,} tokens of context {what} {more} the teacher's.")
-    return " ".join(told)
+    for metric, quantity in (("seconds_per_token", "decoding time per token"), ("cache_bytes", "cache")):
+        found = _ratio_to_teacher(group, results, metric)
+        if found is not None:
+            length, ratio = found
+            text = f"{100 * ratio:.2g}% of" if ratio < 1 else f"{ratio:.1f} times"
+            sentences.append(f"At {length:,} tokens of context, its {quantity} is {text} the teacher's.")
+    return " ".join(sentences)
 
 
-def _beside_teacher(group: Group, rows: Sequence[Result], metric: str) -> tuple[int, float] | None:
-    """The longest length at which both were measured, and student over teacher there."""
+def _ratio_to_teacher(group: Group, results: Sequence[Result], metric: str) -> tuple[int, float] | None:
+    """The longest context length at which student and teacher were evaluated, and the ratio of their values there."""
     names = {run.name for run in group.runs}
-    own = [r for r in rows if r.metric == metric and r.model in names and r.length and r.batch in (None, 1)]
-    for row in sorted(own, key=lambda r: -(r.length or 0)):
-        theirs = [r for r in rows if (r.model, r.metric, r.length) == (row.teacher, metric, row.length)]
-        theirs = [r for r in theirs if r.batch in (None, 1)]
-        if theirs and row.length:
-            same = [r.value for r in own if r.length == row.length]
-            return row.length, sum(same) / len(same) / theirs[0].value
+    measured = [r for r in results if r.metric == metric and r.length and r.batch in (None, 1)]
+    own = [r for r in measured if r.model in names]
+    for result in sorted(own, key=lambda r: -(r.length or 0)):
+        teacher = [r.value for r in measured if (r.model, r.length) == (result.teacher, result.length)]
+        if teacher and result.length:
+            values = [r.value for r in own if r.length == result.length]
+            return result.length, sum(values) / len(values) / teacher[0]
     return None
 
 
-def _long(group: Group, rows: Sequence[Result]) -> str | None:
-    pair = _beside_teacher(group, rows, "perplexity")
-    if pair is None:
-        return None
-    length, ratio = pair
-    return f"Over the first {length:,} tokens of a document its perplexity is {ratio:.2f} times the teacher's."
+# ---------------------------------------------------------------------- notes
 
 
-def report_notes(runs: Sequence[Run], groups: Sequence[Group], rows: Sequence[Result], others: int) -> list[str]:
-    """What a reader must know before believing anything."""
-    found = []
+def report_notes(runs: Sequence[Run], groups: Sequence[Group], results: Sequence[Result], unrelated: int) -> list[str]:
+    """What is missing or uncertain: failed and unfinished runs, single seeds, missing evaluations.
+
+    unrelated: number of runs in the directory that are not part of the study.
+    """
+    notes = []
     failed = [run for run in runs if run.state == "failed"]
     if failed:
-        found.append(
-            f"{len(failed)} of {len(runs)} runs failed: {listed([run.name for run in failed])}. See the errors."
-        )
-    waiting = [run for run in runs if run.state in ("new", "unfinished")]
-    if waiting:
-        found.append(f"{len(waiting)} of {len(runs)} runs are not finished; their lines are empty.")
-    done = [len(group.results) for group in groups if group.results]
-    if done and max(done) == 1:
-        found.append("One seed of everything: no interval is known, and nothing is set in bold as the best.")
-    elif done and min(done) == 1:
-        found.append(f"{done.count(1)} of {len(done)} students have one seed, and no interval.")
-    if not rows:
-        found.append(
-            "No evaluation is here: quality is held-out perplexity alone, and there is nothing on long contexts, "
-            "recall or cost against length. `subquad study RECIPE --output DIR --evaluate quick` adds one."
+        names = join_names([run.name for run in failed])
+        notes.append(f"{len(failed)} of {len(runs)} runs failed: {names}. See “Failed runs” below.")
+    unfinished = sum(run.state in ("new", "unfinished") for run in runs)
+    if unfinished:
+        notes.append(f"{unfinished} of {len(runs)} runs are not finished; their results are missing.")
+    seeds = [len(group.results) for group in groups if group.results]
+    if seeds and max(seeds) == 1:
+        notes.append("Every student has one seed: there are no intervals, and no best value is set in bold.")
+    elif seeds and min(seeds) == 1:
+        notes.append(f"{seeds.count(1)} of {len(seeds)} students have one seed and no interval.")
+    if not results:
+        notes.append(
+            "The study has no evaluation: quality is held-out perplexity alone, without long context, recall or cost "
+            "by length. `subquad study RECIPE --output DIR --evaluate quick` adds one."
         )
     else:
-        missing = [r.name for r in runs if r.state == "finished" and not any(row.model == r.name for row in rows)]
+        evaluated = {result.model for result in results}
+        missing = [run.name for run in runs if run.state == "finished" and run.name not in evaluated]
         if missing:
-            found.append(f"The evaluation lacks {listed(missing)}.")
-    if others:
-        found.append(f"{others} more runs lie in this directory that are not part of the study's recipe; left out.")
-    return found
+            notes.append(f"The evaluation does not include {join_names(missing)}.")
+    if unrelated:
+        notes.append(f"{unrelated} other runs in this directory are not part of the study's recipe and are left out.")
+    return notes

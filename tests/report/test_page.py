@@ -1,4 +1,4 @@
-"""The page of a study: what it says of what is missing, its files, and how a browser shows it."""
+"""The report page: its files, its notes on missing results, its rendering in a browser, and its plots and tables."""
 
 import csv
 import html
@@ -14,131 +14,131 @@ from workshop import tiny_recipe
 
 from subquad.cli import main
 from subquad.config import load_study
-from subquad.report.figures import pareto
 from subquad.report.page import write_report
-from subquad.report.style import MIXERS
-from subquad.report.tables import Cell, Table
+from subquad.report.run_plots import pareto_front
+from subquad.report.style import MIXER_STYLES
+from subquad.report.tables import Cell, Table, column_title
 from subquad.study.grid import run_study
 from tests.study.synthetic_study import STAGE_SETS, synthetic_recipes, write_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --virtual-time-budget=20000"""
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 PROBE = """
 <!doctype html><meta charset="utf-8"><title>probe</title><body><script>
-const page = PAGE, told = {errors: []};
-async function look(width) {
+const page = PAGE, seen = {errors: []};
+async function measure(width) {
   const frame = document.createElement("iframe");
   frame.style.cssText = `width: ${width}px; height: 900px; border: 0`;
   const loaded = new Promise(done => frame.addEventListener("load", done));
   frame.srcdoc = page;
   document.body.append(frame);
   await loaded;
-  frame.contentWindow.addEventListener("error", event => told.errors.push(event.message));
+  frame.contentWindow.addEventListener("error", event => seen.errors.push(event.message));
   const images = [...frame.contentDocument.images];
-  await Promise.all(images.map(image => image.decode().catch(() => told.errors.push("an image cannot be shown"))));
+  await Promise.all(images.map(image => image.decode().catch(() => seen.errors.push("image not decodable"))));
   const root = frame.contentDocument.documentElement;
   const wide = [...frame.contentDocument.querySelectorAll("main *")].filter(one => !one.closest(".scroll, pre")
     && one.getBoundingClientRect().right > width + 1).map(one => one.outerHTML.slice(0, 120));
-  told[width] = {page: root.scrollWidth, wide};
+  seen[width] = {page: root.scrollWidth, wide};
   return frame.contentDocument;
 }
 function column(table, index) { return [...table.tBodies[0].rows].map(row => row.cells[index].textContent.trim()); }
 (async () => {
-  await look(400);
-  const document_ = await look(1400), table = document_.querySelector("table.sortable");
+  await measure(400);
+  const document_ = await measure(1400), table = document_.querySelector("table.sortable");
   const head = [...table.tHead.rows[0].cells];
-  told.titles = head.map(one => one.textContent.trim());
+  seen.titles = head.map(one => one.textContent.trim());
   for (const title of ["perplexity", "mixer"]) {
-    const index = told.titles.indexOf(title), button = head[index].querySelector("button");
+    const index = seen.titles.indexOf(title), button = head[index].querySelector("button");
     button.click();
     const up = column(table, index);
     button.click();
-    told[title] = [up, column(table, index), head[index].getAttribute("aria-sort")];
+    seen[title] = [up, column(table, index), head[index].getAttribute("aria-sort")];
   }
-  told.images = document_.images.length;
+  seen.images = document_.images.length;
   const out = document.createElement("pre");
-  out.id = "told";
-  out.textContent = JSON.stringify(told);
+  out.id = "seen";
+  out.textContent = JSON.stringify(seen);
   document.body.replaceChildren(out);
 })();
 </script></body>
 """
 
 
-def in_browser(page: Path) -> dict:
-    """Opens a page in a headless browser at 400 and 1400 pixels, sorts its first table, and returns what was seen."""
-    with tempfile.TemporaryDirectory() as work:
-        probe = Path(work) / "probe.html"
+def open_in_browser(page: Path) -> dict:
+    """Opens a page in a headless browser at widths of 400 and 1400 pixels and sorts its first table.
+
+    Returns errors, overflowing elements, sorted columns and console messages.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        probe = Path(directory) / "probe.html"
         probe.write_text(PROBE.replace("PAGE", json.dumps(page.read_text()).replace("</", "<\\/")))
-        profile = f"--user-data-dir={work}/profile"
+        profile = f"--user-data-dir={directory}/profile"
         command = [CHROMIUM, *FLAGS.split(), profile, "--window-size=1500,1000", "--dump-dom", f"file://{probe}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    found = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, done.stderr[-2000:] + done.stdout[-500:]
-    return {**json.loads(html.unescape(found.group(1))), "console": console}
+    match = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert match, done.stderr[-2000:] + done.stdout[-500:]
+    return {**json.loads(html.unescape(match.group(1))), "console": console}
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
-    """Three mixers, three seeds, an evaluation."""
+def full_report(tmp_path_factory):
+    """Directory and page of a study with three mixers, three seeds and an evaluation."""
     output = tmp_path_factory.mktemp("full")
     write_study(output, synthetic_recipes(("gla", "gated_deltanet", "softmax"), STAGE_SETS[:2]))
     return output, write_report(output).read_text()
 
 
-@pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here to open the page with (Debian: apt-get install chromium)"
-)
-def test_a_browser_shows_it_on_a_phone_and_a_desk(full):
-    seen = in_browser(full[0] / "report.html")
-    assert seen["errors"] == []
-    assert seen["console"] == []
+@needs_chromium
+def test_page_fits_narrow_and_wide_screens_and_its_table_sorts(full_report):
+    found = open_in_browser(full_report[0] / "report.html")
+    assert found["errors"] == []
+    assert found["console"] == []
     for width in (400, 1400):
-        assert seen[str(width)] == {"page": width, "wide": []}
-    assert seen["images"] > 10
-    up, down, order = seen["perplexity"]
+        assert found[str(width)] == {"page": width, "wide": []}
+    assert found["images"] > 10
+    up, down, order = found["perplexity"]
     numbers = [float(text.split()[0]) for text in up]
     assert numbers == sorted(numbers)
     assert len(numbers) == 10
     assert [float(text.split()[0]) for text in down] == sorted(numbers, reverse=True)
     assert order == "descending"
-    up, down, _ = seen["mixer"]
+    up, down, _ = found["mixer"]
     assert up == sorted(up)
     assert down == sorted(up, reverse=True)
     assert up != down
 
 
-@pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here to open the page with (Debian: apt-get install chromium)"
-)
-def test_the_browser_would_see_what_is_wrong(full, tmp_path):
-    broken = full[1].replace("<main>", '<main><div style="width: 500px">wide</div><img src="data:image/png,no">')
+@needs_chromium
+def test_browser_check_detects_overflow_broken_images_and_errors(full_report, tmp_path):
+    broken = full_report[1].replace("<main>", '<main><div style="width: 500px">wide</div><img src="data:image/png,no">')
     (tmp_path / "broken.html").write_text(broken.replace("<script>", "<script>console.error('no'); "))
-    seen = in_browser(tmp_path / "broken.html")
-    assert seen["400"]["page"] == 516
-    assert "wide" in seen["400"]["wide"][0]
-    assert seen["1400"] == {"page": 1400, "wide": []}
-    assert seen["errors"] == ["an image cannot be shown"] * 2
-    assert len(seen["console"]) == 2
+    found = open_in_browser(tmp_path / "broken.html")
+    assert found["400"]["page"] == 516
+    assert "wide" in found["400"]["wide"][0]
+    assert found["1400"] == {"page": 1400, "wide": []}
+    assert found["errors"] == ["image not decodable"] * 2
+    assert len(found["console"]) == 2
 
 
-def test_the_page_needs_nothing_but_itself(full):
-    _, page = full
-    for asks in re.findall(r'(?:src|href)="([^"]{0,40})', page):
-        assert asks.startswith("data:"), asks
+def test_page_is_self_contained(full_report):
+    _, page = full_report
+    for reference in re.findall(r'(?:src|href)="([^"]{0,40})', page):
+        assert reference.startswith("data:"), reference
     assert "http://" not in page
     assert "https://" not in page
     assert "@import" not in page
 
 
-def test_every_figure_is_there_as_svg_and_pdf_and_every_table_as_csv_and_latex(full):
-    output, page = full
-    pictures = set(re.findall(r"report/([\w-]+)\.svg, \.pdf", page))
+def test_every_figure_and_table_is_written_to_files(full_report):
+    output, page = full_report
+    figures = set(re.findall(r"report/([\w-]+)\.svg, \.pdf", page))
     tables = set(re.findall(r"report/([\w-]+)\.csv, \.tex", page))
     files = {path.name for path in (output / "report").iterdir()}
-    assert files == {f"{n}.{e}" for n in pictures for e in ("svg", "pdf")} | {
+    assert files == {f"{n}.{e}" for n in figures for e in ("svg", "pdf")} | {
         f"{n}.{e}" for n in tables for e in ("csv", "tex")
     }
     assert {
@@ -154,13 +154,13 @@ def test_every_figure_is_there_as_svg_and_pdf_and_every_table_as_csv_and_latex(f
         "student",
         "loss-123-matrix",
         "loss-23-end_to_end",
-    } <= pictures
-    assert {"matrices-gla", "matrices-gated_deltanet", "matrices-softmax"} <= pictures
+    } <= figures
+    assert {"matrices-gla", "matrices-gated_deltanet", "matrices-softmax"} <= figures
     assert {"grid", "evaluation-cost", "evaluation-text"} <= tables
     with (output / "report" / "grid.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 10
-    first = rows[0]
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 10
+    first = lines[0]
     assert (first["mixer"], first["stages"], first["copied"], first["seeds"]) == ("gated deltanet", "1+2+3", "yes", "3")
     assert float(first["perplexity low"]) < float(first["perplexity"]) < float(first["perplexity high"])
     latex = (output / "report" / "grid.tex").read_text()
@@ -170,39 +170,39 @@ def test_every_figure_is_there_as_svg_and_pdf_and_every_table_as_csv_and_latex(f
     assert page.count("<b>") > 0
 
 
-def test_a_failed_run_a_single_seed_and_no_evaluation_are_said(tmp_path, capsys):
+def test_notes_name_failed_runs_single_seeds_and_a_missing_evaluation(tmp_path, capsys):
     write_study(
-        tmp_path / "poor",
+        tmp_path / "s",
         synthetic_recipes(("gla", "retnet"), STAGE_SETS[:1], seeds=(0,)),
         failed_index=0,
         evaluated=False,
     )
-    assert main(["report", str(tmp_path / "poor"), "--output", str(tmp_path / "page.html")]) == 0
+    assert main(["report", str(tmp_path / "s"), "--output", str(tmp_path / "page.html")]) == 0
     assert str(tmp_path / "page.html") in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()
     assert "1 of 4 runs failed: gla-copy_qkv=true" in page
     assert "the loss is &lt;not&gt; finite" in page
     assert "where &amp; why" in page
-    assert "One seed of everything" in page
-    assert "No evaluation is here" in page
+    assert "Every student has one seed" in page
+    assert "The study has no evaluation" in page
     assert "<b>" not in page
-    assert "0, 1 failed" in page
+    assert "0 (1 failed)" in page
 
 
-def test_a_study_that_has_not_begun_and_one_that_is_none(tmp_path, capsys):
+def test_a_study_without_finished_runs_and_a_directory_without_a_study(tmp_path, capsys):
     write_study(
         tmp_path / "s", synthetic_recipes(("gla",), STAGE_SETS[:1], (True,), (0,)), failed_index=0, evaluated=False
     )
     assert "No run is finished yet" in write_report(tmp_path / "s").read_text()
     assert main(["report", str(tmp_path)]) == 2
-    assert "holds no results.json" in capsys.readouterr().err
+    assert "results.json" in capsys.readouterr().err
 
 
-def test_runs_of_an_older_recipe_are_left_out_and_said(tmp_path):
+def test_runs_of_an_earlier_recipe_are_left_out_with_a_note(tmp_path):
     write_study(tmp_path, synthetic_recipes(("gla", "retnet"), STAGE_SETS[:1], (True,), (0, 1)), evaluated=False)
     write_study(tmp_path, synthetic_recipes(("gla",), STAGE_SETS[:1], (True,), (0, 1)))
     page = write_report(tmp_path).read_text()
-    assert "2 more runs lie in this directory" in page
+    assert "2 other runs in this directory" in page
     assert "retnet" not in page
 
 
@@ -215,27 +215,34 @@ def test_a_trained_study_with_a_hybrid_is_drawn(tmp_path, monkeypatch):
     assert (tmp_path / "study" / "report" / "student.svg").exists()
 
 
-def test_the_same_results_give_the_same_page(full):
-    output, page = full
+def test_identical_results_give_an_identical_page(full_report):
+    output, page = full_report
     assert write_report(output).read_text() == page
 
 
-def test_mixers_are_told_apart_by_colour_and_by_marker():
-    assert len({colour for colour, _ in MIXERS.values()}) == len(MIXERS)
-    assert len({marker for _, marker in MIXERS.values()}) == len(MIXERS)
+def test_every_mixer_has_its_own_color_and_marker():
+    assert len({color for color, _ in MIXER_STYLES.values()}) == len(MIXER_STYLES)
+    assert len({marker for _, marker in MIXER_STYLES.values()}) == len(MIXER_STYLES)
     from subquad import mixers
 
-    assert set(mixers.names()) <= set(MIXERS)
+    assert set(mixers.names()) <= set(MIXER_STYLES)
 
 
-def test_the_front_is_what_nothing_beats_in_both():
-    assert pareto([(3, 1), (1, 3), (2, 2), (2, 5), (4, 1)]) == [1, 2, 0]
+def test_pareto_front_contains_the_points_that_no_other_beats_in_both():
+    assert pareto_front([(3, 1), (1, 3), (2, 2), (2, 5), (4, 1)]) == [1, 2, 0]
 
 
-def test_latex_and_csv_of_odd_cells(tmp_path):
+def test_special_characters_in_latex_and_csv(tmp_path):
     lines = ((Cell("a_b & 5%"), Cell("1.5", 1.5, True)), (Cell("x^2"), Cell("–", float("inf"))))
     table = Table("t", "", ("name", "value, %"), lines)
     table.to_latex(tmp_path / "t.tex")
     assert r"a\_b \& 5\% & \textbf{1.5} \\" in (tmp_path / "t.tex").read_text()
     table.to_csv(tmp_path / "t.csv")
     assert list(csv.reader((tmp_path / "t.csv").open())) == [["name", "value, %"], ["a_b & 5%", "1.5"], ["x^2", ""]]
+
+
+def test_column_titles_are_readable():
+    assert column_title("topk_mass_overlap") == "top-k mass overlap"
+    assert column_title("cache_bytes", 1024, 8) == "cache (1,024 tokens × 8)"
+    assert column_title("mass_2_3", 256) == "attention mass at distance 2–3 (256 tokens)"
+    assert column_title("accuracy_ratio_above_chance") == "accuracy ratio above chance"

@@ -1,6 +1,6 @@
 """The sentences of the report: whether the best student is called better, and what the notes say is missing."""
 
-from subquad.report.text import distinguished, report_notes, summary
+from subquad.report.text import report_notes, significance, summary
 from subquad.study.aggregate import best_group, group_by_seed
 from subquad.study.runs import find_runs
 from tests.study.synthetic_study import STAGE_SETS, synthetic_recipes, write_study
@@ -10,21 +10,21 @@ def test_disjoint_intervals_are_stated(tmp_path):
     recipes = synthetic_recipes(("xlstm", "retnet"), STAGE_SETS[:1], (True,))
     groups = group_by_seed(write_study(tmp_path, recipes, evaluated=False))
     best = best_group(groups, "perplexity", lower_is_better=True)
-    assert distinguished(groups, best) == "Its interval lies apart from all others."
+    assert significance(groups, best) == "Its interval does not overlap any other."
 
 
 def test_overlapping_intervals_are_stated(tmp_path):
     recipes = synthetic_recipes(("gla", "mamba2"), STAGE_SETS[:1], (True,))
     groups = group_by_seed(write_study(tmp_path, recipes, evaluated=False))
     best = best_group(groups, "perplexity", lower_is_better=True)
-    assert "overlaps that of mamba2" in distinguished(groups, best)
+    assert "overlaps that of mamba2" in significance(groups, best)
 
 
 def test_a_single_seed_is_stated(tmp_path):
     runs = write_study(tmp_path, synthetic_recipes(("gla", "retnet"), seeds=(0,)), evaluated=False)
     groups = group_by_seed(runs)
     assert "With one seed there is no interval" in dict(summary(groups, []))["Best student"]
-    assert any("One seed of everything" in note for note in report_notes(runs, groups, [], 0))
+    assert any("Every student has one seed" in note for note in report_notes(runs, groups, [], 0))
 
 
 def test_some_groups_with_a_single_seed_are_stated(tmp_path):
