@@ -17,6 +17,7 @@ MISSING = "–"
 LATEX_SPECIAL = {
     "\\": r"\textbackslash{}",
     "±": r"$\pm$",
+    "×": r"$\times$",
     "–": "--",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -31,6 +32,9 @@ METRIC_LABELS = {
     "top1_agreement": "top-1 agreement",
     "top5_agreement": "top-5 agreement",
     "topk_mass_overlap": "top-k mass overlap",
+    "topk_mass_overlap_chance": "top-k mass overlap by chance",
+    "frobenius": "Frobenius distance",
+    "half_life": "half-life",
     "seconds_per_token": "decoding time per token",
     "prefill_seconds": "prefill time",
     "cache_bytes": "cache",

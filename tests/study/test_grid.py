@@ -4,6 +4,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,3 +288,8 @@ def test_an_interrupted_study_continues(study_recipe, tmp_path, monkeypatch):
             run_study(recipes, tmp_path)
     assert "no run is finished yet" in format_study(find_runs(recipes, tmp_path))
     assert len(run_study(recipes, tmp_path)) == 2
+
+
+def test_the_recipe_of_published_results_gives_their_runs():
+    recipes = load_study(Path(__file__).parents[2] / "results" / "nano" / "recipe.yaml")
+    assert len(recipes) == 144
