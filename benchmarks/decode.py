@@ -26,7 +26,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import subquad
 from benchmarks import ops_timing as bench
 from subquad import mixers
-from subquad.evaluate.efficiency import cache_bytes, with_peak
+from subquad.evaluate.efficiency import cache_bytes, peak_memory
 from subquad.modeling.cache import CACHE_ARGUMENT
 
 SIZES = {
@@ -133,7 +133,7 @@ def measure(
             "times_faster": fastest[TEACHER] / fastest[name] if name in fastest and fits else None,
             "cache_bytes": held[name],
             "times_smaller": held[TEACHER] / held[name],
-            "step_bytes": with_peak(steps[name], torch.device("cpu"))[1] if name in steps else None,
+            "step_bytes": peak_memory(steps[name], torch.device("cpu"))[1] if name in steps else None,
         }
         for name in models
     ]

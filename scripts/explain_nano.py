@@ -6,7 +6,7 @@
 
 The first form looks into every student of a study: diagnostics and recall of each, pictures, and Spearman's rank
 correlation of each diagnostic with the recovered share. The second trains the small models of `mqar.py`. Both print the
-tables of docs/explain.md.
+tables of docs/analysis.md.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from subquad import mixers
 from subquad.analysis.ablations import ablation_results
 from subquad.analysis.correlation import rank_correlation
 from subquad.analysis.diagnostics import diagnostics_results
-from subquad.analysis.figure_files import draw_rows, draw_student
 from subquad.analysis.mqar import Setting, mqar_results
+from subquad.analysis.plots import draw_cka, draw_recall, draw_student
 from subquad.analysis.recall import recall_results
 from subquad.analysis.recall_tasks import TASKS
 from subquad.config import Data
 from subquad.data import token_rows
-from subquad.evaluate.results import Result, of, select
+from subquad.evaluate.results import Result, label_results, select
 
 COLUMNS = (
-    *("overlap", "frobenius", "row_cosine", "cka", "cosine", "mixer_error", "swap_kl"),
+    *("topk_mass_overlap", "frobenius", "row_cosine", "cka", "cosine", "mixer_error", "swap_kl"),
     *("memory_length", "half_life", "entropy", "diversity"),
 )
 
@@ -67,7 +67,7 @@ def explain(args: argparse.Namespace) -> list[Result]:
     held_out = token_rows(corpus, tokenizer, "validation", limit=2**16)
     texts = torch.stack([held_out[i]["input_ids"] for i in range(args.rows)])
     haystack = torch.cat([held_out[i]["input_ids"] for i in range(args.rows, min(len(held_out), args.rows + 32))])
-    found = of(
+    found = label_results(
         "teacher",
         None,
         diagnostics_results(teacher, texts) + recall_results(teacher, tokenizer, haystack, items=args.items),
@@ -83,13 +83,14 @@ def explain(args: argparse.Namespace) -> list[Result]:
         rows = diagnostics_results(student, texts, teacher) + ablation_results(student, texts)
         rows += recall_results(student, tokenizer, haystack, items=args.items)
         rows.append(Result(task="quality", metric="recovered_share", value=recovered[name]))
-        found += of(name, "teacher", rows)
+        found += label_results(name, "teacher", rows)
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
             draw_student(name, student, teacher, texts, args.output)
         print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
     if args.output:
-        draw_rows(found, args.output)
+        draw_recall(found, args.output)
+        draw_cka(found, args.output)
     print("\n" + table(("recovered_share", *COLUMNS), found, ["teacher", *recovered]))
     print("\n" + recall_table(found, ["teacher", *recovered]))
     print("\n" + correlations(found, {n: r for n, r in recovered.items() if n != mixers.SOFTMAX}))

@@ -13,7 +13,7 @@ import torch
 
 import subquad
 from subquad import mixers
-from subquad.analysis.ablations import cut
+from subquad.analysis.ablations import zero_output
 from subquad.config import Data
 from subquad.data import token_rows
 from subquad.modeling.attention.discovery import discover_attention
@@ -26,7 +26,7 @@ def loss(model, rows: torch.Tensor) -> float:
 
 def without_attention(teacher, rows: torch.Tensor) -> float:
     """The teacher's loss where the output of every attention is zero."""
-    with cut(site.module for site in discover_attention(teacher)):
+    with zero_output(site.module for site in discover_attention(teacher)):
         return loss(teacher, rows)
 
 

@@ -1,6 +1,6 @@
-"""What each part of a model is worth: a score with the part cut off, frozen or reduced, and the model as it was after.
+"""Ablations: a model's score with a part removed, frozen or limited.
 
-Nothing here writes to a weight: parts are replaced for a while and put back, also when the score fails.
+No weight is written to. Parts are replaced within a context and restored on exit, also after an exception.
 """
 
 import logging
@@ -25,18 +25,18 @@ from subquad.utils import UserError, eval_mode
 logger = logging.getLogger(__name__)
 
 Score = Callable[[PreTrainedModel, Tensor], float]
-BYPASSED = 0.9
-"""Share of the score that a hybrid keeps without its mixers, above which they are as good as unused."""
+BYPASS_SHARE = 0.9
+"""Share of the score that a hybrid keeps without its mixers, above which a warning is logged."""
 
 _ABSENT = object()
 
 
-# ---------------------------------------------------------------------- the scores
+# ---------------------------------------------------------------------- scores
 
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: Tensor) -> float:
-    """Of every next token of `rows: [N, T]`, in nats."""
+    """The mean next-token loss on `rows: [N, T]` of token ids, in nats."""
     total = 0.0
     for ids in rows.to(model.device).split(max(1, 4096 // rows.shape[1])):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -51,177 +51,183 @@ def ablation_results(
     metric: str = "loss",
     window: int = 64,
 ) -> list[Result]:
-    """A model's score on texts `rows: [N, T]` with each of its parts taken away.
+    """A model's score on texts `rows: [N, T]` of token ids, intact and under each ablation that applies to it.
 
-    Tasks: `intact`; `without_layer`, the mixing of one layer cut off (its output zero; the row names the layer);
-    `without_mixers` and `without_attention`, of a hybrid, all of either cut off; `window_<n>`, all kept attention that
-    sees more reduced to `window` tokens; `without_short_conv`; `frozen_gate` and `frozen_decay`, at their means over
-    all tokens of `rows`; `without_mixing`, all cut off.
+    Tasks: `intact`; `without_layer` (the mixing output of one layer is zero; the result names the layer);
+    `without_mixers` and `without_attention` (of a hybrid); `window_<n>` (attention with a larger window is limited to
+    `window` tokens); `without_short_conv`; `frozen_gate` and `frozen_decay` (at their means over all tokens of `rows`);
+    `without_mixing` (all mixing outputs are zero).
 
-    Beside each score, a row `share`: of what mixing tokens is worth (`intact` less `without_mixing`), that which is
-    left, whichever way the score counts: 1 is a part that is not needed, 0 one without which nothing is left. A hybrid
-    that keeps nearly all of it `without_mixers` bypasses them (arXiv 2510.05901), and a warning says so.
+    Metrics: the score, and `share` = (score - `without_mixing`) / (`intact` - `without_mixing`): 1 if the part is not
+    needed, 0 if nothing is left without it. A warning is logged if a hybrid keeps more than `BYPASS_SHARE` without its
+    mixers: it bypasses them (arXiv 2510.05901).
 
     Args:
-        model: a student, or a plain transformer, of which layers can be cut off.
-        score: of a model on `rows`, by the name `metric`.
+        model: a student, or a transformer, of which only layers can be removed.
+        score: a function of model and `rows`; higher or lower may be better.
+        metric: the name of the score.
     """
-    stack = LayerAccess(model)
+    access = LayerAccess(model)
     with eval_mode(model):
         intact = score(model, rows)
-        with cut(stack.mixing):
+        with zero_output(access.mixing_modules):
             nothing = score(model, rows)
-        found = [(name, layer, _scored(model, rows, score, part)) for name, layer, part in parts(stack, rows, window)]
-    worth = intact - nothing
-    out = []
-    for name, layer, value in [("intact", None, intact), *found, ("without_mixing", None, nothing)]:
-        out.append(Result(task=name, metric=metric, value=value, layer=layer, n=rows.numel(), length=rows.shape[1]))
-        if worth:
-            share = (value - nothing) / worth
-            out.append(
-                Result(task=name, metric="share", value=share, layer=layer, n=rows.numel(), length=rows.shape[1])
+        found: list[tuple[str, int | None, float]] = [("intact", None, intact)]
+        for name, layer, ablation in available_ablations(access, rows, window):
+            with ablation:
+                found.append((name, layer, score(model, rows)))
+        found.append(("without_mixing", None, nothing))
+    fields: dict[str, Any] = {"n": rows.numel(), "length": rows.shape[1]}
+    results = []
+    for name, layer, value in found:
+        results.append(Result(name, metric, value, layer=layer, **fields))
+        if intact == nothing:
+            continue
+        share = (value - nothing) / (intact - nothing)
+        results.append(Result(name, "share", share, layer=layer, **fields))
+        if name == "without_mixers" and share > BYPASS_SHARE:
+            logger.warning(
+                "the hybrid bypasses its mixers: without them it keeps %.0f%% of what mixing contributes "
+                "(arXiv 2510.05901)",
+                100 * share,
             )
-            if name == "without_mixers" and share > BYPASSED:
-                logger.warning(
-                    "the mixers of this hybrid are hardly used: %.0f%% of what mixing is worth stays without them "
-                    "(arXiv 2510.05901)",
-                    100 * share,
-                )
-    return out
+    return results
 
 
-def _scored(model: PreTrainedModel, rows: Tensor, score: Score, part: Any) -> float:
-    with part:
-        return score(model, rows)
-
-
-def parts(stack: LayerAccess, rows: Tensor, window: int) -> Iterator[tuple[str, int | None, Any]]:
-    """What the model has that can be taken away: a name, the layer where it is one layer's, a context manager."""
-    for index, module in enumerate(stack.mixing):
-        yield "without_layer", index, cut([module])
-    if stack.root is stack.model:  # a plain transformer
+def available_ablations(access: LayerAccess, rows: Tensor, window: int) -> Iterator[tuple[str, int | None, Any]]:
+    """The ablations of a model: name, layer if it is of one layer, context manager."""
+    for index, module in enumerate(access.mixing_modules):
+        yield "without_layer", index, zero_output([module])
+    if access.root is access.model:  # a transformer
         return
-    mixers = [block.mixer for block in stack.mixer_layers if isinstance(block, MixerLayer)]
-    kept = [block for block in stack.mixer_layers if isinstance(block, AttentionLayer)]
-    if mixers and kept:
-        yield "without_mixers", None, cut([b for b in stack.mixer_layers if isinstance(b, MixerLayer)])
-        yield "without_attention", None, cut(kept)
-    wide = [block for block in kept if block.window is None or block.window > window]
+    mixer_layers = [layer for layer in access.mixer_layers if isinstance(layer, MixerLayer)]
+    attention_layers = [layer for layer in access.mixer_layers if isinstance(layer, AttentionLayer)]
+    mixers = [layer.mixer for layer in mixer_layers]
+    if mixer_layers and attention_layers:
+        yield "without_mixers", None, zero_output(mixer_layers)
+        yield "without_attention", None, zero_output(attention_layers)
+    wide = [layer for layer in attention_layers if layer.window is None or layer.window > window]
     if wide:
-        yield f"window_{window}", None, windowed(wide, window)
+        yield f"window_{window}", None, limited_window(wide, window)
     if any(mixer.conv_weights() for mixer in mixers):
         yield "without_short_conv", None, without_short_conv(mixers)
     if any(mixer.options.output_gate != "none" for mixer in mixers):
-        yield "frozen_gate", None, frozen_gates(stack.model, rows)
-    if any(mean is not None for mean in mean_log_decays(stack.model, rows[:1])):
-        yield "frozen_decay", None, frozen_decays(stack.model, rows)
+        yield "frozen_gate", None, frozen_gates(access.model, rows)
+    if any(mean is not None for mean in mean_log_decays(access.model, rows[:1])):
+        yield "frozen_decay", None, frozen_decays(access.model, rows)
 
 
-# ---------------------------------------------------------------------- the ablations
+# ---------------------------------------------------------------------- ablations
 
 
 @contextmanager
-def cut(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The output of each of `modules`, mixers' blocks or attention, is zero."""
+def zero_output(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Replaces the output of each of `modules` (mixer layers, attention) by zeros."""
 
-    def silent(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return torch.zeros_like(output[0]), *output[1:]
         return torch.zeros_like(output)
 
-    hooks = [module.register_forward_hook(silent) for module in modules]
+    hooks = [module.register_forward_hook(hook) for module in modules]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 @contextmanager
-def windowed(blocks: Iterable[AttentionLayer], window: int) -> Iterator[None]:
-    """Kept attention sees at most the last `window` tokens, itself included, and its sinks."""
+def limited_window(layers: Iterable[AttentionLayer], window: int) -> Iterator[None]:
+    """Limits attention to the last `window` tokens, itself included, and its sinks."""
     if window < 1:
         raise UserError(f"window: got {window}, expected at least 1 token")
-    before = [(block, block.window) for block in blocks]
+    before = [(layer, layer.window) for layer in layers]
     try:
-        for block, own in before:
-            block.window = window if own is None else min(own, window)
+        for layer, own in before:
+            layer.window = window if own is None else min(own, window)
         yield
     finally:
-        for block, own in before:
-            block.window = own
+        for layer, own in before:
+            layer.window = own
 
 
 @contextmanager
 def without_short_conv(mixers: Iterable[Mixer]) -> Iterator[None]:
-    """Short convolutions pass on each token as it is: their kernels are the identity."""
-    kernels = [(mixer, name, kernel) for mixer in mixers for name, kernel in mixer.conv_weights().items()]
+    """Replaces the weights of short convolutions by the identity."""
+    weights = [(mixer, name, weight) for mixer in mixers for name, weight in mixer.conv_weights().items()]
     try:
-        for mixer, name, kernel in kernels:
-            identity = torch.zeros_like(kernel)
+        for mixer, name, weight in weights:
+            identity = torch.zeros_like(weight)
             identity[:, -1] = 1.0
             mixer._parameters[f"{name}_conv"] = nn.Parameter(identity, requires_grad=False)
         yield
     finally:
-        for mixer, name, kernel in kernels:
-            mixer._parameters[f"{name}_conv"] = kernel
+        for mixer, name, weight in weights:
+            mixer._parameters[f"{name}_conv"] = weight
 
 
 @contextmanager
 def frozen_gates(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
-    """Each output gate of a student stands at its mean over all tokens of `rows: [N, T]`, channel by channel."""
+    """Replaces each output gate of a student by its mean over all tokens of `rows: [N, T]`, per channel."""
     means = mean_gates(model, rows)
-    with ExitStack() as undo:
+    with ExitStack() as stack:
         for mixer, mean in means:
-            undo.enter_context(replaced(mixer, "output_gate", lambda x, mean=mean: mean.expand(*x.shape[:2], -1, -1)))
+            stack.enter_context(method_replaced(mixer, "output_gate", _constant_gate(mean)))
         yield
 
 
 @torch.no_grad()
 def mean_gates(model: PreTrainedModel, rows: Tensor) -> list[tuple[Mixer, Tensor]]:
-    """The mixers of a student that have an output gate, with its mean over all tokens, `[H, V]`."""
-    stack = LayerAccess(model)
+    """The mixers of a student that have an output gate, each with the gate's mean over all tokens, `[H, V]`."""
+    access = LayerAccess(model)
     sums: dict[int, Tensor] = {}
     with eval_mode(model):
         for ids in rows.split(1):
-            for index, recording in enumerate(stack.record(stack.mixing, ids)):
-                block = stack.mixer_layers[index]
-                gate = block.mixer.output_gate(recording.hidden_states) if isinstance(block, MixerLayer) else None
+            for index, recorded in enumerate(access.record(access.mixing_modules, ids)):
+                layer = access.mixer_layers[index]
+                gate = layer.mixer.output_gate(recorded.hidden_states) if isinstance(layer, MixerLayer) else None
                 if gate is not None:
                     sums[index] = sums.get(index, 0.0) + gate.double().sum((0, 1))
-    found = []
+    means = []
     for index, total in sums.items():
-        block = stack.mixer_layers[index]
-        assert isinstance(block, MixerLayer)
-        found.append((block.mixer, (total / rows.numel()).to(block.mixer.o_proj.weight.dtype)))
-    return found
+        layer = access.mixer_layers[index]
+        assert isinstance(layer, MixerLayer)
+        means.append((layer.mixer, (total / rows.numel()).to(layer.mixer.o_proj.weight.dtype)))
+    return means
 
 
 @contextmanager
 def frozen_decays(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
-    """Each decay of a student stands at the exponential of its mean log over all tokens of `rows: [N, T]`. Where what
-    a token writes is tied to what it forgets (MetaLA, HGRN2), only what it forgets is frozen."""
+    """Replaces each log decay of a student by its mean over all tokens of `rows: [N, T]`.
+
+    Where the written key depends on the decay (MetaLA, HGRN2), the key keeps its own value.
+    """
     means = mean_log_decays(model, rows)
-    with ExitStack() as undo:
-        for block, mean in zip(LayerAccess(model).mixer_layers, means, strict=True):
-            if isinstance(block, MixerLayer) and mean is not None:
-                undo.enter_context(replaced(block.mixer, "gates", _steady(block.mixer.gates, mean)))
+    with ExitStack() as stack:
+        for layer, mean in zip(LayerAccess(model).mixer_layers, means, strict=True):
+            if isinstance(layer, MixerLayer) and mean is not None:
+                stack.enter_context(method_replaced(layer.mixer, "gates", _constant_decay(layer.mixer.gates, mean)))
         yield
 
 
-def _steady(gates: Callable[..., dict[str, Tensor]], mean: Tensor) -> Callable[..., dict[str, Tensor]]:
-    def steady(x: Tensor, core: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = gates(x, core)
-        name = "forget_gate" if "forget_gate" in found else "log_decay"
-        value = inverse_logsigmoid(mean) if name == "forget_gate" else mean
-        return {**found, name: value.to(found[name].dtype).expand_as(found[name])}
+def _constant_gate(mean: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: mean.expand(*x.shape[:2], -1, -1)
 
-    return steady
+
+def _constant_decay(gates: Callable[..., dict[str, Tensor]], mean: Tensor) -> Callable[..., dict[str, Tensor]]:
+    def constant(x: Tensor, op_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = gates(x, op_inputs)
+        name = "forget_gate" if "forget_gate" in values else "log_decay"
+        value = inverse_logsigmoid(mean) if name == "forget_gate" else mean
+        return {**values, name: value.to(values[name].dtype).expand_as(values[name])}
+
+    return constant
 
 
 @contextmanager
-def replaced(module: nn.Module, name: str, method: Callable) -> Iterator[None]:
-    """`module.name` is `method` for a while."""
+def method_replaced(module: nn.Module, name: str, method: Callable) -> Iterator[None]:
+    """Replaces `module.name` by `method`."""
     before = module.__dict__.get(name, _ABSENT)
     module.__dict__[name] = method
     try:

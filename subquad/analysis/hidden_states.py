@@ -1,12 +1,12 @@
-"""How alike the hidden states of two models are, layer by layer, each model run by itself on the same text.
+"""Similarity of the hidden states of two models, layer by layer; each model runs by itself on the same text.
 
-Linear CKA (Kornblith et al., arXiv 1905.00414, equation 3) compares the geometry that the tokens have among each other:
-with centred states X, Y `[tokens, hidden]`
+Linear CKA (Kornblith et al., arXiv 1905.00414, equation 3) of centered states X, Y `[tokens, hidden]`, in Frobenius
+norms:
 
-    CKA = |X^T Y|^2 / (|X^T X| |Y^T Y|)        in Frobenius norms
+    CKA = |X^T Y|^2 / (|X^T X| |Y^T Y|)
 
-which no rotation and no scale changes; the cosine of a token's two states, averaged, also sees those. The first token
-of each text is left out: in many models its state is so large that it would decide alone (arXiv 2402.17762).
+It is invariant to rotation and scale; the mean cosine similarity of a token's two states is not. The first token of
+each text is left out, because its state is often large enough to dominate (arXiv 2402.17762).
 """
 
 from functools import partial
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.analysis.layer_access import stacks
+from subquad.analysis.layer_access import layer_access_pair
 from subquad.evaluate.results import Result
 from subquad.utils import UserError, eval_mode
 
 
 class LinearCKA:
-    """Of two sets of states of the same tokens, given piece by piece."""
+    """Linear CKA and mean cosine similarity, accumulated over batches of tokens."""
 
     def __init__(self, hidden: int, device: torch.device):
         self.tokens = 0
@@ -31,7 +31,7 @@ class LinearCKA:
         """X^T X, Y^T Y, X^T Y."""
 
     def add(self, X: Tensor, Y: Tensor) -> None:
-        """Both `[tokens, hidden]`."""
+        """Adds the states of the same tokens in both models, `[tokens, hidden]`."""
         X, Y = X.double(), Y.double()
         self.tokens += len(X)
         self._cosine += torch.nn.functional.cosine_similarity(X, Y, dim=-1).sum().item()
@@ -50,25 +50,29 @@ class LinearCKA:
 
 @torch.no_grad()
 def hidden_state_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Result]:
-    """`cka` and `cosine` of what each decoder layer gives, on texts `rows: [N, T]`, and their means over layers.
+    """`cka` and `cosine` of the outputs of each decoder layer on texts `rows: [N, T]`, and their means over layers.
 
     Raises:
         UserError: models whose layers do not correspond; texts of one token.
     """
     if rows.shape[1] < 2:
-        raise UserError(f"rows: got texts of {rows.shape[1]} token, expected at least 2: the first is left out")
-    ours, theirs = stacks(student, teacher)
-    hidden = ours.mixer_layers[0].spec.hidden_size
-    found = [LinearCKA(hidden, student.device) for _ in range(len(ours))]
+        raise UserError(f"rows: got texts of {rows.shape[1]} token, expected at least 2 (the first is left out)")
+    student_layers, teacher_layers = layer_access_pair(student, teacher)
+    hidden = student_layers.mixer_layers[0].spec.hidden_size
+    by_layer = [LinearCKA(hidden, student.device) for _ in range(len(student_layers))]
     with eval_mode(student), eval_mode(teacher):
         for ids in rows.split(1):
-            pairs = zip(ours.record(ours.layers, ids), theirs.record(theirs.layers, ids), strict=True)
-            for likeness, (a, b) in zip(found, pairs, strict=True):
-                likeness.add(a.output[0, 1:], b.output[0, 1:].to(student.device))
-    out = []
+            pairs = zip(
+                student_layers.record(student_layers.decoder_layers, ids),
+                teacher_layers.record(teacher_layers.decoder_layers, ids),
+                strict=True,
+            )
+            for similarity, (a, b) in zip(by_layer, pairs, strict=True):
+                similarity.add(a.output[0, 1:], b.output[0, 1:].to(student.device))
+    results = []
     for metric in ("cka", "cosine"):
-        values = [getattr(likeness, metric)() for likeness in found]
-        row = partial(Result, task="states", metric=metric, n=found[0].tokens, length=rows.shape[1])
-        out.append(row(value=sum(values) / len(values)))
-        out += [row(value=value, layer=index) for index, value in enumerate(values)]
-    return out
+        values = [getattr(similarity, metric)() for similarity in by_layer]
+        make = partial(Result, task="states", metric=metric, n=by_layer[0].tokens, length=rows.shape[1])
+        results.append(make(value=sum(values) / len(values)))
+        results += [make(value=value, layer=index) for index, value in enumerate(values)]
+    return results

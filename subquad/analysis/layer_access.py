@@ -1,5 +1,5 @@
-"""The layers of a loaded model, teacher or student, as the diagnostics see them: what stands in the place of attention,
-the decoder layer around it, what both are given in a run, and one in the place of the other.
+"""Access to the layers of a loaded model, teacher or student alike: mixing modules, decoder layers, their activations,
+and layers of one model in the place of another's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ from subquad.utils import UserError
 
 
 class LayerAccess:
-    """The layers of a causal language model whose attention can be read (see `subquad.modeling.attention.discovery`).
+    """The layers of a causal language model.
 
-    `blocks[i]` says the mixing matrix of layer i, of a plain transformer too: its attention, as a student keeps it. A
-    block of a plain transformer stands in the model only while `ours` lasts.
+    `mixer_layers[i]` computes the mixing matrix of layer i. For a transformer these are `AttentionLayer`s around its
+    attention, which are part of the model only within `installed`.
 
     Raises:
-        UserError: a model whose attention cannot be read.
+        UserError: attention that cannot be discovered (`subquad.modeling.attention.discovery`).
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -35,28 +35,27 @@ class LayerAccess:
         self.mixer_layers: Sequence[MixerLayer | AttentionLayer]
         if isinstance(model, SubquadForCausalLM):
             self.root = model.base
-            self.paths = [place["path"] for place in model.config.attention_specs]
+            self.paths = [spec["path"] for spec in model.config.attention_specs]
             self.mixer_layers = model.mixer_layers
         else:
-            sites = discover_attention(model)
-            self.paths = [site.path for site in sites]
-            self.mixer_layers = [AttentionLayer(site.module, site.spec, site.index) for site in sites]
+            attention = discover_attention(model)
+            self.paths = [info.path for info in attention]
+            self.mixer_layers = [AttentionLayer(info.module, info.spec, info.index) for info in attention]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
-    def mixing(self) -> list[nn.Module]:
-        """What stands in the place of attention."""
+    def mixing_modules(self) -> list[nn.Module]:
+        """The attention, or the mixer in its place, of each layer."""
         return [self.root.get_submodule(path) for path in self.paths]
 
     @property
-    def layers(self) -> list[nn.Module]:
-        """The decoder layers."""
+    def decoder_layers(self) -> list[nn.Module]:
         return [self.root.get_submodule(layer_path(path)) for path in self.paths]
 
-    def run(self, input_ids: Tensor) -> None:
-        """`[B, T]`, all tokens real, through every layer."""
+    def forward(self, input_ids: Tensor) -> None:
+        """Runs all layers on `input_ids: [B, T]` without padding."""
         ids = input_ids.to(self.model.device)
         if isinstance(self.model, SubquadForCausalLM):
             self.model.last_hidden_state(ids)
@@ -65,21 +64,20 @@ class LayerAccess:
 
     @torch.no_grad()
     def record(self, modules: Sequence[nn.Module], input_ids: Tensor) -> list[LayerActivations]:
-        """What each of `modules` is given and makes of it, in one run."""
-        heard: dict[int, LayerActivations] = {}
-        with capture_activations([(module, None) for module in modules], heard.__setitem__):
-            self.run(input_ids)
-        return [heard[index] for index in range(len(modules))]
+        """The inputs and outputs of `modules` in one forward pass."""
+        recorded: dict[int, LayerActivations] = {}
+        with capture_activations([(module, None) for module in modules], recorded.__setitem__):
+            self.forward(input_ids)
+        return [recorded[index] for index in range(len(modules))]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """While it lasts, `blocks` stand in the model, and its layers take whatever mask they are given for none: all
-        tokens are real and of one document."""
-        before = self.mixing
-        hooks = [layer.register_forward_pre_hook(_without_mask, with_kwargs=True) for layer in self.layers]
+        """Puts `mixer_layers` into the model, and ignores attention masks: no padding, one document."""
+        before = self.mixing_modules
+        hooks = [layer.register_forward_pre_hook(_without_mask, with_kwargs=True) for layer in self.decoder_layers]
         try:
-            for path, block in zip(self.paths, self.mixer_layers, strict=True):
-                self.root.set_submodule(path, block)
+            for path, layer in zip(self.paths, self.mixer_layers, strict=True):
+                self.root.set_submodule(path, layer)
             yield
         finally:
             for path, module in zip(self.paths, before, strict=True):
@@ -89,10 +87,10 @@ class LayerAccess:
 
     @contextmanager
     def with_layer(self, index: int, other: "LayerAccess") -> Iterator[None]:
-        """While it lasts, decoder layer `index` is that of `other`, which must be `ours` meanwhile."""
-        path, layer = layer_path(self.paths[index]), self.layers[index]
+        """Replaces decoder layer `index` by that of `other`, which must be `installed`."""
+        path, layer = layer_path(self.paths[index]), self.decoder_layers[index]
         try:
-            self.root.set_submodule(path, other.layers[index])
+            self.root.set_submodule(path, other.decoder_layers[index])
             yield
         finally:
             self.root.set_submodule(path, layer)
@@ -102,23 +100,22 @@ def _without_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     return replace_mask(module, args, kwargs, None)
 
 
-def run_on(module: nn.Module, recording: LayerActivations) -> Tensor:
-    """What `module` makes of what another was given: a block, or a layer of a stack that is `ours`."""
-    args, kwargs = replace_mask(module, recording.args, recording.kwargs, None)
-    given = module(*args, **kwargs)
-    return given[0] if isinstance(given, tuple) else given
+def run_on(module: nn.Module, recorded: LayerActivations) -> Tensor:
+    """The output of `module`, a mixer layer or an installed decoder layer, on the recorded inputs of another module."""
+    args, kwargs = replace_mask(module, recorded.args, recorded.kwargs, None)
+    output = module(*args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
 
 
-def stacks(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[LayerAccess, LayerAccess]:
-    """Those of a model and of what it is compared with; UserError where their layers or heads do not correspond."""
-    ours, theirs = LayerAccess(student), LayerAccess(teacher)
-    if len(ours) != len(theirs):
-        raise UserError(f"the student has {len(ours)} layers, the teacher {len(theirs)}; expected the same number")
-    for index, (a, b) in enumerate(zip(ours.mixer_layers, theirs.mixer_layers, strict=True)):
-        mine, its = (a.spec.num_heads, a.spec.hidden_size), (b.spec.num_heads, b.spec.hidden_size)
-        if mine != its:
+def layer_access_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[LayerAccess, LayerAccess]:
+    """Access to both models. Raises UserError if their numbers of layers, heads or channels differ."""
+    pair = LayerAccess(student), LayerAccess(teacher)
+    if len(pair[0]) != len(pair[1]):
+        raise UserError(f"layers: the student has {len(pair[0])}, the teacher {len(pair[1])}; expected equally many")
+    for index, (a, b) in enumerate(zip(pair[0].mixer_layers, pair[1].mixer_layers, strict=True)):
+        if (a.spec.num_heads, a.spec.hidden_size) != (b.spec.num_heads, b.spec.hidden_size):
             raise UserError(
-                f"layer {index} has {mine[0]} heads over {mine[1]} channels, the teacher's {its[0]} over {its[1]}; "
-                "expected a student of this teacher"
+                f"layer {index}: the student has {a.spec.num_heads} heads and hidden size {a.spec.hidden_size}, the "
+                f"teacher {b.spec.num_heads} and {b.spec.hidden_size}; expected a student of this teacher"
             )
-    return ours, theirs
+    return pair

@@ -1,18 +1,15 @@
-"""What each mixer can hold, apart from any teacher: multi-query associative recall, learned from nothing in a minute.
+"""The recall capacity of each mixer without a teacher: multi-query associative recall, trained from scratch.
 
-The task is Zoology's (arXiv 2312.04927, section 3): a row of keys, each with its value behind it, then every key again,
-in another order; after each, its value is to be said. Half of the vocabulary are keys, half values, so that nothing is
-learned but to look up. The model is a small Llama, every attention of which is a mixer with no teacher's weights, and
-`ALIKE` in all else: what differs is the memory. (With its output gate, Gated DeltaNet had learned a quarter of this
-after as many steps as taught it nearly all without.)
+The task is that of Zoology (arXiv 2312.04927, section 3): keys, each followed by its value, then all keys again in
+another order, each of which is to be followed by its value. Half of the vocabulary are keys, half values. The model is
+a small Llama whose attention is replaced by a randomly initialized mixer; `SHARED_OPTIONS` are the same for all mixers,
+so that they differ in their state. (With its output gate, Gated DeltaNet learned a quarter as much in equal steps.)
 
-How sizes were chosen: the state, H heads of K x K numbers a layer where H K is the width, is set by the number of heads
-alone, at equal width and nearly equal parameters. From two heads to eight, K goes from twice as many directions as
-there are pairs to half as many, so that what is added without being told apart interferes. The vocabulary is small,
-because a row of the embedding must first be learned for each token, which tells no mixers apart; values are drawn anew
-for every row, so that none is learned by heart. Weights start at a standard deviation of width^-1/2: at Llama's 0.02
-nothing is learned in a minute. One learning rate serves all mixers: of 5e-3, 1e-2 and 2e-2, the one that taught
-DeltaNet and GLA most in 400 steps.
+Sizes: a layer's state is H heads of K x K numbers with H K the width, so that the number of heads alone sets its size,
+at nearly equal parameters. From two heads to eight, K goes from twice the number of pairs to half of it. The vocabulary
+is small, because the embedding of each token must be learned first; values are redrawn for every sequence, so that none
+can be memorized. Weights are initialized with standard deviation width^-1/2; with Llama's 0.02 nothing is learned in a
+minute. The learning rate is, of 5e-3, 1e-2 and 2e-2, the best for DeltaNet and GLA in 400 steps.
 """
 
 from collections.abc import Sequence
@@ -31,17 +28,17 @@ from subquad.modeling.linearize import linearize
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError, eval_mode
 
-ALIKE: dict[str, Any] = {"short_conv": 4, "output_gate": "none", "half_life": 1024.0}
-"""Options of every mixer: a convolution that shows a value the key before it, no gate, and nothing forgotten before a
-mixer has learned to."""
+SHARED_OPTIONS: dict[str, Any] = {"short_conv": 4, "output_gate": "none", "half_life": 1024.0}
+"""Options of all mixers. The convolution shows a value the key before it; the half-life keeps the state at first."""
 WARMUP = 0.05
-CHECKED = 256
-"""Rows on which a trained model is measured."""
+"""Share of the steps."""
+EVAL_SEQUENCES = 256
+"""Sequences that a trained model is evaluated on."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A task and the training of one model on it."""
+    """Sizes of the task and the model, and training options."""
 
     pairs: int = 8
     vocabulary: int = 32
@@ -55,15 +52,15 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
-            raise UserError(f"heads: got {self.heads} for a width of {self.width}; expected heads of an even size")
+            raise UserError(f"heads: got {self.heads} for width {self.width}, expected heads of an even size")
         if not 0 < self.pairs <= self.vocabulary // 2:
             raise UserError(
-                f"pairs: got {self.pairs} for a vocabulary of {self.vocabulary}; expected 1 to {self.vocabulary // 2}"
+                f"pairs: got {self.pairs} for vocabulary {self.vocabulary}, expected 1 to {self.vocabulary // 2}"
             )
 
     @property
     def state(self) -> int:
-        """Numbers in the matrices of one layer."""
+        """Numbers in the state of one layer."""
         return self.width**2 // self.heads
 
     @property
@@ -74,46 +71,43 @@ class Setting:
 def mqar_results(
     names: Sequence[str] = tuple(mixers.REGISTRY), heads: Sequence[int] = (2, 4, 8), setting: Setting | None = None
 ) -> list[Result]:
-    """Accuracy of each mixer for each number of heads; the row's model is the mixer, its task names the state, in
-    numbers a layer: `mqar_state_512`.
+    """The accuracy of each mixer for each number of heads, each after a training run of less than a minute.
 
-    Each row takes a training run of less than a minute.
+    The result's model is the mixer; its task names the numbers in a layer's state, as in `mqar_state_512`.
 
     Raises:
         UserError: an unknown mixer; heads that do not divide the width.
     """
     setting = setting or Setting()
-    found = []
+    results = []
     for name in names:
         for count in heads:
-            one = replace(setting, heads=count)
-            model = build(name, one)
-            train(model, one)
-            right, asked = accuracy(model, one)
-            stderr = (right * (1 - right) / asked) ** 0.5
-            task = f"mqar_state_{one.state}"
-            found.append(
-                Result(task=task, metric="acc", value=right, stderr=stderr, n=asked, length=one.length, model=name)
-            )
-    return found
+            sized = replace(setting, heads=count)
+            model = build_model(name, sized)
+            train_model(model, sized)
+            acc, n = accuracy(model, sized)
+            stderr = (acc * (1 - acc) / n) ** 0.5
+            task = f"mqar_state_{sized.state}"
+            results.append(Result(task, "acc", acc, stderr=stderr, n=n, length=sized.length, model=name))
+    return results
 
 
 def sequences(setting: Setting, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`[count, 4 * pairs]` tokens and, of the same shape, what each should be followed by: a value behind each key that
-    is asked for, -100 elsewhere."""
+    """Token ids `[count, 4 * pairs]`, and targets of the same shape: the value at each key of the second half, else
+    -100."""
     half, P = setting.vocabulary // 2, setting.pairs
     keys, values = (torch.rand(count, half, generator=generator).argsort(-1)[:, :P] for _ in range(2))
     order = torch.rand(count, P, generator=generator).argsort(-1)
-    told = torch.stack([keys, values + half], dim=-1)
-    asked = told.gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
-    tokens = torch.cat([told, asked], dim=1).flatten(1)
+    pairs = torch.stack([keys, values + half], dim=-1)
+    queried = pairs.gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
+    tokens = torch.cat([pairs, queried], dim=1).flatten(1)
     targets = torch.full_like(tokens, -100)
     targets[:, 2 * P :: 2] = tokens[:, 2 * P + 1 :: 2]
     return tokens, targets
 
 
-def build(mixer: str, setting: Setting) -> SubquadForCausalLM:
-    """A fresh model of a mixer, or of softmax attention, with nothing of a teacher in it."""
+def build_model(mixer: str, setting: Setting) -> SubquadForCausalLM:
+    """A randomly initialized model with a mixer, or with softmax attention."""
     config = LlamaConfig(
         vocab_size=setting.vocabulary,
         hidden_size=setting.width,
@@ -128,19 +122,23 @@ def build(mixer: str, setting: Setting) -> SubquadForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
-        entry = {"mixer": mixer} | ({} if mixer == mixers.SOFTMAX else ALIKE)
-        some = torch.arange(min(8, setting.vocabulary))[None]
+        layer_type = {"mixer": mixer} | ({} if mixer == mixers.SOFTMAX else SHARED_OPTIONS)
+        ids = torch.arange(min(8, setting.vocabulary))[None]
         model = linearize(
-            LlamaForCausalLM(config), copy_qkv=False, layer_types={"default": entry}, scale_ids=some, seed=setting.seed
+            LlamaForCausalLM(config),
+            copy_qkv=False,
+            layer_types={"default": layer_type},
+            scale_ids=ids,
+            seed=setting.seed,
         )
-        for block in model.mixer_layers:
-            if isinstance(block, MixerLayer):
-                block.mixer.reset_parameters()  # output norms at one: there is no teacher whose scale they should have
+        for layer in model.mixer_layers:
+            if isinstance(layer, MixerLayer):
+                layer.mixer.reset_parameters()  # output norms at 1 instead of the scale of random attention
     return model
 
 
-def train(model: SubquadForCausalLM, setting: Setting) -> None:
-    """AdamW on fresh sequences at every step, with a warm-up and a cosine."""
+def train_model(model: SubquadForCausalLM, setting: Setting) -> None:
+    """AdamW on new sequences in every step, with linear warmup and cosine decay."""
     generator = torch.Generator().manual_seed(setting.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, weight_decay=0.1)
     warm = max(1, round(WARMUP * setting.steps))
@@ -166,13 +164,12 @@ def train(model: SubquadForCausalLM, setting: Setting) -> None:
 
 @torch.no_grad()
 def accuracy(model: SubquadForCausalLM, setting: Setting) -> tuple[float, int]:
-    """Share of the values that are the likeliest token where they are asked for, of sequences that training did not
-    see, and of how many."""
+    """The share of queried values that the model predicts, on sequences not seen in training, and their number."""
     generator = torch.Generator().manual_seed(setting.seed + 1)
-    tokens, targets = sequences(setting, CHECKED, generator)
+    tokens, targets = sequences(setting, EVAL_SEQUENCES, generator)
     with eval_mode(model):
-        guesses = torch.cat(
+        predictions = torch.cat(
             [model(input_ids=t, use_cache=False).logits.argmax(-1) for t in tokens.split(setting.batch)]
         )
-    asked = targets != -100
-    return (guesses == targets)[asked].double().mean().item(), int(asked.sum())
+    queried = targets != -100
+    return (predictions == targets)[queried].double().mean().item(), int(queried.sum())

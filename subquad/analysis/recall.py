@@ -1,12 +1,11 @@
-"""What a model can read out of its context, as it is: needles, associations, copies, induction, by length and depth.
+"""Zero-shot recall from the context: needles, associations, copies and induction, by length and depth.
 
-Contexts are read once; every question and each of its possible answers continues from what the model then holds. Two
-scores: whether the right answer is likelier than the distractors, and whether greedy decoding writes it, which is
-whether at each of its tokens the right one is the likeliest.
+Each context is read once; all questions and candidate answers continue from a copy of its cache. `acc` compares the
+likelihoods of the right answer and the distractors; `acc_generated` checks whether greedy decoding writes the answer,
+that is, whether each of its tokens is the most likely one.
 """
 
 import copy
-import inspect
 import itertools
 import random
 import statistics
@@ -19,29 +18,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.analysis.recall_tasks import TASKS, Item, Question, Source, make
+from subquad.analysis.recall_tasks import TASKS, Item, PromptSource, Question, make_items
+from subquad.evaluate.efficiency import prefill
 from subquad.evaluate.results import Result
 from subquad.modeling.cache import CACHE_ARGUMENT
-from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError, eval_mode, nearest
 
 BATCH_TOKENS = 4096
-"""Tokens of contexts that are read at a time."""
+"""Context tokens per forward pass."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """How one question was answered."""
+    """How a model answered one question."""
 
     depth: float | None
     correct: float
-    """Whether the right answer is the likeliest of the candidates; a share where several are."""
+    """1 if the right answer is the most likely candidate, 1 / n in a tie of n."""
     generated: float
-    """Whether greedy decoding writes the right answer."""
+    """1 if greedy decoding writes the right answer."""
     log_likelihood: float
-    """Of the right answer, the mean of its tokens."""
+    """Of the right answer, in nats, the mean over its tokens."""
     chance: float
-    """Of being correct without reading."""
+    """The expected `correct` of guessing."""
 
 
 def recall_results(
@@ -54,93 +53,88 @@ def recall_results(
     items: int = 8,
     seed: int = 0,
 ) -> list[Result]:
-    """Accuracy of a teacher or student at reading its context, zero-shot.
+    """Recall of a teacher or student.
 
     Args:
-        haystack: token ids `[N]` of real text, some times as many as the longest context.
-        tasks: of `TASKS`; see docs/explain.md.
+        haystack: token ids `[N]` of natural text, several times as many as the longest context.
+        tasks: names in `TASKS`; docs/analysis.md describes them.
         lengths: tokens of the prompt, the question included.
-        depths: where the answer stands in it, from 0 (its start) to 1 (right before the question).
-        items: questions for each length and depth.
-        seed: of all that is drawn. The same questions are asked of every model with this tokenizer.
+        depths: position of the answer in the context, from 0 (its start) to 1 (right before the question).
+        items: questions per length and depth.
+        seed: of the random draws. All models with this tokenizer get the same questions.
 
     Returns:
-        For each task and length, over all depths (a row without depth) and at each: `acc` (by likelihood),
-        `acc_generated`, `loglikelihood` (nats a token), `chance` (of `acc`, by guessing).
+        For each task and length, over all depths (results without depth) and for each: `acc`, `acc_generated`,
+        `loglikelihood` (nats per token) and `chance` (of `acc`).
 
     Raises:
-        UserError: an unknown task; a length that is too short for it; too little text or too few tokens.
+        UserError: an unknown task; a length that is too short for a task; too little text or too few tokens.
     """
     for task in tasks:
         if task not in TASKS:
-            raise UserError(f"unknown recall task {task!r}{nearest(task, TASKS)}")
+            raise UserError(f"recall task: got {task!r}{nearest(task, TASKS)}")
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise UserError(f"depths: got {list(depths)}, expected numbers from 0 to 1")
-    found = []
+    results = []
     with eval_mode(model):
         for task, length in itertools.product(tasks, lengths):
-            source = Source(tokenizer, haystack, random.Random(f"{seed} {task} {length}"))
-            found += summary(task, length, list(answers(model, make(task, source, length, depths, items))))
-    return found
+            source = PromptSource(tokenizer, haystack, random.Random(f"{seed} {task} {length}"))
+            answers = list(answer_all(model, make_items(task, source, length, depths, items)))
+            results += summarize(task, length, answers)
+    return results
 
 
-def summary(task: str, length: int, answered: Sequence[Answer]) -> list[Result]:
-    """Rows of one task and length: over all depths first, then at each."""
-    depths = sorted({answer.depth for answer in answered if answer.depth is not None})
-    groups: list[tuple[float | None, Sequence[Answer]]] = [(None, answered)]
-    groups += [(depth, [a for a in answered if a.depth == depth]) for depth in depths]
-    found = []
+def summarize(task: str, length: int, answers: Sequence[Answer]) -> list[Result]:
+    """The results of one task and length: over all depths, then for each depth."""
+    depths = sorted({answer.depth for answer in answers if answer.depth is not None})
+    groups: list[tuple[float | None, Sequence[Answer]]] = [(None, answers)]
+    groups += [(depth, [a for a in answers if a.depth == depth]) for depth in depths]
+    results = []
     for depth, group in groups:
-        where = Result(task=task, metric="chance", value=group[0].chance, n=len(group), length=length, depth=depth)
+        chance = Result(task=task, metric="chance", value=group[0].chance, n=len(group), length=length, depth=depth)
         for metric, field in (("acc", "correct"), ("acc_generated", "generated"), ("loglikelihood", "log_likelihood")):
             values = [getattr(answer, field) for answer in group]
             stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-            found.append(replace(where, metric=metric, value=statistics.fmean(values), stderr=stderr))
-        found.append(where)
-    return found
+            results.append(replace(chance, metric=metric, value=statistics.fmean(values), stderr=stderr))
+        results.append(chance)
+    return results
 
 
-def answers(model: PreTrainedModel, items: Iterable[Item]) -> Iterator[Answer]:
-    """Asks all questions, those about shorter contexts first; `model` in evaluation mode."""
-    ordered = sorted(items, key=lambda item: len(item.context))
-    for length, group in itertools.groupby(ordered, key=lambda item: len(item.context)):
+def answer_all(model: PreTrainedModel, items: Iterable[Item]) -> Iterator[Answer]:
+    """Answers all questions, in batches of contexts of equal length. `model` is in evaluation mode."""
+    by_length = sorted(items, key=lambda item: len(item.context))
+    for length, group in itertools.groupby(by_length, key=lambda item: len(item.context)):
         same = list(group)
         size = max(1, BATCH_TOKENS // max(1, length))
         for start in range(0, len(same), size):
-            yield from ask(model, same[start : start + size])
+            yield from answer_batch(model, same[start : start + size])
 
 
 @torch.no_grad()
-def ask(model: PreTrainedModel, batch: Sequence[Item]) -> Iterator[Answer]:
-    """All questions of items whose contexts are of one length, and that have as many questions each."""
-    contexts = torch.stack([item.context for item in batch]).to(model.device)
-    held = model(input_ids=contexts, use_cache=True, **last_only(model))[CACHE_ARGUMENT]
+def answer_batch(model: PreTrainedModel, batch: Sequence[Item]) -> Iterator[Answer]:
+    """Answers all questions of items whose contexts have one length and equally many questions."""
+    cache = prefill(model, torch.stack([item.context for item in batch]))[CACHE_ARGUMENT]
     for questions in zip(*(item.questions for item in batch), strict=True):
-        yield from continued(model, held, questions)
+        yield from answer_questions(model, cache, questions)
 
 
-def continued(model: PreTrainedModel, held: Any, questions: Sequence[Question]) -> Iterator[Answer]:
-    """One question of each row that `held` holds; `held` stays as it is."""
+def answer_questions(model: PreTrainedModel, context: Any, questions: Sequence[Question]) -> Iterator[Answer]:
+    """Answers one question per row of `context`, a cache that is not changed."""
     candidates = [(question.answer, *question.distractors) for question in questions]
-    count, asked = len(candidates[0]), len(questions[0].ask)
-    rows = [torch.cat([q.ask, answer]) for q, group in zip(questions, candidates, strict=True) for answer in group]
-    # What stands behind a shorter answer comes after all that is looked at.
-    fed = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-    cache = copy.deepcopy(held)
+    count, query_tokens = len(candidates[0]), len(questions[0].query)
+    rows = [torch.cat([q.query, answer]) for q, group in zip(questions, candidates, strict=True) for answer in group]
+    # padding follows all tokens that are read
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+    cache = copy.deepcopy(context)
     cache.batch_repeat_interleave(count)
-    logits = model(input_ids=fed, use_cache=True, **{CACHE_ARGUMENT: cache}).logits[:, asked - 1 : -1].float()
-    given = fed[:, asked:]
-    each = F.log_softmax(logits, dim=-1).gather(-1, given.unsqueeze(-1)).squeeze(-1)
-    best = logits.argmax(-1) == given
+    out = model(input_ids=input_ids, use_cache=True, **{CACHE_ARGUMENT: cache})
+    logits = out.logits[:, query_tokens - 1 : -1].float()
+    answers = input_ids[:, query_tokens:]
+    log_p = F.log_softmax(logits, dim=-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+    is_top = logits.argmax(-1) == answers
     for number, (question, group) in enumerate(zip(questions, candidates, strict=True)):
-        place = number * count
-        scores = [each[place + i, : len(answer)].mean().item() for i, answer in enumerate(group)]
-        right = float(scores[0] == max(scores)) / scores.count(max(scores))
-        written = float(best[place, : len(question.answer)].all())
-        yield Answer(question.depth, right, written, scores[0], 1 / count)
-
-
-def last_only(model: PreTrainedModel) -> dict[str, int]:
-    """What tells a model that only the logits of the last token are wanted, where it can be told."""
-    inner = model.base if isinstance(model, SubquadForCausalLM) else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+        first = number * count
+        scores = [log_p[first + i, : len(answer)].mean().item() for i, answer in enumerate(group)]
+        correct = float(scores[0] == max(scores)) / scores.count(max(scores))
+        generated = float(is_top[first, : len(question.answer)].all())
+        yield Answer(question.depth, correct, generated, scores[0], 1 / count)

@@ -1,7 +1,7 @@
-"""Questions about a context, made of a tokenizer, real text and chance: the tasks of `recall.py`. Knows no model.
+"""The tasks of `recall.py`: contexts with questions, drawn from a tokenizer and natural text.
 
-Prompts are put together from pieces that are tokenised alone, so that each has exactly the length that was asked for,
-and the tokens of an answer are those that stand in the context.
+The pieces of a prompt are tokenized separately, so that a prompt has exactly the requested length, and the tokens of an
+answer are those in the context.
 """
 
 import random
@@ -17,13 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from subquad.utils import UserError
 
-DISTRACTORS = 3
+NUM_DISTRACTORS = 3
 TEXT_PAIRS = 8
-"""Associations in a text; random tokens hold one in every `TOKENS_A_PAIR` tokens."""
-TOKENS_A_PAIR = 16
-COPIED = 8
-"""Tokens of a repeated sequence that are asked for."""
+"""Pairs in a context of `assoc_text`."""
+TOKENS_PER_PAIR = 16
+"""Context tokens per pair of `assoc_tokens`."""
+COPY_TOKENS = 8
+"""Tokens of the repeated sequence that the answer consists of."""
 SAME_LENGTH_DRAWS = 200
+"""Draws for a distractor with as many tokens as the answer."""
 REPEATED = "\nThe rain fell on the roof and the wind went through the grass. Nothing else happened on that day."
 WORD_LIST = """
 anchor apple arrow basket bell bottle bread bridge button candle castle chair clock cloud coat copper desert door drum
@@ -37,29 +39,29 @@ WORDS = WORD_LIST.split()
 
 @dataclass(frozen=True)
 class Question:
-    """Behind a context stands `ask`, and then `answer` should; each of `distractors` might. All are token ids."""
+    """A query that follows a context, its answer, and wrong candidates; all token ids."""
 
-    ask: Tensor
+    query: Tensor
     answer: Tensor
     distractors: tuple[Tensor, ...]
     depth: float | None
-    """Where the answer stands in the prompt, 0 (its start) to 1; None where a task knows but one place."""
+    """Position of the answer in the context, from 0 (its start) to 1; None for tasks with one position."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A context and questions about it, each of `len(context) + len(ask)` tokens."""
+    """A context and questions about it, whose queries have equal lengths."""
 
     context: Tensor
     questions: tuple[Question, ...]
 
 
-Task = Callable[["Source", int, Sequence[float], int], Iterator[Item]]
-"""Of a source, a length, depths and a number: so many questions at each depth, with prompts of that length."""
+Task = Callable[["PromptSource", int, Sequence[float], int], Iterator[Item]]
+"""Draws items from a source, with prompts of a length in tokens: for each depth, a number of questions."""
 
 
-class Source:
-    """What tasks are made of."""
+class PromptSource:
+    """The tokenizer, natural text `haystack: [N]` and random generator that tasks draw from."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, haystack: Tensor, rng: random.Random):
         self.tokenizer, self.haystack, self.rng = tokenizer, haystack, rng
@@ -68,47 +70,45 @@ class Source:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     @cached_property
-    def start(self) -> list[int]:
-        """What this tokenizer puts in front of every text: often a beginning-of-text token, often nothing."""
+    def prefix(self) -> list[int]:
+        """The tokens that the tokenizer prepends to every text: a beginning-of-text token, or none."""
         whole, plain = self.tokenizer("a").input_ids, self.encode("a")
         found = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         return list(whole[:found])
 
     @cached_property
-    def ordinary(self) -> list[int]:
-        """Tokens of the vocabulary that are not special."""
+    def ordinary_tokens(self) -> list[int]:
+        """All tokens that are not special."""
         special = set(self.tokenizer.all_special_ids)
         return [token for token in range(len(self.tokenizer)) if token not in special]
 
     @cached_property
     def words(self) -> list[str]:
-        """Those words that this tokenizer writes, behind a space, in the commonest number of tokens; all of them where
-        those are too few for a text with pairs."""
+        """The words of `WORDS` that, after a space, have the most common number of tokens; all if these are too few."""
         sizes = {word: len(self.encode(" " + word)) for word in WORDS}
         common = Counter(sizes.values()).most_common(1)[0][0]
         found = [word for word in WORDS if sizes[word] == common]
         return found if len(found) >= 3 * TEXT_PAIRS else list(WORDS)
 
-    def tokens(self, count: int, but: Sequence[int] = ()) -> list[int]:
-        """Different ordinary tokens, none of `but`."""
-        avoided = set(but)
-        free = [token for token in self.ordinary if token not in avoided]
+    def sample_tokens(self, count: int, exclude: Sequence[int] = ()) -> list[int]:
+        """Distinct ordinary tokens, none of `exclude`."""
+        avoided = set(exclude)
+        free = [token for token in self.ordinary_tokens if token not in avoided]
         if count > len(free):
             raise UserError(
-                f"recall needs {count} different tokens, of which the tokenizer has {len(free)} to spare; ask for a "
-                "shorter length"
+                f"tokenizer: has {len(free)} unused ordinary tokens, the task needs {count}; expected a shorter length"
             )
         return self.rng.sample(free, count)
 
-    def real(self, count: int) -> list[int]:
-        """Consecutive tokens of the real text, from somewhere."""
+    def sample_text(self, count: int) -> list[int]:
+        """Consecutive tokens of the natural text from a random start."""
         if count > len(self.haystack):
             raise UserError(f"haystack: got {len(self.haystack)} tokens of text, expected at least {count}")
         start = self.rng.randrange(len(self.haystack) - count + 1)
         return self.haystack[start : start + count].tolist()
 
-    def repeated(self, count: int) -> list[int]:
-        """The same two sentences, over and over."""
+    def repeated_text(self, count: int) -> list[int]:
+        """`REPEATED`, repeated."""
         sentence = self.encode(REPEATED)
         return (sentence * (count // len(sentence) + 1))[:count]
 
@@ -118,163 +118,173 @@ def item(context: Sequence[int], *questions: Question) -> Item:
 
 
 def question(
-    ask: Sequence[int], answer: Sequence[int], others: Sequence[Sequence[int]], depth: float | None
+    query: Sequence[int], answer: Sequence[int], distractors: Sequence[Sequence[int]], depth: float | None
 ) -> Question:
-    return Question(torch.tensor(ask), torch.tensor(answer), tuple(torch.tensor(o) for o in others), depth)
+    return Question(torch.tensor(query), torch.tensor(answer), tuple(torch.tensor(d) for d in distractors), depth)
 
 
-def check_room(length: int, needed: int, what: str) -> None:
+def check_length(length: int, needed: int, task: str) -> None:
     if length < needed:
-        raise UserError(f"length: got {length}, expected at least {needed} tokens, which {what} takes")
+        raise UserError(f"length: got {length}, expected at least {needed} tokens for {task}")
 
 
 # ---------------------------------------------------------------------- needles
 
-VALUES: dict[str, Callable[[Source], str]] = {
+VALUE_KINDS: dict[str, Callable[[PromptSource], str]] = {
     "number": lambda source: str(source.rng.randint(10_000, 99_999)),
     "word": lambda source: source.rng.choice(source.words),
     "uuid": lambda source: str(uuid.UUID(int=source.rng.getrandbits(128), version=4)),
 }
 
 
-def needle(kind: str, filler: str, source: Source, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
-    """One statement in a long text, and its beginning again at the end (Kamradt's needle in a haystack)."""
+def needle(
+    kind: str, filler: str, source: PromptSource, length: int, depths: Sequence[float], items: int
+) -> Iterator[Item]:
+    """A statement within a long text, whose beginning is the query (Kamradt's needle in a haystack).
+
+    filler: the method of `source` that draws the text.
+    """
     for depth in depths:
         for _ in range(items):
             name = source.rng.choice(source.words)
-            answer, *others = values(source, kind, name)
+            answer, *distractors = draw_values(source, kind, name)
             opening = source.encode(f"\nThe {kind} of the {name} is")
             statement = [*opening, *answer, *source.encode(".\n")]
-            check_room(length, len(statement) + len(opening), f"its needle_{kind}")
-            hay = getattr(source, filler)(length - len(statement) - len(opening))
-            place = round(depth * len(hay))
-            context = [*hay[:place], *statement, *hay[place:]]
-            yield item(context, question(opening, answer, others, depth))
+            check_length(length, len(statement) + len(opening), f"needle_{kind}")
+            text = getattr(source, filler)(length - len(statement) - len(opening))
+            start = round(depth * len(text))
+            context = [*text[:start], *statement, *text[start:]]
+            yield item(context, question(opening, answer, distractors, depth))
 
 
-def values(source: Source, kind: str, name: str) -> list[list[int]]:
-    """Different values, of as many tokens as the first where enough draws find some."""
-    draw, texts = VALUES[kind], {name}
-    found: list[list[int]] = []
-    for attempt in range(SAME_LENGTH_DRAWS * (DISTRACTORS + 1)):
+def draw_values(source: PromptSource, kind: str, name: str) -> list[list[int]]:
+    """Distinct values other than `name`; if enough draws find some, with as many tokens as the first."""
+    draw, texts = VALUE_KINDS[kind], {name}
+    values: list[list[int]] = []
+    for attempt in range(SAME_LENGTH_DRAWS * (NUM_DISTRACTORS + 1)):
         text = draw(source)
         tokens = source.encode(" " + text)
-        patient = attempt < SAME_LENGTH_DRAWS * len(found)
-        if text in texts or (found and patient and len(tokens) != len(found[0])):
+        same_length_only = attempt < SAME_LENGTH_DRAWS * len(values)
+        if text in texts or (values and same_length_only and len(tokens) != len(values[0])):
             continue
         texts.add(text)
-        found.append(tokens)
-        if len(found) > DISTRACTORS:
+        values.append(tokens)
+        if len(values) > NUM_DISTRACTORS:
             break
-    return found
+    return values
 
 
 # ---------------------------------------------------------------------- associations
 
 
-def assoc_text(source: Source, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
-    """Pairs of words among passages of real text; of each context several are asked for (multi-query)."""
+def assoc_text(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+    """Pairs of words between passages of natural text, several of which are queried (multi-query)."""
     for _ in range(items):
         words = source.rng.sample(source.words, 2 * TEXT_PAIRS)
         keys = [source.encode(f"\n{word}:") for word in words[:TEXT_PAIRS]]
-        held = [source.encode(f" {word}") for word in words[TEXT_PAIRS:]]
+        values = [source.encode(f" {word}") for word in words[TEXT_PAIRS:]]
         end = source.encode("\n")
-        pairs = [[*key, *value, *end] for key, value in zip(keys, held, strict=True)]
-        asked = max(map(len, keys))
-        needed = sum(map(len, pairs)) + asked
-        check_room(length, needed, "its assoc_text")
-        context = scattered(pairs, source.real(length - needed))
-        yield item(context, *ask_pairs(source, keys, held, depths, asked))
+        pairs = [[*key, *value, *end] for key, value in zip(keys, values, strict=True)]
+        query_tokens = max(map(len, keys))
+        needed = sum(map(len, pairs)) + query_tokens
+        check_length(length, needed, "assoc_text")
+        context = spread_evenly(pairs, source.sample_text(length - needed))
+        yield item(context, *pair_questions(source, keys, values, depths, query_tokens))
 
 
-def assoc_tokens(source: Source, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
-    """Pairs of random tokens among random tokens (Zoology's MQAR, arXiv 2312.04927, zero-shot)."""
-    count = max(DISTRACTORS + 1, length // TOKENS_A_PAIR)
-    check_room(length, 2 * count + 1, "its assoc_tokens")
+def assoc_tokens(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+    """Pairs of random tokens between random tokens (MQAR of Zoology, arXiv 2312.04927, zero-shot)."""
+    count = max(NUM_DISTRACTORS + 1, length // TOKENS_PER_PAIR)
+    check_length(length, 2 * count + 1, "assoc_tokens")
     for _ in range(items):
-        drawn = source.tokens(2 * count)
-        keys, held = [[k] for k in drawn[:count]], [[v] for v in drawn[count:]]
-        filler = noise(source, length - 2 * count - 1, drawn)
-        context = scattered([[*k, *v] for k, v in zip(keys, held, strict=True)], filler)
-        yield item(context, *ask_pairs(source, keys, held, depths, 1))
+        drawn = source.sample_tokens(2 * count)
+        keys, values = [[k] for k in drawn[:count]], [[v] for v in drawn[count:]]
+        filler = sample_noise(source, length - 2 * count - 1, drawn)
+        context = spread_evenly([[*k, *v] for k, v in zip(keys, values, strict=True)], filler)
+        yield item(context, *pair_questions(source, keys, values, depths, 1))
 
 
-def induction(source: Source, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
-    """A B among random tokens, and A again at the end (Olsson et al., arXiv 2209.11895): B follows."""
-    check_room(length, DISTRACTORS + 3, "induction")
+def induction(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+    """A B between random tokens, and A as the query: B follows (Olsson et al., arXiv 2209.11895)."""
+    check_length(length, NUM_DISTRACTORS + 3, "induction")
     for depth in depths:
         for _ in range(items):
-            key, value = source.tokens(2)
-            others = source.tokens(DISTRACTORS, but=[key, value])
-            filler = [*others, *noise(source, length - 3 - DISTRACTORS, [key, value])]
+            key, value = source.sample_tokens(2)
+            others = source.sample_tokens(NUM_DISTRACTORS, exclude=[key, value])
+            filler = [*others, *sample_noise(source, length - 3 - NUM_DISTRACTORS, [key, value])]
             source.rng.shuffle(filler)
-            place = round(depth * len(filler))
-            context = [*filler[:place], key, value, *filler[place:]]
+            start = round(depth * len(filler))
+            context = [*filler[:start], key, value, *filler[start:]]
             yield item(context, question([key], [value], [[other] for other in others], depth))
 
 
-def ask_pairs(
-    source: Source, keys: list[list[int]], held: list[list[int]], depths: Sequence[float], asked: int
+def pair_questions(
+    source: PromptSource, keys: list[list[int]], values: list[list[int]], depths: Sequence[float], query_tokens: int
 ) -> Iterator[Question]:
-    """At each depth, the pair that stands there; distractors are values of other pairs. Each question has `asked`
-    tokens: a shorter key comes behind some of the first key's end, a separator."""
+    """For each depth, a question about the pair there; distractors are values of other pairs.
+
+    Shorter keys are padded with newlines to `query_tokens` tokens.
+    """
     for depth in depths:
         at = round(depth * (len(keys) - 1))
-        others = source.rng.sample([value for i, value in enumerate(held) if i != at], DISTRACTORS)
-        padding = source.encode("\n") * asked
-        short = asked - len(keys[at])
-        yield question([*padding[:short], *keys[at]], held[at], others, depth)
+        distractors = source.rng.sample([value for i, value in enumerate(values) if i != at], NUM_DISTRACTORS)
+        padding = source.encode("\n") * query_tokens
+        missing = query_tokens - len(keys[at])
+        yield question([*padding[:missing], *keys[at]], values[at], distractors, depth)
 
 
-def scattered(pairs: list[list[int]], filler: list[int]) -> list[int]:
-    """`pairs` among `filler` at equal distances, the first at its start and the last at its end."""
+def spread_evenly(pairs: list[list[int]], filler: list[int]) -> list[int]:
+    """`pairs` within `filler` at equal distances, the first at its start and the last at its end."""
     context, before = [], 0
     for index, pair in enumerate(pairs):
-        place = round(index / max(1, len(pairs) - 1) * len(filler))
-        context += [*filler[before:place], *pair]
-        before = place
+        start = round(index / max(1, len(pairs) - 1) * len(filler))
+        context += [*filler[before:start], *pair]
+        before = start
     return context
 
 
-def noise(source: Source, count: int, but: Sequence[int]) -> list[int]:
-    """Random tokens, any of which may come again, none of `but`."""
-    avoided = set(but)
-    free = [token for token in source.ordinary if token not in avoided]
+def sample_noise(source: PromptSource, count: int, exclude: Sequence[int]) -> list[int]:
+    """Random ordinary tokens with repetition, none of `exclude`."""
+    avoided = set(exclude)
+    free = [token for token in source.ordinary_tokens if token not in avoided]
     if not free:
-        raise UserError("recall needs random tokens besides those it asks for; the tokenizer has too few")
+        raise UserError("tokenizer: has no unused ordinary token for filler; expected a larger vocabulary")
     return source.rng.choices(free, k=count)
 
 
 # ---------------------------------------------------------------------- copying
 
 
-def copying(source: Source, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
-    """A sequence of random tokens twice, and the last of its second time are asked for (arXiv 2402.01032); distractors
-    are the same tokens in another order. There is one place, so that `depths` say only how many there are."""
-    check_room(length, 5 * COPIED, "copy")
-    size, odd = divmod(length + COPIED, 2)
+def copy(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+    """A sequence of random tokens twice, whose last tokens are the answer (arXiv 2402.01032).
+
+    Distractors are the answer's tokens in another order. The answer has one position: `depths` set only the number of
+    questions.
+    """
+    check_length(length, 5 * COPY_TOKENS, "copy")
+    size, odd = divmod(length + COPY_TOKENS, 2)
     for _ in range(items * len(depths)):
-        sequence = [*noise(source, size - COPIED, []), *source.tokens(COPIED)]
-        whole = [*noise(source, odd, []), *sequence, *sequence]
-        answer = sequence[-COPIED:]
-        others: list[list[int]] = []
-        while len(others) < DISTRACTORS:
-            other = source.rng.sample(answer, COPIED)
-            others += [other] if other not in (answer, *others) else []
-        yield item(whole[: length - 1], question(whole[length - 1 : length], answer, others, None))
+        sequence = [*sample_noise(source, size - COPY_TOKENS, []), *source.sample_tokens(COPY_TOKENS)]
+        whole = [*sample_noise(source, odd, []), *sequence, *sequence]
+        answer = sequence[-COPY_TOKENS:]
+        distractors: list[list[int]] = []
+        while len(distractors) < NUM_DISTRACTORS:
+            other = source.rng.sample(answer, COPY_TOKENS)
+            distractors += [other] if other not in (answer, *distractors) else []
+        yield item(whole[: length - 1], question(whole[length - 1 : length], answer, distractors, None))
 
 
-def make(task: str, source: Source, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
-    """The items of a task; what stands in front of every text counts as part of the length."""
-    for made in TASKS[task](source, length - len(source.start), depths, items):
-        yield replace(made, context=torch.cat([made.context.new_tensor(source.start), made.context]))
+def make_items(task: str, source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+    """The items of a task, each after the tokenizer's prefix, which counts towards the length."""
+    for made in TASKS[task](source, length - len(source.prefix), depths, items):
+        yield replace(made, context=torch.cat([made.context.new_tensor(source.prefix), made.context]))
 
 
 TASKS: dict[str, Task] = {
-    **{f"needle_{kind}": partial(needle, kind, "real") for kind in VALUES},
-    **{f"needle_{kind}_repeated": partial(needle, kind, "repeated") for kind in VALUES},
+    **{f"needle_{kind}": partial(needle, kind, "sample_text") for kind in VALUE_KINDS},
+    **{f"needle_{kind}_repeated": partial(needle, kind, "repeated_text") for kind in VALUE_KINDS},
     "assoc_text": assoc_text,
     "assoc_tokens": assoc_tokens,
-    "copy": copying,
+    "copy": copy,
     "induction": induction,
 }

@@ -1,4 +1,4 @@
-"""`subquad eval`: checks what was asked for before anything is loaded, loads it, measures it."""
+"""`subquad eval`: validates all arguments, loads the models, evaluates them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,28 +14,29 @@ from subquad.evaluate.lm_eval import find_tasks
 from subquad.evaluate.long_context import check_lengths
 from subquad.evaluate.results import Result
 from subquad.evaluate.runner import evaluate, load_eval_model
-from subquad.evaluate.suites import Settings, settings_of
-from subquad.evaluate.table import tables
+from subquad.evaluate.suites import Settings, settings_for
+from subquad.evaluate.table import format_tables
 from subquad.modeling.teachers import check_reference
 from subquad.utils import UserError, run_info
 
-CONTEXT = 512
+SEQ_LEN = 512
+"""Tokens per row of a validation text given without a recipe."""
 
 
 @dataclass(frozen=True)
-class EvaluationOutcome:
-    """All rows, and of parts that failed why, by name."""
+class EvalReport:
+    """All results, the error messages of failed jobs by job name, and the header of the result file."""
 
-    rows: list[Result]
+    results: list[Result]
     failed: dict[str, str]
-    head: dict[str, Any]
+    header: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        return {**self.head, "failed": self.failed, "rows": [row.as_dict() for row in self.rows]}
+        return {**self.header, "failed": self.failed, "results": [result.as_dict() for result in self.results]}
 
     def table(self) -> str:
-        failed = [f"{name} failed: {why}" for name, why in self.failed.items()]
-        return "\n".join([tables(self.rows), *failed])
+        failed = [f"{name} failed: {message}" for name, message in self.failed.items()]
+        return "\n".join([format_tables(self.results), *failed])
 
 
 def run(
@@ -51,43 +52,43 @@ def run(
     limit: int | None = None,
     lengths: Sequence[int] | None = None,
     figures: bool = False,
-) -> EvaluationOutcome:
-    """Measures models by name; see `subquad eval --help`.
+) -> EvalReport:
+    """Evaluates models by reference; the arguments are the options of `subquad eval`.
 
     Raises:
-        UserError: anything that cannot be found or compared, before anything is measured.
+        UserError: an invalid argument, a missing file, models that cannot be compared; before anything is measured.
     """
-    recipe = recipe_beside(models[0])
-    settings = settings_of(suites)
+    recipe = find_recipe(models[0])
+    settings = settings_for(suites)
     if lengths is not None:
         check_lengths(lengths)
-        many = tuple(lengths)
-        settings = replace(settings, lengths=many, cost_lengths=many, recall_lengths=many)
+        given = tuple(lengths)
+        settings = replace(settings, lengths=given, cost_lengths=given, recall_lengths=given)
     if limit is not None:
         if limit < 1:
             raise UserError(f"limit: got {limit}, expected at least 1")
         settings = replace(settings, limit=limit)
-    place = check_output(output)
-    if figures and place is None:
-        raise UserError("figures without an output directory; expected --output DIR too")
+    directory = check_output(output)
+    if figures and directory is None:
+        raise UserError("figures: expected an output directory (--output DIR) to draw them into")
     teacher = teacher or (None if recipe is None else recipe.teacher)
     for reference in [*models, *([teacher] if teacher is not None else [])]:
         check_reference(reference)
-    settings = replace(settings, text=corpus_of(corpus, recipe))
+    settings = replace(settings, text=validation_text(corpus, recipe))
     check_data(settings.text)
-    settings = with_tasks(settings, data, tasks, include)
-    same = teacher is not None and list(models) == [teacher]
-    subjects = [load_eval_model(reference, name) for reference, name in zip(models, names_of(models), strict=True)]
-    beside: EvalModel | None = None
+    settings = resolve_tasks(settings, data, tasks, include)
+    loaded = [load_eval_model(reference, name) for reference, name in zip(models, short_names(models), strict=True)]
+    reference_model: EvalModel | None = None
     if teacher is not None:
-        beside = replace(subjects[0], name=f"{teacher} (teacher)") if same else load_eval_model(teacher)
+        same = list(models) == [teacher]
+        reference_model = replace(loaded[0], name=f"{teacher} (teacher)") if same else load_eval_model(teacher)
     source = None if recipe is None else recipe.model_dump(mode="json")
-    rows, failed = evaluate(subjects, beside, settings, place, source, figures)
-    return EvaluationOutcome(rows, failed, {**run_info(), "recipe": source})
+    results, failed = evaluate(loaded, reference_model, settings, directory, source, figures)
+    return EvalReport(results, failed, {**run_info(), "recipe": source})
 
 
-def recipe_beside(model: str) -> Recipe | None:
-    """The recipe that lies beside a student, where it can be read."""
+def find_recipe(model: str) -> Recipe | None:
+    """The `recipe.yaml` in a student's directory; None if there is none, or it cannot be read."""
     path = Path(model).expanduser() / "recipe.yaml"
     try:
         return load_recipe(path, []) if path.is_file() else None
@@ -96,45 +97,51 @@ def recipe_beside(model: str) -> Recipe | None:
 
 
 def check_output(output: str | None) -> Path | None:
+    """UserError for a file, and for a directory that holds something other than an evaluation."""
     if output is None:
         return None
-    place = Path(output)
-    if place.exists() and not place.is_dir():
-        raise UserError(f"output {output!r} is a file; expected a directory")
-    known = (place / "results.json").exists() or (place / "parts").exists()
-    if place.exists() and any(place.iterdir()) and not known:
-        raise UserError(f"output {output!r} is not empty and holds no evaluation; expected a new directory")
-    return place
+    directory = Path(output)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"output: {output!r} is a file, expected a directory")
+    is_evaluation = (directory / "results.json").exists() or (directory / "parts").exists()
+    if directory.exists() and any(directory.iterdir()) and not is_evaluation:
+        raise UserError(f"output: {output!r} is not empty and holds no evaluation, expected a new directory")
+    return directory
 
 
-def corpus_of(source: str | None, recipe: Recipe | None) -> Data:
-    """A source that is named is read whole; else the text that the recipe held out."""
+def validation_text(source: str | None, recipe: Recipe | None) -> Data:
+    """`source` as a whole; without it the recipe's validation split; without a recipe that of python-stdlib."""
     if source is not None:
-        return Data(source=source, validation=None if source == "python-stdlib" else source, seq_len=CONTEXT)
-    return Data(source="python-stdlib", seq_len=CONTEXT) if recipe is None else recipe.data
+        return Data(source=source, validation=None if source == "python-stdlib" else source, seq_len=SEQ_LEN)
+    return Data(source="python-stdlib", seq_len=SEQ_LEN) if recipe is None else recipe.data
 
 
-def with_tasks(settings: Settings, data: str | None, tasks: Sequence[str] | None, include: str | None) -> Settings:
-    """The tasks that were named; without any, those of `data`; without that, in a full evaluation lm-eval's own."""
-    if "zero-shot" not in settings.parts and "generation" not in settings.parts:
+def resolve_tasks(settings: Settings, data: str | None, tasks: Sequence[str] | None, include: str | None) -> Settings:
+    """Settings with their tasks: those named, else all in the directory `data`, else lm-eval's default tasks.
+
+    The default tasks need a hub: without tasks and `data`, a limited evaluation leaves out zero-shot.
+    """
+    if "zero-shot" not in settings.suites and "generation" not in settings.suites:
         if tasks is not None:
-            raise UserError(f"tasks beside the parts {', '.join(settings.parts)}; expected zero-shot or generation too")
+            raise UserError(
+                f"tasks: got suites {', '.join(settings.suites)}, expected zero-shot or generation among them"
+            )
         return settings
-    if tasks is None and data is None and (settings.limit is not None or "zero-shot" not in settings.parts):
-        return replace(settings, parts=tuple(part for part in settings.parts if part != "zero-shot"))
-    where = None if include is None else Path(include)
-    if where is not None and not where.is_dir():
-        raise UserError(f"include path {include!r} is not a directory")
-    found = find_tasks(tasks, None if data is None else Path(data), where)
-    return replace(settings, tasks=tuple(found), include=where)
+    if tasks is None and data is None and (settings.limit is not None or "zero-shot" not in settings.suites):
+        return replace(settings, suites=tuple(suite for suite in settings.suites if suite != "zero-shot"))
+    include_path = None if include is None else Path(include)
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"include path: {include!r} is not a directory")
+    found = find_tasks(tasks, None if data is None else Path(data), include_path)
+    return replace(settings, tasks=tuple(found), include=include_path)
 
 
-def names_of(models: Sequence[str]) -> list[str]:
-    """Short names: of directories and files their own, with more of their path where two would be the same."""
+def short_names(models: Sequence[str]) -> list[str]:
+    """The last component of each path, with as many parent directories as are needed to tell the models apart."""
     paths = [Path(model).expanduser() for model in models]
     parts = [path.resolve().parts if path.exists() else (model,) for path, model in zip(paths, models, strict=True)]
     for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-depth:]) for own in parts]
+        names = ["/".join(path[-depth:]) for path in parts]
         if len(set(names)) == len(names):
             return names
-    raise UserError(f"the same model twice among {', '.join(models)}")
+    raise UserError(f"models: got the same model twice among {', '.join(models)}")

@@ -1,8 +1,8 @@
-"""What running a model costs: prefill and decoding time, peak memory, and the bytes that it holds for what it has read.
+"""Prefill and decoding time, peak memory and cache size of models.
 
-Models that are compared run interleaved in one process, so that a busy machine disturbs them alike. Time is on the
-device's clock (CUDA events on a GPU); memory is the allocator's peak on a GPU, elsewhere what the process holds at
-most above what it held before.
+Models run interleaved in one process, so that other load on the machine affects all alike. Time is measured by CUDA
+events on a GPU, else by the process clock. Memory is the allocator's peak on a GPU, else the growth of the process's
+peak resident size.
 """
 
 import ctypes
@@ -25,15 +25,15 @@ from subquad.utils import eval_mode
 
 logger = logging.getLogger(__name__)
 TASK = "cost"
-DECODED = 16
-"""Tokens decoded behind a prefill; the time of one is their median."""
+DECODED_TOKENS = 16
+"""Tokens decoded after each prefill."""
 
 
 @torch.no_grad()
 def decode_speed(model: PreTrainedModel, prompt: Tensor, tokens: int = 64) -> dict[str, float]:
-    """Greedy decoding of `tokens` tokens behind `prompt: [B, T]`.
+    """Greedy decoding of `tokens` tokens after `prompt: [B, T]`.
 
-    Returns decode_tokens_per_second (from the median step) and state_bytes (after the prompt and those tokens).
+    Returns decode_tokens_per_second (from the median step) and state_bytes (of the cache at the end).
     """
     with eval_mode(model):
         out = prefill(model, prompt)
@@ -46,26 +46,26 @@ def decode_speed(model: PreTrainedModel, prompt: Tensor, tokens: int = 64) -> di
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, ids: Tensor) -> Any:
-    """Reads `ids: [B, T]`; the output has a cache, and logits of the last token (of all, in some families)."""
+    """Reads `ids: [B, T]`. The output has a cache, and logits of the last token only where the model supports that."""
     base: Any = getattr(model, "base", model)
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    return model(input_ids=ids.to(model.device), use_cache=True, **few)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    return model(input_ids=ids.to(model.device), use_cache=True, **last_only)
 
 
 @torch.no_grad()
 def decode(model: PreTrainedModel, out: Any, tokens: int) -> list[float]:
-    """Seconds of each of `tokens` greedy steps behind a prefill's output, whose cache goes on."""
-    cache, fed, seconds = out[CACHE_ARGUMENT], out.logits[:, -1:].argmax(-1), []
+    """Seconds of each of `tokens` greedy steps after a prefill with output `out`, whose cache is updated."""
+    cache, input_ids, seconds = out[CACHE_ARGUMENT], out.logits[:, -1:].argmax(-1), []
     for _ in range(tokens):
-        step = functools.partial(model, input_ids=fed, use_cache=True, **{CACHE_ARGUMENT: cache})
-        result, took = timed(step, model.device)
-        fed = result.logits[:, -1:].argmax(-1)
-        seconds.append(took)
+        step = functools.partial(model, input_ids=input_ids, use_cache=True, **{CACHE_ARGUMENT: cache})
+        result, elapsed = timed(step, model.device)
+        input_ids = result.logits[:, -1:].argmax(-1)
+        seconds.append(elapsed)
     return seconds
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What a call returns, and the seconds that it takes."""
+    """The return value of a call, and its seconds."""
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -78,8 +78,8 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
-def with_peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
-    """What a call returns, and the bytes by which it raises what is held at most; None where no system tells."""
+def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
+    """The return value of a call, and its peak memory in bytes above what was in use before; None if unknown."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -88,8 +88,8 @@ def with_peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, int |
         torch.cuda.synchronize()
         return result, torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the call takes what was freed before
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the call reuses memory that was freed before
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
     except OSError:
         return call(), None
@@ -102,11 +102,11 @@ def _status(name: str) -> int:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of a cache's tensors, of a student or of a plain transformer."""
+    """Bytes of all tensors of a student's or a transformer's cache."""
     if isinstance(cache, SubquadCache):
         return cache.nbytes()
-    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return sum(t.numel() * t.element_size() for t in held if t is not None)
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def efficiency_results(
@@ -114,34 +114,36 @@ def efficiency_results(
     lengths: Sequence[int],
     batches: Sequence[int] = (1,),
     repeats: int = 3,
-    seconds: float = 60.0,
+    max_prefill_seconds: float = 60.0,
 ) -> dict[str, list[Result]]:
-    """Prefill and decoding of random tokens by each model, at each length and batch size that takes it, by the last
-    one measured, no longer than about `seconds` a prefill.
+    """Prefill and decoding of random tokens by each model, at each length and batch size.
 
-    Metrics: `prefill_seconds`, `seconds_per_token` (one decoded step of the whole batch), both medians of `repeats`
-    with the fastest and the slowest as `low` and `high`; `peak_bytes` (of a prefill), `cache_bytes` (after it).
+    Metrics: `prefill_seconds` and `seconds_per_token` (one decoding step of the whole batch), medians over `repeats`
+    with the fastest and the slowest as `low` and `high`; `peak_bytes` of a prefill, `cache_bytes` after it.
+
+    max_prefill_seconds: a length is skipped if its prefill, extrapolated quadratically from the one before, takes
+    longer.
     """
-    rows: dict[str, list[Result]] = {name: [] for name in models}
-    expected: dict[tuple[str, int], tuple[int, float]] = {}
+    results: dict[str, list[Result]] = {name: [] for name in models}
+    measured: dict[tuple[str, int], tuple[int, float]] = {}
     for batch in batches:
         for length in sorted(lengths):
-            fit = {}
+            fast = {}
             for name, model in models.items():
-                before, took = expected.get((name, batch), (length, 0.0))
-                if took * (length / before) ** 2 <= seconds:
-                    fit[name] = model
+                before, seconds = measured.get((name, batch), (length, 0.0))
+                if seconds * (length / before) ** 2 <= max_prefill_seconds:
+                    fast[name] = model
                 else:
-                    logger.info("%s: leaving out %d tokens x %d, a prefill takes too long", name, length, batch)
-            for name, found in _measured(fit, length, batch, repeats).items():
-                rows[name] += found
-                expected[name, batch] = length, found[0].value
-    return rows
+                    logger.info("%s: skipped %d tokens x %d, the prefill takes too long", name, length, batch)
+            for name, found in _measure(fast, length, batch, repeats).items():
+                results[name] += found
+                measured[name, batch] = length, found[0].value
+    return results
 
 
 @torch.no_grad()
-def _measured(models: Mapping[str, PreTrainedModel], length: int, batch: int, repeats: int) -> dict[str, list[Result]]:
-    spent: dict[str, list[float]] = {name: [] for name in models}
+def _measure(models: Mapping[str, PreTrainedModel], length: int, batch: int, repeats: int) -> dict[str, list[Result]]:
+    prefills: dict[str, list[float]] = {name: [] for name in models}
     steps: dict[str, list[float]] = {name: [] for name in models}
     sizes: dict[str, list[Result]] = {}
     generator = torch.Generator().manual_seed(length)
@@ -152,21 +154,21 @@ def _measured(models: Mapping[str, PreTrainedModel], length: int, batch: int, re
             read = functools.partial(prefill, model, ids)
             with eval_mode(model):
                 if repeat == 0:  # also the warm-up
-                    out, peak = with_peak(read, model.device)
-                    held = {"peak_bytes": peak, "cache_bytes": cache_bytes(out[CACHE_ARGUMENT])}
+                    out, peak = peak_memory(read, model.device)
+                    found = {"peak_bytes": peak, "cache_bytes": cache_bytes(out[CACHE_ARGUMENT])}
                     sizes[name] = [
                         Result(TASK, metric, float(size), n=1, length=length, batch=batch)
-                        for metric, size in held.items()
+                        for metric, size in found.items()
                         if size is not None
                     ]
                     decode(model, out, 2)
                 else:
-                    out, took = timed(read, model.device)
-                    spent[name].append(took)
-                    steps[name].append(statistics.median(decode(model, out, DECODED)))
+                    out, seconds = timed(read, model.device)
+                    prefills[name].append(seconds)
+                    steps[name].append(statistics.median(decode(model, out, DECODED_TOKENS)))
     return {
         name: [
-            _timing("prefill_seconds", spent[name], length, batch),
+            _timing("prefill_seconds", prefills[name], length, batch),
             _timing("seconds_per_token", steps[name], length, batch),
             *sizes[name],
         ]
@@ -175,7 +177,5 @@ def _measured(models: Mapping[str, PreTrainedModel], length: int, batch: int, re
 
 
 def _timing(metric: str, seconds: Sequence[float], length: int, batch: int) -> Result:
-    middle = statistics.median(seconds)
-    return Result(
-        "cost", metric, middle, low=min(seconds), high=max(seconds), n=len(seconds), length=length, batch=batch
-    )
+    median, n = statistics.median(seconds), len(seconds)
+    return Result(TASK, metric, median, low=min(seconds), high=max(seconds), n=n, length=length, batch=batch)

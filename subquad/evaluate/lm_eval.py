@@ -1,7 +1,7 @@
-"""Zero-shot benchmarks through `lm-eval` (extra `subquad[eval]`), the model passed in.
+"""Zero-shot benchmarks by `lm-eval` (extra `subquad[eval]`) on a loaded model.
 
-A task is a name of lm-eval's, whose data comes from a hub, or a file `NAME.jsonl` (also .gz) in a directory of data,
-in one of four simple formats (`FORMATS`), which becomes a task of lm-eval's by the same prompts and metrics.
+A task is either a task name of lm-eval, whose data comes from a hub, or a local file `NAME.jsonl` (also .gz) in one of
+four formats (`FORMATS`), from which an lm-eval task with the usual prompt and metrics is made.
 """
 
 import functools
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.evaluate.recovery import TaskScores
 from subquad.evaluate.results import Result
+from subquad.evaluate.task_scores import TaskScores
 from subquad.utils import UserError, cache_dir, eval_mode, nearest, write_text_atomic
 
 HUB_TASKS = (
@@ -33,7 +33,7 @@ HUB_TASKS = (
     "openbookqa",
     "boolq",
 )
-"""Those that are run where nothing else is said and no directory of data is given."""
+"""The default tasks."""
 
 CHOICE = {"output_type": "multiple_choice"}
 ACCURACY = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
@@ -71,37 +71,46 @@ FORMATS: dict[tuple[str, ...], dict[str, Any]] = {
         "metric_list": ACCURACY,
     },
 }
-"""What a line of a file of items holds, and how lm-eval is to ask it: questions with choices; one ending for several
-beginnings (WinoGrande's form); a last word (LAMBADA's); a good and a bad sentence (BLiMP's)."""
+"""The keys of an item, and the task definition for lm-eval: multiple choice; several contexts with one continuation
+(WinoGrande); last words (LAMBADA); minimal pairs (BLiMP)."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task by name; `file`: where its items are, if not with lm-eval; `keys`: which of `FORMATS` they have."""
+    """A task by name. file: its items; None for a task of lm-eval. keys: the items' format, a key of `FORMATS`."""
 
     name: str
     file: Path | None = None
     keys: tuple[str, ...] = ()
 
     @property
-    def words(self) -> bool:
-        """Whether its items ask for a last word."""
+    def is_last_word(self) -> bool:
+        """Whether it is a last-word task."""
         return self.keys == ("context", "continuation")
 
-    def as_lm_eval(self) -> str | dict[str, Any]:
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Name, and path, size and modification time of the file: what stored scores depend on."""
+        if self.file is None:
+            return (self.name,)
+        status = self.file.stat()
+        return self.name, str(self.file.resolve()), status.st_size, status.st_mtime_ns
+
+    def to_lm_eval(self) -> str | dict[str, Any]:
+        """The task's name, or its definition."""
         if self.file is None:
             return self.name
         return {
             "task": self.name,
             "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(self.plain_items())}},
+            "dataset_kwargs": {"data_files": {"test": str(self.cached_items())}},
             "test_split": "test",
             **FORMATS[self.keys],
         }
 
-    def plain_items(self) -> Path:
-        """A copy in the cache with nothing but the keys of its format: a key of several types (BLiMP has one)
-        cannot be loaded by lm-eval."""
+    def cached_items(self) -> Path:
+        """A copy of the items in the cache with the keys of the format only: lm-eval cannot load files with a key of
+        several types, as BLiMP has one."""
         lines = [json.dumps({key: item[key] for key in self.keys}) + "\n" for item in self.items()]
         text = "".join(lines)
         copy = cache_dir() / "items" / f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
@@ -111,39 +120,42 @@ class Task:
         return copy
 
     def items(self) -> list[dict[str, Any]]:
-        """The items of a file; UserError where one lacks a key of the format."""
+        """The items of the file. Raises UserError if one lacks a key of the format."""
         assert self.file is not None, self.name
         items = read_items(self.file)
         for number, item in enumerate(items, 1):
             missing = [key for key in self.keys if not isinstance(item, dict) or key not in item]
             if missing:
-                raise UserError(f"{self.file}: item {number} lacks {', '.join(missing)}")
+                raise UserError(f"{self.file}: item {number} has no {', '.join(missing)}")
         return items
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Rows of results, each item's `acc` (`[n]`, in the order of items), and the accuracy of guessing."""
+    """Results of a task, `acc` of each item (`[n]`, in the order of the items), and the expected accuracy of guessing.
 
-    rows: list[Result]
+    Stored as a dict: its keys must not change.
+    """
+
+    results: list[Result]
     scores: Tensor
     chance: float
 
     def as_dict(self) -> dict[str, Any]:
-        rows = [row.as_dict() for row in self.rows]
-        return {"rows": rows, "scores": self.scores.tolist(), "chance": self.chance}
+        results = [result.as_dict() for result in self.results]
+        return {"rows": results, "scores": self.scores.tolist(), "chance": self.chance}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TaskResult":
         scores = torch.tensor(values["scores"], dtype=torch.float64)
-        return cls([Result.from_dict(row) for row in values["rows"]], scores, values["chance"])
+        return cls([Result.from_dict(result) for result in values["rows"]], scores, values["chance"])
 
-    def beside(self, teacher: "TaskResult") -> TaskScores:
+    def paired_with(self, teacher: "TaskResult") -> TaskScores:
         return TaskScores(self.scores, teacher.scores, self.chance)
 
 
 def read_items(file: Path) -> list[dict[str, Any]]:
-    """UserError with file and line where one is not JSON."""
+    """The items of a JSON Lines file. Raises UserError with file and line if a line is not JSON."""
     opened: Any = gzip.open if file.suffix == ".gz" else open
     items = []
     number = 0
@@ -158,77 +170,77 @@ def read_items(file: Path) -> list[dict[str, Any]]:
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
     if not items:
-        raise UserError(f"{file}: has no items; expected a JSON object a line")
+        raise UserError(f"{file}: got no items, expected one JSON object per line")
     return items
 
 
 def local_tasks(data: Path) -> dict[str, Task]:
-    """The tasks that a directory of data holds, by name, told from their first items."""
+    """The tasks in a directory of `NAME.jsonl` files, by name. A file's first item tells its format."""
     if not data.is_dir():
-        raise UserError(f"data {str(data)!r} is not a directory; expected one with files NAME.jsonl or NAME.jsonl.gz")
+        raise UserError(f"data: {str(data)!r} is not a directory, expected one with files NAME.jsonl or NAME.jsonl.gz")
     found = {}
     for file in sorted([*data.glob("*.jsonl"), *data.glob("*.jsonl.gz")]):
         name = file.name.partition(".jsonl")[0]
         found[name] = Task(name, file, item_format(file))
     if not found:
-        raise UserError(f"data {str(data)!r} holds no NAME.jsonl or NAME.jsonl.gz")
+        raise UserError(f"data: {str(data)!r} holds no NAME.jsonl or NAME.jsonl.gz")
     return found
 
 
 def item_format(file: Path) -> tuple[str, ...]:
-    """Which of `FORMATS` the first item of a file has; UserError where it is none."""
+    """The format of a file's first item, a key of `FORMATS`. Raises UserError if it has none of them."""
     opened: Any = gzip.open if file.suffix == ".gz" else open
     try:
         with opened(file, "rt", encoding="utf-8") as lines:
             first = json.loads(lines.readline())
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{file}: its first line cannot be read as JSON: {error}") from error
+        raise UserError(f"{file}: the first line is not JSON: {error}") from error
     for keys in FORMATS:
         if isinstance(first, dict) and all(key in first for key in keys):
             return keys
     known = "; ".join(", ".join(keys) for keys in FORMATS)
-    raise UserError(f"{file}: items of an unknown format; expected the keys {known}")
+    raise UserError(f"{file}: got items of an unknown format, expected the keys {known}")
 
 
 def find_tasks(names: Sequence[str] | None, data: Path | None, include: Path | None = None) -> list[Task]:
-    """The tasks that are meant, or all of a directory of data (without one, `HUB_TASKS`).
+    """The named tasks; without names all tasks in the directory `data`, or `HUB_TASKS` without one.
 
-    include: a directory of task definitions of lm-eval's own kind (its `--include_path`).
+    include: a directory of task definitions for lm-eval (its `--include_path`).
 
     Raises:
-        UserError: a name that is neither a file of `data` nor a task of lm-eval; `lm-eval` is not installed.
+        UserError: a name that is neither a file in `data` nor a task of lm-eval; lm-eval is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("zero-shot tasks need lm-eval; pip install 'subquad[eval]'")
-    here = {} if data is None else local_tasks(data)
+    local = {} if data is None else local_tasks(data)
     if names is None:
-        return list(here.values()) if here else [Task(name) for name in HUB_TASKS]
-    elsewhere = [name for name in names if name not in here]
-    if elsewhere:
-        known = set(manager(include, True).all_tasks)
-        for name in elsewhere:
+        return list(local.values()) if local else [Task(name) for name in HUB_TASKS]
+    others = [name for name in names if name not in local]
+    if others:
+        known = set(task_manager(include, True).all_tasks)
+        for name in others:
             if name not in known:
-                raise UserError(f"unknown task {name!r}{nearest(name, [*here, *sorted(known)])[:200]}")
-    return [here.get(name, Task(name)) for name in names]
+                raise UserError(f"tasks: got {name!r}{nearest(name, [*local, *sorted(known)])[:200]}")
+    return [local.get(name, Task(name)) for name in names]
 
 
 @functools.lru_cache(maxsize=4)
-def manager(include: Path | None, defaults: bool) -> Any:
-    """lm-eval's tasks; finding its own (`defaults`) takes seconds."""
+def task_manager(include: Path | None, defaults: bool) -> Any:
+    """lm-eval's task manager. defaults: with the tasks that lm-eval ships, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=None if include is None else str(include), include_defaults=defaults)
 
 
-def spread(count: int, limit: int | None) -> list[int]:
-    """Which of `count` items to ask: all, or `limit` of them, evenly spread."""
+def evenly_spaced(count: int, limit: int | None) -> list[int]:
+    """Indices of all of `count` items, or of `limit` evenly spaced ones."""
     if limit is None or limit >= count:
         return list(range(count))
     return [i * count // limit for i in range(limit)]
 
 
 def context_limit(model: PreTrainedModel) -> int:
-    """Tokens that the teacher was made to read; a student is asked no longer texts than its teacher."""
+    """The context length of the model; for a student that of its teacher, so that both read the same prompts."""
     config = getattr(model.config, "base_config", model.config).get_text_config()
     return getattr(config, "max_position_embeddings", None) or 2048
 
@@ -242,21 +254,20 @@ def zero_shot(
     batch_size: int = 16,
     include: Path | None = None,
 ) -> TaskResult:
-    """One task's scores, as `lm_eval --model hf` gives them: every metric of the task with its standard error, and each
-    item's accuracy.
+    """A task's results, as `lm_eval --model hf` reports them: all metrics with standard errors, and `acc` of each item.
 
-    limit: at most so many items, evenly spread over a file, the first ones of a hub's data.
+    limit: maximum number of items: evenly spaced ones of a file, the first ones of hub data.
 
     Raises:
-        UserError: lm-eval cannot run the task (its data is on a hub that cannot be reached, say).
+        UserError: lm-eval cannot run the task (for example because a hub cannot be reached).
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    some: dict[str, Any] = {"limit": limit}
+    subset: dict[str, Any] = {"limit": limit}
     if task.file is not None:
-        some = {"samples": {task.name: spread(len(task.items()), limit)}}
+        subset = {"samples": {task.name: evenly_spaced(len(task.items()), limit)}}
     with eval_mode(model):
         lm = HFLM(
             pretrained=model,
@@ -268,39 +279,32 @@ def zero_shot(
         try:
             found: Any = lm_eval.simple_evaluate(
                 lm,
-                tasks=[task.as_lm_eval()],
-                task_manager=manager(include, task.file is None),
+                tasks=[task.to_lm_eval()],
+                task_manager=task_manager(include, task.file is None),
                 bootstrap_iters=1000,
-                **some,
+                **subset,
             )
         except Exception as error:
-            why = error.__cause__ or error  # `datasets` wraps what went wrong
-            lines = str(why).strip().splitlines() or [type(why).__name__]
+            cause = error.__cause__ or error  # `datasets` wraps the cause
+            lines = str(cause).strip().splitlines() or [type(cause).__name__]
             raise UserError(f"task {task.name!r}: lm-eval cannot run it: {lines[0]}") from error
-    rows = [row for name, values in found["results"].items() for row in _rows(name, values, found)]
+    results = [result for name, values in found["results"].items() for result in _task_results(name, values, found)]
     samples = found["samples"].get(task.name, [])
     scores = torch.tensor([float(sample["acc"]) for sample in samples if "acc" in sample], dtype=torch.float64)
     choices = [len(sample["arguments"]) for sample in samples]
-    guessed = [1 / n if n > 1 else 0.0 for n in choices]
-    return TaskResult(rows, scores, sum(guessed) / len(guessed) if guessed else 0.0)
+    chances = [1 / n if n > 1 else 0.0 for n in choices]
+    return TaskResult(results, scores, sum(chances) / len(chances) if chances else 0.0)
 
 
-def _rows(name: str, values: dict[str, Any], found: dict[str, Any]) -> list[Result]:
-    """lm-eval writes `"acc,none": 0.5, "acc_stderr,none": 0.01`."""
+def _task_results(name: str, values: dict[str, Any], found: dict[str, Any]) -> list[Result]:
+    """From lm-eval's form, `"acc,none": 0.5, "acc_stderr,none": 0.01`."""
     count = found.get("n-samples", {}).get(name, {}).get("effective")
-    rows = []
+    results = []
     for key, value in values.items():
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr") or isinstance(value, str):
             continue
         error = values.get(f"{metric}_stderr,{kind}")
-        rows.append(
-            Result(
-                name,
-                metric if kind == "none" else f"{metric},{kind}",
-                float(value),
-                stderr=error if isinstance(error, float) else None,
-                n=count,
-            )
-        )
-    return rows
+        stderr = error if isinstance(error, float) else None
+        results.append(Result(name, metric if kind == "none" else f"{metric},{kind}", float(value), stderr, n=count))
+    return results

@@ -1,7 +1,6 @@
-"""Perplexity against context: by position and by length of what was read, in one pass with the state carried.
+"""Perplexity by context length and by position, in one pass over long documents.
 
-A document is read in pieces, the cache handed from one to the next, so that 32,768 tokens cost a student hardly more
-memory than 8,192.
+A document is read in chunks with a cache between them: for a student, memory barely grows with its length.
 """
 
 import logging
@@ -24,93 +23,93 @@ from subquad.modeling.positions import find_max_learned_positions
 from subquad.utils import UserError, eval_mode
 
 logger = logging.getLogger(__name__)
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-PIECE = 512
-WORSE = 1.1
-"""The extrapolation point is where perplexity is so many times its best."""
+CHUNK_TOKENS = 512
+DEGRADED = 1.1
+"""Perplexity relative to its minimum at which `degradation_length` is reached."""
 
 
 def long_documents(data: Data, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int) -> Tensor:
-    """`[at most count, tokens]`: rows of held-out text that lie within one document; where there are none, rows across
-    documents, said aloud.
+    """Up to `count` rows of validation text within one document each, `[rows, tokens]`.
+
+    If no document is long enough, the rows span documents, and a warning is logged.
 
     Raises:
-        UserError: not even one row of text.
+        UserError: there is not one row of text.
     """
-    wanted = data.model_copy(update={"seq_len": tokens, "document_masking": True})
-    rows = token_rows(wanted, tokenizer, "validation", limit=16 * count * tokens)
-    whole: list[Tensor] = []
+    separated = data.model_copy(update={"seq_len": tokens, "document_masking": True})
+    rows = token_rows(separated, tokenizer, "validation", limit=16 * count * tokens)
+    within: list[Tensor] = []
     across: list[Tensor] = []
     for i in range(len(rows)):
         item = rows[i]
-        (whole if int(item["position_ids"][-1]) == tokens - 1 else across).append(item["input_ids"])
-        if len(whole) == count:
+        (within if int(item["position_ids"][-1]) == tokens - 1 else across).append(item["input_ids"])
+        if len(within) == count:
             break
-    if not whole:
+    if not within:
         logger.warning("no document of %s has %d tokens; reading across documents", data.source, tokens)
-    return torch.stack((whole or across)[:count])
+    return torch.stack((within or across)[:count])
 
 
 @torch.no_grad()
-def position_losses(model: PreTrainedModel, ids: Tensor, piece: int = PIECE, label: str = "") -> Tensor:
-    """Loss in nats of each next token of `ids: [N, T]`: `[N, T - 1]`, float32. One row at a time, piece after piece."""
+def position_losses(model: PreTrainedModel, ids: Tensor, chunk_tokens: int = CHUNK_TOKENS, label: str = "") -> Tensor:
+    """The loss in nats of each next token of `ids: [N, T]`: `[N, T - 1]`, float32. label: of the progress bar."""
     losses = torch.empty(len(ids), ids.shape[1] - 1)
     with (
         eval_mode(model),
         tqdm(total=ids.numel(), desc=label, unit="tok", unit_scale=True, leave=False, disable=None) as bar,
     ):
-        for row, into in zip(ids, losses, strict=True):
+        for row, row_losses in zip(ids, losses, strict=True):
             cache = None
-            for start in range(0, len(row), piece):
-                part = row[None, start : start + piece].to(model.device)
-                out = model(input_ids=part, use_cache=True, **{CACHE_ARGUMENT: cache})
+            for start in range(0, len(row), chunk_tokens):
+                chunk = row[None, start : start + chunk_tokens].to(model.device)
+                out = model(input_ids=chunk, use_cache=True, **{CACHE_ARGUMENT: cache})
                 cache = out[CACHE_ARGUMENT]
-                targets = row[start + 1 : start + piece + 1].to(model.device)
-                found = F.cross_entropy(out.logits[0, : len(targets)].float(), targets, reduction="none")
-                into[start : start + len(targets)] = found.cpu()
-                bar.update(part.shape[1])
+                targets = row[start + 1 : start + chunk_tokens + 1].to(model.device)
+                loss = F.cross_entropy(out.logits[0, : len(targets)].float(), targets, reduction="none")
+                row_losses[start : start + len(targets)] = loss.cpu()
+                bar.update(chunk.shape[1])
     return losses
 
 
-def readable(model: PreTrainedModel, lengths: Sequence[int]) -> list[int]:
-    """Those lengths that the model can read at all: learned positions end with their table."""
+def supported_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> list[int]:
+    """The lengths that the model's position table, if it has one, covers."""
     is_student = isinstance(model, SubquadForCausalLM)
     table = model.config.max_learned_positions if is_student else find_max_learned_positions(model)
     return [length for length in lengths if table is None or length <= table]
 
 
 def context_results(task: str, losses: Tensor, lengths: Sequence[int]) -> list[Result]:
-    """Of `losses: [N, T - 1]` from the start of documents on:
+    """Results by length L from `losses: [N, T - 1]` of documents from their start.
 
-    - `perplexity` at each length L: of the first L tokens;
-    - `perplexity_by_position` at each L: of the tokens from L/2 (the length before L; the first from 0) up to L;
-    - `extrapolation_point`: the first length whose tokens are 10% more perplexing than those of the best length before
-      it; infinite lengths are not written: where perplexity never rises so far, the row is missing.
+    - `perplexity`: of the first L tokens.
+    - `perplexity_by_position`: of the tokens between the next smaller length (0 for the first) and L.
+    - `degradation_length`: the first L whose `perplexity_by_position` is more than 10% above the lowest before it.
+      There is no such result if perplexity never rises so far.
     """
-    rows, by_position = [], []
+    whole, by_position = [], []
     before = 0
     for length in sorted(lengths):
         if length > losses.shape[1] + 1:
             break
-        rows.append(_perplexity(task, "perplexity", losses[:, : length - 1], length))
+        whole.append(_perplexity(task, "perplexity", losses[:, : length - 1], length))
         by_position.append(_perplexity(task, "perplexity_by_position", losses[:, before : length - 1], length))
         before = length - 1
-    best = math.inf
-    point = None
-    for row in by_position:
-        if point is None and row.value > WORSE * best:
-            point = row.length
-        best = min(best, row.value)
-    ends = [] if point is None else [Result(task, "extrapolation_point", float(point), n=len(losses))]
-    return [*rows, *by_position, *ends]
+    lowest = math.inf
+    degraded = None
+    for result in by_position:
+        if degraded is None and result.value > DEGRADED * lowest:
+            degraded = result.length
+        lowest = min(lowest, result.value)
+    ends = [] if degraded is None else [Result(task, "degradation_length", float(degraded), n=len(losses))]
+    return [*whole, *by_position, *ends]
 
 
 def _perplexity(task: str, metric: str, losses: Tensor, length: int) -> Result:
-    """The interval is over pieces of text: positions of all documents, in pieces of up to 256 tokens."""
+    """The units of the bootstrap are pieces of up to 256 tokens."""
     pieces = [piece for row in losses for piece in row.double().split(256)]
     sums = torch.stack([torch.stack([piece.sum(), torch.tensor(float(len(piece))).double()]) for piece in pieces])
     found = estimate(sums, lambda s: (s[..., 0] / s[..., 1]).exp(), losses.numel())
-    return found.row(task, metric, length=length)
+    return found.result(task, metric, length=length)
 
 
 def check_lengths(lengths: Sequence[int]) -> None:

@@ -1,12 +1,15 @@
-"""Results as rows in long form, one measured number each, and what they are written into. Knows nothing of models.
+"""Results in long form: one measured number per record. Imports no torch.
 
-`results.json` is one object: a head (versions, git commit, device, recipe) and `rows`. A row is a flat mapping with the
-fields of `Row`; None is left out. pandas reads it with `pandas.DataFrame(json.load(file)["rows"])`.
+`results.json` is an object with a header (versions, git commit, device, recipe) and `results`, a list of flat objects
+with the fields of `Result`, without those that are None: `pandas.DataFrame(json.load(file)["results"])`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+ALL_TASKS = "all tasks"
+"""The `task` of results over several tasks."""
 
 
 @dataclass(frozen=True)
@@ -14,37 +17,36 @@ class Result:
     """One measured number."""
 
     task: str
-    """What was measured on: a corpus, a benchmark's task, a diagnostic."""
+    """What was measured on: a text, a benchmark, a group of diagnostics."""
     metric: str
-    """What was measured, in the field's names: `perplexity`, `acc`, `kl`, `overlap` ..."""
+    """`perplexity`, `acc`, `kl` ...; docs/evaluation.md and docs/analysis.md define all of them."""
     value: float
     stderr: float | None = None
     """Standard error of `value`."""
     low: float | None = None
-    """Ends of a 95% interval, where it is not `value` -+ 1.96 `stderr`."""
+    """Lower end of the 95% interval, if it is not `value` - 1.96 `stderr`."""
     high: float | None = None
     n: int | None = None
-    """Items (tokens, questions, repeats) behind it."""
+    """Number of items (tokens, questions, repeats)."""
     length: int | None = None
-    """Tokens of context."""
+    """Context length in tokens."""
     batch: int | None = None
-    """Rows at a time, where that matters."""
+    """Batch size."""
     depth: float | None = None
-    """Where in the context, 0 (its start) to 1."""
+    """Position in the context, from 0 (its start) to 1."""
     layer: int | None = None
     head: int | None = None
     model: str = ""
-    """Whose number it is."""
     teacher: str | None = None
-    """What it was compared with."""
+    """The model that it was compared with."""
 
     @property
-    def subject(self) -> tuple[Any, ...]:
-        """What was measured of whom and where: rows that have it in common are one measurement, taken twice."""
+    def key(self) -> tuple[Any, ...]:
+        """Everything that identifies the measurement; results with equal keys repeat each other."""
         return self.model, self.task, self.metric, self.length, self.batch, self.depth, self.layer, self.head
 
     def as_dict(self) -> dict[str, Any]:
-        """Without what is None."""
+        """The fields that are not None."""
         first = {"model": self.model, "teacher": self.teacher}
         return {name: value for name, value in {**first, **asdict(self)}.items() if value is not None}
 
@@ -54,19 +56,19 @@ class Result:
         return cls(**{name: value for name, value in values.items() if name in known})
 
 
-def of(model: str, teacher: str | None, rows: Iterable[Result]) -> list[Result]:
-    """Rows with the name of their model, and of what it was compared with, written in."""
-    return [replace(row, model=model, teacher=teacher) for row in rows]
+def label_results(model: str, teacher: str | None, results: Iterable[Result]) -> list[Result]:
+    """The results with the fields `model` and `teacher` set."""
+    return [replace(result, model=model, teacher=teacher) for result in results]
 
 
-def select(rows: Iterable[Result], **wanted: Any) -> list[Result]:
-    """Those rows whose fields are as wanted: `select(rows, task="lambada", metric="acc")`."""
-    return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
+def select(results: Iterable[Result], **fields: Any) -> list[Result]:
+    """The results with these field values: `select(results, task="lambada", metric="acc")`."""
+    return [result for result in results if all(getattr(result, name) == value for name, value in fields.items())]
 
 
-def one(rows: Sequence[Result], **wanted: Any) -> Result:
-    """The one row with those fields; LookupError where there is none, or are several."""
-    found = select(rows, **wanted)
+def select_one(results: Iterable[Result], **fields: Any) -> Result:
+    """The only result with these field values. Raises LookupError if there is none, or more than one."""
+    found = select(results, **fields)
     if len(found) != 1:
-        raise LookupError(f"{len(found)} rows with {wanted}; expected one")
+        raise LookupError(f"{len(found)} results with {fields}, expected one")
     return found[0]

@@ -1,10 +1,10 @@
-"""An evaluation: models side by side, part after part; finished parts are kept, so that an interrupted one goes on.
+"""Runs an evaluation job by job. Finished jobs are stored, so that an interrupted evaluation continues.
 
-    rows = evaluate([Subject("gla", student, tokenizer)], Subject("nano", teacher, tokenizer), QUICK, "DIR")
+    results, failed = evaluate([EvalModel("gla", student, tokenizer)], EvalModel("nano", teacher, tokenizer), QUICK)
 
-DIR holds `parts/`, a file for each finished part, named after everything on which it depends, and `results.json` (a
-head, and rows in long form of what is finished), written at the end and when interrupted; with diagnostics beside a
-teacher also `matrices/`, a file a student (`chosen.unpack`).
+An output directory holds `parts/` (one file per finished job, named by a hash of everything that its outcome depends
+on) and `results.json` (a header and the results of all finished jobs), written at the end and on interruption. With
+diagnostics and a teacher it also holds `matrices/` (one file per student, read by `mixing_matrices.unpack_pairs`).
 """
 
 import json
@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from subquad.analysis.figure_files import draw
-from subquad.evaluate.jobs import MATRICES, EvalJob, EvalModel, Evaluation
+from subquad.evaluate.jobs import EvalJob, EvalModel, Evaluation
 from subquad.evaluate.results import Result
-from subquad.evaluate.suites import Settings
+from subquad.evaluate.suites import SUITES, Settings, load_suite
 from subquad.modeling.teachers import check_reference, load_teacher, resolve_reference
 from subquad.utils import UserError, run_info, write_json_atomic
 
@@ -25,107 +24,114 @@ logger = logging.getLogger(__name__)
 
 
 def load_eval_model(reference: str, name: str | None = None) -> EvalModel:
-    """A model to be measured, by whatever names a teacher: nano, smollm2-135m, a directory (a student), a .gguf file, a
-    hub id. Its name is that of its directory or file, unless given.
+    """Loads a model to evaluate.
+
+    Args:
+        reference: any reference of a teacher (nano, smollm2-135m, a directory, a .gguf file, a hub id), or a student's
+            directory.
+        name: default: the name of the directory or file, else `reference`.
 
     Raises:
-        UserError: nothing by that name.
+        UserError: there is no such model.
     """
     check_reference(reference)
     path = resolve_reference(reference)
     model, tokenizer = load_teacher(reference)
     files = [] if path is None else [path] if path.is_file() else sorted(path.iterdir())
-    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if _decides(file)]
-    own = Path(reference).expanduser()
-    found = name or (own.resolve().name if own.exists() else reference)
-    return EvalModel(found, model, tokenizer, (reference, *seen))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if _defines_model(file)]
+    given = Path(reference).expanduser()
+    return EvalModel(
+        name or (given.resolve().name if given.exists() else reference), model, tokenizer, (reference, *stats)
+    )
 
 
-def _decides(file: Path) -> bool:
+def _defines_model(file: Path) -> bool:
     return file.suffix in (".safetensors", ".gguf") or file.name in ("config.json", "tokenizer.json")
 
 
 @dataclass
 class ResultCache:
-    """Outcomes of parts, kept in a directory (None: only in memory)."""
+    """Outcomes of jobs by name, stored in a directory (None: in memory only)."""
 
     directory: Path | None
-    done: dict[str, Any] = field(default_factory=dict)
+    outcomes: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def load(self, part: EvalJob) -> bool:
-        """Takes an outcome from the directory; False where there is none that can be read."""
+    def load(self, job: EvalJob) -> bool:
+        """Reads a job's outcome from the directory. Returns False if there is none."""
         if self.directory is None:
             return False
         try:
-            self.done[part.name] = json.loads((self.directory / f"{part.key}.json").read_text())["outcome"]
+            self.outcomes[job.name] = json.loads((self.directory / f"{job.key}.json").read_text())["outcome"]
         except (OSError, ValueError, KeyError):
             return False
         return True
 
-    def run(self, part: EvalJob) -> None:
-        """Computes and keeps an outcome; of a UserError only the message."""
+    def run(self, job: EvalJob) -> None:
+        """Computes and stores a job's outcome. Of a UserError the message is kept in `failed`."""
         try:
-            self.done[part.name] = part.compute()
+            outcome = self.outcomes[job.name] = job.compute()
         except UserError as error:
-            self.failed[part.name] = str(error)
+            self.failed[job.name] = str(error)
             return
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(self.directory / f"{part.key}.json", {"part": part.name, "outcome": self.done[part.name]})
+            write_json_atomic(self.directory / f"{job.key}.json", {"part": job.name, "outcome": outcome})
 
 
 def evaluate(
-    subjects: Sequence[EvalModel],
+    models: Sequence[EvalModel],
     teacher: EvalModel | None,
     settings: Settings,
     output: str | Path | None = None,
     recipe: Any = None,
     figures: bool = False,
 ) -> tuple[list[Result], dict[str, str]]:
-    """Measures models beside their teacher; returns all rows, and of parts that failed why, by name.
+    """Evaluates models, compared with their teacher if there is one.
 
-    output: a directory; parts that it holds already are not computed again. None: nothing is written.
-    recipe: written into the head of `results.json`.
-    figures: draw pictures, SVG and PNG, into `figures/` of that directory.
+    Args:
+        output: a directory; jobs whose outcome it holds are not computed again. None: nothing is written.
+        recipe: written into the header of `results.json`.
+        figures: draw the figures of every suite that has some into `output`/figures, as SVG and PNG.
+
+    Returns:
+        All results, and the error messages of failed jobs by job name.
 
     Raises:
-        UserError: models that cannot be compared; before anything is measured.
+        UserError: models that cannot be compared; raised before anything is measured.
     """
-    whole = Evaluation(subjects, teacher, settings)
-    place = None if output is None else Path(output)
-    finished = ResultCache(None if place is None else place / "parts")
-    plan = whole.plan()
-    todo = [part for part in plan if not finished.load(part)]
-    if len(todo) < len(plan):
-        logger.info("%d of %d parts are finished already", len(plan) - len(todo), len(plan))
+    evaluation = Evaluation(models, teacher, settings)
+    directory = None if output is None else Path(output)
+    cache = ResultCache(None if directory is None else directory / "parts")
+    jobs = evaluation.jobs()
+    todo = [job for job in jobs if not cache.load(job)]
+    if len(todo) < len(jobs):
+        logger.info("%d of %d parts are finished already", len(jobs) - len(todo), len(jobs))
     try:
-        for number, part in enumerate(todo, 1):
-            logger.info("[%d/%d] %s", number, len(todo), part.name)
-            finished.run(part)
-            if part.name in finished.failed:
-                logger.warning("%s failed: %s", part.name, finished.failed[part.name])
-    finally:  # not after each part: every row with an interval is drawn anew
-        rows = whole.rows(finished.done)
-        if place is not None:
-            _write(place, rows, finished, recipe, len(plan))
-            for subject in whole.students:
-                kept = finished.done.get(f"{MATRICES}: {subject.name}")
-                if kept is not None:
-                    (place / MATRICES).mkdir(exist_ok=True)
-                    write_json_atomic(place / MATRICES / f"{subject.name.replace('/', '-')}.json", {"heads": kept})
-    if place is not None and figures:
-        models = [(subject.name, subject.model) for subject in whole.students]
-        beside = None if teacher is None else teacher.model
-        draw(models, beside, whole.texts(subjects[0]), rows, place / "figures")
-    return rows, finished.failed
+        for number, job in enumerate(todo, 1):
+            logger.info("[%d/%d] %s", number, len(todo), job.name)
+            cache.run(job)
+            if job.name in cache.failed:
+                logger.warning("%s failed: %s", job.name, cache.failed[job.name])
+    finally:  # once, not after each job: every interval is a bootstrap
+        results = evaluation.results(cache.outcomes)
+        if directory is not None:
+            _write_results(directory, results, cache, recipe, len(jobs))
+            for suite in evaluation.suites:
+                if suite.save is not None:
+                    suite.save(evaluation, cache.outcomes, directory)
+    if directory is not None and figures:
+        (directory / "figures").mkdir(exist_ok=True)
+        for draw in [suite.draw for suite in map(load_suite, SUITES) if suite.draw is not None]:
+            draw(evaluation, results, directory / "figures")
+    return results, cache.failed
 
 
-def _write(place: Path, rows: Sequence[Result], finished: ResultCache, recipe: Any, planned: int) -> None:
-    place.mkdir(parents=True, exist_ok=True)
-    head = {
+def _write_results(directory: Path, results: Sequence[Result], cache: ResultCache, recipe: Any, planned: int) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    header = {
         **run_info(),
         "recipe": recipe,
-        "parts": {"planned": planned, "finished": len(finished.done), "failed": finished.failed},
+        "parts": {"planned": planned, "finished": len(cache.outcomes), "failed": cache.failed},
     }
-    write_json_atomic(place / "results.json", {**head, "rows": [row.as_dict() for row in rows]})
+    write_json_atomic(directory / "results.json", {**header, "results": [result.as_dict() for result in results]})

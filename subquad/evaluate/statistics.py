@@ -1,7 +1,4 @@
-"""Intervals by bootstrap. Plain numbers in and out.
-
-All draws come from a seed, so that the same numbers give the same interval.
-"""
+"""Bootstrap estimates with standard errors and 95% intervals. Seeded: equal numbers give equal intervals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +10,13 @@ from torch import Tensor
 from subquad.evaluate.results import Result
 
 DRAWS = 1000
-AT_A_TIME = 2**22
+CHUNK_UNITS = 2**22
 """Drawn units in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its standard error and the ends of its 95% interval."""
+    """A value, its standard error and the ends of its 95% interval."""
 
     value: float
     stderr: float
@@ -27,22 +24,21 @@ class Estimate:
     high: float
     n: int
 
-    def row(self, task: str, metric: str, **where: Any) -> Result:
-        """As a row of results; where: its `length`, `depth`, `layer` ..."""
-        return Result(task, metric, self.value, self.stderr, self.low, self.high, self.n, **where)
+    def result(self, task: str, metric: str, **fields: Any) -> Result:
+        return Result(task, metric, self.value, self.stderr, self.low, self.high, self.n, **fields)
 
 
 def resampled_sums(values: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:
-    """Sums of `values: [n, k]` over `draws` samples of n units drawn with replacement: `[draws, k]`, float64.
+    """Column sums of `values: [n, k]` over `draws` samples of n rows with replacement: `[draws, k]`, float64.
 
-    Columns are drawn together: what belongs to one unit stays together (paired bootstrap).
+    A row is drawn as a whole, so that the columns stay paired.
     """
     n = len(values)
     generator = torch.Generator().manual_seed(seed)
     sums = []
-    for some in torch.arange(draws).split(max(1, AT_A_TIME // n)):
-        drawn = torch.randint(n, (len(some), n), generator=generator)
-        weights = torch.zeros(len(some), n, dtype=torch.float64)
+    for chunk in torch.arange(draws).split(max(1, CHUNK_UNITS // n)):
+        drawn = torch.randint(n, (len(chunk), n), generator=generator)
+        weights = torch.zeros(len(chunk), n, dtype=torch.float64)
         weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
         sums.append(weights @ values.double())
     return torch.cat(sums)
@@ -51,12 +47,15 @@ def resampled_sums(values: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:
 def estimate(
     values: Tensor, statistic: Callable[[Tensor], Tensor], n: int | None = None, draws: int = DRAWS, seed: int = 0
 ) -> Estimate:
-    """A statistic of column sums, and its interval over resampled units.
+    """A statistic of column sums, with a percentile bootstrap interval.
 
     Args:
-        values: `[units, k]`; a unit is what is independent of the others (a row of text, a question).
-        statistic: of sums `[..., k]`, such as `lambda s: s[..., 0] / s[..., 1]`.
-        n: what the row of results counts (tokens, say), if not units.
+        values: `[units, k]`; units are independent of each other (rows of text, questions).
+        statistic: maps sums `[..., k]` to values `[...]`, such as `lambda s: s[..., 0] / s[..., 1]`.
+        n: the result's item count (tokens, for example); default: the number of units.
+
+    Raises:
+        ValueError: no units.
     """
     if not len(values):
         raise ValueError("values is empty; expected at least one unit")
@@ -70,6 +69,6 @@ def estimate(
 
 
 def mean(values: Tensor, n: int | None = None) -> Estimate:
-    """Of units `[n]`."""
+    """The mean of `values: [units]`."""
     pairs = torch.stack([values.double(), torch.ones(len(values), dtype=torch.float64)], dim=1)
     return estimate(pairs, lambda s: s[..., 0] / s[..., 1], n)

@@ -1,95 +1,134 @@
-"""What an evaluation consists of, and how much of it a suite asks for."""
+"""The suites of an evaluation by name, and how much each of them measures (`Settings`).
 
-from collections.abc import Sequence
+Knows suites by their dotted paths only: `load_suite` imports one when it is used.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from subquad.config import Data
-from subquad.evaluate.lm_eval import Task
-from subquad.evaluate.long_context import LENGTHS
+from subquad.evaluate.results import Result
 from subquad.utils import UserError, nearest
 
-PARTS = ("language", "zero-shot", "generation", "long", "efficiency")
-EXPLAINING = ("recall", "diagnostics")
-SUITES = ("quick", "full", *PARTS, *EXPLAINING)
+if TYPE_CHECKING:
+    from subquad.evaluate.jobs import EvalJob, EvalModel, Evaluation
+    from subquad.evaluate.lm_eval import Task
+
+SUITES = {
+    "language": "subquad.evaluate.standard_suites.LANGUAGE",
+    "zero-shot": "subquad.evaluate.standard_suites.ZERO_SHOT",
+    "generation": "subquad.evaluate.standard_suites.GENERATION",
+    "long": "subquad.evaluate.standard_suites.LONG",
+    "efficiency": "subquad.evaluate.standard_suites.EFFICIENCY",
+    "recall": "subquad.analysis.suites.RECALL",
+    "diagnostics": "subquad.analysis.suites.DIAGNOSTICS",
+}
+"""Name to dotted path of a `Suite`, in the order in which they run. To add a suite, add an entry."""
+
+STANDARD_SUITES = ("language", "zero-shot", "generation", "long", "efficiency")
+"""The suites of the presets `quick` and `full`."""
+
+CONTEXT_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A group of measurements."""
+
+    jobs: Callable[["Evaluation"], list["EvalJob"]]
+    results: Callable[["Evaluation", "EvalModel", Mapping[str, Any]], list[Result]]
+    """The results of one model from the outcomes of finished jobs, by job name; none for jobs that are not finished."""
+    save: Callable[["Evaluation", Mapping[str, Any], Path], None] | None = None
+    """Writes more files into the output directory, from the outcomes."""
+    draw: Callable[["Evaluation", Sequence[Result], Path], None] | None = None
+    """Draws figures into a directory."""
+
+
+def load_suite(name: str) -> Suite:
+    module, _, attribute = SUITES[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Amounts of a full evaluation; what a caller leaves out stays as it is here."""
+    """What to measure and how much of it. The defaults are those of a full evaluation."""
 
-    parts: tuple[str, ...] = PARTS
+    suites: tuple[str, ...] = STANDARD_SUITES
     text: Data = field(default_factory=lambda: Data(source="python-stdlib"))
-    """Its held-out text is read, in rows of `data.seq_len` tokens."""
+    """The validation text, read in rows of `text.seq_len` tokens."""
     tokens: int = 131_072
-    """Held-out tokens for perplexity and divergence."""
-    tasks: tuple[Task, ...] = ()
+    """Validation tokens for perplexity and KL."""
+    tasks: tuple["Task", ...] = ()
     include: Path | None = None
-    """Task definitions of lm-eval's own kind."""
+    """Directory of task definitions for lm-eval (its `--include_path`)."""
     limit: int | None = None
-    """Items of a task."""
+    """Maximum number of items per task."""
     batch_size: int = 16
     prompts: int = 64
-    """Rows of held-out text that are continued."""
+    """Number of validation rows whose beginning is continued."""
     prompt_tokens: int = 64
-    """Tokens of each."""
-    generated: int = 256
-    """Tokens written behind each."""
+    generated_tokens: int = 256
+    """Tokens generated per prompt."""
     lastword_items: int = 500
     """Items of a last-word task that are answered by generation."""
-    lengths: tuple[int, ...] = LENGTHS
-    """Tokens of context for perplexity."""
+    lengths: tuple[int, ...] = CONTEXT_LENGTHS
+    """Context lengths for perplexity."""
     documents: int = 4
-    """Documents of the longest length."""
-    cost_lengths: tuple[int, ...] = LENGTHS
-    """Tokens of a prefill that is timed."""
+    """Number of documents, each of the longest length."""
+    cost_lengths: tuple[int, ...] = CONTEXT_LENGTHS
+    """Prompt lengths for prefill and decoding time."""
     batches: tuple[int, ...] = (1, 8)
     repeats: int = 3
-    seconds: float = 60.0
-    """About the longest prefill that is timed."""
+    max_prefill_seconds: float = 60.0
+    """Lengths with a longer expected prefill are skipped."""
     baselines: bool = False
-    """Measure the teacher in int8 and with a sliding window as well."""
-    window: int = 512
+    """Also measure the teacher in int8 and with a sliding window."""
+    baseline_window: int = 512
     """Tokens of that window."""
     recall_lengths: tuple[int, ...] = (128, 256, 512)
-    """Tokens of context in which something is to be found."""
+    """Context lengths of the recall tasks."""
     recall_items: int = 8
-    """Questions for each of these lengths and each depth."""
+    """Questions per length and depth."""
     diag_rows: int = 4
-    """Rows of held-out text through which a model's inside is looked at."""
+    """Number of validation rows for diagnostics."""
     diag_tokens: int = 256
-    """Tokens of each."""
+    """Tokens of each of these rows."""
 
 
 QUICK = Settings(
     tokens=8192,
     limit=100,
     prompts=8,
-    generated=64,
+    generated_tokens=64,
     lastword_items=50,
-    lengths=LENGTHS[:4],
+    lengths=CONTEXT_LENGTHS[:4],
     documents=2,
     cost_lengths=(512, 2048),
     batches=(1,),
     repeats=2,
-    seconds=5.0,
+    max_prefill_seconds=5.0,
 )
 
 
-def settings_of(suites: Sequence[str]) -> Settings:
-    """What suites ask for: `quick` is a little of `PARTS`, `full` all of them and cheaper teachers, a part's name all
-    of that part. `recall` and `diagnostics` explain rather than measure, and have to be asked for.
+def settings_for(names: Sequence[str]) -> Settings:
+    """The settings for names of suites and presets.
+
+    `quick` is a small version of `STANDARD_SUITES`; `full` is all of them, with baselines. `recall` and `diagnostics`
+    are in neither preset.
 
     Raises:
-        UserError: an unknown name, or `quick` beside others.
+        UserError: an unknown name; `quick` together with others; no name.
     """
-    for name in suites:
-        if name not in SUITES:
-            raise UserError(f"unknown suite {name!r}{nearest(name, SUITES)}")
-    if not suites or ("quick" in suites and len(suites) > 1):
-        raise UserError(f"suites: got {', '.join(suites) or 'none'}; expected quick alone, or some of full and parts")
-    if suites[0] == "quick":
+    known = ("quick", "full", *SUITES)
+    for name in names:
+        if name not in known:
+            raise UserError(f"suite: got {name!r}{nearest(name, known)}")
+    if not names or ("quick" in names and len(names) > 1):
+        raise UserError(f"suite: got {', '.join(names) or 'none'}, expected quick alone, or any of full and the suites")
+    if names[0] == "quick":
         return QUICK
-    wanted = {*suites, *(PARTS if "full" in suites else ())}
-    parts = tuple(part for part in (*PARTS, *EXPLAINING) if part in wanted)
-    return replace(Settings(), parts=parts, baselines="full" in suites)
+    wanted = {*names, *(STANDARD_SUITES if "full" in names else ())}
+    return replace(Settings(), suites=tuple(name for name in SUITES if name in wanted), baselines="full" in names)

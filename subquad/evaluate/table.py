@@ -1,71 +1,76 @@
-"""Rows of results as tables to read: models down, what was measured across."""
+"""Results as text tables: one table per task, a line per model, a column per metric."""
 
 from collections.abc import Callable, Sequence
 
-from subquad.evaluate.results import Result
+from subquad.evaluate.results import ALL_TASKS, Result
 
-WIDE = 7
-"""Columns side by side; more go below."""
+MAX_COLUMNS = 7
+"""Columns side by side; further ones are printed below."""
 
 BYTES = ("peak_bytes", "cache_bytes")
 SECONDS = ("prefill_seconds", "seconds_per_token")
-SHARES = ("acc", "acc_norm", "acc_generated", "chance", "recovered", "agreement", "same", "degenerate", "repetition")
-HIDDEN = ("loss", "teacher_above_chance", "difference", "recovered_share_above_chance")
+SHARES = ("acc", "chance", "recovered_share", "same_continuation", "degenerate_rate", "repetition")
+"""Beginnings of metrics that are printed in percent."""
+HIDDEN = ("loss", "teacher_above_chance", "difference")
 
 
-def tables(rows: Sequence[Result]) -> str:
-    """A table for each task: `perplexity 23.1 ±0.4` stands for a value and its standard error. What belongs to one
-    layer, head or depth is in the rows only."""
-    texts = []
-    whole = [row for row in rows if row.layer is None and row.depth is None and not row.metric.startswith("mass_")]
-    for task in dict.fromkeys(row.task for row in whole):
-        own = [row for row in whole if row.task == task and row.metric not in HIDDEN]
-        if own:
-            texts.append(f"{task}\n{one_table(own)}")
-    return "\n\n".join(texts)
+def in_tables(result: Result) -> bool:
+    """Whether a result is shown in tables: it is of the whole model, and not a secondary number."""
+    per_task_ratio = result.metric == "accuracy_ratio_above_chance" and result.task != ALL_TASKS
+    return result.layer is None and result.depth is None and result.metric not in HIDDEN and not per_task_ratio
 
 
-def one_table(rows: Sequence[Result]) -> str:
-    """Rows of one task: a line a model, a column a metric, length and batch."""
-    models = list(dict.fromkeys(row.model for row in rows))
-    columns = list(dict.fromkeys((row.metric, row.length, row.batch) for row in rows))
-    cells = [["", *[_title(*column) for column in columns]]]
+def format_tables(results: Sequence[Result]) -> str:
+    """A table for each task. A cell is a value and its standard error, `23.1 ±0.4`."""
+    shown = [result for result in results if in_tables(result) and not result.metric.startswith("mass_")]
+    tasks = dict.fromkeys(result.task for result in shown)
+    return "\n\n".join(f"{task}\n{task_table([r for r in shown if r.task == task])}" for task in tasks)
+
+
+def task_table(results: Sequence[Result]) -> str:
+    """The results of one task: a line per model, a column per metric, length and batch size."""
+    models = list(dict.fromkeys(result.model for result in results))
+    columns = list(dict.fromkeys((result.metric, result.length, result.batch) for result in results))
+    lines = [["", *[column_title(*column) for column in columns]]]
     for model in models:
-        own = {(row.metric, row.length, row.batch): row for row in rows if row.model == model}
-        cells.append([model, *[_shown(own[column]) if column in own else "" for column in columns]])
+        cells = {(result.metric, result.length, result.batch): result for result in results if result.model == model}
+        lines.append([model, *[format_result(cells[column]) if column in cells else "" for column in columns]])
     return "\n\n".join(
-        _aligned([[line[0], *line[i : i + WIDE]] for line in cells]) for i in range(1, len(cells[0]), WIDE)
+        _align([[line[0], *line[i : i + MAX_COLUMNS]] for line in lines]) for i in range(1, len(lines[0]), MAX_COLUMNS)
     )
 
 
-def _title(metric: str, length: int | None, batch: int | None) -> str:
-    where = [] if length is None else [f"{length:,}"]
+def column_title(metric: str, length: int | None, batch: int | None) -> str:
+    """`cache bytes 1,024 x8`"""
+    parts = [] if length is None else [f"{length:,}"]
     if batch is not None and batch > 1:
-        where.append(f"x{batch}")
-    return " ".join([metric.replace("_", " "), *where])
+        parts.append(f"x{batch}")
+    return " ".join([metric.replace("_", " "), *parts])
 
 
-def _shown(row: Result) -> str:
-    if row.value != row.value:
+def format_result(result: Result) -> str:
+    """`23.1 ±0.4`; empty for NaN."""
+    if result.value != result.value:
         return ""
-    show = _format(row.metric)
-    error = "" if row.stderr is None or row.stderr != row.stderr else f" ±{show(row.stderr)}"
-    return show(row.value) + error
+    show = value_formatter(result.metric)
+    error = "" if result.stderr is None or result.stderr != result.stderr else f" ±{show(result.stderr)}"
+    return show(result.value) + error
 
 
-def _format(metric: str) -> Callable[[float], str]:
+def value_formatter(metric: str) -> Callable[[float], str]:
+    """How values of a metric are printed: bytes, seconds, percent, or a number."""
     if metric in BYTES:
         return lambda x: f"{x / 2**20:,.1f} MiB"
     if metric in SECONDS:
         return lambda x: f"{1e3 * x:,.1f} ms" if x < 1 else f"{x:,.2f} s"
     if metric.startswith(SHARES) or metric.endswith("agreement") or "@" in metric:
         return lambda x: f"{x:.1%}"
-    if metric == "extrapolation_point":
+    if metric == "degradation_length":
         return lambda x: f"{x:,.0f}"
     return lambda x: f"{x:.2f}" if 1 <= x < 1e5 else f"{x:.3g}"
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
+def _align(cells: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

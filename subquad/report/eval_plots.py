@@ -37,7 +37,7 @@ LONG_CONTEXT = {
     "perplexity_by_position": ("Perplexity by position in a document", "perplexity at the position"),
 }
 DIAGNOSTICS = {
-    "overlap": "top-k mass overlap with the attention",
+    "topk_mass_overlap": "top-k mass overlap with the attention",
     "cka": "CKA with the teacher",
     "diversity": "diversity of heads",
     "memory_length": "memory length, tokens",

@@ -13,8 +13,8 @@ from pathlib import Path
 import jinja2
 import matplotlib
 
+from subquad.analysis.mixing_matrices import MatrixPairs
 from subquad.analysis.plots import matrices_figure
-from subquad.analysis.saved_matrices import Beside
 from subquad.evaluate.results import Result
 from subquad.report.diagram import student_figure
 from subquad.report.eval_plots import (
@@ -117,7 +117,9 @@ class Report:
     results: of evaluations. matrices: saved mixing matrices by run name.
     """
 
-    def __init__(self, runs: Sequence[Run], results: Sequence[Result], matrices: Mapping[str, Beside], output: Path):
+    def __init__(
+        self, runs: Sequence[Run], results: Sequence[Result], matrices: Mapping[str, MatrixPairs], output: Path
+    ):
         self.runs, self.results, self.matrices, self.output = runs, results, matrices, output
         self.groups = group_by_seed(runs)
         best_groups = self._best_of_each_mixer()

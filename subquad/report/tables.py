@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from subquad.evaluate.results import Result
-from subquad.evaluate.table import HIDDEN, _format
+from subquad.evaluate.table import in_tables, value_formatter
 from subquad.report.eval_plots import PlotModel
 from subquad.report.style import color, mixer_label
 from subquad.study.aggregate import Group, Mean, group_labels, significant_best
@@ -196,7 +196,7 @@ def _seeds_cell(group: Group) -> Cell:
 def evaluation_tables(results: Sequence[Result], models: Sequence[PlotModel]) -> list[Table]:
     """One table for each task: a line for each model, a column for each metric, length and batch size."""
     tables = []
-    shown = [r for r in results if r.layer is None and r.depth is None and r.metric not in HIDDEN]
+    shown = [r for r in results if in_tables(r)]
     for task in dict.fromkeys(r.task for r in shown):
         own = [r for r in shown if r.task == task]
         columns = list(dict.fromkeys((r.metric, r.length, r.batch) for r in own))
@@ -216,7 +216,7 @@ def _result_cell(result: Result | None) -> Cell:
     """`23.1 ±0.4`"""
     if result is None:
         return Cell(MISSING, math.inf)
-    show = _format(result.metric)
+    show = value_formatter(result.metric)
     error = "" if result.stderr is None or math.isnan(result.stderr) else f" ±{show(result.stderr)}"
     return Cell(show(result.value) + error, result.value, low=result.low, high=result.high)
 

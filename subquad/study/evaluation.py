@@ -6,7 +6,7 @@ from pathlib import Path
 
 from subquad.evaluate import command
 from subquad.evaluate.results import Result
-from subquad.evaluate.suites import settings_of
+from subquad.evaluate.suites import settings_for
 from subquad.study.results import RESULTS
 from subquad.study.runs import Run
 from subquad.utils import write_json_atomic
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 def check_suites(suites: Sequence[str]) -> None:
     """Raises UserError for an unknown suite."""
-    settings_of(suites)
+    settings_for(suites)
 
 
 def evaluate_study(runs: Sequence[Run], output: Path, suites: Sequence[str]) -> dict[str, str]:
@@ -35,10 +35,10 @@ def evaluate_study(runs: Sequence[Run], output: Path, suites: Sequence[str]) -> 
         logger.info("evaluating %d students against %s", len(group), teacher)
         results: dict[tuple, Result] = {}
         for run in group:  # the results of the teacher are cached, so it is evaluated once
-            outcome = command.run([str(run.directory)], teacher=teacher, suites=suites, output=str(directory))
-            failed.update(outcome.failed)
-            for result in outcome.rows:
-                results.setdefault(result.subject, result)
-            rows = [result.as_dict() for result in results.values()]
-            write_json_atomic(directory / RESULTS, {**outcome.head, "rows": rows})
+            report = command.run([str(run.directory)], teacher=teacher, suites=suites, output=str(directory))
+            failed.update(report.failed)
+            for result in report.results:
+                results.setdefault(result.key, result)
+            records = [result.as_dict() for result in results.values()]
+            write_json_atomic(directory / RESULTS, {**report.header, "results": records})
     return failed

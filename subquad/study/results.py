@@ -7,10 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from subquad.analysis.saved_matrices import Beside, unpack
+from subquad.analysis.mixing_matrices import MatrixPairs, unpack_pairs
+from subquad.analysis.suites import MATRICES
 from subquad.config import Recipe
 from subquad.distill.recipe_stages import STAGE_NAMES
-from subquad.evaluate.jobs import MATRICES
 from subquad.evaluate.results import Result
 from subquad.study.runs import Run, find_runs, read_json, unrelated_runs
 from subquad.utils import UserError, run_info, write_json_atomic
@@ -138,19 +138,19 @@ def evaluation_results(output: Path) -> list[Result]:
     """The results of all evaluations of the study. A teacher that was evaluated several times appears once."""
     results: dict[tuple[Any, ...], Result] = {}
     for path in sorted(output.glob(f"evaluation*/{RESULTS}")):
-        for values in (read_json(path) or {}).get("rows", []):
+        for values in (read_json(path) or {}).get("results", []):
             result = Result.from_dict(values)
-            results.setdefault(result.subject, result)
+            results.setdefault(result.key, result)
     return list(results.values())
 
 
-def saved_matrices(output: Path) -> dict[str, Beside]:
+def saved_matrices(output: Path) -> dict[str, MatrixPairs]:
     """The saved mixing matrices of student and teacher, by the name of the run."""
     matrices = {}
     for path in sorted(output.glob(f"evaluation*/{MATRICES}/*.json")):
         content = read_json(path)
         if content is not None:
-            matrices[path.stem] = unpack(content["heads"])
+            matrices[path.stem] = unpack_pairs(content["heads"])
     return matrices
 
 

@@ -1,4 +1,4 @@
-"""`subquad eval` as a user runs it: results on disk, interruptions, mistakes."""
+"""`subquad eval`: result files, interruption, errors."""
 
 import json
 
@@ -8,50 +8,50 @@ from workshop import tiny_recipe
 
 import subquad
 from subquad import cli
-from subquad.analysis.saved_matrices import unpack
-from subquad.evaluate import command
-from subquad.evaluate import jobs as plan
-from subquad.evaluate.results import Result, one, select
+from subquad.analysis.mixing_matrices import unpack_pairs
+from subquad.evaluate import command, standard_suites
+from subquad.evaluate.jobs import EvalModel
+from subquad.evaluate.results import Result, select, select_one
 from subquad.evaluate.runner import evaluate, load_eval_model
-from subquad.evaluate.suites import PARTS, QUICK, Settings, settings_of
-from subquad.evaluate.table import tables
+from subquad.evaluate.suites import QUICK, STANDARD_SUITES, Settings, settings_for
+from subquad.evaluate.table import format_tables
 from subquad.utils import UserError
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A tiny teacher, its text, items, and an untrained student."""
-    place = tmp_path_factory.mktemp("shop")
-    tiny_recipe(place)
-    teacher, tokenizer = subquad.load_teacher(place / "teacher")
+    directory = tmp_path_factory.mktemp("workspace")
+    tiny_recipe(directory)
+    teacher, tokenizer = subquad.load_teacher(directory / "teacher")
     student = subquad.linearize(teacher, "gla")
-    student.save_pretrained(place / "student")
-    tokenizer.save_pretrained(place / "student")
-    (place / "items").mkdir()
+    student.save_pretrained(directory / "student")
+    tokenizer.save_pretrained(directory / "student")
+    (directory / "items").mkdir()
     items = [{"context": "The red fox sees the old", "continuation": word} for word in ("tree", "stone")]
-    (place / "items" / "last.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    return place
+    (directory / "items" / "last.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return directory
 
 
-def arguments(shop, *more, models=("student",)):
-    names = [str(shop / name) for name in models]
-    text = ["--corpus", str(shop / "text.txt"), "--lengths", "8,32"]
-    return ["eval", *names, "--teacher", str(shop / "teacher"), *text, *more]
+def arguments(workspace, *more, models=("student",)):
+    names = [str(workspace / name) for name in models]
+    text = ["--corpus", str(workspace / "text.txt"), "--lengths", "8,32"]
+    return ["eval", *names, "--teacher", str(workspace / "teacher"), *text, *more]
 
 
-def test_a_quick_evaluation_on_disk(shop, tmp_path, capsys):
-    assert cli.main(arguments(shop, "--data", str(shop / "items"), "--output", str(tmp_path / "out"))) == 0
+def test_quick_evaluation_writes_results(workspace, tmp_path, capsys):
+    assert cli.main(arguments(workspace, "--data", str(workspace / "items"), "--output", str(tmp_path / "out"))) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {"versions", "device", "recipe", "rows"} <= set(results)
+    assert {"versions", "device", "recipe", "results"} <= set(results)
     assert results["parts"]["planned"] == results["parts"]["finished"]
-    rows = [Result.from_dict(row) for row in results["rows"]]
-    assert {row.model for row in rows} == {"student", "teacher"}
-    of_teacher = select(rows, model="teacher")
-    assert one(of_teacher, metric="kl").value == 0
-    assert one(of_teacher, metric="top1_agreement").value == 1
-    assert one(of_teacher, task="text.txt", metric="recovered_share").value == 1
-    assert one(select(rows, model="student"), metric="kl").value > 0.01
-    metrics = {row.metric for row in rows}
+    found = [Result.from_dict(values) for values in results["results"]]
+    assert {result.model for result in found} == {"student", "teacher"}
+    of_teacher = select(found, model="teacher")
+    assert select_one(of_teacher, metric="kl").value == 0
+    assert select_one(of_teacher, metric="top1_agreement").value == 1
+    assert select_one(of_teacher, task="text.txt", metric="recovered_share").value == 1
+    assert select_one(found, model="student", metric="kl").value > 0.01
+    metrics = {result.metric for result in found}
     assert {
         "perplexity",
         "bits_per_byte",
@@ -60,7 +60,7 @@ def test_a_quick_evaluation_on_disk(shop, tmp_path, capsys):
         "acc_generated",
         "chance",
         "common_prefix",
-        "degenerate",
+        "degenerate_rate",
         "perplexity_by_position",
         "prefill_seconds",
         "seconds_per_token",
@@ -71,181 +71,190 @@ def test_a_quick_evaluation_on_disk(shop, tmp_path, capsys):
     assert "student" in shown
 
 
-def test_recall_diagnostics_and_pictures(shop, tmp_path, capsys):
-    (shop / "long.txt").write_text((shop / "text.txt").read_text() * 2)
-    args = ["eval", str(shop / "student"), "--teacher", str(shop / "teacher"), "--corpus", str(shop / "long.txt")]
+def test_recall_diagnostics_and_figures(workspace, tmp_path, capsys):
+    (workspace / "long.txt").write_text((workspace / "text.txt").read_text() * 2)
+    args = [
+        "eval",
+        str(workspace / "student"),
+        "--teacher",
+        str(workspace / "teacher"),
+        "--corpus",
+        str(workspace / "long.txt"),
+    ]
     args += ["--suite", "recall,diagnostics", "--lengths", "128", "--output", str(tmp_path / "out"), "--figures"]
     assert cli.main(args) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["parts"]["failed"] == {}
-    rows = [Result.from_dict(row) for row in results["rows"]]
-    of_teacher = select(rows, model="teacher", layer=None, head=None)
-    assert one(of_teacher, metric="overlap").value == 1
-    of_student = select(rows, model="student", layer=None, head=None)
-    assert one(of_student, metric="overlap").value < 0.99
-    assert select(rows, model="student", task="needle_number", metric="acc")
-    assert select(rows, model="student", task="without_layer", metric="loss", layer=1)
-    kept = unpack(json.loads((tmp_path / "out" / "matrices" / "student.json").read_text())["heads"])
-    for ours, theirs in kept.values():
-        assert not ours.equal(theirs)
-        for M in (ours, theirs):
+    found = [Result.from_dict(values) for values in results["results"]]
+    of_teacher = select(found, model="teacher", layer=None, head=None)
+    assert select_one(of_teacher, metric="topk_mass_overlap").value == 1
+    of_student = select(found, model="student", layer=None, head=None)
+    assert select_one(of_student, metric="topk_mass_overlap").value < 0.99
+    assert select(found, model="student", task="needle_number", metric="acc")
+    assert select(found, model="student", task="without_layer", metric="loss", layer=1)
+    pairs = unpack_pairs(json.loads((tmp_path / "out" / "matrices" / "student.json").read_text())["heads"])
+    for student, teacher in pairs.values():
+        assert not student.equal(teacher)
+        for M in (student, teacher):
             torch.testing.assert_close(M.sum(-1), torch.ones(len(M)), atol=2e-3, rtol=0)
             assert M.triu(1).abs().max() == 0
-    drawn = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    files = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     expected = {"student-matrices", "student-decays", "student-recall", "teacher-recall", "cka"}
-    assert drawn == {f"{name}.{kind}" for name in expected for kind in ("svg", "png")}
-    assert "overlap" in capsys.readouterr().out
+    assert files == {f"{name}.{kind}" for name in expected for kind in ("svg", "png")}
+    assert "topk mass overlap" in capsys.readouterr().out
 
 
-def test_json_is_all_that_stands_on_stdout(shop, capsys):
-    assert cli.main(arguments(shop, "--suite", "language", "--json")) == 0
+def test_json_is_the_only_output(workspace, capsys):
+    assert cli.main(arguments(workspace, "--suite", "language", "--json")) == 0
     found = json.loads(capsys.readouterr().out)
-    assert one([Result.from_dict(row) for row in found["rows"]], model="student", metric="perplexity").value > 1
+    assert (
+        select_one([Result.from_dict(row) for row in found["results"]], model="student", metric="perplexity").value > 1
+    )
 
 
-def test_finished_parts_are_not_computed_again(shop, tmp_path, monkeypatch, capsys):
-    """Interrupted in the third part, and run again: two are kept, and the rows are those of an undisturbed run."""
+def test_finished_jobs_are_not_computed_again(workspace, tmp_path, monkeypatch, capsys):
+    """After an interruption in the second job, the first is reused, and the results equal those of one run."""
     calls = []
-    plain = plan.long_context.position_losses
+    original = standard_suites.long_context.position_losses
 
     def interrupted(model, ids, **kwargs):
         calls.append(len(ids))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return plain(model, ids, **kwargs)
+        return original(model, ids, **kwargs)
 
-    monkeypatch.setattr(plan.long_context, "position_losses", interrupted)
-    args = arguments(shop, "--suite", "long", "--output", str(tmp_path / "out"))
+    monkeypatch.setattr(standard_suites.long_context, "position_losses", interrupted)
+    args = arguments(workspace, "--suite", "long", "--output", str(tmp_path / "out"))
     assert cli.main(args) == 130
-    kept = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert kept["parts"] == {"planned": 2, "finished": 1, "failed": {}}
-    monkeypatch.setattr(plan.long_context, "position_losses", plain)
+    partial = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert partial["parts"] == {"planned": 2, "finished": 1, "failed": {}}
+    monkeypatch.setattr(standard_suites.long_context, "position_losses", original)
     assert cli.main(args) == 0
     assert "1 of 2 parts are finished already" in capsys.readouterr().out
-    whole = arguments(shop, "--suite", "long", "--output", str(tmp_path / "whole"))
+    whole = arguments(workspace, "--suite", "long", "--output", str(tmp_path / "whole"))
     assert cli.main(whole) == 0
-    rows = [json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("out", "whole")]
-    assert rows[0] == rows[1]
+    results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("out", "whole")]
+    assert results[0] == results[1]
 
 
-def test_a_model_that_changed_is_measured_anew(shop, tmp_path):
-    settings = QUICK.__class__(parts=("language",), tokens=64)
-    teacher, tokenizer = subquad.load_teacher(shop / "teacher")
+def test_changed_model_is_evaluated_again(workspace, tmp_path):
+    settings = QUICK.__class__(suites=("language",), tokens=64)
+    teacher, tokenizer = subquad.load_teacher(workspace / "teacher")
     from dataclasses import replace
 
     settings = replace(
-        settings, text=command.corpus_of(str(shop / "text.txt"), None).model_copy(update={"seq_len": 32})
+        settings, text=command.validation_text(str(workspace / "text.txt"), None).model_copy(update={"seq_len": 32})
     )
 
     def perplexity(identity, model):
-        subject = plan.EvalModel("it", model, tokenizer, (identity,))
-        rows, _ = evaluate([subject], None, settings, tmp_path / "out")
-        return one(rows, metric="perplexity").value
+        eval_model = EvalModel("it", model, tokenizer, (identity,))
+        results, _ = evaluate([eval_model], None, settings, tmp_path / "out")
+        return select_one(results, metric="perplexity").value
 
     first = perplexity("a", teacher)
     other = subquad.linearize(teacher, "gla")
-    assert perplexity("a", other) == first  # as if it were the same
+    assert perplexity("a", other) == first  # the stored outcome
     assert perplexity("b", other) != first
 
 
-def test_identity_follows_the_files(shop, tmp_path):
+def test_identity_depends_on_the_files(workspace, tmp_path):
     import shutil
 
-    place = tmp_path / "student"
-    shutil.copytree(shop / "student", place)
-    before = load_eval_model(str(place)).identity
-    assert load_eval_model(str(place)).identity == before
-    student = subquad.linearize(subquad.load_teacher(shop / "teacher")[0], "retnet")
-    student.save_pretrained(place)
-    assert load_eval_model(str(place)).identity != before
+    directory = tmp_path / "student"
+    shutil.copytree(workspace / "student", directory)
+    before = load_eval_model(str(directory)).identity
+    assert load_eval_model(str(directory)).identity == before
+    student = subquad.linearize(subquad.load_teacher(workspace / "teacher")[0], "retnet")
+    student.save_pretrained(directory)
+    assert load_eval_model(str(directory)).identity != before
 
 
-MISTAKES = {
-    "suite": (["--suite", "quik"], "unknown suite 'quik'; did you mean 'quick'"),
-    "task": (["--tasks", "lst", "--data", "items"], "unknown task 'lst'; did you mean 'last'"),
-    "data": (["--data", "nowhere"], "is not a directory"),
+ERRORS = {
+    "suite": (["--suite", "quik"], "did you mean 'quick'"),
+    "task": (["--tasks", "lst", "--data", "items"], "did you mean 'last'"),
+    "data": (["--data", "nowhere"], "data: 'nowhere'"),
     "lengths": (["--lengths", "8,x"], "--lengths: got 'x'"),
     "limit": (["--limit", "0"], "limit: got 0"),
     "corpus": (["--corpus", "nothing.txt"], "nothing.txt"),
-    "figures": (["--figures"], "expected --output DIR too"),
-    "tasks without their part": (["--suite", "long", "--tasks", "last"], "expected zero-shot or generation too"),
+    "figures": (["--figures"], "--output DIR"),
+    "tasks without their suite": (["--suite", "long", "--tasks", "last"], "expected zero-shot or generation"),
 }
 
 
-@pytest.mark.parametrize("name", list(MISTAKES))
-def test_mistakes_are_told_before_anything_is_loaded(shop, name, capsys, monkeypatch):
-    monkeypatch.chdir(shop)
+@pytest.mark.parametrize("name", list(ERRORS))
+def test_errors_are_found_before_a_model_is_loaded(workspace, name, capsys, monkeypatch):
+    monkeypatch.chdir(workspace)
     monkeypatch.setattr(command, "load_eval_model", lambda *a: pytest.fail("a model was loaded"))
-    more, message = MISTAKES[name]
-    assert cli.main([*arguments(shop), *more]) == 2
+    more, message = ERRORS[name]
+    assert cli.main([*arguments(workspace), *more]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_missing_model_and_an_output_that_is_no_evaluation(shop, capsys):
-    assert cli.main(["eval", str(shop / "studnet")]) == 2
+def test_missing_model_and_foreign_output_directory(workspace, capsys):
+    assert cli.main(["eval", str(workspace / "studnet")]) == 2
     assert "studnet" in capsys.readouterr().err
-    assert cli.main(arguments(shop, "--output", str(shop / "teacher"))) == 2
+    assert cli.main(arguments(workspace, "--output", str(workspace / "teacher"))) == 2
     assert "holds no evaluation" in capsys.readouterr().err
 
 
-def test_another_vocabulary_is_refused(shop):
-    with pytest.raises(UserError, match="different vocabularies"):
-        command.run([str(shop / "student")], teacher="nano", suites=["language"])
+def test_different_vocabulary_is_refused(workspace):
+    with pytest.raises(UserError, match="vocabularies"):
+        command.run([str(workspace / "student")], teacher="nano", suites=["language"])
 
 
-def test_a_student_beside_its_recipe_knows_its_teacher_and_text(shop, tmp_path):
-    recipe = (shop / "recipe.yaml").read_text()
-    (shop / "student" / "recipe.yaml").write_text(recipe)
+def test_teacher_and_text_come_from_the_students_recipe(workspace, tmp_path):
+    recipe = (workspace / "recipe.yaml").read_text()
+    (workspace / "student" / "recipe.yaml").write_text(recipe)
     try:
-        results = command.run([str(shop / "student")], suites=["language"])
+        report = command.run([str(workspace / "student")], suites=["language"])
     finally:
-        (shop / "student" / "recipe.yaml").unlink()
-    assert {row.teacher for row in results.rows} == {"teacher"}
-    assert results.head["recipe"]["teacher"] == str(shop / "teacher")
+        (workspace / "student" / "recipe.yaml").unlink()
+    assert {result.teacher for result in report.results} == {"teacher"}
+    assert report.header["recipe"]["teacher"] == str(workspace / "teacher")
 
 
-def test_a_part_that_fails_leaves_the_others(shop, monkeypatch):
+def test_failed_job_leaves_the_others(workspace, monkeypatch):
     def broken(*args, **kwargs):
         raise UserError("no hub here")
 
-    monkeypatch.setattr(plan, "zero_shot", broken)
-    results = command.run(
-        [str(shop / "student")],
+    monkeypatch.setattr(standard_suites, "zero_shot", broken)
+    report = command.run(
+        [str(workspace / "student")],
         suites=["language", "zero-shot"],
-        corpus=str(shop / "text.txt"),
-        data=str(shop / "items"),
+        corpus=str(workspace / "text.txt"),
+        data=str(workspace / "items"),
     )
-    assert results.failed == {"zero-shot last: student": "no hub here"}
-    assert select(results.rows, metric="perplexity")
-    assert "no hub here" in results.table()
+    assert report.failed == {"zero-shot last: student": "no hub here"}
+    assert select(report.results, metric="perplexity")
+    assert "no hub here" in report.table()
 
 
-def test_names_are_short_and_different(tmp_path):
+def test_short_names_are_distinct(tmp_path):
     for name in ("a/gla", "b/gla"):
         (tmp_path / name).mkdir(parents=True)
-    assert command.names_of([str(tmp_path / "a" / "gla"), "nano"]) == ["gla", "nano"]
-    assert command.names_of([str(tmp_path / n / "gla") for n in "ab"]) == ["a/gla", "b/gla"]
-    with pytest.raises(UserError, match="the same model twice"):
-        command.names_of(["nano", "nano"])
+    assert command.short_names([str(tmp_path / "a" / "gla"), "nano"]) == ["gla", "nano"]
+    assert command.short_names([str(tmp_path / n / "gla") for n in "ab"]) == ["a/gla", "b/gla"]
+    with pytest.raises(UserError, match="twice"):
+        command.short_names(["nano", "nano"])
 
 
 def test_suites():
-    assert settings_of(["full"]).parts == PARTS
-    assert settings_of(["long", "language"]) == Settings(parts=("language", "long"))
-    assert settings_of(["quick"]) is QUICK
-    with pytest.raises(UserError, match="quick alone"):
-        settings_of(["quick", "long"])
+    assert settings_for(["full"]).suites == STANDARD_SUITES
+    assert settings_for(["long", "language"]) == Settings(suites=("language", "long"))
+    assert settings_for(["quick"]) is QUICK
+    with pytest.raises(UserError, match="quick"):
+        settings_for(["quick", "long"])
 
 
-def test_the_table_has_a_line_a_model_and_a_column_a_metric():
-    rows = [
+def test_table_has_a_line_per_model_and_a_column_per_metric():
+    results = [
         Result("text", "perplexity", 20.5, stderr=0.25, model="gla"),
         Result("text", "perplexity", 10.0, model="nano"),
         Result("text", "kl", 0.5, model="gla"),
         Result("cost", "cache_bytes", 2.0**20, length=1024, batch=8, model="gla"),
         Result("cost", "seconds_per_token", 0.002, length=1024, model="gla"),
     ]
-    text = tables(rows)
+    text = format_tables(results)
     assert "20.50 ±0.25" in text
     assert "cache bytes 1,024 x8" in text
     assert "1.0 MiB" in text
@@ -255,13 +264,13 @@ def test_the_table_has_a_line_a_model_and_a_column_a_metric():
     assert sum(line.startswith("nano") for line in lines) == 1
 
 
-def test_several_students_beside_one_teacher(shop, tmp_path, capsys):
-    student = subquad.linearize(subquad.load_teacher(shop / "teacher")[0], "retnet")
+def test_several_students_with_one_teacher(workspace, tmp_path, capsys):
+    student = subquad.linearize(subquad.load_teacher(workspace / "teacher")[0], "retnet")
     student.save_pretrained(tmp_path / "other")
-    subquad.load_teacher(shop / "teacher")[1].save_pretrained(tmp_path / "other")
+    subquad.load_teacher(workspace / "teacher")[1].save_pretrained(tmp_path / "other")
     torch.manual_seed(0)
-    args = ["eval", str(shop / "student"), str(tmp_path / "other"), "--teacher", str(shop / "teacher")]
-    assert cli.main([*args, "--corpus", str(shop / "text.txt"), "--suite", "language"]) == 0
+    args = ["eval", str(workspace / "student"), str(tmp_path / "other"), "--teacher", str(workspace / "teacher")]
+    assert cli.main([*args, "--corpus", str(workspace / "text.txt"), "--suite", "language"]) == 0
     shown = capsys.readouterr().out
     for name in ("student", "other", "teacher"):
         assert name in shown

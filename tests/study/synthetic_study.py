@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from subquad.analysis.mixing_matrices import normalized_abs_rows
-from subquad.analysis.saved_matrices import pack
+from subquad.analysis.mixing_matrices import normalized_abs_rows, pack_pairs
 from subquad.config import Recipe
 from subquad.distill.recipe_stages import STAGE_NAMES
 from subquad.study.results import write_results
@@ -141,7 +140,7 @@ def write_evaluation(output: Path, runs: list[Run]) -> None:
             for head in range(HEADS):
                 value = 1 / (1 + kl + 0.1 * layer + 0.05 * head)
                 position = {"layer": layer, "head": head, "task": "matrices"}
-                results.append({**common, **position, "metric": "overlap", "value": value})
+                results.append({**common, **position, "metric": "topk_mass_overlap", "value": value})
             results.append(
                 {**common, "task": "states", "metric": "cka", "layer": layer, "value": 1 - 0.05 * kl * layer}
             )
@@ -149,9 +148,9 @@ def write_evaluation(output: Path, runs: list[Run]) -> None:
     for run in runs:
         student, teacher = (torch.rand(12, 12).tril() for _ in range(2))
         matrices = {
-            "heads": pack(
+            "heads": pack_pairs(
                 {(layer, 0): (normalized_abs_rows(student), normalized_abs_rows(teacher)) for layer in (0, LAYERS - 1)}
             )
         }
         (output / "evaluation" / "matrices" / f"{run.name}.json").write_text(json.dumps(matrices))
-    (output / "evaluation" / "results.json").write_text(json.dumps({"versions": {}, "rows": results}))
+    (output / "evaluation" / "results.json").write_text(json.dumps({"versions": {}, "results": results}))

@@ -1,4 +1,4 @@
-"""Measured numbers against ten-line references and known answers."""
+"""Language modeling metrics against short references and known values."""
 
 import math
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import subquad
 from subquad.evaluate.efficiency import cache_bytes, decode_speed
 from subquad.evaluate.perplexity import compare, language_results, recovered_share, token_sums, unigram_loss
-from subquad.evaluate.results import one
+from subquad.evaluate.results import select_one
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def teacher():
     return LlamaForCausalLM(config).eval()
 
 
-def test_a_model_compared_with_itself(teacher):
+def test_model_compared_with_itself(teacher):
     rows = [torch.randint(0, 50, (3, 20)), torch.randint(0, 50, (1, 20))]
     out = compare(teacher, teacher, rows)
     assert out["kl"] == pytest.approx(0, abs=1e-7)
@@ -42,7 +42,7 @@ def test_a_model_compared_with_itself(teacher):
     assert recovered_share(out["loss"], out["teacher_loss"], 10.0) == 1
 
 
-def test_perplexity_is_the_reference(teacher):
+def test_compare_equals_a_direct_computation(teacher):
     rows = [torch.randint(0, 50, (3, 20)), torch.randint(0, 50, (1, 20))]
     student = subquad.linearize(teacher, "gla")
     out = compare(student, teacher, rows)
@@ -61,20 +61,20 @@ def test_perplexity_is_the_reference(teacher):
     assert out["kl"] > 0.01
 
 
-def test_rows_of_a_model_beside_itself_and_of_an_untrained_student(teacher):
+def test_language_results_of_teacher_and_untrained_student(teacher):
     rows = [torch.randint(0, 50, (6, 20))]
     itself = language_results("text", token_sums(teacher, teacher, rows), unigram=10.0)
     student = language_results("text", token_sums(subquad.linearize(teacher, "gla"), teacher, rows), unigram=10.0)
-    for metric, of_itself in (("kl", 0), ("top1_agreement", 1), ("top5_agreement", 1), ("recovered_share", 1)):
-        row = one(itself, metric=metric)
-        assert row.value == row.low == row.high == of_itself, metric
-        assert abs(one(student, metric=metric).value - of_itself) > 0.01, metric
-    assert one(itself, metric="perplexity").n == 6 * 19
-    row = one(student, metric="perplexity")
-    assert row.low < row.value < row.high
+    for metric, expected in (("kl", 0), ("top1_agreement", 1), ("top5_agreement", 1), ("recovered_share", 1)):
+        result = select_one(itself, metric=metric)
+        assert result.value == result.low == result.high == expected, metric
+        assert abs(select_one(student, metric=metric).value - expected) > 0.01, metric
+    assert select_one(itself, metric="perplexity").n == 6 * 19
+    result = select_one(student, metric="perplexity")
+    assert result.low < result.value < result.high
 
 
-def test_labels_that_do_not_count_and_documents_that_stand_apart(teacher):
+def test_ignored_labels_and_documents(teacher):
     ids = torch.randint(0, 50, (2, 12))
     labels = ids.clone()
     labels[:, 5:8] = -100
@@ -94,39 +94,39 @@ def test_labels_that_do_not_count_and_documents_that_stand_apart(teacher):
     assert alone[0][0, 0] == 5
 
 
-def test_bits_per_byte_count_the_text_that_was_predicted(nano):
+def test_bits_per_byte_count_the_predicted_text(nano):
     model, tokenizer = nano
     text = "def naïve(x):\n    return x\n"
     ids = torch.tensor([tokenizer(text).input_ids])
     sums = token_sums(model, None, [ids], tokenizer)
     first = len(tokenizer.decode(ids[0, :1]).encode())
     assert sums[0, 2] == len(text.encode()) - first
-    bits = one(language_results("text", sums), metric="bits_per_byte").value
+    bits = select_one(language_results("text", sums), metric="bits_per_byte").value
     loss = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     assert bits == pytest.approx(loss / math.log(2) / (len(text.encode()) - first), rel=1e-5)
 
 
-def test_compare_leaves_the_training_mode_alone(teacher):
+def test_compare_restores_the_training_mode(teacher):
     student = subquad.linearize(teacher, "gla").train()
     compare(student, teacher, [torch.randint(0, 50, (1, 9))])
     assert student.training
     assert not teacher.training
 
 
-def test_compare_refuses_no_rows(teacher):
-    with pytest.raises(ValueError, match="rows is empty"):
+def test_compare_refuses_no_batches(teacher):
+    with pytest.raises(ValueError, match="batches"):
         compare(teacher, teacher, [])
 
 
-def test_unigram_loss_is_the_entropy_of_its_own_text():
+def test_unigram_loss_on_its_own_text_is_the_entropy():
     text = torch.tensor([[0, 1, 1, 2, 2, 2, 2, 2]] * 500)
     expected = -(math.log(1 / 8) * 0 + 2 / 7 * math.log(2 / 8) + 5 / 7 * math.log(5 / 8))
     assert unigram_loss([text], [text], 3) == pytest.approx(expected, abs=1e-2)
-    # a token never seen still has a probability
+    # unseen tokens have a probability
     assert math.isfinite(unigram_loss([text], [torch.tensor([[0, 3]])], 4))
 
 
-def test_state_bytes_of_a_mixer_do_not_grow(teacher):
+def test_state_bytes_of_a_mixer_are_constant(teacher):
     student = subquad.linearize(teacher, "gated_deltanet")
     sizes = [decode_speed(student, torch.randint(0, 50, (1, n)), tokens=4)["state_bytes"] for n in (5, 50)]
     heads, head_dim, width = 4, 8, 4

@@ -1,4 +1,4 @@
-"""Benchmarks through lm-eval: our scores are its own to the last digit, and mistakes are told before any work."""
+"""Benchmarks by lm-eval: scores equal lm-eval's own, and errors are found before any work."""
 
 import gzip
 import json
@@ -11,8 +11,8 @@ import yaml
 
 import subquad
 from subquad.evaluate import lm_eval as harness
-from subquad.evaluate.lm_eval import FORMATS, Task, find_tasks, item_format, local_tasks, spread, zero_shot
-from subquad.evaluate.results import one
+from subquad.evaluate.lm_eval import FORMATS, Task, evenly_spaced, find_tasks, item_format, local_tasks, zero_shot
+from subquad.evaluate.results import select_one
 from subquad.utils import UserError
 
 lm_eval = pytest.importorskip("lm_eval", reason="zero-shot tasks need lm-eval (extra: eval)")
@@ -25,22 +25,22 @@ ITEMS = {
         {"context_options": ["import os", "def f"], "continuation": f"(x{n}):", "gold": n % 2} for n in range(7)
     ],
     "words": [{"context": f"for i in range({n}): print", "continuation": "(i)"} for n in range(8)],
-    # a key of two types, as BLiMP has one: it is no business of ours
+    # UID has two types, as in BLiMP
     "pairs": [{"sentence_good": "def f(x):", "sentence_bad": "def (x f:", "UID": [n, str(n)][n % 2]} for n in range(5)],
 }
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    place = tmp_path_factory.mktemp("items")
+    directory = tmp_path_factory.mktemp("items")
     for name, items in ITEMS.items():
         lines = "".join(json.dumps(item) + "\n" for item in items)
         if name == "words":
-            with gzip.open(place / f"{name}.jsonl.gz", "wt") as file:
+            with gzip.open(directory / f"{name}.jsonl.gz", "wt") as file:
                 file.write(lines)
         else:
-            (place / f"{name}.jsonl").write_text(lines)
-    return place
+            (directory / f"{name}.jsonl").write_text(lines)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def nano():
     return subquad.load_teacher("nano")
 
 
-def test_formats_are_told_from_the_items(data):
+def test_formats_are_found_from_the_items(data):
     tasks = local_tasks(data)
     assert {name: task.keys[0] for name, task in tasks.items()} == {
         "questions": "query",
@@ -56,11 +56,11 @@ def test_formats_are_told_from_the_items(data):
         "words": "context",
         "pairs": "sentence_good",
     }
-    assert [name for name, task in tasks.items() if task.words] == ["words"]
+    assert [name for name, task in tasks.items() if task.is_last_word] == ["words"]
 
 
 def log_likelihood(model, tokenizer, context, continuation):
-    """Of a continuation behind a context, by hand."""
+    """The log-likelihood of a continuation, computed directly."""
     before = tokenizer(context).input_ids if context else [tokenizer.eos_token_id]
     ids = torch.tensor([before + tokenizer(context + continuation).input_ids[len(before) if context else 0 :]])
     with torch.no_grad():
@@ -69,7 +69,7 @@ def log_likelihood(model, tokenizer, context, continuation):
 
 
 @pytest.mark.parametrize("name", list(ITEMS))
-def test_scores_are_those_computed_by_hand(data, nano, name):
+def test_scores_equal_direct_computation(data, nano, name):
     model, tokenizer = nano
     result = zero_shot(model, tokenizer, local_tasks(data)[name], batch_size=3)
     expected = []
@@ -89,50 +89,50 @@ def test_scores_are_those_computed_by_hand(data, nano, name):
             guessed = model(ids).logits[0, n - 1 : -1].argmax(-1)
             expected.append(torch.equal(guessed, ids[0, n:]))
     assert result.scores.tolist() == [float(x) for x in expected]
-    assert one(result.rows, metric="acc").value == pytest.approx(sum(expected) / len(expected))
+    assert select_one(result.results, metric="acc").value == pytest.approx(sum(expected) / len(expected))
     assert result.chance == {"questions": pytest.approx(1 / 3), "words": 0}.get(name, 0.5)
 
 
-def test_some_items_are_spread_over_the_file(data, nano):
-    assert spread(9, 3) == [0, 3, 6]
-    assert spread(9, 20) == list(range(9))
+def test_limited_items_are_evenly_spaced(data, nano):
+    assert evenly_spaced(9, 3) == [0, 3, 6]
+    assert evenly_spaced(9, 20) == list(range(9))
     task = local_tasks(data)["questions"]
     whole = zero_shot(*nano, task).scores
     assert zero_shot(*nano, task, limit=3).scores.tolist() == whole[[0, 3, 6]].tolist()
 
 
-def test_batches_do_not_change_scores_of_students(data, nano):
+def test_batch_size_does_not_change_scores(data, nano):
     model, tokenizer = nano
     student = subquad.linearize(model, "gated_deltanet").eval()
     task = local_tasks(data)["endings"]
     alone, batched = (zero_shot(student, tokenizer, task, batch_size=n) for n in (1, 8))
     assert alone.scores.tolist() == batched.scores.tolist()
-    assert [row.value for row in alone.rows] == pytest.approx([row.value for row in batched.rows])
+    assert [result.value for result in alone.results] == pytest.approx([r.value for r in batched.results])
 
 
-def test_mistakes_are_told_with_the_nearest_name(data):
-    with pytest.raises(UserError, match="unknown task 'question'; did you mean 'questions'"):
+def test_unknown_tasks_are_refused_with_the_nearest_name(data):
+    with pytest.raises(UserError, match="did you mean 'questions'"):
         find_tasks(["question"], data)
-    with pytest.raises(UserError, match="unknown task 'arc_eazy'; did you mean 'arc_easy'"):
+    with pytest.raises(UserError, match="did you mean 'arc_easy'"):
         find_tasks(["arc_eazy"], None)
     assert find_tasks(["words", "piqa"], data) == [local_tasks(data)["words"], Task("piqa")]
     assert [task.name for task in find_tasks(None, None)] == list(harness.HUB_TASKS)
     assert len(find_tasks(None, data)) == 4
 
 
-def test_broken_files_are_named(tmp_path):
-    with pytest.raises(UserError, match="not a directory"):
+def test_errors_name_the_file_and_line(tmp_path):
+    with pytest.raises(UserError, match=r"data: .*missing"):
         local_tasks(tmp_path / "missing")
     with pytest.raises(UserError, match=r"holds no NAME\.jsonl"):
         local_tasks(tmp_path)
     (tmp_path / "odd.jsonl").write_text('{"question": "?"}\n')
-    with pytest.raises(UserError, match=r"odd\.jsonl: items of an unknown format; expected the keys query"):
+    with pytest.raises(UserError, match=r"odd\.jsonl: .*query"):
         local_tasks(tmp_path)
     (tmp_path / "odd.jsonl").write_text('{"context": "a", "continuation": "b"}\n{"context": \n')
-    with pytest.raises(UserError, match=r"odd\.jsonl: line 2 is not JSON"):
+    with pytest.raises(UserError, match=r"odd\.jsonl: line 2"):
         local_tasks(tmp_path)["odd"].items()
     (tmp_path / "odd.jsonl").write_text('{"context": "a", "continuation": "b"}\n{"context": "c"}\n')
-    with pytest.raises(UserError, match=r"odd\.jsonl: item 2 lacks continuation"):
+    with pytest.raises(UserError, match=r"odd\.jsonl: item 2 has no continuation"):
         local_tasks(tmp_path)["odd"].items()
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"context": "a"}\n' * 1000)[:40])
     with pytest.raises(UserError, match=r"cut\.jsonl\.gz"):
@@ -150,17 +150,17 @@ cli_evaluate()
 
 @pytest.mark.slow
 @pytest.mark.sample
-def test_scores_equal_those_of_the_command_line_of_lm_eval(tmp_path, data, nano):
-    """`lm_eval --model hf`, unmodified, on a plain model and on a student, which `import subquad` registers."""
+def test_scores_equal_the_lm_eval_command_line(tmp_path, data, nano):
+    """`lm_eval --model hf` on a transformer and on a student, which `import subquad` registers."""
     model, tokenizer = nano
     student = subquad.linearize(model, "gla")
     tasks = local_tasks(data)
     for name, task in tasks.items():
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task.as_lm_eval()))
-    for who in (model, student):
-        who.save_pretrained(tmp_path / "model")
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task.to_lm_eval()))
+    for used in (model, student):
+        used.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
-        out = tmp_path / f"results-{type(who).__name__}"
+        out = tmp_path / f"results-{type(used).__name__}"
         arguments = {
             "--model": "hf",
             "--model_args": f"pretrained={tmp_path / 'model'},dtype=float32,max_length=1024",
@@ -174,15 +174,15 @@ def test_scores_equal_those_of_the_command_line_of_lm_eval(tmp_path, data, nano)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         (written,) = out.rglob("*.json")
-        theirs = json.loads(written.read_text())["results"]
+        expected = json.loads(written.read_text())["results"]
         loaded = subquad.load_teacher(tmp_path / "model")
         for name, task in tasks.items():
-            for row in zero_shot(*loaded, task, batch_size=1).rows:  # or padding differs with the company
-                assert row.value == theirs[name][f"{row.metric},none"], (name, row)
+            for result in zero_shot(*loaded, task, batch_size=1).results:  # no padding, as batches differ
+                assert result.value == expected[name][f"{result.metric},none"], (name, result)
 
 
 @pytest.mark.parametrize("keys", list(FORMATS))
-def test_each_format_is_a_task_of_lm_evals(keys, tmp_path):
+def test_each_format_is_recognized(keys, tmp_path):
     file = tmp_path / "some.jsonl"
     file.write_text(json.dumps(dict.fromkeys(keys, "x")) + "\n")
     assert item_format(file) == keys

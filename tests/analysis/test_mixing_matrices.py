@@ -1,13 +1,19 @@
-"""What is said of matrices and of states, against made ones with known answers."""
+"""Statistics of matrices and hidden states against known values."""
 
 import math
 
 import pytest
 import torch
-from handmade import PREVIOUS, UNIFORM, made_heads, previous_matrix, uniform_matrix
+from handmade import PREVIOUS, UNIFORM, known_heads, previous_matrix, uniform_matrix
 
 from subquad.analysis.hidden_states import LinearCKA
-from subquad.analysis.mixing_matrices import MatrixComparison, MatrixStats, distance_bins, sums_by_distance, top_weights
+from subquad.analysis.mixing_matrices import (
+    MatrixComparison,
+    MatrixStats,
+    distance_bins,
+    sums_by_distance,
+    topk_weights,
+)
 
 CPU = torch.device("cpu")
 T = 24
@@ -17,40 +23,38 @@ def random_matrix(heads: int = 3, length: int = T, seed: int = 0) -> torch.Tenso
     return torch.randn(heads, length, length, generator=torch.Generator().manual_seed(seed)).tril()
 
 
-def profile(M: torch.Tensor, block: int = 1000) -> MatrixStats:
+def stats(M: torch.Tensor, chunk: int = 1000) -> MatrixStats:
     found = MatrixStats(len(M), M.shape[-1], CPU)
-    for first in range(0, M.shape[-1], block):
-        found.add(M[:, first : first + block], first)
+    for first in range(0, M.shape[-1], chunk):
+        found.add(M[:, first : first + chunk], first)
     return found
 
 
-def comparison(M: torch.Tensor, A: torch.Tensor, top: int = 4, block: int = 1000) -> MatrixComparison:
+def comparison(M: torch.Tensor, A: torch.Tensor, top: int = 4, chunk: int = 1000) -> MatrixComparison:
     found = MatrixComparison(len(M), top, CPU)
-    for first in range(0, M.shape[-1], block):
-        found.add(M[:, first : first + block], A[:, first : first + block], first)
+    for first in range(0, M.shape[-1], chunk):
+        found.add(M[:, first : first + chunk], A[:, first : first + chunk], first)
     return found
 
 
-# ---------------------------------------------------------------------- of made matrices
+# ---------------------------------------------------------------------- matrices
 
 
 def test_entropy_of_known_heads():
-    entropy = profile(made_heads(T)).entropy()
+    entropy = stats(known_heads(T)).entropy()
     assert entropy[PREVIOUS] == 0
     assert entropy[UNIFORM].item() == pytest.approx(sum(math.log(i + 1) for i in range(T)) / T, rel=1e-6)
 
 
-def test_signs_and_scales_of_rows_do_not_change_what_is_attended():
+def test_sign_and_scale_of_rows_do_not_matter():
     M = random_matrix()
     scale = torch.randn(3, T, 1, generator=torch.Generator().manual_seed(1))
     for name in ("entropy", "memory_length", "mass"):
-        torch.testing.assert_close(
-            getattr(profile(M * scale), name)(), getattr(profile(M), name)(), rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(getattr(stats(M * scale), name)(), getattr(stats(M), name)(), rtol=1e-5, atol=1e-6)
 
 
 def test_mass_by_distance_of_known_heads():
-    mass = profile(made_heads(T)).mass()
+    mass = stats(known_heads(T)).mass()
     assert mass[PREVIOUS].tolist() == [0, 1, *[0] * (T - 2)]
     late = range(T // 2, T)
     expected = [sum(1 / (i + 1) for i in late if i >= d) / len(late) for d in range(T)]
@@ -58,18 +62,18 @@ def test_mass_by_distance_of_known_heads():
 
 
 def test_memory_length_of_known_heads():
-    assert profile(made_heads(T)).memory_length()[PREVIOUS] == 1.5  # all of it between distance 1 and 2
-    assert profile(torch.eye(T)[None]).memory_length()[0] == 0.5
+    assert stats(known_heads(T)).memory_length()[PREVIOUS] == 1.5  # the mass is between distance 1 and 2
+    assert stats(torch.eye(T)[None]).memory_length()[0] == 0.5
 
 
 @pytest.mark.parametrize("half_life", [3.0, 16.0])
 def test_memory_length_of_a_decay_is_its_half_life(half_life):
     distance = torch.arange(400.0).unsqueeze(-1) - torch.arange(400.0)
     M = torch.exp2(-distance / half_life).tril()[None]
-    assert profile(M).memory_length().item() == pytest.approx(half_life, rel=0.02)
+    assert stats(M).memory_length().item() == pytest.approx(half_life, rel=0.02)
 
 
-def test_sums_by_distance_are_those_of_the_diagonals():
+def test_sums_by_distance_are_sums_of_diagonals():
     M = random_matrix(heads=2, length=9)
     expected = torch.stack([torch.stack([m.diagonal(-d).sum() for d in range(9)]) for m in M])
     torch.testing.assert_close(sums_by_distance(M, 0), expected)
@@ -77,7 +81,7 @@ def test_sums_by_distance_are_those_of_the_diagonals():
     torch.testing.assert_close(parts, expected)
 
 
-def test_distance_bins_hold_every_distance_once():
+def test_distance_bins_contain_every_distance_once():
     for length in (1, 2, 9, 64):
         distances = [d for low, high in distance_bins(length) for d in range(low, high + 1)]
         assert distances == list(range(length))
@@ -86,15 +90,15 @@ def test_distance_bins_hold_every_distance_once():
 
 def test_diversity_of_known_heads():
     M = random_matrix(heads=1)
-    assert profile(torch.cat([M, 3 * M])).diversity() == pytest.approx(0, abs=1e-6)
-    assert profile(torch.stack([torch.eye(T), previous_matrix(T).tril(-1)])).diversity() == 1
-    heads = made_heads(T).double()
+    assert stats(torch.cat([M, 3 * M])).diversity() == pytest.approx(0, abs=1e-6)
+    assert stats(torch.stack([torch.eye(T), previous_matrix(T).tril(-1)])).diversity() == 1
+    heads = known_heads(T).double()
     cosine = (heads[0] * heads[1]).sum() / heads[0].norm() / heads[1].norm()
-    assert profile(made_heads(T)).diversity() == pytest.approx((1 - cosine.item()) ** 0.5, rel=1e-6)
-    assert profile(M).diversity() is None
+    assert stats(known_heads(T)).diversity() == pytest.approx((1 - cosine.item()) ** 0.5, rel=1e-6)
+    assert stats(M).diversity() is None
 
 
-def test_a_matrix_compared_with_itself():
+def test_matrix_compared_with_itself():
     A = random_matrix().softmax(-1).tril()
     found = comparison(A, A)
     assert found.topk_mass_overlap().tolist() == [1, 1, 1]
@@ -102,46 +106,46 @@ def test_a_matrix_compared_with_itself():
     torch.testing.assert_close(found.row_cosine(), torch.ones(3, dtype=torch.float64))
 
 
-def test_ties_do_not_keep_a_matrix_from_overlapping_with_itself():
-    assert comparison(made_heads(T), made_heads(T)).topk_mass_overlap().tolist() == [1, 1]
+def test_overlap_of_tied_entries_with_itself_is_one():
+    assert comparison(known_heads(T), known_heads(T)).topk_mass_overlap().tolist() == [1, 1]
 
 
-def test_overlap_is_the_share_of_the_mass_on_the_tokens_that_both_choose():
+def test_topk_mass_overlap_by_hand():
     A, M = random_matrix(seed=1).softmax(-1).tril(), random_matrix(seed=2)
     shares = []
     for a, m in zip(A[0], M[0], strict=True):
         seen = int((a != 0).sum())
         if seen > 4:
-            theirs = set(a[:seen].topk(4).indices.tolist())
-            both = theirs & set(m[:seen].abs().topk(4).indices.tolist())
-            shares.append((a[list(both)].sum() / a[list(theirs)].sum()).item())
+            of_teacher = set(a[:seen].topk(4).indices.tolist())
+            both = of_teacher & set(m[:seen].abs().topk(4).indices.tolist())
+            shares.append((a[list(both)].sum() / a[list(of_teacher)].sum()).item())
     assert comparison(M, A).topk_mass_overlap()[0].item() == pytest.approx(sum(shares) / len(shares), rel=1e-6)
     assert len(shares) == T - 4
 
 
-def test_one_that_attends_to_all_alike_overlaps_by_chance():
+def test_uniform_matrix_overlaps_by_chance():
     A, M = previous_matrix(T)[None], uniform_matrix(T)[None]
     found = comparison(M, A)
-    assert found.topk_mass_overlap().item() == pytest.approx(found.chance())
-    assert found.chance() == pytest.approx(sum(4 / (i + 1) for i in range(4, T)) / (T - 4))
-    # its mass lies on one token, which is among the four of one that sees the last four
+    assert found.topk_mass_overlap().item() == pytest.approx(found.chance_overlap())
+    assert found.chance_overlap() == pytest.approx(sum(4 / (i + 1) for i in range(4, T)) / (T - 4))
+    # the one attended token is among the last four
     band = torch.ones(T, T).tril().triu(-3)[None]
     assert comparison(band, A).topk_mass_overlap().item() == 1
     assert comparison(torch.eye(T)[None], A).topk_mass_overlap().item() == pytest.approx(
-        sum(3 / i for i in range(4, T)) / (T - 4)  # the first place is taken, three are left for the other i
+        sum(3 / i for i in range(4, T)) / (T - 4)  # three places are left for the other i
     )
 
 
-def test_top_weights_share_the_last_places():
+def test_topk_weights_share_the_last_places():
     seen = torch.ones(1, 5, dtype=torch.bool)
-    assert top_weights(torch.tensor([[[5.0, 1, 3, 1, 1]]]), seen, 3).tolist() == [
+    assert topk_weights(torch.tensor([[[5.0, 1, 3, 1, 1]]]), seen, 3).tolist() == [
         [[1, *[pytest.approx(1 / 3)], 1, *[pytest.approx(1 / 3)] * 2]]
     ]
     seen = torch.tensor([[True, True, True, False, False]])
-    assert top_weights(torch.zeros(1, 1, 5), seen, 2)[0, 0].tolist() == [pytest.approx(2 / 3)] * 3 + [0, 0]
+    assert topk_weights(torch.zeros(1, 1, 5), seen, 2)[0, 0].tolist() == [pytest.approx(2 / 3)] * 3 + [0, 0]
 
 
-def test_frobenius_takes_the_best_scale_out():
+def test_frobenius_uses_the_best_scale():
     A, M = random_matrix(seed=1), random_matrix(seed=2) + random_matrix(seed=1)
     found = comparison(M, A).frobenius()
     for h in range(3):
@@ -149,7 +153,7 @@ def test_frobenius_takes_the_best_scale_out():
         best = min(((a - s * m).norm() / a.norm()).item() for s in torch.linspace(0, 2, 4001).tolist())
         assert found[h].item() == pytest.approx(best, rel=1e-5)
     assert comparison(3 * A, A).frobenius().max() < 1e-7
-    assert comparison(-A, A).frobenius().tolist() == [1, 1, 1]  # no scale below zero
+    assert comparison(-A, A).frobenius().tolist() == [1, 1, 1]  # scales are not negative
 
 
 def test_row_cosine_is_the_mean_over_rows():
@@ -158,24 +162,22 @@ def test_row_cosine_is_the_mean_over_rows():
     torch.testing.assert_close(comparison(M, A).row_cosine(), expected)
 
 
-@pytest.mark.parametrize("block", [1, 5, 16, 23])
-def test_blocks_of_rows_do_not_change_anything(block):
+@pytest.mark.parametrize("chunk", [1, 5, 16, 23])
+def test_row_chunks_do_not_change_results(chunk):
     M, A = random_matrix(seed=1), random_matrix(seed=2)
     for name in ("entropy", "memory_length", "mass"):
-        torch.testing.assert_close(
-            getattr(profile(M, block), name)(), getattr(profile(M), name)(), rtol=1e-12, atol=1e-12
-        )
-    assert profile(M, block).diversity() == pytest.approx(profile(M).diversity(), rel=1e-12)
+        torch.testing.assert_close(getattr(stats(M, chunk), name)(), getattr(stats(M), name)(), rtol=1e-12, atol=1e-12)
+    assert stats(M, chunk).diversity() == pytest.approx(stats(M).diversity(), rel=1e-12)
     for name in ("topk_mass_overlap", "frobenius", "row_cosine"):
-        whole, parts = comparison(M, A), comparison(M, A, block=block)
+        whole, parts = comparison(M, A), comparison(M, A, chunk=chunk)
         torch.testing.assert_close(getattr(parts, name)(), getattr(whole, name)(), rtol=1e-12, atol=1e-12)
-        assert parts.chance() == pytest.approx(whole.chance())
+        assert parts.chance_overlap() == pytest.approx(whole.chance_overlap())
 
 
-# ---------------------------------------------------------------------- of states
+# ---------------------------------------------------------------------- hidden states
 
 
-def test_cka_is_the_definition_by_kernels():
+def test_cka_equals_its_kernel_form():
     generator = torch.Generator().manual_seed(0)
     X, Y = (torch.randn(30, 5, generator=generator) @ torch.randn(5, 5, generator=generator) + 4 for _ in range(2))
     found = LinearCKA(5, CPU)
@@ -187,12 +189,12 @@ def test_cka_is_the_definition_by_kernels():
     assert 0.05 < found.cka() < 0.95
 
 
-def test_cka_does_not_see_rotations_and_the_cosine_does():
+def test_cka_is_invariant_to_rotation_unlike_cosine():
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(200, 6, generator=generator).double()
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator).double()).Q
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator).double()).Q
     found = LinearCKA(6, CPU)
-    found.add(X, 3 * X @ turn + 1)
+    found.add(X, 3 * X @ rotation + 1)
     assert found.cka() == pytest.approx(1, abs=1e-9)
     assert abs(found.cosine()) < 0.8
     other = LinearCKA(6, CPU)

@@ -1,4 +1,4 @@
-"""Rank correlation against values known by hand, and an interval that covers."""
+"""Rank correlation against known values, and its interval."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from subquad.analysis.correlation import rank_correlation, ranks, spearman
 from subquad.utils import UserError
 
 
-def test_ranks_share_their_places_where_tied():
+def test_tied_values_have_their_mean_rank():
     assert ranks(np.array([30.0, 10, 20, 20])).tolist() == [4, 1, 2.5, 2.5]
 
 
@@ -19,7 +19,7 @@ def test_spearman_of_known_orders():
     assert spearman(x, np.array([0.0, 2, 1, 4, 3])) == pytest.approx(1 - 6 * 4 / (5 * 24))
 
 
-def test_the_interval_holds_the_value_and_is_wider_for_fewer():
+def test_interval_contains_the_value_and_widens_with_fewer_pairs():
     rng = np.random.default_rng(0)
     x = rng.normal(size=100)
     y = x + rng.normal(size=100)
@@ -30,8 +30,8 @@ def test_the_interval_holds_the_value_and_is_wider_for_fewer():
     assert few_high - few_low > 2 * (high - low)
 
 
-def test_what_says_nothing_is_refused():
-    with pytest.raises(UserError, match="got 2 and 2 values, expected as many, at least 3"):
+def test_too_few_or_constant_values_are_refused():
+    with pytest.raises(UserError, match="at least 3"):
         rank_correlation([1, 2], [1, 2])
-    with pytest.raises(UserError, match="all values are the same"):
+    with pytest.raises(UserError, match="constant"):
         rank_correlation([1, 1, 1], [1, 2, 3])

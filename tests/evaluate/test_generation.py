@@ -1,4 +1,4 @@
-"""Greedy continuations against `generate`, and counts of what repeats against cases counted by hand."""
+"""Continuations against `generate`, and repetition against hand-counted cases."""
 
 import pytest
 import torch
@@ -10,20 +10,20 @@ from subquad.evaluate.generation import (
     continuations,
     first_word,
     last_word_scores,
-    repeated_share,
+    repeated_ngram_share,
     repetition_results,
 )
-from subquad.evaluate.results import one
+from subquad.evaluate.results import select_one
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "gated_deltanet", "xlstm"])
-def test_continuations_are_those_of_generate(make_teacher, mixer):
+def test_continuations_equal_generate(make_teacher, mixer):
     teacher = make_teacher("qwen3")
     model = teacher if mixer == "softmax" else subquad.linearize(teacher, mixer).eval()
     prompts = torch.randint(3, 61, (5, 7))
-    found = continuations(model, prompts, 9, rows_a_batch=2)
+    found = continuations(model, prompts, 9, batch_size=2)
     expected = model.generate(prompts, do_sample=False, max_new_tokens=9, min_new_tokens=9, eos_token_id=60)
-    free = (found != 60).all(1)  # `generate` forbids the end of a text, which does not stop ours
+    free = (found != 60).all(1)  # `generate` suppresses the end-of-text token
     assert free.any()
     assert torch.equal(found[free], expected[free, 7:])
     assert model.training is False
@@ -33,21 +33,21 @@ def test_common_prefix_and_agreement():
     a = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [9, 2, 3, 4]])
     b = torch.tensor([[1, 2, 3, 4], [1, 2, 0, 4], [1, 2, 3, 4]])
     assert common_prefix(a, b).tolist() == [4, 2, 0]
-    rows = agreement_results("text", a, b, lengths=(2, 4, 256))
-    assert one(rows, metric="common_prefix").value == 2
-    assert one(rows, metric="same_continuation", length=2).value == pytest.approx(2 / 3)
-    assert one(rows, metric="same_continuation", length=4).value == pytest.approx(1 / 3)
-    assert len(rows) == 3
+    results = agreement_results("text", a, b, lengths=(2, 4, 256))
+    assert select_one(results, metric="common_prefix").value == 2
+    assert select_one(results, metric="same_continuation", length=2).value == pytest.approx(2 / 3)
+    assert select_one(results, metric="same_continuation", length=4).value == pytest.approx(1 / 3)
+    assert len(results) == 3
 
 
-def test_what_goes_round_in_circles_is_degenerate():
+def test_repetition_and_degenerate_rate():
     circle = torch.tensor([[1, 2, 3] * 10])
     straight = torch.arange(30)[None]
-    assert repeated_share(circle).item() == pytest.approx(1 - 3 / 27)
-    assert repeated_share(straight).item() == 0
-    assert repeated_share(straight[:, :3]).item() == 0
-    rows = repetition_results("text", torch.cat([circle, straight]))
-    assert one(rows, metric="degenerate").value == 0.5
+    assert repeated_ngram_share(circle).item() == pytest.approx(1 - 3 / 27)
+    assert repeated_ngram_share(straight).item() == 0
+    assert repeated_ngram_share(straight[:, :3]).item() == 0
+    results = repetition_results("text", torch.cat([circle, straight]))
+    assert select_one(results, metric="degenerate_rate").value == 0.5
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_first_word(text, word):
     assert first_word(text) == word
 
 
-def test_last_words_of_rows_of_several_lengths_are_those_of_each_alone():
+def test_last_words_of_padded_batches_equal_single_rows():
     model, tokenizer = subquad.load_teacher("nano")
     student = subquad.linearize(model, "gla").eval()
     contexts = [
@@ -66,12 +66,12 @@ def test_last_words_of_rows_of_several_lengths_are_those_of_each_alone():
         "import",
         "class Foo(object):\n    def __init__(self, x):\n        self.x =",
     ]
-    for who in (model, student):
+    for used in (model, student):
         alone = []
         for text in contexts:
             ids = tokenizer(text, return_tensors="pt").input_ids
-            out = who.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)
+            out = used.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)
             alone.append(first_word(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
-        assert last_word_scores(who, tokenizer, list(zip(contexts, alone, strict=True))).tolist() == [1, 1, 1]
+        assert last_word_scores(used, tokenizer, list(zip(contexts, alone, strict=True))).tolist() == [1, 1, 1]
         wrong = [(text, word + "x") for text, word in zip(contexts, alone, strict=True)]
-        assert last_word_scores(who, tokenizer, wrong).tolist() == [0, 0, 0]
+        assert last_word_scores(used, tokenizer, wrong).tolist() == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""Models made by hand, whose inside and whose answers are known."""
+"""Models built by hand, whose attention or answers are known."""
 
 import math
 
@@ -15,11 +15,11 @@ PREVIOUS, UNIFORM = 0, 1
 
 
 def previous_and_uniform(vocabulary: int = 40, layers: int = 2) -> LlamaForCausalLM:
-    """A random Llama whose head 0 attends to the previous token alone, and whose head 1 to all alike.
+    """A random Llama whose head 0 attends to the previous token only, and whose head 1 attends uniformly.
 
-    Queries and keys are biases, and noise too small to matter. A rotary pair turns by one radian a token: a query
-    turned back by one radian meets the key of the token before it, and a scale of 1e4 leaves nothing for the others
-    (for texts below 40 tokens).
+    Queries and keys are biases plus negligible noise. The first rotary pair turns by one radian per token: a query
+    turned back by one radian matches the key of the token before it, and a scale of 1e4 leaves no weight for others (up
+    to 40 tokens).
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -47,7 +47,7 @@ def previous_and_uniform(vocabulary: int = 40, layers: int = 2) -> LlamaForCausa
 
 
 def previous_matrix(T: int) -> Tensor:
-    """`[T, T]`; the first token has but itself."""
+    """`[T, T]`; the first token attends to itself."""
     M = torch.zeros(T, T)
     M[range(1, T), range(T - 1)] = 1.0
     M[0, 0] = 1.0
@@ -58,13 +58,13 @@ def uniform_matrix(T: int) -> Tensor:
     return torch.ones(T, T).tril() / torch.arange(1, T + 1).unsqueeze(-1)
 
 
-def made_heads(T: int) -> Tensor:
+def known_heads(T: int) -> Tensor:
     """The matrices of `previous_and_uniform`, `[2, T, T]`."""
     return torch.stack([previous_matrix(T), uniform_matrix(T)])
 
 
-class Text:
-    """A cache that is the text itself."""
+class TextCache:
+    """A cache that holds the text itself."""
 
     def __init__(self, ids: Tensor):
         self.ids = ids
@@ -74,28 +74,28 @@ class Text:
 
 
 class Copier(PreTrainedModel):
-    """Says what followed the longest earlier match of the text's end; token 0 where there is none."""
+    """Predicts the token that followed the longest earlier match of the text's end; token 0 without a match."""
 
     config_class = PretrainedConfig
 
     def __init__(self, vocabulary: int):
         super().__init__(PretrainedConfig())
         self.vocabulary = vocabulary
-        self.anything = torch.nn.Parameter(torch.zeros(1))
+        self.parameter = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, input_ids: Tensor, use_cache: bool = True, **kwargs) -> CausalLMOutputWithPast:
-        held = kwargs.get(CACHE_ARGUMENT)
-        text = input_ids if held is None else torch.cat([held.ids, input_ids], dim=1)
-        said = torch.stack([self.follow(row) for row in text])[:, -input_ids.shape[1] :]
-        logits = 10 * F.one_hot(said, self.vocabulary).float()
-        return CausalLMOutputWithPast(logits=logits, **{CACHE_ARGUMENT: Text(text)})
+        cache = kwargs.get(CACHE_ARGUMENT)
+        text = input_ids if cache is None else torch.cat([cache.ids, input_ids], dim=1)
+        predicted = torch.stack([self.predict(row) for row in text])[:, -input_ids.shape[1] :]
+        logits = 10 * F.one_hot(predicted, self.vocabulary).float()
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_ARGUMENT: TextCache(text)})
 
-    def follow(self, row: Tensor) -> Tensor:
-        """What is said behind each token."""
-        matched = torch.zeros(len(row), dtype=torch.long)  # length of the common end of row[: j + 1] and row[: t + 1]
-        said = torch.zeros(len(row), dtype=torch.long)
+    def predict(self, row: Tensor) -> Tensor:
+        """The prediction after each token of `row: [T]`."""
+        matched = torch.zeros(len(row), dtype=torch.long)  # common suffix of row[: j + 1] and row[: t + 1]
+        predicted = torch.zeros(len(row), dtype=torch.long)
         for t in range(len(row)):
             matched = torch.where(row == row[t], F.pad(matched, (1, 0))[:-1] + 1, 0)
             if t and matched[:t].any():
-                said[t] = row[matched[:t].argmax() + 1]
-        return said
+                predicted[t] = row[matched[:t].argmax() + 1]
+        return predicted
