@@ -10,21 +10,10 @@ from typing import Any
 
 import torch
 
-from subquad.export.converter import (
-    AttentionTraces,
-    Converter,
-    Sizes,
-    Weights,
-    conv_weight,
-    query_scale,
-    rope_parameters,
-    transformers_classes,
-)
+from subquad.export.converter import ConfigValues, Converter, Weights, conv_weight, transformers_classes
 from subquad.mixers.mamba2 import Mamba2
 from subquad.modeling.attention.discovery import AttentionInfo
-from subquad.modeling.attention.tracing import AttentionCall
 from subquad.modeling.export_target import TARGETS, ExportError
-from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
 
 
@@ -50,22 +39,23 @@ class BambaConverter(Converter):
             )
         return config, model
 
-    def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: AttentionTraces) -> Any:
-        inner, hidden = sizes.mixer_spec.num_heads * sizes.mixer_spec.value_dim, sizes.common["hidden_size"]
+    def config(self, values: ConfigValues) -> Any:
+        spec, hidden = values.mixer_spec, values.common["hidden_size"]
+        inner = spec.num_heads * spec.value_dim
         if inner % hidden:
             raise ExportError(f"its mixers have {inner} channels, expected a multiple of its hidden size {hidden}")
         return self.classes()[0](
-            **sizes.common,
-            attn_layer_indices=sorted(kept) or [sizes.common["num_hidden_layers"] - 1],
-            mamba_n_heads=sizes.mixer_spec.num_heads,
-            mamba_n_groups=sizes.mixer_spec.num_heads,
-            mamba_d_head=sizes.mixer_spec.value_dim,
-            mamba_d_state=sizes.mixer_spec.head_dim,
-            mamba_d_conv=sizes.conv_width,
+            **values.common,
+            attn_layer_indices=values.attention_layers,
+            mamba_n_heads=spec.num_heads,
+            mamba_n_groups=spec.num_heads,
+            mamba_d_head=spec.value_dim,
+            mamba_d_state=spec.head_dim,
+            mamba_d_conv=values.conv_width,
             mamba_expand=inner // hidden,
             mamba_conv_bias=False,
             mamba_proj_bias=False,
-            rope_parameters=rope_parameters(student, kept, sizes.attention_heads[2])[0],
+            rope_parameters=values.rope_parameters,
         )
 
     def mixer_weights(self, mixer: Mamba2, conv_width: int, factor: float) -> Weights:
@@ -81,10 +71,10 @@ class BambaConverter(Converter):
         }
         return {f"mamba.{name}": weight for name, weight in weights.items()}
 
-    def attention_weights(self, info: AttentionInfo, call: AttentionCall, factor: float) -> Weights:
+    def attention_weights(self, info: AttentionInfo, query_scale: float, factor: float) -> Weights:
         q, k, v, o = (info.projection_weights(name)[0] for name in "qkvo")
         return {
-            "self_attn.q_proj.weight": q * query_scale(info, call),
+            "self_attn.q_proj.weight": q * query_scale,
             "self_attn.k_proj.weight": k,
             "self_attn.v_proj.weight": v,
             "self_attn.o_proj.weight": o * factor,

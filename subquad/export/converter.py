@@ -35,17 +35,17 @@ AttentionTraces = dict[int, tuple[AttentionInfo, AttentionCall]]
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The sizes that the configuration of every target contains."""
+class ConfigValues:
+    """What a target's configuration is made from."""
 
-    conv_width: int
-    """Of the short convolutions."""
-    mixer_spec: AttentionSpec
-    """The same for all mixers, in heads and channels."""
-    attention_heads: tuple[int, int, int]
-    """Query heads, key heads and head size of attention, kept or in the identity layer."""
     common: dict[str, Any]
-    """Arguments of the configuration with the same names in all targets."""
+    """Arguments with the same names in all targets."""
+    mixer_spec: AttentionSpec
+    """Heads and channels of all mixers."""
+    conv_width: int
+    attention_layers: list[int]
+    """Indices of the layers with attention, kept or in the identity layer."""
+    rope_parameters: dict[str, Any]
 
 
 class Converter:
@@ -64,15 +64,15 @@ class Converter:
         """The configuration class and the model class; UserError if this version of transformers lacks them."""
         raise NotImplementedError
 
-    def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: AttentionTraces) -> Any:
+    def config(self, values: ConfigValues) -> Any:
         raise NotImplementedError
 
     def mixer_weights(self, mixer: Any, conv_width: int, factor: float) -> Weights:
         """Weights of a layer's mixer, its output multiplied by `factor`."""
         raise NotImplementedError
 
-    def attention_weights(self, info: AttentionInfo, call: AttentionCall, factor: float) -> Weights:
-        """Weights of a kept attention, its output multiplied by `factor`."""
+    def attention_weights(self, info: AttentionInfo, query_scale: float, factor: float) -> Weights:
+        """Weights of a kept attention, its queries multiplied by `query_scale` and its output by `factor`."""
         raise NotImplementedError
 
     def attention_shapes(self, hidden: int, head_dim: int) -> dict[str, tuple[int, ...]]:
@@ -110,13 +110,13 @@ class Converter:
             if isinstance(layer, MixerLayer):
                 own = self.mixer_weights(layer.mixer, conv_width, rest.attention_factor)
             else:
-                own = self.attention_weights(*kept[i], rest.attention_factor)
+                own = self.attention_weights(kept[i][0], query_scale(*kept[i]), rest.attention_factor)
             own |= self.norm_and_mlp_weights(rest)
             weights |= {f"model.layers.{i}.{name}": weight for name, weight in own.items()}
         if not kept:
             identity = self.identity_layer(decoder)
             weights |= {f"model.layers.{len(decoder.layers)}.{name}": weight for name, weight in identity.items()}
-        config = self.config(student, read_sizes(student, decoder, kept, conv_width), kept)
+        config = self.config(config_values(student, decoder, kept, conv_width))
         model = self.build_model(config, weights, student)
         check_logits(student, model)
         return model
@@ -239,10 +239,12 @@ def float32_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).float()
 
 
-# ---------------------------------------------------------------------- sizes and weights
+# ---------------------------------------------------------------------- configuration and weights
 
 
-def read_sizes(student: SubquadForCausalLM, decoder: DecoderWeights, kept: AttentionTraces, conv_width: int) -> Sizes:
+def config_values(
+    student: SubquadForCausalLM, decoder: DecoderWeights, kept: AttentionTraces, conv_width: int
+) -> ConfigValues:
     base: Any = student.config.base_config.get_text_config()  # type: ignore[union-attr]
     specs = [layer.spec for layer in student.mixer_layers if isinstance(layer, MixerLayer)]
     require_one_size([(s.num_heads, s.head_dim, s.value_dim) for s in specs], "mixers")
@@ -263,7 +265,8 @@ def read_sizes(student: SubquadForCausalLM, decoder: DecoderWeights, kept: Atten
         "dtype": student.dtype,
         **{name: getattr(base, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
-    return Sizes(conv_width, specs[0], heads, common)
+    attention_layers = sorted(kept) or [len(student.mixer_layers)]
+    return ConfigValues(common, specs[0], conv_width, attention_layers, rope_parameters(base, kept, heads[2]))
 
 
 def require_one_size(sizes: list[Any], what: str) -> Any:
@@ -274,18 +277,16 @@ def require_one_size(sizes: list[Any], what: str) -> Any:
     return sizes[0]
 
 
-def rope_parameters(student: SubquadForCausalLM, kept: AttentionTraces, head_dim: int) -> tuple[dict[str, Any], int]:
-    """The teacher's `rope_parameters` (without kept attention, default ones), and the channels of a head that the
-    embedding rotates."""
-    base: Any = student.config.base_config.get_text_config()  # type: ignore[union-attr]
-    rope = getattr(base, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10_000.0}
+def rope_parameters(base_config: Any, kept: AttentionTraces, head_dim: int) -> dict[str, Any]:
+    """The teacher's `rope_parameters`, or default ones if no layer keeps attention, with `partial_rotary_factor`."""
+    rope = getattr(base_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10_000.0}
     rotated = {int(call.position_embeddings[0].shape[-1]) for _, call in kept.values() if call.position_embeddings}
     rotated = rotated or {head_dim}
     if any(isinstance(value, dict) for value in rope.values()) or len(rotated) != 1:
         raise ExportError("its layers have different rotary embeddings")
     if not kept:
         rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10_000.0)}
-    return {**rope, "partial_rotary_factor": (channels := rotated.pop()) / head_dim}, channels
+    return {**rope, "partial_rotary_factor": rotated.pop() / head_dim}
 
 
 def query_scale(info: AttentionInfo, call: AttentionCall) -> float:

@@ -10,21 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.export.converter import (
-    AttentionTraces,
-    Converter,
-    Sizes,
-    Weights,
-    conv_weight,
-    query_scale,
-    rope_parameters,
-    transformers_classes,
-)
+from subquad.export.converter import ConfigValues, Converter, Weights, conv_weight, transformers_classes
 from subquad.mixers.gated_deltanet import GatedDeltaNet
 from subquad.modeling.attention.discovery import AttentionInfo
-from subquad.modeling.attention.tracing import AttentionCall
 from subquad.modeling.export_target import TARGETS, ExportError
-from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 
 class Qwen3_5Converter(Converter):
@@ -37,19 +26,19 @@ class Qwen3_5Converter(Converter):
     def classes(self) -> tuple[Any, Any]:
         return transformers_classes("Qwen3_5TextConfig", "Qwen3_5ForCausalLM")
 
-    def config(self, student: SubquadForCausalLM, sizes: Sizes, kept: AttentionTraces) -> Any:
-        layer_types = ["full_attention" if keep else "linear_attention" for keep in student.config.keeps_attention]
-        rope, channels = rope_parameters(student, kept, sizes.attention_heads[2])
-        pairs = channels // 2  # text has one position in all three sections, which together must cover all pairs
+    def config(self, values: ConfigValues) -> Any:
+        spec, rope, layers = values.mixer_spec, values.rope_parameters, range(values.common["num_hidden_layers"])
+        # text has one position in all three sections, which together must cover all rotated pairs of channels
+        pairs = round(rope["partial_rotary_factor"] * values.common["head_dim"]) // 2
         return self.classes()[0](
-            **sizes.common,
-            layer_types=layer_types if kept else [*layer_types, "full_attention"],
+            **values.common,
+            layer_types=["full_attention" if i in values.attention_layers else "linear_attention" for i in layers],
             attn_output_gate=True,
-            linear_num_key_heads=sizes.mixer_spec.num_heads,
-            linear_num_value_heads=sizes.mixer_spec.num_heads,
-            linear_key_head_dim=sizes.mixer_spec.head_dim,
-            linear_value_head_dim=sizes.mixer_spec.value_dim,
-            linear_conv_kernel_dim=sizes.conv_width,
+            linear_num_key_heads=spec.num_heads,
+            linear_num_value_heads=spec.num_heads,
+            linear_key_head_dim=spec.head_dim,
+            linear_value_head_dim=spec.value_dim,
+            linear_conv_kernel_dim=values.conv_width,
             rope_parameters={
                 **rope,
                 "mrope_section": [-(-pairs // 3), (pairs + 1) // 3, pairs // 3],
@@ -73,7 +62,7 @@ class Qwen3_5Converter(Converter):
         }
         return {f"linear_attn.{name}": weight for name, weight in weights.items()}
 
-    def attention_weights(self, info: AttentionInfo, call: AttentionCall, factor: float) -> Weights:
+    def attention_weights(self, info: AttentionInfo, query_scale: float, factor: float) -> Weights:
         """`q_proj` has rows of queries and of the gate for each head; zero gate weights give sigmoid(0) = 1/2."""
         q, k, v, o = (info.projection_weights(name)[0] for name in "qkvo")
         by_head = q.unflatten(0, (info.spec.num_heads, info.spec.head_dim))
@@ -82,7 +71,7 @@ class Qwen3_5Converter(Converter):
             "self_attn.k_proj.weight": k,
             "self_attn.v_proj.weight": v,
             "self_attn.o_proj.weight": o * (2 * factor),
-            "self_attn.q_norm.weight": exact_norm_weight(info, "q") * query_scale(info, call) - 1,
+            "self_attn.q_norm.weight": exact_norm_weight(info, "q") * query_scale - 1,
             "self_attn.k_norm.weight": exact_norm_weight(info, "k") - 1,
         }
 

@@ -9,6 +9,8 @@ from subquad.cli import main
 from subquad.export import convert, export
 from subquad.export.bamba import has_group_norm
 from subquad.mixers import AttentionSpec, create
+from subquad.modeling.attention.activations import LayerActivations
+from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.calibrate import LayerCalibrator
 from subquad.modeling.export_target import ExportError
 from subquad.utils import UserError
@@ -151,23 +153,23 @@ def test_command_line_exports_to_bamba(tmp_path, capsys):
     assert "mamba2; supported layers: gated_deltanet" in capsys.readouterr().err
 
 
+@torch.no_grad()
 def test_calibration_includes_the_gate():
     """Without a bias the initial gate is not 1: calibration compares the gated output, up to scale."""
-    layout = AttentionSpec(24, 2, 2, head_dim=8, value_dim=6)
+    spec = AttentionSpec(24, 2, 2, head_dim=8, value_dim=6)
     generator = torch.Generator().manual_seed(0)
-    mixer = create("mamba2", layout, v_activation="silu", biases=False, discretization="zoh", norm_eps=1e-12)
+    mixer = create("mamba2", spec, v_activation="silu", biases=False, discretization="zoh", norm_eps=1e-12)
     x = torch.randn(1, 40, 24, generator=generator) + torch.randn(24, generator=generator)
-    with torch.no_grad():
-        for projection in mixer.projections().values():
-            projection.weight.mul_(20.0)
+    for projection in mixer.projections().values():
+        projection.weight.mul_(20.0)
     mixer.init_from_teacher(torch.ones(2), x[0])
-    scene = object.__new__(LayerCalibrator)
-    scene.mixer, scene.x, scene.positions = mixer, x, None
-    with torch.no_grad():
-        core, _ = mixer.op_inputs(x, None, None, None)
-        o = mixer.add_skip(mixer.run_op(core, None, None)[0], core) * mixer.output_gate(x)
-        scene.target = 0.7 * o / o.square().mean(-1, keepdim=True).sqrt()
-        scene.metric = torch.eye(6).expand(2, 6, 6)
-        errors, scale = scene.errors()
+    inputs, _ = mixer.op_inputs(x, None, None, None)
+    o = mixer.add_skip(mixer.run_op(inputs, None, None)[0], inputs) * mixer.output_gate(x)
+    heads = 0.7 * o / o.square().mean(-1, keepdim=True).sqrt()
+    attention = torch.nn.ModuleDict({"o_proj": torch.nn.Linear(12, 24, bias=False)})
+    torch.nn.init.eye_(attention["o_proj"].weight)
+    info = AttentionInfo(0, "", attention, spec, {}, "o_proj")
+    calibrator = LayerCalibrator(mixer, info, LayerActivations((x,), {}, x, heads.flatten(2)))
+    errors, scale = calibrator.errors_and_scale()
     assert errors.max() < 1e-6
     torch.testing.assert_close(scale, torch.full_like(scale, 0.7))
