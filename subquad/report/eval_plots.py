@@ -12,18 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from subquad.evaluate.results import Result
-from subquad.report.style import (
-    TEACHER_COLOR,
-    ReportFigure,
-    add_mixer_legend,
-    color,
-    format_log_axis,
-    format_tick,
-    legend_line,
-    marker,
-    new_figure,
-    sort_mixers,
-)
+from subquad.report import style
+from subquad.report.style import ReportFigure
 
 COSTS = {
     "seconds_per_token": ("Decoding time per token", "milliseconds per decoded token", 1e3),
@@ -124,11 +114,11 @@ def length_figure(
             lines[model] = sorted((r.length or 0, scale * r.value) for r in own)
     if not lines:
         return None
-    figure, axes = new_figure()
+    figure, axes = style.new_figure()
     draw_lines(figure, axes, lines)
     axes.set(xlabel="tokens of context", ylabel=ylabel, xscale="log", yscale="log")
-    format_log_axis(axes.xaxis, [], sorted({x for points in lines.values() for x, _ in points}))
-    format_log_axis(axes.yaxis, [y for points in lines.values() for _, y in points])
+    style.format_log_axis(axes.xaxis, [], sorted({x for points in lines.values() for x, _ in points}))
+    style.format_log_axis(axes.yaxis, [y for points in lines.values() for _, y in points])
     return figure
 
 
@@ -143,7 +133,7 @@ def layer_figure(results: Sequence[Result], models: Sequence[PlotModel], metric:
             lines[model] = [(i, float(np.mean([r.value for r in per_layer if r.layer == i]))) for i in layers]
     if not lines:
         return None
-    figure, axes = new_figure()
+    figure, axes = style.new_figure()
     draw_lines(figure, axes, lines)
     axes.set(xlabel="layer", ylabel=DIAGNOSTICS[metric])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -157,12 +147,12 @@ def draw_lines(figure: Figure, axes: Axes, lines: dict[PlotModel, list[tuple[int
         x, y = zip(*points, strict=True)
         if model.mixer is None:
             dash = ("-", "--", ":")[len(extra[:2])]
-            style: dict[str, Any] = {"color": TEACHER_COLOR, "marker": ".", "linestyle": dash}
-            axes.plot(x, y, zorder=3, **style)
-            extra.append(legend_line(model.label, **style))
+            look: dict[str, Any] = {"color": style.TEACHER_COLOR, "marker": ".", "linestyle": dash}
+            axes.plot(x, y, zorder=3, **look)
+            extra.append(style.legend_line(model.label, **look))
         else:
-            axes.plot(x, y, color=color(model.mixer), marker=marker(model.mixer), markersize=4, alpha=0.85)
-    add_mixer_legend(figure, sort_mixers(model.mixer for model in lines if model.mixer is not None), extra)
+            axes.plot(x, y, color=style.color(model.mixer), marker=style.marker(model.mixer), markersize=4, alpha=0.85)
+    style.add_mixer_legend(figure, style.sort_mixers(model.mixer for model in lines if model.mixer is not None), extra)
 
 
 def heat_maps(
@@ -197,8 +187,8 @@ def heat_maps(
         axes.set_title(textwrap.fill(model.label, 24), fontsize=8)
         axes.grid(False)
         rotation = 90 if len(column_values) > 5 else 0
-        axes.set_xticks(range(len(column_values)), [format_tick(v) for v in column_values], rotation=rotation)
-        axes.set_yticks(range(len(row_values)), [format_tick(v) for v in row_values])
+        axes.set_xticks(range(len(column_values)), [style.format_tick(v) for v in column_values], rotation=rotation)
+        axes.set_yticks(range(len(row_values)), [style.format_tick(v) for v in row_values])
     for axes in list(panels.flat)[len(shown) :]:
         axes.set_visible(False)
     figure.supxlabel(axis_labels[1], fontsize=9)

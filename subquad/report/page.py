@@ -172,9 +172,9 @@ class Report:
 
     def _save(self, figures: Sequence[ReportFigure]) -> list[Image]:
         images = []
-        for one in figures:
-            uri = data_uri(save_figure(one.figure, self.output / one.name))
-            images.append(Image(one.name, one.caption, uri, round(96 * one.figure.get_figwidth())))
+        for drawn in figures:
+            uri = data_uri(save_figure(drawn.figure, self.output / drawn.name))
+            images.append(Image(drawn.name, drawn.caption, uri, round(96 * drawn.figure.get_figwidth())))
         return images
 
     def _diagnostics(self) -> list[ReportFigure]:

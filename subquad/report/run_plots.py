@@ -6,19 +6,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from subquad.distill.metrics import read_jsonl
-from subquad.report.style import (
-    GRAY,
-    TEACHER_COLOR,
-    ReportFigure,
-    add_mixer_legend,
-    color,
-    format_log_axis,
-    legend_line,
-    marker,
-    mixer_label,
-    new_figure,
-    sort_mixers,
-)
+from subquad.report import style
+from subquad.report.style import ReportFigure
 from subquad.study.aggregate import Group, group_labels
 from subquad.study.runs import METRICS
 
@@ -45,24 +34,24 @@ def recovered_figure(groups: Sequence[Group]) -> list[ReportFigure]:
     measured = [(group, mean) for group in groups if (mean := group.mean("recovered_share")) is not None]
     if not measured:
         return []
-    mixers, combinations = sort_mixers(group.mixer for group, _ in measured), stage_sets(groups)
-    figure, axes = new_figure(6.0, 0.9 + 0.46 * len(mixers) + 0.3 * (len(combinations) > 3))
+    mixers, combinations = style.sort_mixers(group.mixer for group, _ in measured), stage_sets(groups)
+    figure, axes = style.new_figure(6.0, 0.9 + 0.46 * len(mixers) + 0.3 * (len(combinations) > 3))
     shapes = dict(zip(combinations, STAGE_MARKERS, strict=False))
     for group, mean in measured:
         offset = 0.18 * (combinations.index(group.stages) - (len(combinations) - 1) / 2)
-        y, paint = mixers.index(group.mixer) + offset, color(group.mixer)
+        y, color = mixers.index(group.mixer) + offset, style.color(group.mixer)
         if mean.low is not None:
-            axes.plot([100 * mean.low, 100 * (mean.high or 0)], [y, y], color=paint, linewidth=1)
-        fill = paint if group.copy_qkv else "white"
-        axes.plot(100 * mean.value, y, shapes.get(group.stages, "o"), color=paint, markerfacecolor=fill)
-    axes.set_yticks(range(len(mixers)), [mixer_label(name) for name in mixers])
+            axes.plot([100 * mean.low, 100 * (mean.high or 0)], [y, y], color=color, linewidth=1)
+        fill = color if group.copy_qkv else "white"
+        axes.plot(100 * mean.value, y, shapes.get(group.stages, "o"), color=color, markerfacecolor=fill)
+    axes.set_yticks(range(len(mixers)), [style.mixer_label(name) for name in mixers])
     axes.set_ylim(len(mixers) - 0.5, -0.5)
     axes.set_xlabel("recovered share, % (0: token frequencies, 100: teacher)")
-    axes.axvline(100, color=TEACHER_COLOR, linewidth=0.8)
-    entries = [legend_line(f"stages {s}", marker=shapes.get(s, "o"), linestyle="") for s in combinations]
+    axes.axvline(100, color=style.TEACHER_COLOR, linewidth=0.8)
+    entries = [style.legend_line(f"stages {s}", marker=shapes.get(s, "o"), linestyle="") for s in combinations]
     if len({group.copy_qkv for group, _ in measured}) > 1:
-        for label, fill in (("filled: q, k, v, o copied", GRAY), ("hollow: not copied", "white")):
-            entries.append(legend_line(label, marker="o", markerfacecolor=fill, linestyle=""))
+        for label, fill in (("filled: q, k, v, o copied", style.GRAY), ("hollow: not copied", "white")):
+            entries.append(style.legend_line(label, marker="o", markerfacecolor=fill, linestyle=""))
     figure.legend(handles=entries, loc="outside lower center", ncols=3)
     caption = "Recovered share by mixer, stages and copying. Lines are 95% intervals over seeds"
     return [ReportFigure("recovered", caption, figure)]
@@ -87,28 +76,28 @@ def pareto_figure(groups: Sequence[Group]) -> list[ReportFigure]:
     if not points:
         return []
     teacher = next(group.results for group in groups if group.results)[0]["teacher_perplexity"]
-    figure, axes = new_figure(6.0, 4.6)
+    figure, axes = style.new_figure(6.0, 4.6)
     front = pareto_front([point[2:] for point in points])
     for index, (_, mixer, x, y) in enumerate(points):
-        axes.plot(x, y, marker(mixer), color=color(mixer), alpha=1 if index in front else 0.6)
+        axes.plot(x, y, style.marker(mixer), color=style.color(mixer), alpha=1 if index in front else 0.6)
         if index in front:
             number = f"{front.index(index) + 1}"
             axes.annotate(number, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
     steps = [points[i] for i in front]
     axes.step([p[2] for p in steps], [p[3] for p in steps], where="post", color="#999999", linewidth=0.9)
-    axes.axhline(teacher, color=TEACHER_COLOR, linewidth=0.9)
+    axes.axhline(teacher, color=style.TEACHER_COLOR, linewidth=0.9)
     axes.set(xlabel="milliseconds per decoded token, batch size 1", ylabel="held-out perplexity", yscale="log")
-    format_log_axis(axes.yaxis, [teacher, *(point[3] for point in points)])
+    style.format_log_axis(axes.yaxis, [teacher, *(point[3] for point in points)])
     entries = [
-        legend_line(f"{number} {label}", color=color(mixer), marker=marker(mixer), linestyle="")
+        style.legend_line(f"{number} {label}", color=style.color(mixer), marker=style.marker(mixer), linestyle="")
         for number, (label, mixer, _, _) in enumerate(steps, 1)
     ]
     axes.legend(handles=entries, loc="best", handletextpad=0.2)
     extra = [
-        legend_line("Pareto front", color="#999999", linewidth=0.9),
-        legend_line("teacher's perplexity", color=TEACHER_COLOR, linewidth=0.9),
+        style.legend_line("Pareto front", color="#999999", linewidth=0.9),
+        style.legend_line("teacher's perplexity", color=style.TEACHER_COLOR, linewidth=0.9),
     ]
-    add_mixer_legend(figure, sort_mixers(point[1] for point in points), extra)
+    style.add_mixer_legend(figure, style.sort_mixers(point[1] for point in points), extra)
     caption = "Held-out perplexity against decoding time, both measured at the end of each run. Numbered: Pareto front"
     return [ReportFigure("pareto", caption, figure)]
 
@@ -135,7 +124,7 @@ def loss_figures(groups: Sequence[Group]) -> list[ReportFigure]:
 def _loss_figure(
     groups: Sequence[Group], curves: dict[str, list[tuple[int, float]]], title: str, ylabel: str
 ) -> Figure:
-    figure, axes = new_figure()
+    figure, axes = style.new_figure()
     both = len({group.copy_qkv for group in groups}) > 1
     drawn = set()
     for group in groups:
@@ -143,13 +132,14 @@ def _loss_figure(
             if curves[run.name]:
                 dash = "--" if both and not group.copy_qkv else "-"
                 x, y = zip(*curves[run.name], strict=True)
-                axes.plot(x, y, color=color(group.mixer), linestyle=dash, linewidth=1.1)
-                axes.plot(x[-1], y[-1], marker(group.mixer), color=color(group.mixer), markersize=4)
+                axes.plot(x, y, color=style.color(group.mixer), linestyle=dash, linewidth=1.1)
+                axes.plot(x[-1], y[-1], style.marker(group.mixer), color=style.color(group.mixer), markersize=4)
                 drawn.add(group.mixer)
     axes.set(title=title, xlabel="tokens", ylabel=ylabel)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    format_log_axis(axes.yaxis, [loss for points in curves.values() for _, loss in points])
-    add_mixer_legend(figure, sort_mixers(drawn), [legend_line("not copied", linestyle="--")] if both else [])
+    style.format_log_axis(axes.yaxis, [loss for points in curves.values() for _, loss in points])
+    extra = [style.legend_line("not copied", linestyle="--")] if both else []
+    style.add_mixer_legend(figure, style.sort_mixers(drawn), extra)
     return figure

@@ -19,23 +19,9 @@ RESULTS, DATABASE = "results.json", "results.sqlite"
 TASK = "held-out text"
 """Task of the results that every run measures at its end."""
 RUN_COLUMNS = (
-    "run",
-    "digest",
-    "state",
-    "teacher",
-    "mixer",
-    "stages",
-    "copy_qkv",
-    "seed",
-    "parameters",
-    "tokens",
-    "seconds",
-    "device",
-    "commit_hash",
-    "versions",
-    "recipe",
-    "error",
-)
+    "run", "digest", "state", "teacher", "mixer", "stages", "copy_qkv", "seed", "parameters", "tokens", "seconds",
+    "device", "commit_hash", "versions", "recipe", "error",
+)  # fmt: skip
 RESULT_FIELDS = tuple(field.name for field in fields(Result) if field.name != "model")
 RESULT_COLUMNS = ("run", "source", *RESULT_FIELDS)
 INTEGER_COLUMNS = ("copy_qkv", "seed", "parameters", "tokens", "n", "length", "batch", "layer", "head")
@@ -65,7 +51,7 @@ def write_results(output: Path, runs: Sequence[Run]) -> None:
 
 
 def full_error(run: Run) -> str | None:
-    """The type and the whole message of a failed run."""
+    """The type and the complete message of a failed run."""
     error = run.error()
     return None if error is None else f"{error['type']}: {error['message']}"
 
