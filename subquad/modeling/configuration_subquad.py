@@ -1,5 +1,6 @@
 """`SubquadConfig`: the teacher's configuration, what its attention is, and what replaces it in each layer."""
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -38,6 +39,12 @@ class SubquadConfig(PreTrainedConfig):
     """
 
     model_type = "subquad"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "SubquadConfig":
+        # Registers the model class, also where a configuration is unpickled. Importing transformers imports this module
+        # (see `_auto_registration`) before that of the model can be imported.
+        importlib.import_module("subquad.modeling.modeling_subquad")
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -112,3 +119,6 @@ def copy_specs(key: str, specs: Any) -> list[dict[str, Any]]:
     if not isinstance(specs, list | tuple) or not all(isinstance(spec, Mapping) for spec in specs):
         raise UserError(f"{key}: got {specs!r}, expected a list of mappings, one a layer")
     return [dict(spec) for spec in specs]
+
+
+AutoConfig.register("subquad", SubquadConfig)

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -268,5 +268,4 @@ def make_config(
     )
 
 
-AutoConfig.register("subquad", SubquadConfig)
 AutoModelForCausalLM.register(SubquadConfig, SubquadForCausalLM)

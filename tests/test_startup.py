@@ -1,0 +1,176 @@
+"""What `import subquad` and light commands load, and how fast; Auto classes of transformers after a bare import."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from transformers import AutoTokenizer
+
+import subquad
+from tests.workshop import tiny_recipe, tiny_teacher
+
+LOAD = "AutoModelForCausalLM.from_pretrained(student)"
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("startup")
+    teacher, tokenizer = subquad.load_teacher(tiny_teacher(directory / "teacher"))
+    subquad.linearize(teacher, mixer="gla").save_pretrained(directory / "student")
+    tokenizer.save_pretrained(directory / "student")
+    return directory / "student"
+
+
+def run_python(program: str, *argv: object) -> str:
+    command = [sys.executable, "-c", program, *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_loads_neither_torch_nor_transformers():
+    program = "import subquad, sys; print({'torch', 'transformers', 'pydantic', 'yaml'} & set(sys.modules))"
+    assert run_python(program) == "set()"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import subquad; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import subquad",
+        "import subquad, transformers; AutoModelForCausalLM = transformers.AutoModelForCausalLM",
+        "import transformers, subquad; AutoModelForCausalLM = transformers.AutoModelForCausalLM",
+        "import transformers.models.auto; import subquad; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoConfig; import subquad; from transformers import AutoModelForCausalLM",
+        "import subquad; from transformers import AutoTokenizer, AutoConfig, pipeline, AutoModelForCausalLM",
+        "import subquad; from transformers.models.auto.modeling_auto import AutoModelForCausalLM",
+        "import subquad; from transformers import Trainer, AutoModelForCausalLM",
+        "import subquad.modeling.configuration_subquad; from transformers import AutoModelForCausalLM",
+        "from subquad import SubquadConfig; from transformers import AutoModelForCausalLM",
+        "import subquad.cli; from transformers import AutoModelForCausalLM",
+        "import subquad, importlib; importlib.reload(subquad); from transformers import AutoModelForCausalLM",
+        "import subquad; from transformers import AutoModelForCausalLM; import importlib; importlib.reload(subquad)",
+        "import sys, subquad; [sys.modules.pop(m) for m in list(sys.modules) if m.startswith('subquad')]; "
+        "import subquad; from transformers import AutoModelForCausalLM",
+    ],
+)
+def test_auto_model_loads_students(student, imports):
+    program = f"import sys\nstudent = sys.argv[1]\n{imports}\nprint(type({LOAD}).__name__)"
+    assert run_python(program, student) == "SubquadForCausalLM"
+
+
+def test_auto_classes_in_one_process(student):
+    program = """
+import sys, subquad
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+student = sys.argv[1]
+config = AutoConfig.from_pretrained(student)
+tokenizer = AutoTokenizer.from_pretrained(student)
+print(config.model_type, type(config) is subquad.SubquadConfig, len(tokenizer("The red fox").input_ids))
+print(type(AutoModelForCausalLM.from_config(config)) is subquad.SubquadForCausalLM)
+print(pipeline("text-generation", model=student)("The red", max_new_tokens=3)[0]["generated_text"][:7])
+print([type(finder).__module__ for finder in sys.meta_path if "subquad" in type(finder).__module__])
+import importlib.util, inspect, transformers.models.auto.configuration_auto as table
+print(importlib.util.find_spec(table.__name__).loader is table.__loader__, "class AutoConfig" in inspect.getsource(table))
+"""
+    tokens = len(AutoTokenizer.from_pretrained(student)("The red fox").input_ids)
+    lines = [f"subquad True {tokens}", "True", "The red", "[]", "True True"]
+    assert run_python(program, student).splitlines() == lines
+
+
+def test_find_spec_alone_does_not_unregister(student):
+    program = f"""
+import sys, subquad, importlib.util
+importlib.util.find_spec("transformers.models.auto.configuration_auto")
+from transformers import AutoModelForCausalLM
+student = sys.argv[1]
+print(type({LOAD}).__name__)
+"""
+    assert run_python(program, student) == "SubquadForCausalLM"
+
+
+def test_imports_in_two_threads(student):
+    program = f"""
+import sys, threading
+student = sys.argv[1]
+barrier = threading.Barrier(2)
+def load(name):
+    barrier.wait()
+    __import__(name)
+threads = [threading.Thread(target=load, args=[n]) for n in ("subquad.modeling.modeling_subquad", "transformers.pipelines")]
+[t.start() for t in threads], [t.join() for t in threads]
+from transformers import AutoModelForCausalLM
+print(type({LOAD}).__name__)
+"""
+    assert run_python(program, student) == "SubquadForCausalLM"
+
+
+def test_config_and_model_in_a_spawned_process(student, tmp_path):
+    script = tmp_path / "spawn.py"
+    script.write_text("""
+import multiprocessing, sys
+import subquad
+
+def rebuild(config, queue):
+    from transformers import AutoModelForCausalLM
+    queue.put(type(AutoModelForCausalLM.from_config(config)).__name__)
+
+if __name__ == "__main__":
+    from transformers import AutoConfig
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=rebuild, args=[AutoConfig.from_pretrained(sys.argv[1]), queue])
+    process.start()
+    print(queue.get(timeout=60))
+    process.join()
+""")
+    done = subprocess.run([sys.executable, script, student], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "SubquadForCausalLM", done.stderr
+
+
+def test_public_names():
+    program = """
+import subquad
+print(sorted(name for name in dir(subquad) if name in subquad.__all__) == sorted(subquad.__all__))
+print([name for name in subquad.__all__ if getattr(subquad, name).__name__.rpartition(".")[2] != name])
+print(hasattr(subquad, "nothing"), subquad.ops.chunk.__name__)
+"""
+    assert run_python(program).splitlines() == ["True", "[]", "False chunk"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["distill", "--help"],
+        ["mixers"],
+        ["recipe", "RECIPE"],
+        ["recipe", "--schema"],
+        ["distill", "RECIPE", "-o", "never", "--set", "sed=1"],
+        ["distill", "RECIPE", "-o", "never", "--set", "seed=x"],
+        ["distill", "RECIPE", "-o", "never", "--set", "student.mixer=glaa"],
+        ["distill", "RECIPE", "-o", "never", "--set", "student.mixer_kwargs.half_live=3"],
+        ["distill", "RECIPE", "-o", "never", "--set", "student.layer_types={default: glaa}"],
+        ["distill", "RECIPE", "-o", "never", "--set", "student.export_target=qwen3_5"],
+        ["study", "RECIPE", "-o", "never", "--set", "student.mixer=[gla, glaa]"],
+        ["linearize", "nano", "--mixer", "glaa", "-o", "never"],
+    ],
+    ids=lambda argv: " ".join(argv[:1] + argv[-1:]),
+)
+def test_light_commands_load_no_torch(argv, tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    program = "import sys; from subquad.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    program += "print('loaded', {'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    out = run_python(program, *(recipe if word == "RECIPE" else word for word in argv))
+    assert out.splitlines()[-1] == "loaded set()"
+
+
+def test_help_takes_at_most_half_a_second():
+    """The best of five runs, since other processes may share the machine."""
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "subquad.cli", "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) <= 0.5
