@@ -1,4 +1,4 @@
-"""The command line as a user types it: what it prints, what it writes, and one line for a mistake."""
+"""The command line: output, files, exit codes, and one line on stderr for each mistake of the user."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def run(capsys, *argv):
     return code, captured.out, captured.err
 
 
-def test_help_is_a_map(capsys):
+def test_help_lists_commands(capsys):
     assert run(capsys)[0] == 0
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -38,14 +38,14 @@ def test_help_is_a_map(capsys):
     assert all(command in text for command in ("distill", "study", "linearize", "mixers", "inspect", "generate"))
 
 
-def test_mixers_lists_all_with_their_options(capsys):
+def test_mixers_lists_names_and_options(capsys):
     code, out, _ = run(capsys, "mixers")
     assert code == 0
     assert [line for line in out.splitlines() if not line.startswith(" ")] == mixers.names()
     assert "half_life=" in out
 
 
-def test_study_writes_a_student_each_and_their_table(capsys, recipe_path, tmp_path):
+def test_study_saves_students_and_prints_their_table(capsys, recipe_path, tmp_path):
     tiny = ["--set", "stages.matrix=null", "--set", "stages.hidden.tokens=128", "--set", "stages.end_to_end=null"]
     argv = ["study", recipe_path, "--output", tmp_path / "s", "--set", "student.mixer=[retnet, xlstm]", *tiny]
     code, out, err = run(capsys, *argv)
@@ -69,7 +69,7 @@ def test_study_writes_a_student_each_and_their_table(capsys, recipe_path, tmp_pa
     assert again.splitlines()[-5:] == out.splitlines()[-5:]
 
 
-def test_linearize_saves_a_student_that_generates(capsys, recipe_path, tmp_path):
+def test_linearize_generate_and_inspect(capsys, recipe_path, tmp_path):
     teacher = recipe_path.parent / "teacher"
     argv = ["linearize", teacher, "--mixer", "mamba2", "--option", "discretization=zoh", "--output", tmp_path / "s"]
     code, out, err = run(capsys, *argv)
@@ -92,8 +92,8 @@ def test_linearize_saves_a_student_that_generates(capsys, recipe_path, tmp_path)
     assert str(recipe_path.parent) not in card
 
 
-def held(out):
-    """The rows of numbers that `subquad inspect` prints, in bytes."""
+def cache_sizes(out):
+    """The cache sizes that `subquad inspect` prints, in bytes, by the first word of their line."""
     units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
     rows = {}
     for line in out.splitlines():
@@ -103,9 +103,9 @@ def held(out):
     return rows
 
 
-def test_a_plan_of_layers_is_made_written_down_and_inspected(capsys, recipe_path, tmp_path):
-    plan = "{default: {mixer: gla, decay_rank: 4}, 1: {mixer: attention, window: 5, sinks: 2}}"
-    argv = ["linearize", recipe_path.parent / "teacher", "--layers", plan, "--output", tmp_path / "s"]
+def test_linearize_with_layer_types(capsys, recipe_path, tmp_path):
+    layer_types = "{default: {mixer: gla, decay_rank: 4}, 1: {mixer: attention, window: 5, sinks: 2}}"
+    argv = ["linearize", recipe_path.parent / "teacher", "--layer-types", layer_types, "--output", tmp_path / "s"]
     code, out, err = run(capsys, *argv)
     assert code == 0, err
     assert "hybrid student" in out
@@ -118,8 +118,9 @@ def test_a_plan_of_layers_is_made_written_down_and_inspected(capsys, recipe_path
     assert any(line.startswith("  1  attention (") for line in lines)
     student, _ = subquad.load_teacher(tmp_path / "s")
     assert f" {student.num_parameters():,} parameters, float32" in lines[0]
-    found, wanted = held(out), 4 * 8 * 8 * 4 + 6 * 2 * (8 + 8) * 4  # gla's states; keys and values of 2 + 5 - 1 tokens
-    assert found["student"] == pytest.approx([wanted] * 3, rel=0.01)
+    found = cache_sizes(out)
+    expected = 4 * 8 * 8 * 4 + 6 * 2 * (8 + 8) * 4  # states of gla; keys and values of 2 + 5 - 1 tokens
+    assert found["student"] == pytest.approx([expected] * 3, rel=0.01)
     assert found["teacher"] == pytest.approx([2 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)], rel=0.01)
     card = (tmp_path / "s" / "README.md").read_text()
     assert "| 0 | gla (decay_rank=4) |" in card
@@ -152,22 +153,25 @@ def mistakes(recipe):
             "did you mean 'half_life'",
         ),
         "linearize, option without value": (["linearize", teacher, "--option", "half_life", "-o", out], "NAME=VALUE"),
-        "linearize, layers that are no mapping": (["linearize", teacher, "--layers", "gla", "-o", out], "a mapping"),
-        "linearize, an entry that is none": (
-            ["linearize", teacher, "--layers", "{default: [gla]}", "-o", out],
+        "linearize, layer types that are no mapping": (
+            ["linearize", teacher, "--layer-types", "gla", "-o", out],
+            "a mapping",
+        ),
+        "linearize, invalid layer type": (
+            ["linearize", teacher, "--layer-types", "{default: [gla]}", "-o", out],
             "got [",
         ),
-        "linearize, layer of an unknown mixer": (
-            ["linearize", teacher, "--layers", "{default: gal}", "-o", out],
-            "--layers: default: unknown mixer 'gal'; did you mean 'gla'",
+        "linearize, layer type with an unknown mixer": (
+            ["linearize", teacher, "--layer-types", "{default: gal}", "-o", out],
+            "--layer-types: default: unknown mixer 'gal'; did you mean 'gla'",
         ),
         "linearize, no such layer": (
-            ["linearize", teacher, "--layers", "{default: gla, 7: attention}", "-o", out],
+            ["linearize", teacher, "--layer-types", "{default: gla, 7: attention}", "-o", out],
             "there is no layer 7",
         ),
-        "linearize, two plans": (
-            ["linearize", teacher, "--layers", "{default: gla}", "--mixer", "gla", "-o", out],
-            "leave out --mixer",
+        "linearize, layer types and a mixer": (
+            ["linearize", teacher, "--layer-types", "{default: gla}", "--mixer", "gla", "-o", out],
+            "with --mixer or --option",
         ),
         "inspect, a teacher": (["inspect", teacher], "is a llama model; expected a student"),
         "inspect, nothing": (["inspect", recipe.parent], "holds no config.json"),
@@ -178,7 +182,7 @@ def mistakes(recipe):
 
 
 @pytest.mark.parametrize("mistake", mistakes(Path("any/recipe")))
-def test_a_mistake_is_one_line_and_exit_code_2(mistake, capsys, recipe_path):
+def test_user_error_is_one_line_and_exit_code_2(mistake, capsys, recipe_path):
     argv, expected = mistakes(recipe_path)[mistake]
     code, _, err = run(capsys, *argv)
     assert code == 2
@@ -197,7 +201,7 @@ def test_each_mistake_of_a_recipe_is_a_line(capsys, recipe_path):
     assert second.startswith("  --set seed=x: seed: got 'x', ")
 
 
-def test_wrong_usage_is_one_line(capsys):
+def test_usage_error_is_one_line(capsys):
     for argv in (["distil", "x"], ["distill"], ["generate", "nano", "x", "--tokens", "many"]):
         with pytest.raises(SystemExit) as stop:
             main(argv)
@@ -211,9 +215,9 @@ def test_it_runs_as_a_module():
     assert "gated_deltanet" in done.stdout
 
 
-def test_importing_subquad_says_nothing_and_leaves_levels_alone():
-    """Where torchao is installed, importing `transformers` makes it complain of libraries that it cannot load."""
-    program = "import logging, subquad; print(logging.getLogger('torchao').level)"
+def test_public_names_print_no_warnings_and_keep_log_levels():
+    """transformers imports torchao where it is installed, which warns about libraries that it cannot load."""
+    program = "import logging, subquad; subquad.linearize; print(logging.getLogger('torchao').level)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"
     assert "torchao" not in done.stderr

@@ -1,4 +1,4 @@
-"""What `import subquad` and light commands load, and how fast; Auto classes of transformers after a bare import."""
+"""Start-up: what `import subquad` and the commands without models load, and transformers' Auto classes after it."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import subquad
-from tests.workshop import tiny_recipe, tiny_teacher
+from tests.workshop import tiny_teacher
 
 LOAD = "AutoModelForCausalLM.from_pretrained(student)"
 
@@ -20,6 +20,13 @@ def student(tmp_path_factory):
     subquad.linearize(teacher, mixer="gla").save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")
     return directory / "student"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text("teacher: nano\ndata: python-stdlib\nstudent: gla\nstages: {hidden: {tokens: 100, lr: 1e-3}}\n")
+    return path
 
 
 def run_python(program: str, *argv: object) -> str:
@@ -34,27 +41,31 @@ def test_import_loads_neither_torch_nor_transformers():
     assert run_python(program) == "set()"
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import subquad; from transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM; import subquad",
-        "import subquad, transformers; AutoModelForCausalLM = transformers.AutoModelForCausalLM",
-        "import transformers, subquad; AutoModelForCausalLM = transformers.AutoModelForCausalLM",
-        "import transformers.models.auto; import subquad; from transformers import AutoModelForCausalLM",
-        "from transformers import AutoConfig; import subquad; from transformers import AutoModelForCausalLM",
-        "import subquad; from transformers import AutoTokenizer, AutoConfig, pipeline, AutoModelForCausalLM",
-        "import subquad; from transformers.models.auto.modeling_auto import AutoModelForCausalLM",
-        "import subquad; from transformers import Trainer, AutoModelForCausalLM",
-        "import subquad.modeling.configuration_subquad; from transformers import AutoModelForCausalLM",
-        "from subquad import SubquadConfig; from transformers import AutoModelForCausalLM",
-        "import subquad.cli; from transformers import AutoModelForCausalLM",
-        "import subquad, importlib; importlib.reload(subquad); from transformers import AutoModelForCausalLM",
-        "import subquad; from transformers import AutoModelForCausalLM; import importlib; importlib.reload(subquad)",
-        "import sys, subquad; [sys.modules.pop(m) for m in list(sys.modules) if m.startswith('subquad')]; "
-        "import subquad; from transformers import AutoModelForCausalLM",
-    ],
-)
+IMPORTS = [
+    "import subquad; from transformers import AutoModelForCausalLM",
+    "from transformers import AutoModelForCausalLM; import subquad",
+]
+MORE_IMPORTS = [
+    "import subquad, transformers; AutoModelForCausalLM = transformers.AutoModelForCausalLM",
+    "import transformers, subquad; AutoModelForCausalLM = transformers.AutoModelForCausalLM",
+    "import transformers.models.auto; import subquad; from transformers import AutoModelForCausalLM",
+    "from transformers import AutoConfig; import subquad; from transformers import AutoModelForCausalLM",
+    "import subquad; from transformers import AutoTokenizer, AutoConfig, pipeline, AutoModelForCausalLM",
+    "import subquad; from transformers.models.auto.modeling_auto import AutoModelForCausalLM",
+    "import subquad; from transformers import Trainer, AutoModelForCausalLM",
+    "import subquad.modeling.configuration_subquad; from transformers import AutoModelForCausalLM",
+    "from subquad import SubquadConfig; from transformers import AutoModelForCausalLM",
+    "import subquad.cli; from transformers import AutoModelForCausalLM",
+    "import subquad, importlib; importlib.reload(subquad); from transformers import AutoModelForCausalLM",
+    "import subquad; from transformers import AutoModelForCausalLM; import importlib; importlib.reload(subquad)",
+    "import subquad; [sys.modules.pop(name) for name in list(sys.modules) if name.startswith('subquad')]; "
+    "import subquad; from transformers import AutoModelForCausalLM",
+    "import subquad, importlib.util; importlib.util.find_spec('transformers.models.auto.configuration_auto'); "
+    "from transformers import AutoModelForCausalLM",
+]
+
+
+@pytest.mark.parametrize("imports", IMPORTS + [pytest.param(each, marks=pytest.mark.slow) for each in MORE_IMPORTS])
 def test_auto_model_loads_students(student, imports):
     program = f"import sys\nstudent = sys.argv[1]\n{imports}\nprint(type({LOAD}).__name__)"
     assert run_python(program, student) == "SubquadForCausalLM"
@@ -71,25 +82,15 @@ print(config.model_type, type(config) is subquad.SubquadConfig, len(tokenizer("T
 print(type(AutoModelForCausalLM.from_config(config)) is subquad.SubquadForCausalLM)
 print(pipeline("text-generation", model=student)("The red", max_new_tokens=3)[0]["generated_text"][:7])
 print([type(finder).__module__ for finder in sys.meta_path if "subquad" in type(finder).__module__])
-import importlib.util, inspect, transformers.models.auto.configuration_auto as table
-print(importlib.util.find_spec(table.__name__).loader is table.__loader__, "class AutoConfig" in inspect.getsource(table))
+import inspect, transformers.models.auto.configuration_auto as table
+print(table.__spec__.loader is table.__loader__, "class AutoConfig" in inspect.getsource(table))
 """
     tokens = len(AutoTokenizer.from_pretrained(student)("The red fox").input_ids)
     lines = [f"subquad True {tokens}", "True", "The red", "[]", "True True"]
     assert run_python(program, student).splitlines() == lines
 
 
-def test_find_spec_alone_does_not_unregister(student):
-    program = f"""
-import sys, subquad, importlib.util
-importlib.util.find_spec("transformers.models.auto.configuration_auto")
-from transformers import AutoModelForCausalLM
-student = sys.argv[1]
-print(type({LOAD}).__name__)
-"""
-    assert run_python(program, student) == "SubquadForCausalLM"
-
-
+@pytest.mark.slow
 def test_imports_in_two_threads(student):
     program = f"""
 import sys, threading
@@ -98,14 +99,16 @@ barrier = threading.Barrier(2)
 def load(name):
     barrier.wait()
     __import__(name)
-threads = [threading.Thread(target=load, args=[n]) for n in ("subquad.modeling.modeling_subquad", "transformers.pipelines")]
-[t.start() for t in threads], [t.join() for t in threads]
+names = "subquad.modeling.modeling_subquad", "transformers.pipelines"
+threads = [threading.Thread(target=load, args=[name]) for name in names]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
 from transformers import AutoModelForCausalLM
 print(type({LOAD}).__name__)
 """
     assert run_python(program, student) == "SubquadForCausalLM"
 
 
+@pytest.mark.slow
 def test_config_and_model_in_a_spawned_process(student, tmp_path):
     script = tmp_path / "spawn.py"
     script.write_text("""
@@ -158,8 +161,7 @@ print(hasattr(subquad, "nothing"), subquad.ops.chunk.__name__)
     ],
     ids=lambda argv: " ".join(argv[:1] + argv[-1:]),
 )
-def test_light_commands_load_no_torch(argv, tmp_path):
-    recipe = tiny_recipe(tmp_path)
+def test_light_commands_load_no_torch(argv, recipe):
     program = "import sys; from subquad.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
     program += "print('loaded', {'torch', 'transformers', 'numpy'} & set(sys.modules))"
     out = run_python(program, *(recipe if word == "RECIPE" else word for word in argv))

@@ -16,7 +16,7 @@ from tests.modeling.modeling_cases import logits
 def student(tmp_path_factory):
     directory = tmp_path_factory.mktemp("cli")
     workshop.tiny_teacher(directory / "teacher", num_hidden_layers=3)
-    plan = ["--layers", "{default: gated_deltanet, 2: attention}"]
+    plan = ["--layer-types", "{default: gated_deltanet, 2: attention}"]
     assert (
         main(["linearize", str(directory / "teacher"), *plan, "--export", "qwen3_5", "-o", str(directory / "s")]) == 0
     )
