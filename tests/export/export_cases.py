@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import subquad
 from subquad import SubquadForCausalLM
 from tests import workshop
-from tests.modeling.modeling_cases import TEXT, logits, shaken
+from tests.modeling.modeling_cases import logits, make_student
 
 PURE = {"default": "gated_deltanet"}
 REGULAR = {"default": "gated_deltanet", "1,3": "attention"}
@@ -48,14 +48,14 @@ def student_of(
     family: str = "llama", layers: dict | None = None, target: str = "qwen3_5", **changes
 ) -> SubquadForCausalLM:
     teacher = teacher_of(family, **changes)
-    return shaken(subquad.linearize(teacher, layer_types=layers or PURE, scale_ids=TEXT, export_target=target))
+    return make_student(teacher, layer_types=layers or PURE, export_target=target)
 
 
 def saved_student(directory: Path, layers: dict | None = None, target: str = "qwen3_5", **changes) -> Path:
     """Saves a teacher, and a student with its tokenizer, below `directory`; returns the student's directory."""
     workshop.tiny_teacher(directory / "teacher", **{"num_hidden_layers": 4, "head_dim": 32, **changes})
     teacher, tokenizer = subquad.load_teacher(directory / "teacher")
-    student = shaken(subquad.linearize(teacher, layer_types=layers or PURE, scale_ids=TEXT, export_target=target))
+    student = make_student(teacher, layer_types=layers or PURE, export_target=target)
     student.save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")
     return directory / "student"

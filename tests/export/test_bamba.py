@@ -14,7 +14,7 @@ from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.calibrate import LayerCalibrator
 from subquad.modeling.export_target import ExportError
 from subquad.utils import UserError
-from tests.modeling.modeling_cases import TEXT, logits, shaken
+from tests.modeling.modeling_cases import SCALE_IDS, logits, make_student
 
 PURE = {"default": "mamba2"}
 HYBRID = {"default": "mamba2", "0,3": "attention"}
@@ -80,13 +80,13 @@ def test_served_models_equal_the_students_without_subquad(tmp_path):
 
 
 def made_with(**options):
-    return shaken(subquad.linearize(teacher_of("llama"), "mamba2", scale_ids=TEXT, **options))
+    return make_student(teacher_of("llama"), "mamba2", **options)
 
 
 def hybrid(layer_type, family="llama", **changes):
     options = made_with(export_target="bamba").config.layer_specs[0]
     return subquad.linearize(
-        teacher_of(family, **changes), layer_types={"default": options, "1": layer_type}, scale_ids=TEXT
+        teacher_of(family, **changes), layer_types={"default": options, "1": layer_type}, scale_ids=SCALE_IDS
     )
 
 
@@ -138,7 +138,7 @@ def test_unsupported_student_is_refused_and_nothing_is_written(case, tmp_path, m
 )
 def test_linearize_refuses_unsupported_mixers_and_options(options, message):
     with pytest.raises(UserError, match=message):
-        subquad.linearize(teacher_of("llama"), scale_ids=TEXT, export_target="bamba", **options)
+        subquad.linearize(teacher_of("llama"), scale_ids=SCALE_IDS, export_target="bamba", **options)
 
 
 @needs_group_norm

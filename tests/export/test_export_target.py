@@ -14,25 +14,27 @@ from subquad.mixers import AttentionSpec, create
 from subquad.mixers.norms import fit_bias_direction
 from subquad.modeling.layers import NormedProjection
 from subquad.utils import UserError
-from tests.modeling.modeling_cases import TEXT, logits
+from tests.modeling.modeling_cases import SCALE_IDS, logits
 
 SPEC = AttentionSpec(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True)
 
 
 def test_layer_specs_have_the_required_options():
-    student = subquad.linearize(teacher_of("llama"), layer_types=REGULAR, scale_ids=TEXT, export_target="qwen3_5")
+    student = subquad.linearize(teacher_of("llama"), layer_types=REGULAR, scale_ids=SCALE_IDS, export_target="qwen3_5")
     mixer, attention = student.config.layer_specs[:2]
     assert attention == {"mixer": "attention", "qk_norm": 1e-8}
     assert mixer["norm_eps"] == student.config.base_config.rms_norm_eps == 1e-8
     assert mixer["v_activation"] == mixer["qk_activation"] == "silu"
     assert mixer["biases"] is mixer["rotary"] is False
-    qwen3_student = subquad.linearize(teacher_of("qwen3"), layer_types=REGULAR, scale_ids=TEXT, export_target="qwen3_5")
+    qwen3_student = subquad.linearize(
+        teacher_of("qwen3"), layer_types=REGULAR, scale_ids=SCALE_IDS, export_target="qwen3_5"
+    )
     assert qwen3_student.config.layer_specs[1] == {"mixer": "attention"}
 
 
 def test_options_that_the_target_does_not_fix_are_free():
     layers = {"default": {"mixer": "gated_deltanet", "short_conv": 3, "half_life": 7.0}}
-    student = subquad.linearize(teacher_of("llama"), layer_types=layers, scale_ids=TEXT, export_target="qwen3_5")
+    student = subquad.linearize(teacher_of("llama"), layer_types=layers, scale_ids=SCALE_IDS, export_target="qwen3_5")
     assert student.config.layer_specs[0]["half_life"] == 7.0
     assert convert(student, "qwen3_5").config.linear_conv_kernel_dim == 3
 
@@ -56,7 +58,7 @@ def test_options_that_the_target_does_not_fix_are_free():
 )
 def test_linearize_refuses_unsupported_mixers_and_options(options, message):
     with pytest.raises(UserError, match=message):
-        subquad.linearize(teacher_of("llama"), scale_ids=TEXT, **{"export_target": "qwen3_5", **options})
+        subquad.linearize(teacher_of("llama"), scale_ids=SCALE_IDS, **{"export_target": "qwen3_5", **options})
 
 
 def test_mixer_without_biases():
@@ -91,7 +93,7 @@ def test_bias_direction_from_fewer_and_more_tokens_than_channels():
 
 def test_norm_epsilon_is_set_in_the_student_and_not_in_the_teacher():
     teacher = teacher_of("qwen3", rms_norm_eps=1e-5)
-    student = subquad.linearize(teacher, layer_types=REGULAR, scale_ids=TEXT, export_target="qwen3_5")
+    student = subquad.linearize(teacher, layer_types=REGULAR, scale_ids=SCALE_IDS, export_target="qwen3_5")
     assert {m.variance_epsilon for m in student.modules() if hasattr(m, "variance_epsilon")} == {1e-8}
     assert {m.variance_epsilon for m in teacher.modules() if hasattr(m, "variance_epsilon")} == {1e-5}
     assert teacher.config.rms_norm_eps == 1e-5
@@ -109,13 +111,13 @@ def test_saved_and_loaded_student_has_the_same_logits(layers, tmp_path):
 
 def test_added_norms_are_initialized_to_the_rms_of_queries_and_keys():
     teacher = teacher_of("llama")
-    student = subquad.linearize(teacher, layer_types=REGULAR, scale_ids=TEXT, export_target="qwen3_5")
+    student = subquad.linearize(teacher, layer_types=REGULAR, scale_ids=SCALE_IDS, export_target="qwen3_5")
     attention, teacher_attention = student.mixer_layers[1].attention, teacher.model.layers[1].self_attn
     inputs = []
     hook = teacher_attention.register_forward_pre_hook(
         lambda _, args, kwargs: inputs.append(kwargs["hidden_states"]), with_kwargs=True
     )
-    logits(teacher, TEXT)
+    logits(teacher, SCALE_IDS)
     hook.remove()
     for name in ("q_proj", "k_proj"):
         added = getattr(attention, name)
@@ -127,24 +129,24 @@ def test_added_norms_are_initialized_to_the_rms_of_queries_and_keys():
 
 def test_added_norms_are_mixer_parameters_and_get_gradients():
     student = subquad.linearize(
-        teacher_of("llama"), layer_types=REGULAR, scale_ids=TEXT, export_target="qwen3_5"
+        teacher_of("llama"), layer_types=REGULAR, scale_ids=SCALE_IDS, export_target="qwen3_5"
     ).train()
     added = student.mixer_layers[1].added_qk_norms()
     assert sorted(added) == ["k", "q"]
     role_of = roles(student)
     assert {role_of[id(p)] for p in added.values()} == {"mixer"}
     assert role_of[id(student.mixer_layers[1].attention.q_proj.projection.weight)] == "attention_projections"
-    student(input_ids=TEXT, labels=TEXT).loss.backward()
+    student(input_ids=SCALE_IDS, labels=SCALE_IDS).loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in added.values())
 
 
 def test_qk_norm_that_cannot_be_added_is_refused():
     with_norm = {"default": "gla", "1": {"mixer": "attention", "qk_norm": 1e-6}}
     with pytest.raises(UserError, match=r"qk_norm: .*layer 1"):
-        subquad.linearize(teacher_of("qwen3"), layer_types=with_norm, scale_ids=TEXT)
+        subquad.linearize(teacher_of("qwen3"), layer_types=with_norm, scale_ids=SCALE_IDS)
     with pytest.raises(UserError, match="qk_norm: got True"):
         subquad.linearize(
-            teacher_of("llama"), layer_types={"default": {"mixer": "attention", "qk_norm": True}}, scale_ids=TEXT
+            teacher_of("llama"), layer_types={"default": {"mixer": "attention", "qk_norm": True}}, scale_ids=SCALE_IDS
         )
 
 

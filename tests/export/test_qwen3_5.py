@@ -17,7 +17,7 @@ import subquad
 from subquad.export import convert, export
 from subquad.modeling.export_target import ExportError
 from subquad.utils import UserError
-from tests.modeling.modeling_cases import TEXT, logits, shaken
+from tests.modeling.modeling_cases import SCALE_IDS, logits, make_student
 
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 LLAMA3 = {
@@ -101,12 +101,12 @@ OPTIONS = {"v_activation": "silu", "biases": False, "norm_eps": 1e-6, "qk_activa
 
 
 def made_with(mixer="gated_deltanet", **options):
-    return shaken(subquad.linearize(teacher_of("llama"), mixer, scale_ids=TEXT, **options))
+    return make_student(teacher_of("llama"), mixer, **options)
 
 
 def hybrid(layer_type, family="llama", **changes):
     layers = {"default": {"mixer": "gated_deltanet", **OPTIONS}, "1": layer_type}
-    return subquad.linearize(teacher_of(family, **changes), layer_types=layers, scale_ids=TEXT)
+    return subquad.linearize(teacher_of(family, **changes), layer_types=layers, scale_ids=SCALE_IDS)
 
 
 def biased():
@@ -173,7 +173,7 @@ TEACHERS = {
 def test_linearize_refuses_unsupported_teacher(family):
     changes, reason = TEACHERS[family]
     with pytest.raises(ExportError, match=reason):
-        subquad.linearize(teacher_of(family, **changes), scale_ids=TEXT, export_target="qwen3_5")
+        subquad.linearize(teacher_of(family, **changes), scale_ids=SCALE_IDS, export_target="qwen3_5")
 
 
 def test_wrong_arguments_are_refused_and_nothing_is_written(tmp_path):

@@ -1,18 +1,17 @@
-"""Students at work: cached decoding, `generate` in all its kinds, padding, packing, and what is refused."""
+"""Cached decoding, `generate`, padding and packing, with every mixer; what `forward` and `generate` refuse."""
 
 import copy
 import itertools
 
 import pytest
 import torch
-from modeling_cases import ALL, EIGHT, logits, shaken, student_of
+from modeling_cases import MIXERS, MIXERS_AND_SOFTMAX, logits, make_student
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
-import subquad
 from subquad.modeling.cache import RecurrentCacheLayer, SubquadCache
 
-CASES = [(mixer, {}) for mixer in ALL] + [
+CASES = [(mixer, {}) for mixer in MIXERS_AND_SOFTMAX] + [
     ("gla", {"short_conv": 4, "rotary": True}),
     ("linear_attention", {"normalizer": True, "qk_activation": "elu1"}),
     ("mamba2", {"discretization": "zoh"}),
@@ -21,12 +20,12 @@ CASES = [(mixer, {}) for mixer in ALL] + [
 
 @pytest.fixture(params=CASES, ids=["-".join([m, *o]) for m, o in CASES])
 def student(request, make_teacher):
-    """Of a teacher with biases everywhere."""
+    """A student of a teacher with biases in all projections."""
     mixer, options = request.param
-    return student_of(make_teacher("wide-biased-tied"), mixer, **options)
+    return make_student(make_teacher("wide-biased-tied"), mixer, **options)
 
 
-def grows(student):
+def keeps_attention(student):
     return student.config.keeps_attention[0]
 
 
@@ -40,13 +39,13 @@ def test_cached_decoding_equals_the_full_forward(student, ids):
         assert cache.get_seq_length() == t + 1
         found.append(out.logits)
     assert torch.allclose(torch.cat(found, 1), full, atol=1e-4)
-    # and in pieces of several tokens
+    # several tokens at a time
     cache = student.new_cache()
     pieces = [logits(student, piece, past_key_values=cache) for piece in ids.split([4, 1, 6], dim=1)]
     assert torch.allclose(torch.cat(pieces, 1), full, atol=1e-4)
 
 
-def test_greedy_with_cache_gives_the_tokens_without(student, ids):
+def test_greedy_search_with_cache_equals_without(student, ids):
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cached = student.generate(ids, **settings)
     assert cached.shape == (3, 23)
@@ -57,7 +56,7 @@ def test_greedy_with_cache_gives_the_tokens_without(student, ids):
     assert torch.equal(cached, expected)
 
 
-def test_sampling_with_cache_gives_the_tokens_without(student, ids):
+def test_sampling_with_cache_equals_without(student, ids):
     def sample(**kwargs):
         torch.manual_seed(0)
         return student.generate(ids, max_new_tokens=8, do_sample=True, eos_token_id=None, **kwargs)
@@ -65,7 +64,7 @@ def test_sampling_with_cache_gives_the_tokens_without(student, ids):
     assert torch.equal(sample(), sample(use_cache=False))
 
 
-def test_beams_with_cache_give_the_tokens_without(student, ids):
+def test_beam_search_with_cache_equals_without(student, ids):
     settings = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False, "num_return_sequences": 2}
     found = student.generate(ids, **settings)
     assert found.shape[0] == 6
@@ -77,7 +76,7 @@ def left_padded(ids, lengths):
     return ids * mask, mask
 
 
-def test_left_padded_batch_generates_what_each_row_does_alone(student, ids):
+def test_left_padded_generation_matches_unpadded_rows(student, ids):
     lengths = [11, 4, 1]
     padded, mask = left_padded(ids, lengths)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -89,7 +88,7 @@ def test_left_padded_batch_generates_what_each_row_does_alone(student, ids):
 
 @pytest.mark.parametrize("given", ["mask", "mask and positions"])
 @pytest.mark.parametrize("where", ["left", "right", "middle"])
-def test_padded_rows_give_the_logits_of_each_row_alone_and_go_on(student, ids, where, given):
+def test_padding_matches_unpadded_rows_and_continues(student, ids, where, given):
     mask = torch.ones_like(ids)
     for row, n in enumerate([0, 3, 6]):
         mask[row, {"left": slice(0, n), "right": slice(11 - n, 11), "middle": slice(3, 3 + n)}[where]] = 0
@@ -107,11 +106,11 @@ def test_padded_rows_give_the_logits_of_each_row_alone_and_go_on(student, ids, w
         assert torch.allclose(found[row, real], alone[0], atol=1e-4)
 
 
-def test_mask_of_ones_is_no_mask(student, ids):
+def test_mask_of_ones_equals_no_mask(student, ids):
     assert torch.equal(logits(student, ids, attention_mask=torch.ones_like(ids)), logits(student, ids))
 
 
-def test_positions_that_restart_are_packed_documents(student, ids):
+def test_restarting_positions_separate_documents(student, ids):
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6], [*range(11)], [0, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
     found = logits(student, ids, position_ids=positions, use_cache=False)
     for row in range(3):
@@ -121,24 +120,24 @@ def test_positions_that_restart_are_packed_documents(student, ids):
             assert torch.allclose(found[row, start:end], alone[0], atol=1e-4), (row, start)
 
 
-def test_cu_seq_lens_are_packed_documents(student, ids):
+def test_cu_seq_lens_separate_documents(student, ids):
     cu_seqlens = torch.tensor([0, 4, 4, 5, 11], dtype=torch.int32)
     flat = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": 6, "max_length_k": 6}
     positions = torch.tensor([[0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5]])
     expected = logits(student, ids[:1], position_ids=positions, use_cache=False)
     for given in ({}, {"position_ids": positions}):
         assert torch.equal(logits(student, ids[:1], use_cache=False, **flat, **given), expected)
-    # positions that run on do not join them
-    running = logits(student, ids[:1], use_cache=False, **flat, position_ids=torch.arange(11)[None])
-    assert torch.allclose(running[:, :4], expected[:, :4], atol=1e-4)
+    # positions that do not restart leave the documents separate
+    continuous = logits(student, ids[:1], use_cache=False, **flat, position_ids=torch.arange(11)[None])
+    assert torch.allclose(continuous[:, :4], expected[:, :4], atol=1e-4)
     changed = ids[:1].clone()
     changed[0, :5] = 7
     assert torch.equal(
-        logits(student, changed, use_cache=False, **flat, position_ids=torch.arange(11)[None])[:, 5:], running[:, 5:]
+        logits(student, changed, use_cache=False, **flat, position_ids=torch.arange(11)[None])[:, 5:], continuous[:, 5:]
     )
 
 
-def test_packed_documents_with_padding_behind(student, ids):
+def test_packed_documents_with_right_padding(student, ids):
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]).expand(3, 11)
     mask = torch.ones_like(ids)
     mask[:, 9:] = 0
@@ -147,7 +146,7 @@ def test_packed_documents_with_padding_behind(student, ids):
     assert torch.allclose(found[:, 5:9], logits(student, ids[:, 5:9]), atol=1e-4)
 
 
-def test_a_conversation_continues_from_a_kept_cache(student, ids):
+def test_generation_continues_from_a_returned_cache(student, ids):
     settings = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     first = student.generate(ids, max_new_tokens=5, **settings)
     turn = torch.cat([first.sequences, torch.full((3, 4), 17)], 1)
@@ -156,7 +155,7 @@ def test_a_conversation_continues_from_a_kept_cache(student, ids):
     assert second.past_key_values.get_seq_length() == 24
 
 
-def test_cache_is_constant_for_mixers_and_grows_with_attention(student, ids):
+def test_cache_size_is_constant_for_mixers_and_grows_for_attention(student, ids):
     cache = student.new_cache()
     assert cache.nbytes() == 0
     assert cache.get_seq_length() == 0
@@ -164,14 +163,14 @@ def test_cache_is_constant_for_mixers_and_grows_with_attention(student, ids):
     for token in ids.split(1, dim=1):
         logits(student, token, past_key_values=cache)
         sizes.append(cache.nbytes())
-    if grows(student):  # keys and values of two layers, two heads, twelve channels, three rows, in float32
+    if keeps_attention(student):  # keys and values of 2 layers, 2 heads, 12 channels and 3 rows in float32
         assert sizes == [2 * 2 * 2 * 12 * 3 * 4 * t for t in range(1, 12)]
     else:
         assert sizes[0] > 0
         assert len(set(sizes)) == 1
 
 
-def test_cache_can_be_copied_reset_repeated_and_selected(student, ids):
+def test_cache_copy_reorder_select_repeat_and_reset(student, ids):
     cache = student.new_cache()
     logits(student, ids, past_key_values=cache)
     kept = copy.deepcopy(cache)
@@ -189,7 +188,7 @@ def test_cache_can_be_copied_reset_repeated_and_selected(student, ids):
     repeated.batch_repeat_interleave(2)
     twice = logits(student, following.repeat_interleave(2, 0), past_key_values=repeated)
     assert torch.allclose(twice, expected.repeat_interleave(2, 0), atol=1e-5)
-    if not grows(student):
+    if not keeps_attention(student):
         kept.reset()
         assert kept.get_seq_length() == 0
         assert kept.nbytes() == 0
@@ -210,47 +209,47 @@ def test_gradient_checkpointing_gives_the_same_gradients(student, ids):
         assert torch.allclose(found, expected, atol=1e-6)
 
 
-def test_embeddings_in_place_of_tokens(student, ids):
+def test_inputs_embeds(student, ids):
     found = logits(student, None, inputs_embeds=student.get_input_embeddings()(ids))
     assert torch.equal(found, logits(student, ids))
 
 
-def test_training_keeps_no_cache(student, ids):
+def test_training_makes_no_cache(student, ids):
     assert student.train()(input_ids=ids).past_key_values is None
 
 
-# ---------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------- refused inputs
 
 
 @pytest.mark.parametrize("mixer", ["gla", "softmax"])
-def test_foreign_cache_is_refused(teacher, ids, mixer):
-    student = student_of(teacher, mixer)
-    with pytest.raises(TypeError, match=r"(cache|past_key_values): got DynamicCache, expected student.new_cache\(\)"):
+def test_dynamic_cache_is_refused(teacher, ids, mixer):
+    student = make_student(teacher, mixer)
+    with pytest.raises(TypeError, match=r"(cache|past_key_values): got DynamicCache"):
         student(input_ids=ids, past_key_values=DynamicCache())
     with pytest.raises(TypeError, match=r"(cache|past_key_values): got DynamicCache"):
         student.generate(ids, past_key_values=DynamicCache(), max_new_tokens=2)
 
 
-def test_cache_of_another_plan_is_refused(teacher, ids):
-    other = student_of(teacher, "softmax").new_cache()
+def test_cache_of_other_layer_types_is_refused(teacher, ids):
+    other = make_student(teacher, "softmax").new_cache()
     with pytest.raises(TypeError, match="got DynamicLayer for layer 0"):
-        student_of(teacher, "gla")(input_ids=ids, past_key_values=other)
+        make_student(teacher, "gla")(input_ids=ids, past_key_values=other)
     with pytest.raises(TypeError, match="recurrent mixer"):
-        student_of(teacher, "softmax")(
+        make_student(teacher, "softmax")(
             input_ids=ids, past_key_values=SubquadCache([RecurrentCacheLayer(), RecurrentCacheLayer()])
         )
 
 
 @pytest.mark.parametrize("implementation", ["static", "offloaded_static", "quantized", "offloaded"])
-def test_foreign_cache_implementation_is_refused(teacher, ids, implementation):
-    student = student_of(teacher, "gla")
+def test_cache_implementation_is_refused(teacher, ids, implementation):
+    student = make_student(teacher, "gla")
     with pytest.raises(ValueError, match="cache_implementation"):
         student.generate(ids, cache_implementation=implementation, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("mixer", EIGHT)
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_assisted_generation_is_refused(teacher, ids, mixer):
-    student = student_of(teacher, mixer)
+    student = make_student(teacher, mixer)
     with pytest.raises(ValueError, match="stateful"):
         student.generate(ids[:1], assistant_model=teacher, max_new_tokens=4)
     cache = student.new_cache()
@@ -260,8 +259,8 @@ def test_assisted_generation_is_refused(teacher, ids, mixer):
 
 
 @pytest.mark.parametrize("layers", [{"default": "gla"}, {"default": "gla", "1": "attention"}], ids=["gla", "hybrid"])
-def test_pipeline_writes_what_generate_does(make_teacher, layers):
-    student = shaken(subquad.linearize(make_teacher(vocab_size=256), layer_types=layers))
+def test_pipeline_equals_generate(make_teacher, layers):
+    student = make_student(make_teacher(vocab_size=256), layer_types=layers)
     words = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -272,18 +271,18 @@ def test_pipeline_writes_what_generate_does(make_teacher, layers):
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     texts = ["def f(x):", "x", "class A"]
     found = [row[0]["generated_text"] for row in write(texts, batch_size=3, **settings)]
-    for text, written in zip(texts, found, strict=True):
+    for text, generated in zip(texts, found, strict=True):
         ids = tokenizer(text, return_tensors="pt").input_ids
-        assert written == tokenizer.decode(student.generate(ids, **settings)[0], skip_special_tokens=True)
+        assert generated == tokenizer.decode(student.generate(ids, **settings)[0], skip_special_tokens=True)
 
 
-@pytest.mark.skipif(not hasattr(GenerationConfig(), "prefill_chunk_size"), reason="this transformers has none")
+@pytest.mark.skipif(not hasattr(GenerationConfig(), "prefill_chunk_size"), reason="not in this version of transformers")
 @pytest.mark.parametrize(
     "layers", ["gated_deltanet", {"default": "gla", "1": {"mixer": "attention", "window": 5}}], ids=str
 )
-def test_prompt_in_chunks_gives_the_tokens_of_a_whole_one(teacher, ids, layers):
+def test_chunked_prefill_equals_whole_prompt(teacher, ids, layers):
     layers = layers if isinstance(layers, dict) else {"default": layers}
-    student = shaken(subquad.linearize(teacher, layer_types=layers))
+    student = make_student(teacher, layer_types=layers)
     padded, mask = left_padded(ids, [11, 4, 7])
     settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     whole = student.generate(padded, **settings)
@@ -291,9 +290,9 @@ def test_prompt_in_chunks_gives_the_tokens_of_a_whole_one(teacher, ids, layers):
         assert torch.equal(student.generate(padded, prefill_chunk_size=size, **settings), whole), size
 
 
-def test_masks_that_no_mixer_has_a_place_for_are_refused(teacher, ids):
-    student = student_of(teacher, "gla")
-    with pytest.raises(ValueError, match=r"attention_mask: got 4 dimensions"):
+def test_wrong_masks_and_offsets_are_refused(teacher, ids):
+    student = make_student(teacher, "gla")
+    with pytest.raises(ValueError, match="attention_mask: got 4 dimensions"):
         student(input_ids=ids, attention_mask=torch.ones(3, 1, 11, 11))
     with pytest.raises(ValueError, match=r"attention_mask: got \[3, 7\], expected \[3, 11\]"):
         student(input_ids=ids, attention_mask=torch.ones(3, 7))
@@ -304,8 +303,8 @@ def test_masks_that_no_mixer_has_a_place_for_are_refused(teacher, ids):
         student()
 
 
-def test_mixed_plan_counts_positions_and_keeps_both_kinds_of_state(teacher, ids):
-    student = shaken(subquad.linearize(teacher, layer_types={"0": "gla", "1": "attention"}))
+def test_hybrid_cache_counts_tokens_in_both_kinds_of_layer(teacher, ids):
+    student = make_student(teacher, layer_types={"0": "gla", "1": "attention"})
     cache = student.new_cache()
     assert isinstance(cache.layers[0], RecurrentCacheLayer)
     pieces = [logits(student, piece, past_key_values=cache) for piece in ids.split([4, 1, 6], dim=1)]

@@ -1,10 +1,10 @@
-"""From teacher to student: what is copied, what stays, what is random, and that the teacher does not notice."""
+"""`linearize`: what is copied, what is random, what is kept, and that the teacher is unchanged."""
 
 import copy
 
 import pytest
 import torch
-from modeling_cases import ALL, EIGHT, TEXT, checksum, logits
+from modeling_cases import MIXERS, MIXERS_AND_SOFTMAX, SCALE_IDS, checksum, logits
 from transformers import AutoModelForCausalLM
 
 import subquad
@@ -18,17 +18,17 @@ FAMILIES = ["plain", "wide-biased-tied", "mistral", "qwen2", "qwen3"]
 
 
 def attention_inputs(teacher, ids):
-    """Of each layer: its attention's input, and what its q, k and v projections and heads gave."""
+    """For each layer: the input `x` of its attention, the outputs of its q, k and v projections, and its heads."""
     seen = [{} for _ in teacher.model.layers]
     hooks = []
     for found, layer in zip(seen, teacher.model.layers, strict=True):
         attention = layer.self_attn
         for part in ("q", "k", "v"):
 
-            def keep(module, args, out, found=found, part=part):
+            def record(module, args, out, found=found, part=part):
                 found["x"], found[part] = args[0], out
 
-            hooks.append(getattr(attention, f"{part}_proj").register_forward_hook(keep))
+            hooks.append(getattr(attention, f"{part}_proj").register_forward_hook(record))
         hooks.append(
             attention.o_proj.register_forward_pre_hook(lambda module, args, found=found: found.update(heads=args[0]))
         )
@@ -38,11 +38,11 @@ def attention_inputs(teacher, ids):
     return seen
 
 
-@pytest.mark.parametrize("mixer", ALL)
-@pytest.mark.parametrize("copy_qkv", [True, False], ids=["copied", "not copied"])
-def test_teacher_does_not_notice(make_teacher, mixer, copy_qkv):
+@pytest.mark.parametrize("mixer", MIXERS_AND_SOFTMAX)
+@pytest.mark.parametrize("copy_qkv", [True, False], ids=["copied", "random"])
+def test_teacher_is_unchanged(make_teacher, mixer, copy_qkv):
     teacher = make_teacher("wide-biased-tied").train()
-    teacher.model.layers[0].eval()  # a mixed mode, so that setting one for all would show
+    teacher.model.layers[0].eval()  # modules in different modes
     teacher.model.layers[1].self_attn.requires_grad_(False)
     before = checksum(teacher), teacher.config.to_dict(), copy.deepcopy(teacher.generation_config.to_dict())
     modes = [m.training for m in teacher.modules()]
@@ -57,7 +57,7 @@ def test_teacher_does_not_notice(make_teacher, mixer, copy_qkv):
     assert all(p.requires_grad for p in student.parameters())
 
 
-def test_attention_that_was_discovered_before_gives_the_same_student(make_teacher, ids, monkeypatch):
+def test_passed_attention_layers_give_the_same_student(make_teacher, ids, monkeypatch):
     teacher = make_teacher("qwen3")
     expected = subquad.linearize(teacher, "gla", calibration_ids=ids)
     attention_layers = discover_attention(teacher)
@@ -70,42 +70,42 @@ def test_attention_that_was_discovered_before_gives_the_same_student(make_teache
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mixer", EIGHT)
-def test_projections_give_what_the_teachers_give(make_teacher, ids, mixer, family):
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_copied_projections_have_the_teachers_outputs(make_teacher, ids, mixer, family):
     teacher = make_teacher(family)
-    student = subquad.linearize(teacher, mixer, scale_ids=TEXT)
+    student = subquad.linearize(teacher, mixer, scale_ids=SCALE_IDS)
     K = student.mixer_layers[0].mixer.spec.head_dim
-    for seen, block in zip(attention_inputs(teacher, ids), student.mixer_layers, strict=True):
-        parts = block.mixer.projections()
+    for seen, mixer_layer in zip(attention_inputs(teacher, ids), student.mixer_layers, strict=True):
+        parts = mixer_layer.mixer.projections()
         assert set(parts) == ({"q", "v", "o"} if mixer in ("metala", "hgrn2") else {"q", "k", "v", "o"})
         for head in range(4):
             own, grouped = slice(head * K, (head + 1) * K), slice(head // 2 * K, (head // 2 + 1) * K)
             assert torch.allclose(parts["q"](seen["x"])[..., own], seen["q"][..., own], atol=1e-6)
             for part in parts.keys() & {"k", "v"}:
                 assert torch.allclose(parts[part](seen["x"])[..., own], seen[part][..., grouped], atol=1e-6)
-    for layer, block in zip(teacher.model.layers, student.mixer_layers, strict=True):
-        assert torch.equal(block.mixer.o_proj.weight, layer.self_attn.o_proj.weight)
+    for layer, mixer_layer in zip(teacher.model.layers, student.mixer_layers, strict=True):
+        assert torch.equal(mixer_layer.mixer.o_proj.weight, layer.self_attn.o_proj.weight)
 
 
-@pytest.mark.parametrize("mixer", EIGHT)
-def test_without_the_copy_projections_are_random(make_teacher, mixer):
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_projections_are_random_without_copy_qkv(make_teacher, mixer):
     teacher = make_teacher("wide-biased-tied")
-    student = subquad.linearize(teacher, mixer, copy_qkv=False, scale_ids=TEXT)
-    copied = subquad.linearize(teacher, mixer, scale_ids=TEXT)
-    for block, other in zip(student.mixer_layers, copied.mixer_layers, strict=True):
-        for part, projection in block.mixer.projections().items():
+    student = subquad.linearize(teacher, mixer, copy_qkv=False, scale_ids=SCALE_IDS)
+    copied = subquad.linearize(teacher, mixer, scale_ids=SCALE_IDS)
+    for mixer_layer, other in zip(student.mixer_layers, copied.mixer_layers, strict=True):
+        for part, projection in mixer_layer.mixer.projections().items():
             assert not torch.isclose(projection.weight, other.mixer.projections()[part].weight).float().mean() > 0.01
             assert float(projection.weight.detach().std()) == pytest.approx(0.2, rel=0.15)
             assert not projection.bias.any()
-        assert torch.equal(block.mixer.o_norm, other.mixer.o_norm)
+        assert torch.equal(mixer_layer.mixer.o_norm, other.mixer.o_norm)
 
 
-@pytest.mark.parametrize("copy_qkv", [True, False], ids=["copied", "not copied"])
-@pytest.mark.parametrize("mixer", ALL)
+@pytest.mark.parametrize("copy_qkv", [True, False], ids=["copied", "random"])
+@pytest.mark.parametrize("mixer", MIXERS_AND_SOFTMAX)
 @pytest.mark.parametrize("family", ["plain", "wide-biased-tied"])
 def test_everything_outside_attention_is_identical(make_teacher, family, mixer, copy_qkv):
     teacher = make_teacher(family)
-    student = subquad.linearize(teacher, mixer, copy_qkv, scale_ids=TEXT)
+    student = subquad.linearize(teacher, mixer, copy_qkv, scale_ids=SCALE_IDS)
     outside = {k: v for k, v in teacher.state_dict().items() if ".self_attn." not in k}
     found = {k.removeprefix("base."): v for k, v in student.state_dict().items() if ".self_attn." not in k}
     assert found.keys() == outside.keys()
@@ -114,8 +114,8 @@ def test_everything_outside_attention_is_identical(make_teacher, family, mixer, 
     assert tied == teacher.config.tie_word_embeddings
 
 
-def test_resized_embeddings_and_a_changed_head_are_kept(teacher, ids):
-    """Modules that transformers does not know as initialised, because they came after the model was made."""
+def test_resized_embeddings_and_replaced_head_are_kept(teacher, ids):
+    """`transformers` does not mark modules that are added later as initialized."""
     teacher.resize_token_embeddings(70)
     teacher.lm_head = torch.nn.Linear(32, 70, bias=False)
     teacher.model.norm = type(teacher.model.norm)(32)
@@ -125,25 +125,27 @@ def test_resized_embeddings_and_a_changed_head_are_kept(teacher, ids):
 
 
 @pytest.mark.parametrize("family", ["plain", "wide-biased-tied"])
-@pytest.mark.parametrize("mixer", EIGHT)
-def test_output_norms_start_at_the_teachers_scale_per_head(make_teacher, ids, mixer, family):
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_output_norms_are_set_to_the_teachers_rms_per_head(make_teacher, ids, mixer, family):
     teacher = make_teacher(family)
     student = subquad.linearize(teacher, mixer, scale_ids=ids)
-    for seen, block in zip(attention_inputs(teacher, ids), student.mixer_layers, strict=True):
+    for seen, mixer_layer in zip(attention_inputs(teacher, ids), student.mixer_layers, strict=True):
         rms = seen["heads"].unflatten(-1, (4, -1)).square().mean((0, 1, 3)).sqrt()
-        gate = 0.5 if mixer in ("xlstm", "kda") else 1.0  # a sigmoid gate is half open and stands behind the norm
-        assert torch.allclose(block.mixer.o_norm * gate, rms[:, None].expand_as(block.mixer.o_norm), rtol=1e-5)
+        gate = 0.5 if mixer in ("xlstm", "kda") else 1.0  # the sigmoid gate after the norm starts at 0.5
+        assert torch.allclose(
+            mixer_layer.mixer.o_norm * gate, rms[:, None].expand_as(mixer_layer.mixer.o_norm), rtol=1e-5
+        )
 
 
-def test_default_calibration_is_near_the_scale_on_text(teacher, ids):
-    """Without tokens the teacher writes its own; no special value, but the right order of magnitude."""
+def test_scale_on_sampled_text_is_close_to_scale_ids(teacher, ids):
+    """The scale on sampled text has the right order of magnitude."""
     measured = subquad.linearize(teacher, "gla", scale_ids=ids).mixer_layers[1].mixer.o_norm
-    drawn = subquad.linearize(teacher, "gla").mixer_layers[1].mixer.o_norm
-    assert ((drawn / measured) > 0.3).all()
-    assert ((drawn / measured) < 3).all()
+    sampled = subquad.linearize(teacher, "gla").mixer_layers[1].mixer.o_norm
+    assert ((sampled / measured) > 0.3).all()
+    assert ((sampled / measured) < 3).all()
 
 
-def test_sampled_tokens_come_from_the_teacher(teacher):
+def test_sample_tokens_is_reproducible_and_follows_the_logits(teacher):
     tokens = sample_tokens(teacher, rows=4, length=6)
     assert tokens.shape == (4, 6)
     assert torch.equal(tokens, sample_tokens(teacher, rows=4, length=6))
@@ -151,12 +153,12 @@ def test_sampled_tokens_come_from_the_teacher(teacher):
         teacher.lm_head.weight.zero_()
         teacher.lm_head.weight[7] = 1e4 * torch.sign(torch.randn(32))
         teacher.model.norm.weight.zero_()
-    assert sample_tokens(teacher, rows=64, length=2).unique().numel() > 20  # now uniform
+    assert sample_tokens(teacher, rows=64, length=2).unique().numel() > 20  # uniform
 
 
-@pytest.mark.parametrize("mixer", ALL)
-def test_a_seed_decides_everything_and_disturbs_nothing(teacher, mixer):
-    text = None if mixer == "gla" else TEXT  # once with tokens that the teacher writes
+@pytest.mark.parametrize("mixer", MIXERS_AND_SOFTMAX)
+def test_seed_determines_the_student_and_leaves_the_global_state(teacher, mixer):
+    text = None if mixer == "gla" else SCALE_IDS  # once with sampled text
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = subquad.linearize(teacher, mixer, copy_qkv=False, scale_ids=text, seed=3)
@@ -167,24 +169,24 @@ def test_a_seed_decides_everything_and_disturbs_nothing(teacher, mixer):
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["built", "loaded"])
-def test_softmax_without_the_copy_is_drawn_anew(make_teacher, tmp_path, loaded):
+def test_softmax_without_copy_qkv_is_random(make_teacher, tmp_path, loaded):
     teacher = make_teacher("wide-biased-tied")
-    if loaded:  # transformers leaves weights alone that it knows to be loaded
+    if loaded:  # `transformers` does not initialize weights that it has loaded
         teacher.save_pretrained(tmp_path)
         teacher = AutoModelForCausalLM.from_pretrained(tmp_path)
     student = subquad.linearize(teacher, "softmax", copy_qkv=False)
-    for layer, block in zip(teacher.model.layers, student.mixer_layers, strict=True):
+    for layer, mixer_layer in zip(teacher.model.layers, student.mixer_layers, strict=True):
         for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            mine, own = getattr(block.attention, part), getattr(layer.self_attn, part)
-            assert not torch.isclose(mine.weight, own.weight).float().mean() > 0.01
-            assert float(mine.weight.detach().std()) == pytest.approx(0.2, rel=0.15)
-            assert not mine.bias.any()
+            drawn, own = getattr(mixer_layer.attention, part), getattr(layer.self_attn, part)
+            assert not torch.isclose(drawn.weight, own.weight).float().mean() > 0.01
+            assert float(drawn.weight.detach().std()) == pytest.approx(0.2, rel=0.15)
+            assert not drawn.bias.any()
 
 
-@pytest.mark.parametrize("mixer", ALL)
+@pytest.mark.parametrize("mixer", MIXERS_AND_SOFTMAX)
 def test_bfloat16_teacher_gives_a_bfloat16_student(make_teacher, ids, mixer):
     teacher = make_teacher("wide-biased-tied").to(torch.bfloat16)
-    student = subquad.linearize(teacher, mixer, scale_ids=TEXT)
+    student = subquad.linearize(teacher, mixer, scale_ids=SCALE_IDS)
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     found = logits(student, ids)
     assert found.dtype == torch.bfloat16
@@ -193,14 +195,14 @@ def test_bfloat16_teacher_gives_a_bfloat16_student(make_teacher, ids, mixer):
         assert torch.equal(found, logits(teacher, ids))
 
 
-@pytest.mark.parametrize("mixer", EIGHT)
-def test_options_reach_the_mixer_and_the_plan(teacher, mixer):
-    student = subquad.linearize(teacher, mixer, short_conv=2, qk_activation="none", scale_ids=TEXT)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_options_reach_mixer_and_config(teacher, mixer):
+    student = subquad.linearize(teacher, mixer, short_conv=2, qk_activation="none", scale_ids=SCALE_IDS)
     assert student.config.layer_specs == [{"mixer": mixer, "short_conv": 2, "qk_activation": "none"}] * 2
-    for block in student.mixer_layers:
-        assert isinstance(block, MixerLayer)
-        assert type(block.mixer) is mixers.get(mixer)
-        assert block.mixer.options.short_conv == 2
+    for mixer_layer in student.mixer_layers:
+        assert isinstance(mixer_layer, MixerLayer)
+        assert type(mixer_layer.mixer) is mixers.get(mixer)
+        assert mixer_layer.mixer.options.short_conv == 2
 
 
 @pytest.mark.parametrize(
@@ -217,8 +219,8 @@ def test_wrong_mixer_or_option_is_refused(teacher, arguments, message):
         subquad.linearize(teacher, **arguments)
 
 
-def test_teacher_that_hangs_on_a_quantizer_linearizes_and_saves(make_teacher, ids, tmp_path):
-    """As `transformers` leaves a model read from GGUF, which refuses `save_pretrained`."""
+def test_teacher_with_a_quantizer_linearizes_and_saves(make_teacher, ids, tmp_path):
+    """`transformers` leaves such a quantizer on a model read from GGUF, which refuses `save_pretrained`."""
     teacher = make_teacher("wide-biased-tied")
     expected = logits(subquad.linearize(teacher, "gla", scale_ids=ids), ids)
 
@@ -239,15 +241,15 @@ def test_teacher_that_hangs_on_a_quantizer_linearizes_and_saves(make_teacher, id
     assert not hasattr(loaded.config.base_config, "quantization_config")
 
 
-def test_student_in_training_has_the_teachers_mode(teacher):
+def test_student_has_the_teachers_training_mode(teacher):
     assert not subquad.linearize(teacher, "gla").training
     assert subquad.linearize(teacher.train(), "gla").training
 
 
 @pytest.mark.parametrize("build", [SubquadForCausalLM, AutoModelForCausalLM.from_config], ids=["class", "auto"])
-@pytest.mark.parametrize("mixer", EIGHT)
-def test_model_made_from_a_configuration_stands_at_the_neutral_start(teacher, mixer, build):
-    student = subquad.linearize(teacher, mixer, copy_qkv=False, scale_ids=TEXT)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_model_built_from_config_is_at_the_neutral_initialization(teacher, mixer, build):
+    student = subquad.linearize(teacher, mixer, copy_qkv=False, scale_ids=SCALE_IDS)
     fresh = dict(build(student.config).named_parameters())
     assert all(parameter.isfinite().all() for parameter in fresh.values())
     drawn = ("_proj.weight", "decay_down.weight", "o_norm")

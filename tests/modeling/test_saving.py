@@ -1,4 +1,4 @@
-"""Students on disk: the same numbers in another process, and no checkpoint that does not match its plan."""
+"""Saving and loading: equal logits in another process, config.json, and checkpoints that do not match it."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from modeling_cases import ALL, logits, student_of
+from modeling_cases import MIXERS_AND_SOFTMAX, logits, make_student
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,8 +14,8 @@ import subquad
 from subquad import SubquadConfig, SubquadForCausalLM
 from subquad.utils import UserError
 
-# plain is untied, the other tied; bfloat16 must come back as what it was
-CASES = [(family, mixer) for family in ("plain", "wide-biased-tied") for mixer in ALL]
+# "plain" has untied embeddings, "wide-biased-tied" tied ones.
+CASES = [(family, mixer) for family in ("plain", "wide-biased-tied") for mixer in MIXERS_AND_SOFTMAX]
 CASES += [("bfloat16", mixer) for mixer in ("gla", "gated_deltanet", "softmax")]
 
 IN_ANOTHER_PROCESS = """
@@ -43,7 +43,7 @@ save_file(found, root / "logits.safetensors")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The folder of all students, and the logits of each here and in another process."""
+    """The directory of all students, and the logits of each in this and in another process."""
     from tests.conftest import tiny_teacher
 
     root = tmp_path_factory.mktemp("students")
@@ -52,10 +52,10 @@ def saved(tmp_path_factory):
     here = {}
     for family, mixer in CASES:
         teacher = tiny_teacher("plain" if family == "bfloat16" else family)
-        if family == "bfloat16":  # loaded as such: `.to` would round the frequencies of the rotary embedding too
+        if family == "bfloat16":  # loaded in bfloat16: `.to` would also round the rotary frequencies
             teacher.save_pretrained(root.with_suffix(".teacher"))
             teacher = AutoModelForCausalLM.from_pretrained(root.with_suffix(".teacher"), dtype=torch.bfloat16)
-        student = student_of(teacher, mixer)
+        student = make_student(teacher, mixer)
         here[f"{family}-{mixer}"] = logits(student, ids)
         student.save_pretrained(root / f"{family}-{mixer}")
     run = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS, str(root)], capture_output=True, text=True)
@@ -75,8 +75,8 @@ def test_new_process_gives_the_same_logits(saved, family, mixer):
     assert ("base.lm_head.weight" in stored) == (family != "wide-biased-tied")
 
 
-@pytest.mark.parametrize("mixer", ALL)
-def test_configuration_holds_the_teachers_unchanged_and_the_plan(make_teacher, tmp_path, mixer):
+@pytest.mark.parametrize("mixer", MIXERS_AND_SOFTMAX)
+def test_config_holds_the_teachers_config_and_layer_specs(make_teacher, tmp_path, mixer):
     teacher = make_teacher("qwen2")
     options = {} if mixer == "softmax" else {"short_conv": 2}
     teacher.save_pretrained(tmp_path / "teacher")
@@ -90,18 +90,18 @@ def test_configuration_holds_the_teachers_unchanged_and_the_plan(make_teacher, t
     assert type(config) is SubquadConfig
     expected = AutoConfig.from_pretrained(tmp_path / "teacher")
     assert type(config.base_config) is type(expected)
-    # where a configuration was read from and by which version is no part of it
+    # the path that a configuration was read from, and by which version, may differ
     ignored = {"_name_or_path", "transformers_version", "architectures"}
     base, own = ({k: v for k, v in c.to_dict().items() if k not in ignored} for c in (config.base_config, expected))
     assert base == own
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (61, 32, 2)
     assert (config.eos_token_id, config.pad_token_id) == (2, 0)
     assert config.keeps_attention == [mixer == "softmax"] * 2
-    with pytest.raises(AttributeError, match="no attribute 'num_experts'"):
+    with pytest.raises(AttributeError, match="num_experts"):
         _ = config.num_experts
 
 
-def test_generation_settings_of_the_teacher_are_kept_without_its_cache(teacher, tmp_path):
+def test_generation_config_is_kept_without_cache_implementation(teacher, tmp_path):
     teacher.generation_config.max_new_tokens = 3
     teacher.generation_config.cache_implementation = "static"
     student = subquad.linearize(teacher, "gla")
@@ -114,7 +114,7 @@ def test_generation_settings_of_the_teacher_are_kept_without_its_cache(teacher, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
 def test_loading_in_another_dtype(teacher, tmp_path, dtype):
-    student_of(teacher, "gla").save_pretrained(tmp_path)
+    make_student(teacher, "gla").save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
 
@@ -122,7 +122,7 @@ def test_loading_in_another_dtype(teacher, tmp_path, dtype):
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
 def test_loading_with_a_device_map(teacher, ids, tmp_path, device_map):
     pytest.importorskip("accelerate")
-    student = student_of(teacher, "retnet")
+    student = make_student(teacher, "retnet")
     student.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
     assert "LlamaDecoderLayer" in loaded._no_split_modules
@@ -130,7 +130,7 @@ def test_loading_with_a_device_map(teacher, ids, tmp_path, device_map):
     assert torch.allclose(found, logits(student, ids), atol=1e-5)
 
 
-def test_retnet_forgets_as_published_right_after_loading(teacher, tmp_path):
+def test_retnet_decay_is_as_published_after_loading(teacher, tmp_path):
     subquad.linearize(teacher, "retnet").save_pretrained(tmp_path)
     mixer = AutoModelForCausalLM.from_pretrained(tmp_path).mixer_layers[0].mixer
     core, _ = mixer.op_inputs(torch.zeros(1, 2, 32), None, None, None)
@@ -138,19 +138,19 @@ def test_retnet_forgets_as_published_right_after_loading(teacher, tmp_path):
 
 
 @pytest.mark.parametrize("mixer", ["gla", "softmax", "gated_deltanet"])
-def test_state_dict_goes_back_and_forth(teacher, ids, mixer):
-    student, other = student_of(teacher, mixer), subquad.linearize(teacher, mixer, copy_qkv=False, seed=9)
+def test_state_dict_loads_into_another_student(teacher, ids, mixer):
+    student, other = make_student(teacher, mixer), subquad.linearize(teacher, mixer, copy_qkv=False, seed=9)
     other.load_state_dict(student.state_dict())
     assert torch.equal(logits(other, ids), logits(student, ids))
 
 
-# ---------------------------------------------------------------------- checkpoints that do not match
+# ---------------------------------------------------------------------- invalid checkpoints
 
 
 @pytest.fixture
 def checkpoint(teacher, tmp_path):
     """A saved student, and a function that rewrites its weights."""
-    student_of(teacher, "gated_deltanet").save_pretrained(tmp_path)
+    make_student(teacher, "gated_deltanet").save_pretrained(tmp_path)
 
     def rewrite(change):
         weights = load_file(tmp_path / "model.safetensors")
@@ -177,7 +177,7 @@ GATE = "base.model.layers.1.self_attn.mixer.A_log"
     ],
     ids=["missing", "unexpected", "size", "renamed", "a layer"],
 )
-def test_checkpoint_that_does_not_match_is_refused_by_its_keys(checkpoint, load, change, message):
+def test_checkpoint_with_wrong_keys_or_shapes_is_refused(checkpoint, load, change, message):
     path, rewrite = checkpoint
     rewrite(change)
     with pytest.raises(UserError, match=message):
@@ -193,7 +193,7 @@ def test_checkpoint_of_another_mixer_is_refused(checkpoint):
         AutoModelForCausalLM.from_pretrained(path)
 
 
-def test_plan_of_another_length_is_refused(checkpoint):
+def test_layer_specs_of_another_length_are_refused(checkpoint):
     path, _ = checkpoint
     config = json.loads((path / "config.json").read_text())
     config["layer_specs"] = config["layer_specs"][:1]
@@ -202,7 +202,7 @@ def test_plan_of_another_length_is_refused(checkpoint):
         AutoModelForCausalLM.from_pretrained(path)
 
 
-def entry(name, index, **changes):
+def update_spec(name, index, **changes):
     return lambda config: config[name][index].update(changes)
 
 
@@ -212,26 +212,29 @@ def entry(name, index, **changes):
         (lambda c: c.pop("layer_specs"), "layer_specs: got 0 layers, expected 2"),
         (lambda c: c.pop("attention_specs"), "layer_specs: got 2 layers, expected 0"),
         (lambda c: c.update(layer_specs="gla"), "layer_specs: got 'gla', expected a list of mappings"),
-        (lambda c: c.pop("base_config"), "base_config: missing; expected the configuration of the teacher"),
+        (lambda c: c.pop("base_config"), "base_config: missing"),
         (lambda c: c["base_config"].pop("model_type"), "base_config: unknown model_type None"),
         (lambda c: c["base_config"].update(model_type="nope"), "base_config: unknown model_type 'nope'"),
         (lambda c: c["layer_specs"][0].pop("mixer"), "layer_specs: 0: unknown mixer None"),
-        (entry("layer_specs", 1, mixer="gal"), "layer_specs: 1: unknown mixer 'gal'; did you mean 'gla'"),
-        (entry("layer_specs", 1, foo=3), "unknown mixer option 'foo'"),
-        (entry("layer_specs", 1, mixer="attention", window="a"), "layer_specs: 1: window: got 'a'"),
-        (entry("layer_specs", 1, mixer="attention", windw=3), "layer_specs: 1: unknown option 'windw' of attention"),
+        (update_spec("layer_specs", 1, mixer="gal"), "layer_specs: 1: unknown mixer 'gal'; did you mean 'gla'"),
+        (update_spec("layer_specs", 1, foo=3), "unknown mixer option 'foo'"),
+        (update_spec("layer_specs", 1, mixer="attention", window="a"), "layer_specs: 1: window: got 'a'"),
         (
-            entry("attention_specs", 1, path="model.nothing"),
+            update_spec("layer_specs", 1, mixer="attention", windw=3),
+            "layer_specs: 1: unknown option 'windw' of attention",
+        ),
+        (
+            update_spec("attention_specs", 1, path="model.nothing"),
             "attention_specs: 1: path: no module 'model.nothing'",
         ),
         (
             lambda c: c["attention_specs"][0].pop("head_dim"),
             "attention_specs: 0: missing head_dim",
         ),
-        (entry("attention_specs", 0, extra=1), "attention_specs: 0: unknown extra"),
+        (update_spec("attention_specs", 0, extra=1), "attention_specs: 0: unknown extra"),
     ],
 )
-def test_broken_configuration_is_one_line_that_says_where(checkpoint, change, message):
+def test_invalid_config_is_refused_with_its_key(checkpoint, change, message):
     path, _ = checkpoint
     config = json.loads((path / "config.json").read_text())
     change(config)
@@ -242,17 +245,17 @@ def test_broken_configuration_is_one_line_that_says_where(checkpoint, change, me
 
 
 @pytest.mark.parametrize(
-    "content", [lambda whole: whole[: len(whole) // 2], lambda whole: b"xx" * 90], ids=["cut", "x"]
+    "content", [lambda whole: whole[: len(whole) // 2], lambda whole: b"xx" * 90], ids=["truncated", "overwritten"]
 )
-def test_broken_weights_are_told(checkpoint, content):
+def test_damaged_weights_are_refused(checkpoint, content):
     path, _ = checkpoint
     file = path / "model.safetensors"
     file.write_bytes(content(file.read_bytes()))
-    with pytest.raises(UserError, match="the weights of this student cannot be read"):
+    with pytest.raises(UserError, match="weights of this student cannot be read"):
         AutoModelForCausalLM.from_pretrained(path)
 
 
-def test_loading_information_is_given_where_asked_for(checkpoint):
+def test_output_loading_info(checkpoint):
     path, _ = checkpoint
     _, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not info["missing_keys"]

@@ -1,11 +1,11 @@
-"""What `subquad inspect` says, against students that are there."""
+"""`subquad inspect`: cache sizes and parameters match real students; ranges of layers; the model card."""
 
 import json
 
 import pytest
 import torch
-from family_cases import PLANS, family, student
-from modeling_cases import ALL, logits, student_of
+from architecture_cases import LAYER_TYPES, cached_student, cached_teacher
+from modeling_cases import MIXERS_AND_SOFTMAX, logits, make_student
 
 import subquad
 from subquad.modeling.model_card import model_card
@@ -20,40 +20,46 @@ from subquad.modeling.summary import (
 from subquad.utils import UserError
 
 
-@pytest.mark.parametrize("mixer", ALL)
-def test_bytes_and_parameters_are_those_of_the_student_at_work(make_teacher, ids, mixer):
+@pytest.mark.parametrize("mixer", MIXERS_AND_SOFTMAX)
+def test_cache_bytes_and_parameters_match_a_real_student(make_teacher, ids, mixer):
     teacher = make_teacher("wide-biased-tied")
-    model = student_of(teacher, mixer)
+    model = make_student(teacher, mixer)
     cache = model.new_cache()
     logits(model, ids[:1], past_key_values=cache)
-    outlined = meta_model(model.config)
-    assert student_cache_bytes(outlined, 11) == cache.nbytes()
-    assert outlined.num_parameters() == model.num_parameters()
-    theirs = teacher(ids[:1], use_cache=True).past_key_values
-    assert teacher_cache_bytes(model.config, 11) == sum(4 * (x.keys.numel() + x.values.numel()) for x in theirs.layers)
+    meta = meta_model(model.config)
+    assert student_cache_bytes(meta, 11) == cache.nbytes()
+    assert meta.num_parameters() == model.num_parameters()
+    teacher_cache = teacher(ids[:1], use_cache=True).past_key_values
+    assert teacher_cache_bytes(model.config, 11) == sum(
+        4 * (x.keys.numel() + x.values.numel()) for x in teacher_cache.layers
+    )
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("layer_types", LAYER_TYPES)
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_bigcode", "gpt_oss"])
-def test_bytes_of_windows_and_shared_heads(name, plan):
-    model = student(name, plan)
+def test_cache_bytes_with_windows_and_grouped_heads(name, layer_types):
+    model = cached_student(name, layer_types)
     ids = torch.randint(3, 61, (1, 21))
     cache = model.new_cache()
     logits(model, ids, past_key_values=cache)
-    places = sum(layer.states[2].nbytes for layer in cache.layers if type(layer).__name__ == "SlidingWindowCacheLayer")
-    assert student_cache_bytes(meta_model(model.config), 21) == cache.nbytes() - places
-    theirs = family(name)(ids, use_cache=True).past_key_values
-    assert teacher_cache_bytes(model.config, 21) == sum(4 * (x.keys.numel() + x.values.numel()) for x in theirs.layers)
+    position_bytes = sum(
+        layer.states[2].nbytes for layer in cache.layers if type(layer).__name__ == "SlidingWindowCacheLayer"
+    )
+    assert student_cache_bytes(meta_model(model.config), 21) == cache.nbytes() - position_bytes
+    teacher_cache = cached_teacher(name)(ids, use_cache=True).past_key_values
+    assert teacher_cache_bytes(model.config, 21) == sum(
+        4 * (x.keys.numel() + x.values.numel()) for x in teacher_cache.layers
+    )
 
 
-def test_halves_are_counted_as_halves(teacher, tmp_path):
-    student_of(teacher.to(torch.bfloat16), "softmax").save_pretrained(tmp_path)
+def test_cache_bytes_in_bfloat16(teacher, tmp_path):
+    make_student(teacher.to(torch.bfloat16), "softmax").save_pretrained(tmp_path)
     config = read_config(tmp_path)
     assert student_cache_bytes(meta_model(config), 10) == teacher_cache_bytes(config, 10) == 2 * 10 * 2 * (8 + 8) * 2
     assert "bfloat16" in summary(config)
 
 
-def test_neighbours_that_are_alike_are_one_run(make_teacher):
+def test_equal_adjacent_layers_are_merged(make_teacher):
     teacher = make_teacher(num_hidden_layers=6)
     model = subquad.linearize(
         teacher, layer_types={"default": "gla", "2": "attention", "4,5": {"mixer": "gla", "decay_rank": 2}}
@@ -65,12 +71,12 @@ def test_neighbours_that_are_alike_are_one_run(make_teacher):
     assert text.count("half_life=") == 2
 
 
-def test_learned_positions_are_told():
-    assert "learned positions: at most 64 tokens" in summary(student("gpt2", "retnet").config)
-    assert "64 learned positions" in model_card(student("gpt2", "retnet").config, "gpt2")
+def test_learned_positions_are_shown():
+    assert "learned positions: at most 64 tokens" in summary(cached_student("gpt2", "retnet").config)
+    assert "64 learned positions" in model_card(cached_student("gpt2", "retnet").config, "gpt2")
 
 
-def test_anything_else_than_a_student_is_refused(teacher, tmp_path):
+def test_directory_without_a_student_is_refused(teacher, tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         read_config(tmp_path)
     teacher.config.save_pretrained(tmp_path)

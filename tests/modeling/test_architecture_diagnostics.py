@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from family_cases import FAMILIES, family, student
+from architecture_cases import ARCHITECTURES, cached_student, cached_teacher
 
 from subquad.analysis.ablations import ablation_results
 from subquad.analysis.diagnostics import diagnostics_results
@@ -12,9 +12,11 @@ FEW = ("gemma2", "gpt_neox", "gpt2", "falcon", "gpt_oss", "glm")
 ROWS = torch.randint(3, 61, (1, 20), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
-def test_diagnostics_of_every_architecture(name):
-    teacher, hybrid = family(name), student(name, "hybrid")
+@pytest.mark.parametrize(
+    "model_type", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
+)
+def test_diagnostics_of_every_architecture(model_type):
+    teacher, hybrid = cached_teacher(model_type), cached_student(model_type, "hybrid")
     same_model = diagnostics_results(teacher, ROWS, teacher, top=4)
     assert {result.value for result in select(same_model, metric="topk_mass_overlap")} == {1}
     assert {result.value for result in select(same_model, metric="cka")} == {1}

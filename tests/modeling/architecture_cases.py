@@ -1,12 +1,11 @@
-"""A tiny random teacher of each of many families, and students of them, made once."""
+"""Tiny random teachers of many architectures of `transformers`, and students of them."""
 
 from functools import cache
 
 import torch
-from modeling_cases import TEXT, shaken
+from modeling_cases import make_student
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import subquad
 from subquad import SubquadForCausalLM
 
 LLAMA = {
@@ -46,8 +45,7 @@ NO_DROPOUT = dict.fromkeys(
     ),
     0.0,
 )
-FAMILIES: dict[str, dict] = {
-    # named by the issue
+ARCHITECTURES: dict[str, dict] = {  # those that this version of transformers has, see below
     "llama": LLAMA,
     "qwen2": LLAMA,
     "qwen3": {**LLAMA, "head_dim": 12},
@@ -59,7 +57,6 @@ FAMILIES: dict[str, dict] = {
     "gpt_neox": LLAMA,
     "gpt2": {**GPT, **TOKENS},
     "opt": {**LLAMA, "ffn_dim": 40, "word_embed_proj_dim": 32},
-    # nobody's: built from the same parts
     "gemma": {**LLAMA, "head_dim": 16, "num_key_value_heads": 1},
     "phi": LLAMA,
     "stablelm": {**LLAMA, "use_qkv_bias": True},
@@ -71,16 +68,15 @@ FAMILIES: dict[str, dict] = {
     "glm": {**LLAMA, "head_dim": 16},
     "biogpt": LLAMA,
     "gpt_bigcode": {**GPT, **TOKENS},
-    # these write their attention out
+    # these compute softmax(q k^T) v without the attention interface
     "gptj": {**GPT, **TOKENS, "rotary_dim": 4},
     "gpt_neo": {**LLAMA, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "falcon": LLAMA,
-    # and these hold experts
+    # mixtures of experts
     "gpt_oss": {**LLAMA, **EXPERTS, "head_dim": 16, "sliding_window": 6},
     "qwen2_moe": {**LLAMA, **EXPERTS},
     "mixtral": {**LLAMA, **EXPERTS, "head_dim": 8},
-    # a window that only the mask tells of; heads that differ from layer to layer; clipped projections; layers without
-    # rotary; and more of nobody's
+    # a window that only the mask shows; heads that differ between layers; clipped projections; layers without rotary
     "phimoe": {**LLAMA, **EXPERTS, "sliding_window": 6, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "gemma4_text": {
         **LLAMA,
@@ -103,38 +99,39 @@ FAMILIES: dict[str, dict] = {
     "vaultgemma": {**LLAMA, "head_dim": 16, "sliding_window": 6},
     "flex_olmo": {**LLAMA, **EXPERTS},
 }
-FAMILIES = {name: sizes for name, sizes in FAMILIES.items() if name in CONFIG_MAPPING}  # older versions have fewer
-HAVE_EXPERTS = ("gpt_oss", "qwen2_moe", "mixtral", "phimoe", "flex_olmo")
+ARCHITECTURES = {name: sizes for name, sizes in ARCHITECTURES.items() if name in CONFIG_MAPPING}
+HAS_EXPERTS = ("gpt_oss", "qwen2_moe", "mixtral", "phimoe", "flex_olmo")
 LEARNED_POSITIONS = ("gpt2", "opt", "biogpt", "gpt_bigcode", "gpt_neo")
-PLANS = {
+LAYER_TYPES = {
     "gated_deltanet": {"default": {"mixer": "gated_deltanet", "short_conv": 4}},
     "retnet": {"default": "retnet"},
     "hybrid": {"default": "gla", "1": "attention"},
 }
 
 
-def build(family: str, seed: int = 0, **changes) -> PreTrainedModel:
-    """In evaluation mode, every weight random, norms about one."""
+def build_teacher(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """A teacher in evaluation mode whose weights are all random, those of norms around one."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(family, **{**NO_DROPOUT, **FAMILIES[family], **changes})
+            AutoConfig.for_model(model_type, **{**NO_DROPOUT, **ARCHITECTURES[model_type], **changes})
         )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                drawn = torch.randn_like(parameter)
-                norm = "norm" in name or "ln_" in name
-                parameter.copy_(0.3 * drawn if parameter.dim() > 1 else norm * 1.0 + 0.1 * drawn)
+                noise = torch.randn_like(parameter)
+                mean = float("norm" in name or "ln_" in name)
+                parameter.copy_(0.3 * noise if parameter.dim() > 1 else mean + 0.1 * noise)
     return model.eval()
 
 
 @cache
-def family(name: str) -> PreTrainedModel:
-    """Shared by tests: look, do not touch."""
-    return build(name)
+def cached_teacher(model_type: str) -> PreTrainedModel:
+    """Shared by tests, which must not change it."""
+    return build_teacher(model_type)
 
 
 @cache
-def student(name: str, plan: str) -> SubquadForCausalLM:
-    """Shared by tests: look, do not touch."""
-    return shaken(subquad.linearize(family(name), layer_types=PLANS[plan], scale_ids=TEXT))
+def cached_student(model_type: str, layer_types: str) -> SubquadForCausalLM:
+    """Shared by tests, which must not change it."""
+    teacher = cached_teacher(model_type)
+    return make_student(teacher, layer_types=LAYER_TYPES[layer_types])

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from family_cases import FAMILIES, build
-from modeling_cases import TEXT, logits
+from architecture_cases import ARCHITECTURES, build_teacher
+from modeling_cases import SCALE_IDS, logits
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -167,7 +167,7 @@ REFUSED = {
     "marian": (BART, "MarianForCausalLM cannot be linearized: it ignores position_ids"),
     "gemma3n_text": (GEMMA3N, "ha(s|ve) no keys and values of (its|their) own"),
     "llama4_text": (LLAMA4, "chunked attention"),
-    "emu3": ({"text_config": GROUPED}, "AutoModelForCausalLM does not build it from a Emu3TextConfig"),
+    "emu3": ({"text_config": GROUPED}, "does not build it from a Emu3TextConfig"),
 }
 
 
@@ -185,14 +185,14 @@ def test_unsupported_architecture_is_refused(family):
 
 @pytest.mark.parametrize("family", ["codegen", "xglm"])
 def test_attention_without_the_attention_interface(family):
-    """Further architectures than those in test_every_family.py."""
+    """Further architectures than those in test_architectures.py."""
     gpt = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 61, "n_positions": 64}
     xglm = {"d_model": 32, "ffn_dim": 40, "num_layers": 2, "attention_heads": 4, "vocab_size": 61}
     config = AutoConfig.for_model(family, **(gpt if family == "codegen" else xglm))
     teacher = AutoModelForCausalLM.from_config(config).eval()
-    student = subquad.linearize(teacher, "gla", scale_ids=TEXT)
+    student = subquad.linearize(teacher, "gla", scale_ids=SCALE_IDS)
     for activations, layer in zip(
-        collect_activations(teacher, attention_modules(discover_attention(teacher)), TEXT),
+        collect_activations(teacher, attention_modules(discover_attention(teacher)), SCALE_IDS),
         student.mixer_layers,
         strict=True,
     ):
@@ -202,7 +202,7 @@ def test_attention_without_the_attention_interface(family):
         k_proj = teacher.model.layers[0].self_attn.k_proj
         assert torch.equal(student.mixer_layers[0].mixer.k_proj.weight, k_proj.weight)
         assert torch.equal(student.mixer_layers[0].mixer.k_proj.bias, k_proj.bias)
-    assert logits(student, TEXT).isfinite().all()
+    assert logits(student, SCALE_IDS).isfinite().all()
 
 
 @pytest.mark.parametrize("window", [None, 6, 2047])
@@ -211,15 +211,15 @@ def test_window_longer_than_the_traced_text_is_found(family, window):
     """Phi-MoE passes the window to the mask only, not to the attention function."""
     if family == "gemma2" and window is None:
         pytest.skip("it always has a window")
-    attention_layers = discover_attention(build(family, sliding_window=window))
+    attention_layers = discover_attention(build_teacher(family, sliding_window=window))
     assert [info.spec.window for info in attention_layers] == [window, None if family == "gemma2" else window]
 
 
-@pytest.mark.skipif("gemma4_text" not in FAMILIES, reason="not in this version of transformers")
+@pytest.mark.skipif("gemma4_text" not in ARCHITECTURES, reason="not in this version of transformers")
 def test_layers_with_different_head_sizes():
-    teacher = build("gemma4_text")
+    teacher = build_teacher("gemma4_text")
     assert [info.spec.head_dim for info in discover_attention(teacher)] == [8, 8, 16]
-    config = subquad.linearize(teacher, "gla", scale_ids=TEXT).config
+    config = subquad.linearize(teacher, "gla", scale_ids=SCALE_IDS).config
     assert config.hidden_size == 32
     assert not hasattr(config, "head_dim")
 
@@ -231,7 +231,7 @@ def test_student_as_teacher_is_refused(teacher):
 
 def test_submodule_that_flattens_the_tokens_is_ignored():
     """An expert inside attention that returns `[tokens, channels]`."""
-    teacher = build("llama")
+    teacher = build_teacher("llama")
     attention = teacher.model.layers[0].self_attn
 
     class Flat(torch.nn.Module):
@@ -249,11 +249,11 @@ def test_submodule_that_flattens_the_tokens_is_ignored():
 
 
 def test_discovery_in_bfloat16_equals_float32():
-    wide, narrow = build("gpt_neox"), build("gpt_neox").bfloat16()
+    wide, narrow = build_teacher("gpt_neox"), build_teacher("gpt_neox").bfloat16()
     for a, b in zip(discover_attention(wide), discover_attention(narrow), strict=True):
         assert a.spec == b.spec
         assert all(torch.equal(a.slices[part].rows, b.slices[part].rows) for part in "qkv")
-    assert logits(subquad.linearize(narrow, "gla", scale_ids=TEXT), TEXT).dtype == torch.bfloat16
+    assert logits(subquad.linearize(narrow, "gla", scale_ids=SCALE_IDS), SCALE_IDS).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", ["plain", "wide-biased-tied", "mistral", "qwen3"])

@@ -1,5 +1,7 @@
-"""Students beside an importable `fla` on a machine without a GPU, where `transformers` binds Triton kernels that cannot
-run. The other tests hide `fla` (conftest.py), so this is a process of its own."""
+"""Students on a machine with `fla` but without a GPU, where `transformers` selects Triton kernels that cannot run.
+
+The other tests hide `fla` (conftest.py), so this test starts another process.
+"""
 
 import os
 import subprocess
@@ -26,7 +28,7 @@ for mixer in mixers.names():
 """
 
 
-def test_no_kernel_is_picked_that_needs_a_gpu():
+def test_students_run_without_a_gpu():
     hidden = {"CUDA_VISIBLE_DEVICES": "", "SUBQUAD_BACKEND": "auto"}
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env={**os.environ, **hidden})
     if "assert importlib.util.find_spec" in run.stderr:

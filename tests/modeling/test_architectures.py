@@ -3,8 +3,16 @@ test_generation.py, test_linearize.py, test_saving.py.)"""
 
 import pytest
 import torch
-from family_cases import FAMILIES, HAVE_EXPERTS, LEARNED_POSITIONS, PLANS, build, family, student
-from modeling_cases import EIGHT, TEXT, logits, shaken
+from architecture_cases import (
+    ARCHITECTURES,
+    HAS_EXPERTS,
+    LAYER_TYPES,
+    LEARNED_POSITIONS,
+    build_teacher,
+    cached_student,
+    cached_teacher,
+)
+from modeling_cases import MIXERS, SCALE_IDS, all_close, logits, make_student
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
@@ -16,8 +24,8 @@ from subquad.modeling.attention.tracing import trace_attention
 from subquad.modeling.positions import find_max_learned_positions
 from subquad.utils import UserError
 
-each_family = pytest.mark.parametrize("name", FAMILIES)
-each_plan = pytest.mark.parametrize("plan", PLANS)
+each_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
+each_layer_types = pytest.mark.parametrize("layer_types", LAYER_TYPES)
 
 
 @pytest.fixture
@@ -26,17 +34,13 @@ def ids():
     return torch.randint(3, 61, (3, 17), generator=torch.Generator().manual_seed(5))
 
 
-def all_close(found, expected, tolerance=1e-4):
-    return float((found - expected).abs().max()) < tolerance * max(1.0, float(expected.abs().max()))
-
-
 # ---------------------------------------------------------------------- copied weights
 
 
-@each_family
-def test_softmax_student_has_the_teachers_logits(name, ids):
-    teacher = family(name)
-    control = subquad.linearize(teacher, "softmax", scale_ids=TEXT)
+@each_architecture
+def test_softmax_student_has_the_teachers_logits(model_type, ids):
+    teacher = cached_teacher(model_type)
+    control = subquad.linearize(teacher, "softmax", scale_ids=SCALE_IDS)
     assert all_close(logits(control, ids), logits(teacher, ids), 1e-5)
     mask = torch.ones_like(ids)
     mask[0, :6], mask[1, 12:] = 0, 0
@@ -45,36 +49,36 @@ def test_softmax_student_has_the_teachers_logits(name, ids):
     assert all_close(logits(control, ids, attention_mask=mask)[real], expected[real])
 
 
-def project(name, attention, x, spec):
+def project(model_type, attention, x, spec):
     """q, k and v `[B, T, heads, channels]` before norms and rotary embedding, as each architecture computes them."""
     H, G, D = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    if name == "gpt_neox":
+    if model_type == "gpt_neox":
         return attention.query_key_value(x).unflatten(-1, (H, 3 * D)).chunk(3, dim=-1)
-    if name == "persimmon":
+    if model_type == "persimmon":
         return attention.query_key_value(x).unflatten(-1, (H, 3, D)).unbind(-2)
-    if name == "gpt2":
+    if model_type == "gpt2":
         return (part.unflatten(-1, (H, D)) for part in attention.c_attn(x).split(H * D, dim=-1))
-    if name == "falcon":
+    if model_type == "falcon":
         return attention.query_key_value(x).unflatten(-1, (H + 2, D)).split([H, 1, 1], dim=-2)
-    if name in ("phi3", "gpt_bigcode"):
-        qkv = (attention.qkv_proj if name == "phi3" else attention.c_attn)(x)
+    if model_type in ("phi3", "gpt_bigcode"):
+        qkv = (attention.qkv_proj if model_type == "phi3" else attention.c_attn)(x)
         return (part.unflatten(-1, (-1, D)) for part in qkv.split([H * D, G * D, G * D], dim=-1))
     return (getattr(attention, f"{part}_proj")(x).unflatten(-1, (-1, D)) for part in "qkv")
 
 
-@each_family
-def test_copied_projections_have_the_teachers_outputs(name, ids):
-    teacher = build(name)
-    if name not in HAVE_EXPERTS:  # experts have no float64 kernel
+@each_architecture
+def test_copied_projections_have_the_teachers_outputs(model_type, ids):
+    teacher = build_teacher(model_type)
+    if model_type not in HAS_EXPERTS:  # experts have no float64 kernel
         teacher.double()
-    copied = subquad.linearize(teacher, "gla", scale_ids=TEXT)
+    copied = subquad.linearize(teacher, "gla", scale_ids=SCALE_IDS)
     attention_layers = discover_attention(teacher)
     activations = collect_activations(teacher, attention_modules(attention_layers), ids)
     for info, layer, recorded in zip(attention_layers, copied.mixer_layers, activations, strict=True):
         spec, x = info.spec, recorded.hidden_states
         groups = spec.num_heads // spec.num_kv_heads
         with torch.no_grad():
-            q, k, v = project(name, info.module, x, spec)
+            q, k, v = project(model_type, info.module, x, spec)
             expected = {"q": q, "k": k.repeat_interleave(groups, 2), "v": v.repeat_interleave(groups, 2)}
             for part, wanted in expected.items():
                 assert all_close(layer.mixer.projections()[part](x), wanted.flatten(2), 1e-6), part
@@ -84,10 +88,10 @@ def test_copied_projections_have_the_teachers_outputs(name, ids):
 # ---------------------------------------------------------------------- students
 
 
-@each_plan
-@each_family
-def test_cached_decoding_equals_the_full_forward(name, plan, ids):
-    model = student(name, plan)
+@each_layer_types
+@each_architecture
+def test_cached_decoding_equals_the_full_forward(model_type, layer_types, ids):
+    model = cached_student(model_type, layer_types)
     full = logits(model, ids, use_cache=False)
     cache = model.new_cache()
     pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split([5, 1, 1, 1, 4, 1, 1, 3], dim=1)]
@@ -95,10 +99,10 @@ def test_cached_decoding_equals_the_full_forward(name, plan, ids):
     assert cache.get_seq_length() == 17
 
 
-@each_plan
-@each_family
-def test_padded_rows_and_packed_documents_match_separate_forwards(name, plan, ids):
-    model = student(name, plan)
+@each_layer_types
+@each_architecture
+def test_padded_rows_and_packed_documents_match_separate_forwards(model_type, layer_types, ids):
+    model = cached_student(model_type, layer_types)
     mask = torch.ones_like(ids)
     mask[0, :8], mask[1, 10:] = 0, 0
     found = logits(model, ids, attention_mask=mask)
@@ -111,9 +115,12 @@ def test_padded_rows_and_packed_documents_match_separate_forwards(name, plan, id
         assert all_close(found[:, document], logits(model, ids[:1, document]))
 
 
-@each_family
-def test_greedy_and_beam_search(name, ids):
-    model, settings = student(name, "hybrid"), {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+@each_architecture
+def test_greedy_and_beam_search(model_type, ids):
+    model, settings = (
+        cached_student(model_type, "hybrid"),
+        {"eos_token_id": None, "pad_token_id": 0, "do_sample": False},
+    )
     padded, mask = ids[:2, :9].clone(), torch.ones(2, 9, dtype=torch.long)
     padded[0, :4], mask[0, :4] = 0, 0
     found = model.generate(padded, attention_mask=mask, max_new_tokens=6, **settings)
@@ -125,10 +132,10 @@ def test_greedy_and_beam_search(name, ids):
     assert torch.equal(found, without)
 
 
-@each_plan
-@each_family
-def test_saved_and_loaded_student_has_the_same_weights(name, plan, ids, tmp_path):
-    model = student(name, plan)
+@each_layer_types
+@each_architecture
+def test_saved_and_loaded_student_has_the_same_weights(model_type, layer_types, ids, tmp_path):
+    model = cached_student(model_type, layer_types)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.layer_specs == model.config.layer_specs
@@ -138,13 +145,16 @@ def test_saved_and_loaded_student_has_the_same_weights(name, plan, ids, tmp_path
         assert torch.equal(tensor, expected[key]), key
         tensor.data = tensor.data.clone()  # alignment in the mapped file changes which kernel runs
     tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    assert tied == (family(name).get_output_embeddings().weight is family(name).get_input_embeddings().weight)
+    assert tied == (
+        cached_teacher(model_type).get_output_embeddings().weight
+        is cached_teacher(model_type).get_input_embeddings().weight
+    )
     assert all_close(logits(loaded, ids), logits(model, ids), 1e-5)
 
 
-@each_family
-def test_gradient_checkpointing_gives_the_same_gradients(name, ids):
-    model = shaken(subquad.linearize(family(name), layer_types=PLANS["hybrid"], scale_ids=TEXT))
+@each_architecture
+def test_gradient_checkpointing_gives_the_same_gradients(model_type, ids):
+    model = make_student(cached_teacher(model_type), layer_types=LAYER_TYPES["hybrid"])
 
     def gradients():
         model.zero_grad()
@@ -183,37 +193,40 @@ def run_long(model):
 
 
 @torch.no_grad()
-@each_family
-def test_student_allocates_no_quadratic_tensor(name):
-    teacher = build(
-        name, **{"n_positions" if name in ("gpt2", "gpt_bigcode", "gptj") else "max_position_embeddings": LONG}
+@each_architecture
+def test_student_allocates_no_quadratic_tensor(model_type):
+    teacher = build_teacher(
+        model_type,
+        **{"n_positions" if model_type in ("gpt2", "gpt_bigcode", "gptj") else "max_position_embeddings": LONG},
     )
-    assert run_long(subquad.linearize(teacher, "retnet", scale_ids=TEXT)).isfinite().all()
+    assert run_long(subquad.linearize(teacher, "retnet", scale_ids=SCALE_IDS)).isfinite().all()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixer", EIGHT)
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_mixer_allocates_no_quadratic_tensor(mixer):
-    assert run_long(subquad.linearize(build("mistral"), mixer, scale_ids=TEXT)).isfinite().all()
+    assert run_long(subquad.linearize(build_teacher("mistral"), mixer, scale_ids=SCALE_IDS)).isfinite().all()
 
 
 def test_quadratic_tensor_of_softmax_is_detected():
     with pytest.raises(AssertionError, match=r"returns \[.*521, 521\]"), torch.no_grad():
-        run_long(subquad.linearize(build("mistral"), "softmax", scale_ids=TEXT))
+        run_long(subquad.linearize(build_teacher("mistral"), "softmax", scale_ids=SCALE_IDS))
 
 
 # ---------------------------------------------------------------------- learned positions
 
 
-@each_family
-def test_number_of_learned_positions(name):
-    assert find_max_learned_positions(family(name)) == (64 if name in LEARNED_POSITIONS else None)
-    assert student(name, "retnet").config.max_learned_positions == (64 if name in LEARNED_POSITIONS else None)
+@each_architecture
+def test_number_of_learned_positions(model_type):
+    assert find_max_learned_positions(cached_teacher(model_type)) == (64 if model_type in LEARNED_POSITIONS else None)
+    assert cached_student(model_type, "retnet").config.max_learned_positions == (
+        64 if model_type in LEARNED_POSITIONS else None
+    )
 
 
-@pytest.mark.parametrize("name", LEARNED_POSITIONS)
-def test_more_tokens_than_learned_positions_are_refused(name, tmp_path):
-    student(name, "retnet").save_pretrained(tmp_path)
+@pytest.mark.parametrize("model_type", LEARNED_POSITIONS)
+def test_more_tokens_than_learned_positions_are_refused(model_type, tmp_path):
+    cached_student(model_type, "retnet").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     long = torch.randint(3, 61, (2, 70), generator=torch.Generator().manual_seed(1))
     assert logits(model, long[:, :64]).shape == (2, 64, 61)
@@ -232,7 +245,7 @@ def test_more_tokens_than_learned_positions_are_refused(name, tmp_path):
 
 
 def test_linearize_stays_within_few_learned_positions():
-    teacher = build("gpt2", n_positions=20)
+    teacher = build_teacher("gpt2", n_positions=20)
     assert subquad.linearize(teacher, "gla").config.max_learned_positions == 20
     with pytest.raises(UserError, match="scale_ids or calibration_ids: got 21 tokens a row, expected at most 20"):
         subquad.linearize(teacher, "gla", scale_ids=torch.ones(1, 21, dtype=torch.long))
@@ -252,14 +265,14 @@ NORMED = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name in NORMED])
-def test_kept_qk_norms_have_the_teachers_outputs(name):
-    teacher = build(name)
-    kept = subquad.linearize(teacher, "retnet", qk_norm=True, rotary=False, qk_activation="none", scale_ids=TEXT)
+@pytest.mark.parametrize("model_type", [model_type for model_type in ARCHITECTURES if model_type in NORMED])
+def test_kept_qk_norms_have_the_teachers_outputs(model_type):
+    teacher = build_teacher(model_type)
+    kept = subquad.linearize(teacher, "retnet", qk_norm=True, rotary=False, qk_activation="none", scale_ids=SCALE_IDS)
     for info, call, layer in zip(
         discover_attention(teacher), trace_attention(teacher, random_tokens(teacher)), kept.mixer_layers, strict=True
     ):
-        assert info.spec.qk_norm == NORMED[name]
+        assert info.spec.qk_norm == NORMED[model_type]
         core, _ = layer.mixer.op_inputs(call.hidden_states, None, None, None)
         groups = info.spec.num_heads // info.spec.num_kv_heads
         # a rotary embedding does not change the first token
@@ -268,10 +281,10 @@ def test_kept_qk_norms_have_the_teachers_outputs(name):
             assert all_close(core[part][:, 0], wanted, 1e-4), part
 
 
-@pytest.mark.parametrize("name", ["qwen3", "olmo2", "persimmon"])
-def test_student_with_kept_qk_norms_decodes_and_loads(name, ids, tmp_path):
-    plan = {"default": {"mixer": "gated_deltanet", "qk_norm": True}, "1": {"mixer": "retnet", "qk_norm": True}}
-    model = shaken(subquad.linearize(family(name), layer_types=plan, scale_ids=TEXT))
+@pytest.mark.parametrize("model_type", ["qwen3", "olmo2", "persimmon"])
+def test_student_with_kept_qk_norms_decodes_and_loads(model_type, ids, tmp_path):
+    layer_types = {"default": {"mixer": "gated_deltanet", "qk_norm": True}, "1": {"mixer": "retnet", "qk_norm": True}}
+    model = make_student(cached_teacher(model_type), layer_types=layer_types)
     full = logits(model, ids, use_cache=False)
     cache = model.new_cache()
     pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split([5, 1, 11], 1)]
@@ -282,4 +295,4 @@ def test_student_with_kept_qk_norms_decodes_and_loads(name, ids, tmp_path):
 
 def test_keeping_missing_qk_norms_is_refused():
     with pytest.raises(UserError, match="qk_norm: got True, expected False"):
-        subquad.linearize(family("llama"), "gla", qk_norm=True, scale_ids=TEXT)
+        subquad.linearize(cached_teacher("llama"), "gla", qk_norm=True, scale_ids=SCALE_IDS)
