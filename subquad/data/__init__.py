@@ -1,4 +1,4 @@
-"""Text for training and measurement: sources to documents, documents to rows of tokens."""
+"""Text for training and evaluation: from sources to documents, and from documents to rows of token ids."""
 
 from subquad.data.corpora import check_data, documents
 from subquad.data.packing import PackedDataset, RowSlice, token_rows

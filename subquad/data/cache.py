@@ -1,4 +1,4 @@
-"""The token cache: one file of tokens for each text, tokenizer and length, written whole or not at all."""
+"""The token cache: one file per text, tokenizer and length, written completely or not at all."""
 
 import contextlib
 import hashlib
@@ -20,19 +20,19 @@ from subquad.utils import UserError, cache_dir
 logger = logging.getLogger(__name__)
 
 HEADER = struct.Struct("<8sQI44x")
-"""Magic, number of tokens, CRC-32 of the tokens; 64 bytes, then the tokens as little-endian uint32 with their flags."""
+"""64 bytes: magic, number of tokens, CRC-32 of the tokens. The tokens follow as little-endian uint32 with flags."""
 MAGIC = b"SUBQTOK2"
-"""The last character is the version of the format."""
+"""The last character is the format's version."""
 
 
-def cached(key: Any, name: str, produce: Callable[[], Iterator[np.ndarray]]) -> tuple[Path, int]:
-    """The cache file for `key` and its number of tokens; written from `produce()` where there is none, or a damaged
-    one. Of several processes that ask for the same at once, one writes and the others wait for it.
+def cached_token_file(key: Any, name: str, produce: Callable[[], Iterator[np.ndarray]]) -> tuple[Path, int]:
+    """The cache file for `key` and its number of tokens.
 
-    name: of the source, for messages.
+    A missing or damaged file is written from `produce()`. If several processes need the same file, one writes it and
+    the others wait. `name` is the source's name, for messages.
 
     Raises:
-        UserError: the cache cannot be written; whatever `produce` raises.
+        UserError: the cache cannot be written.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_dir() / "tokens" / f"{digest}.tokens"
@@ -46,22 +46,22 @@ def cached(key: Any, name: str, produce: Callable[[], Iterator[np.ndarray]]) -> 
             return path, _write(path, produce())
     except OSError as error:
         raise UserError(
-            f"the token cache {path.parent} cannot be written ({error.strerror}); "
-            f"set SUBQUAD_CACHE to another directory"
+            f"token cache {path.parent}: cannot be written ({error.strerror}); set SUBQUAD_CACHE to another directory"
         ) from None
 
 
 def _read_if_valid(path: Path, name: str | None) -> int | None:
-    """The number of tokens in a cache file; None if it is damaged, said aloud where the source has a name."""
+    """The number of tokens in a cache file; None if it is damaged, with a warning if `name` is given."""
     try:
         return _validate(path)
     except ValueError as damage:
         if name is not None:
-            logger.warning("the token cache %s is damaged (%s); tokenising %s anew", path, damage, name)
+            logger.warning("token cache %s is damaged (%s); tokenizing %s again", path, damage, name)
         return None
 
 
 def _validate(path: Path) -> int:
+    """The number of tokens in a cache file; ValueError says how the file is damaged."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEADER.size)
@@ -69,20 +69,20 @@ def _validate(path: Path) -> int:
             raise ValueError(f"{size} bytes")
         magic, count, checksum = HEADER.unpack(head)
         if magic != MAGIC:
-            raise ValueError("an older format" if magic[:-1] == MAGIC[:-1] else "another format")
+            raise ValueError("an older format" if magic[:-1] == MAGIC[:-1] else "not a token cache")
         if size != HEADER.size + 4 * count:
             raise ValueError(f"{size} bytes, expected {HEADER.size + 4 * count}")
-        found = 0
-        while block := file.read(2**24):
-            found = zlib.crc32(block, found)
-    if found != checksum:
-        raise ValueError("its checksum is wrong")
+        actual = 0
+        while chunk := file.read(2**24):
+            actual = zlib.crc32(chunk, actual)
+    if actual != checksum:
+        raise ValueError("wrong checksum")
     return count
 
 
 def _write(path: Path, batches: Iterator[np.ndarray]) -> int:
-    """Writes a cache file whole or not at all; returns its number of tokens."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".partial")
+    """Writes a cache file completely or not at all; returns its number of tokens."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(bytes(HEADER.size))
@@ -95,20 +95,20 @@ def _write(path: Path, batches: Iterator[np.ndarray]) -> int:
             file.write(HEADER.pack(MAGIC, count, checksum))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(partial, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+            os.unlink(partial)
     return count
 
 
 @contextlib.contextmanager
 def _file_lock(path: Path, name: str) -> Iterator[None]:
-    """Only one process at a time works on a cache file, where the file system can lock; it also removes what a killed
-    one left behind."""
+    """Lets one process at a time work on a cache file, if the file system supports locks; removes the partial files of
+    killed processes."""
     try:
         fcntl: Any = importlib.import_module("fcntl")
-    except ImportError:  # not on Windows; there two would do the same work, and the last to end would win
+    except ImportError:  # Windows has no fcntl: two processes would do the same work, and the last one would win.
         yield
         return
     lock = path.with_suffix(".lock")
@@ -117,15 +117,15 @@ def _file_lock(path: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("waiting for another process that is tokenising %s", name)
+            logger.info("waiting for another process that is tokenizing %s", name)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # some network file systems cannot
+        except OSError:  # some network file systems have no locks
             locked = False
         if locked:
-            for left in path.parent.glob(f"{path.stem}-*.partial"):
-                left.unlink(missing_ok=True)
+            for partial in path.parent.glob(f"{path.stem}-*.partial"):
+                partial.unlink(missing_ok=True)
         try:
             yield
         finally:
-            # Whoever waits holds the same file, and whoever comes later finds the cache.
+            # Waiting processes hold the same lock file, and later ones find the cache.
             lock.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Conversations: what one is, and how a teacher's chat template writes it down, with the assistant's share marked.
+"""Conversations, and their rendering by a chat template with the assistant's turns marked.
 
-Free of torch: the processes that tokenise import it.
+Imports no torch, because the tokenizing processes import this module.
 """
 
 import contextlib
@@ -18,40 +18,43 @@ if TYPE_CHECKING:
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ASSISTANT = "assistant"
-SENTINEL = "what-nobody-says-7d1f"
+SENTINEL = "subquad-sentinel-7d1f"
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, each a dict with `role`, `content` and whatever else a template reads; `where` is for errors."""
+    """Messages, each a dict with `role`, `content` and further keys that a template reads; `location` is the file and
+    row, for errors."""
 
     messages: tuple[dict[str, Any], ...]
-    where: str
+    location: str
 
     @classmethod
-    def create(cls, value: Any, where: str) -> "Conversation":
-        """A conversation from the cell of a table; UserError says where and what is no conversation in it."""
+    def from_messages(cls, value: Any, location: str) -> "Conversation":
+        """A conversation from a table's cell. UserError with the location if it is not a list of messages."""
         if not isinstance(value, list):
-            raise UserError(f"{where}: no conversation; expected a list of messages, found {type(value).__name__}")
+            raise UserError(f"{location}: got {type(value).__name__}, expected a list of messages")
         messages = []
         for number, message in enumerate(value, start=1):
             if not isinstance(message, dict):
-                found = type(message).__name__
+                got = type(message).__name__
                 raise UserError(
-                    f"{where}: message {number}: expected an object with 'role' and 'content', found {found}"
+                    f"{location}: message {number}: got {got}, expected an object with 'role' and 'content'"
                 )
-            # Tables have every key in every row.
-            given = {key: item for key, item in message.items() if item is not None}
+            # Tables have every key in every row, null where a message lacks it.
+            present = {key: item for key, item in message.items() if item is not None}
             for key in ("role", "content"):
-                if key not in given and not (key == "content" and "tool_calls" in given):
-                    found = ", ".join(map(repr, given)) or "nothing"
-                    raise UserError(f"{where}: message {number}: no {key!r}; found {found}")
-                if not isinstance(given.setdefault(key, ""), str):
-                    raise UserError(f"{where}: message {number}: {key!r} is {type(given[key]).__name__}, expected text")
-            messages.append({k: _whole_characters(v) if isinstance(v, str) else v for k, v in given.items()})
-        return cls(tuple(messages), where)
+                if key not in present and not (key == "content" and "tool_calls" in present):
+                    raise UserError(
+                        f"{location}: message {number}: got the keys {list(present)}, expected the key {key!r}"
+                    )
+                if not isinstance(present.setdefault(key, ""), str):
+                    got = type(present[key]).__name__
+                    raise UserError(f"{location}: message {number}: {key}: got {got}, expected text")
+            messages.append({k: replace_surrogates(v) if isinstance(v, str) else v for k, v in present.items()})
+        return cls(tuple(messages), location)
 
     def __len__(self) -> int:
         return sum(len(message["content"]) for message in self.messages)
@@ -61,109 +64,111 @@ class Conversation:
         return any(message["role"] == ASSISTANT for message in self.messages)
 
     def text(self) -> str:
-        """The same for the same messages, whatever file they stand in."""
+        """The messages as JSON, independent of the location."""
         return json.dumps(self.messages, sort_keys=True)
 
 
-def _whole_characters(text: str) -> str:
+def replace_surrogates(text: str) -> str:
+    """JSON can escape half a character, which no tokenizer accepts; it becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
 
 def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """UserError where a tokenizer has no chat template."""
+    """UserError if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise UserError(
-            "a corpus of conversations needs a teacher with a chat template, and this tokenizer has none; "
-            "expected an instruct model, or a corpus of text"
+            "data.chat: got true for a teacher without a chat template, expected an instruct model as the teacher, or "
+            "plain text as data"
         )
 
 
 class Template:
-    """A tokenizer's chat template: conversations to text."""
+    """Renders conversations by a tokenizer's chat template."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self.tokenizer = tokenizer
 
     def render(self, conversation: Conversation) -> str:
-        return self._render(conversation.messages, conversation.where)
+        return self._render(conversation.messages, conversation.location)
 
     @functools.cached_property
-    def marks_assistant(self) -> bool:
-        """Whether the template says itself, by `{% generation %}`, what the assistant writes."""
+    def has_generation_tags(self) -> bool:
+        """Whether the template marks the assistant's text by `{% generation %}`."""
         return GENERATION.search(self.tokenizer.get_chat_template()) is not None
 
-    def marked(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
-        """Tokens and whether each is the assistant's, by a template that marks them."""
-        with _refusals_named(conversation.where):
+    def tokenize_with_mask(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        """Token ids, and whether each is the assistant's, by a template with `{% generation %}`."""
+        with _template_errors_as_user_error(conversation.location):
             out: Any = self.tokenizer.apply_chat_template(
                 list(conversation.messages), return_dict=True, return_assistant_tokens_mask=True
             )
         return out["input_ids"], [bool(mark) for mark in out["assistant_masks"]]
 
     def assistant_spans(self, conversation: Conversation, text: str) -> list[Span]:
-        """Where in `text`, the rendered conversation, the assistant writes, each turn with the token that ends it.
+        """Character spans of the assistant's turns in the rendered conversation `text`, end-of-turn tokens included.
 
         Raises:
-            UserError: a template in which they cannot be told.
+            UserError: the spans cannot be found, because the template renders a turn differently within a conversation.
         """
         spans = []
         for i, message in enumerate(conversation.messages):
             if message["role"] != ASSISTANT:
                 continue
-            span = self._by_prefixes(conversation, i, text) or self._by_exchange(conversation, i, text)
+            span = self._span_by_prefix(conversation, i, text) or self._span_by_replacement(conversation, i, text)
             if span is None:
                 raise UserError(
-                    f"{conversation.where}: the chat template can't be split into turns: message {i + 1} is written "
-                    "otherwise in the whole conversation; expected a template with {% generation %}, or "
-                    "assistant_only_loss: false"
+                    f"{conversation.location}: message {i + 1}: its span in the rendered conversation cannot be found; "
+                    "expected a chat template with {% generation %}, or data.assistant_only_loss: false"
                 )
             spans.append(span)
         return spans
 
-    def _by_prefixes(self, conversation: Conversation, i: int, text: str) -> Span | None:
-        """What the conversation up to turn i has more than the one before it with the prompt for an answer; None where
-        the whole does not begin with both."""
-        messages, where = conversation.messages, conversation.where
-        after = self._render(messages[: i + 1], where)
+    def _span_by_prefix(self, conversation: Conversation, i: int, text: str) -> Span | None:
+        """The text that turn i adds to the preceding turns and the generation prompt; None if the rendered conversation
+        does not begin with both."""
+        messages, location = conversation.messages, conversation.location
+        after = self._render(messages[: i + 1], location)
         if i:
-            before = self._render(messages[:i], where, prompt=True)
-        else:  # no template writes nothing at all
-            prompt = self._render(messages[:1], where, prompt=True).removeprefix(after)
+            before = self._render(messages[:i], location, prompt=True)
+        else:  # templates do not render an empty conversation
+            prompt = self._render(messages[:1], location, prompt=True).removeprefix(after)
             before = prompt if after.startswith(prompt) else ""
         if not (text.startswith(after) and after.startswith(before)):
             return None
-        # Not the blank space that only sets the next turn off from the token that ends this one.
+        # Exclude white space between the end-of-turn token and the next turn.
         stripped = after[len(before) :].rstrip()
-        closed = any(stripped.endswith(token) for token in self._special)
-        return len(before), len(before) + len(stripped) if closed else len(after)
+        has_end_token = any(stripped.endswith(token) for token in self._special_tokens)
+        return len(before), len(before) + len(stripped) if has_end_token else len(after)
 
-    def _by_exchange(self, conversation: Conversation, i: int, text: str) -> Span | None:
-        """What changes where turn i says something else, with the token that ends it: for templates that leave out
-        of earlier turns what the last one keeps, its reasoning; None where more changes than that."""
+    def _span_by_replacement(self, conversation: Conversation, i: int, text: str) -> Span | None:
+        """The text that changes if the content of turn i is replaced, and its end-of-turn token; None if more changes.
+
+        For templates that drop the reasoning of all turns but the last.
+        """
         messages, content = conversation.messages, conversation.messages[i]["content"]
-        exchanged = (*messages[:i], {**messages[i], "content": SENTINEL}, *messages[i + 1 :])
-        before, found, after = self._render(exchanged, conversation.where).partition(SENTINEL)
+        replaced = (*messages[:i], {**messages[i], "content": SENTINEL}, *messages[i + 1 :])
+        before, found, after = self._render(replaced, conversation.location).partition(SENTINEL)
         start, end = len(before), len(text) - len(after)
         if not (found and start <= end and text.startswith(before) and text.endswith(after)):
             return None
-        ending = next((token for token in self._special if after.startswith(token)), "")
+        ending = next((token for token in self._special_tokens if after.startswith(token)), "")
         return (start, end + len(ending)) if ending and text[start:end].strip() in content else None
 
     @functools.cached_property
-    def _special(self) -> list[str]:
+    def _special_tokens(self) -> list[str]:
         added = self.tokenizer.added_tokens_decoder.values()
         return [token.content for token in added if token.special and token.content]
 
-    def _render(self, messages: tuple[dict[str, Any], ...], where: str, prompt: bool = False) -> str:
-        with _refusals_named(where):
+    def _render(self, messages: tuple[dict[str, Any], ...], location: str, prompt: bool = False) -> str:
+        with _template_errors_as_user_error(location):
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
         return str(text)
 
 
 @contextlib.contextmanager
-def _refusals_named(where: str) -> Iterator[None]:
-    """Templates refuse, in whatever way they like, conversations in which roles do not alternate and the like."""
+def _template_errors_as_user_error(location: str) -> Iterator[None]:
+    """Templates raise errors of any class, for instance if roles do not alternate."""
     try:
         yield
     except Exception as error:
-        raise UserError(f"{where}: the chat template refuses this conversation ({error})") from None
+        raise UserError(f"{location}: the chat template rejects this conversation ({error})") from None

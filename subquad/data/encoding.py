@@ -1,6 +1,6 @@
-"""Documents to one stream of tokens, each with what a row has to know of it beside it.
+"""Encodes documents as one stream of tokens, with flags for document starts and for tokens without a loss.
 
-Free of torch: the processes that tokenise import it.
+Imports no torch, because the tokenizing processes import this module.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from subquad.data.chat import Conversation, Span, Template
-from subquad.data.workers import Workers, processors
+from subquad.data.workers import Workers, usable_processors
 from subquad.utils import UserError
 
 if TYPE_CHECKING:
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 
 Document = str | Conversation
 
-START = np.uint32(1 << 30)
-"""This token is the first of a document."""
+DOC_START = np.uint32(1 << 30)
+"""Flag of the first token of a document."""
 LOSS_IGNORED = np.uint32(1 << 31)
-"""This token is read, but not learned."""
-TOKEN = np.uint32((1 << 30) - 1)
+"""Flag of a token that is excluded from the loss."""
+TOKEN_MASK = np.uint32((1 << 30) - 1)
+"""The token id, without flags."""
 BATCH_CHARACTERS = 2**20
 IN_PROCESS_BATCHES = 32
-"""Batches that a process tokenises by itself before it starts others: what is small is done before they are up."""
+"""Batches that are tokenized before worker processes are started, so that small texts need none."""
 
 
 @dataclass(frozen=True)
 class _RenderedDoc:
-    """A document as text to be tokenised, behind `prefix`; what is learned of it, where that is not all."""
+    """A document as text that follows the tokens of `prefix`; the spans in the loss, None for the whole text."""
 
     text: str
     prefix: tuple[int, ...] = ()
@@ -42,12 +43,12 @@ class _RenderedDoc:
 
 
 class Encoder:
-    """Documents to tokens with their flags, `uint32`.
+    """Encodes documents as token ids with flags, `uint32`.
 
-    A text stands behind the tokenizer's end-of-text token (where it has none, its beginning-of-text token, else
-    nothing), a conversation as its chat template writes it.
+    A text follows the tokenizer's end-of-text token (without one, its beginning-of-text token, or nothing); a
+    conversation is rendered by the chat template.
 
-    assistant_only_loss: flag the tokens of other roles as LOSS_IGNORED; skip conversations without an assistant.
+    assistant_only_loss: flag the tokens of other roles as LOSS_IGNORED, and skip conversations without an assistant.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", assistant_only_loss: bool = False):
@@ -56,54 +57,54 @@ class Encoder:
         self.template = Template(tokenizer)
 
     def encode(self, batch: Sequence[Document]) -> np.ndarray:
-        """`[tokens]`; a document gives the same ones whatever others are in its batch."""
-        written = [self._written(document) for document in batch]
-        texts = [w for w in written if isinstance(w, _RenderedDoc)]
-        encoded = iter(self._encoded([w.text for w in texts], any(w.spans is not None for w in texts)))
+        """The tokens of all documents, `[tokens]`. The tokens of a document do not depend on the batch."""
+        rendered = [self._render(document) for document in batch]
+        texts = [doc for doc in rendered if isinstance(doc, _RenderedDoc)]
+        encoded = iter(self._tokenize([doc.text for doc in texts], any(doc.spans is not None for doc in texts)))
         pieces: list[np.ndarray] = []
-        # Runs of texts without spans, nearly everything, become arrays at once.
-        for plain, run in itertools.groupby(written, lambda w: isinstance(w, _RenderedDoc) and w.spans is None):
+        # Runs of texts without spans, nearly all documents, become one array each.
+        for plain, run in itertools.groupby(rendered, lambda doc: isinstance(doc, _RenderedDoc) and doc.spans is None):
             if plain:
-                pieces.append(_run([(*w.prefix, *next(encoded)[0]) for w in run]))  # type: ignore[union-attr]
+                pieces.append(_join_documents([(*doc.prefix, *next(encoded)[0]) for doc in run]))  # type: ignore[union-attr]
                 continue
-            for w in run:
-                if isinstance(w, _RenderedDoc):
+            for doc in run:
+                if isinstance(doc, _RenderedDoc):
                     ids, offsets = next(encoded)
-                    pieces.append(_flagged(ids, _inside(offsets, w.spans or [])))
-                elif w is not None:
-                    pieces.append(w)
+                    pieces.append(_set_flags(ids, _overlaps_spans(offsets, doc.spans or [])))
+                elif doc is not None:
+                    pieces.append(doc)
         return np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
 
-    def is_python(self, batch: Sequence[Document]) -> bool:
-        """Whether Python code does most of the work for such a batch."""
+    def is_python_bound(self, batch: Sequence[Document]) -> bool:
+        """Whether Python code does most of the work for a batch."""
         fast = getattr(self.tokenizer, "backend_tokenizer", None) is not None
         return not fast or any(isinstance(document, Conversation) for document in batch)
 
-    def _written(self, document: Document) -> _RenderedDoc | np.ndarray | None:
-        """A document as text; as tokens where the template gives those itself; None where nothing is to be learned."""
+    def _render(self, document: Document) -> _RenderedDoc | np.ndarray | None:
+        """A document as text, or as tokens if the template marks the assistant; None if no token is in the loss."""
         if isinstance(document, str):
             return _RenderedDoc(document, self.separator)
         if not self.assistant_only_loss:
             return _RenderedDoc(self.template.render(document))
         if not document.has_assistant:
             return None
-        if self.template.marks_assistant:
-            return _flagged(*self.template.marked(document))
+        if self.template.has_generation_tags:
+            return _set_flags(*self.template.tokenize_with_mask(document))
         text = self.template.render(document)
         return _RenderedDoc(text, spans=self.template.assistant_spans(document, text))
 
-    def _encoded(self, texts: list[str], with_offsets: bool) -> Iterable[tuple[list[int], list[Span]]]:
-        """Tokens of each text, and the characters that each stands for where that is asked."""
+    def _tokenize(self, texts: list[str], with_offsets: bool) -> Iterable[tuple[list[int], list[Span]]]:
+        """Token ids of each text, and with offsets the characters of each token."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            # Left behind by earlier calls.
+            # Earlier calls may have set these.
             backend.no_padding()
             backend.no_truncation()
             encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
             return ((e.ids, e.offsets if with_offsets else []) for e in encode(texts, add_special_tokens=False))
         if with_offsets:
             raise UserError(
-                "assistant_only_loss needs a tokenizer that knows which characters its tokens stand for (a fast one), "
+                "data.assistant_only_loss: got true for a tokenizer without character offsets, expected a fast one "
                 "or a chat template with {% generation %}"
             )
         if not texts:
@@ -113,47 +114,49 @@ class Encoder:
 
 
 def separator(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What stands before each text."""
+    """The tokens before each text."""
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         if isinstance(token, int):
             return [token]
     return []
 
 
-def identity(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
-    """What has to be the same for a text to give the same tokens."""
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
+    """Identifies the tokenizer: equal fingerprints give equal tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), separator(tokenizer)]
     definition = json.loads(backend.to_str())
-    # Left behind by earlier calls; the calls here set neither.
+    # Earlier calls may have set these, and they do not affect the encoder.
     definition.pop("truncation", None)
     definition.pop("padding", None)
     return [definition, separator(tokenizer)]
 
 
-def _run(documents: list[tuple[int, ...]]) -> np.ndarray:
+def _join_documents(documents: list[tuple[int, ...]]) -> np.ndarray:
+    """One array of documents, with flags at their starts."""
     lengths = np.fromiter((len(d) for d in documents if d), np.int64)
     tokens = np.fromiter(itertools.chain.from_iterable(documents), np.uint32, count=int(lengths.sum()))
-    tokens[np.cumsum(lengths) - lengths] |= START
+    tokens[np.cumsum(lengths) - lengths] |= DOC_START
     return tokens
 
 
-def _flagged(ids: Sequence[int], counted: Sequence[bool]) -> np.ndarray:
+def _set_flags(ids: Sequence[int], in_loss: Sequence[bool]) -> np.ndarray:
+    """The tokens of one document, with flags at its start and at tokens that are not in the loss."""
     tokens = np.array(ids, np.uint32)
-    tokens[~np.array(counted, bool)] |= LOSS_IGNORED
-    tokens[:1] |= START
+    tokens[~np.array(in_loss, bool)] |= LOSS_IGNORED
+    tokens[:1] |= DOC_START
     return tokens
 
 
-def _inside(offsets: list[Span], spans: list[Span]) -> list[bool]:
-    """Whether each token has a character within one of the spans, which are in order."""
-    inside, at = [], 0
+def _overlaps_spans(offsets: list[Span], spans: list[Span]) -> list[bool]:
+    """Whether each token has a character in one of the spans, which are sorted."""
+    overlaps, index = [], 0
     for start, end in offsets:
-        while at < len(spans) and spans[at][1] <= start:
-            at += 1
-        inside.append(at < len(spans) and end > spans[at][0])
-    return inside
+        while index < len(spans) and spans[index][1] <= start:
+            index += 1
+        overlaps.append(index < len(spans) and end > spans[index][0])
+    return overlaps
 
 
 # ---------------------------------------------------------------------- all documents of a source
@@ -162,30 +165,30 @@ def _inside(offsets: list[Span], spans: list[Span]) -> list[bool]:
 def token_stream(
     encoder: Encoder, documents: Iterator[Document], limit: int | None, name: str, jobs: int | None = None
 ) -> Iterator[np.ndarray]:
-    """The tokens of whole documents, up to the one with which there are `limit` of them, in arrays of any size.
+    """The tokens of whole documents, in arrays of any size, until there are at least `limit` tokens.
 
-    The same tokens whatever the number of processes. Plain text is the tokenizer's own threads' work: they keep two
-    processors as busy as processes do, and what is left to Python, 15 ms for a million characters, would keep twenty.
-    Chat templates and tokenizers in Python need processes.
+    The tokens do not depend on the number of processes. Plain text needs one process: the tokenizer's threads use two
+    processors as well as processes do, and Python's part, 15 ms per million characters, would suffice for twenty. Chat
+    templates and tokenizers written in Python need more.
 
-    jobs: how many; None: one for plain text, else as many as there are processors.
+    jobs: number of processes; None: one for plain text, else one per processor.
     """
     count = 0
 
     def batches() -> Iterator[list[Document]]:
         while limit is None or count < limit:
-            # A token is seldom shorter than two characters: so a batch hardly ever goes past the limit.
+            # Tokens are rarely shorter than two characters, so a batch rarely exceeds the limit.
             characters = BATCH_CHARACTERS if limit is None else min(BATCH_CHARACTERS, 2 * (limit - count))
             batch = _take_characters(documents, characters)
             if not batch:
                 return
             yield batch
 
-    with tqdm(desc=f"tokenising {name}", unit=" tokens", unit_scale=True, delay=3, file=sys.stderr) as progress:
-        for tokens in _in_processes(encoder, batches(), jobs):
+    with tqdm(desc=f"tokenizing {name}", unit=" tokens", unit_scale=True, delay=3, file=sys.stderr) as progress:
+        for tokens in _encode_batches(encoder, batches(), jobs):
             if limit is not None and count + len(tokens) > limit:
-                # The last document is the one that reaches the limit, however the others were batched.
-                starts = np.flatnonzero(tokens & START)
+                # The last document is the one that reaches the limit, independent of the batches.
+                starts = np.flatnonzero(tokens & DOC_START)
                 tokens = tokens[: next(iter(starts[starts >= limit - count]), None)]
             count += len(tokens)
             progress.update(len(tokens))
@@ -194,15 +197,15 @@ def token_stream(
                 return
 
 
-def _in_processes(encoder: Encoder, batches: Iterator[list[Document]], jobs: int | None) -> Iterator[np.ndarray]:
+def _encode_batches(encoder: Encoder, batches: Iterator[list[Document]], jobs: int | None) -> Iterator[np.ndarray]:
     yield from map(encoder.encode, itertools.islice(batches, IN_PROCESS_BATCHES))
     batch = next(batches, None)
     if batch is None:
         return
     batches = itertools.chain([batch], batches)
     if jobs is None:
-        jobs = processors() if encoder.is_python(batch) else 1
-    # A tokenizer of someone else's code may not be importable elsewhere.
+        jobs = usable_processors() if encoder.is_python_bound(batch) else 1
+    # A tokenizer class from outside transformers may not be importable in the workers.
     if jobs == 1 or not type(encoder.tokenizer).__module__.startswith("transformers."):
         yield from map(encoder.encode, batches)
         return
@@ -211,7 +214,7 @@ def _in_processes(encoder: Encoder, batches: Iterator[list[Document]], jobs: int
 
 
 def _take_characters(documents: Iterator[Document], characters: int) -> list[Document]:
-    """The next documents, until they have so many characters."""
+    """The next documents, until they have at least so many characters."""
     batch: list[Document] = []
     for document in documents:
         batch.append(document)

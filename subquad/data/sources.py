@@ -1,7 +1,4 @@
-"""Sources of text: from the name in a recipe to the files or the data set it means. Reads no text.
-
-A source is `python-stdlib`, a file, a directory or a data set on the Hugging Face hub.
-"""
+"""Sources of text: resolves the name in a recipe to files or to a data set on the Hugging Face hub. Reads no text."""
 
 import hashlib
 import importlib.util
@@ -18,12 +15,28 @@ from subquad.data import stdlib
 from subquad.utils import UserError, nearest
 
 STDLIB = "python-stdlib"
-TABLES = (".jsonl", ".parquet")
-"""Suffixes of files in which a document is a row and its text stands in a column."""
-PROSE = (".txt", *TABLES)
-WHOLE = (".md", ".rst", ".tex", ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".sh")
-"""Suffixes of files that are one document each; those in PROSE hold many."""
-PACKED = (".gz", ".xz", ".zst")
+TABLE_SUFFIXES = (".jsonl", ".parquet")
+"""Suffixes of files with one document per row."""
+MULTI_DOC_SUFFIXES = (".txt", *TABLE_SUFFIXES)
+SINGLE_DOC_SUFFIXES = (
+    ".md",
+    ".rst",
+    ".tex",
+    ".py",
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".hpp",
+    ".rs",
+    ".go",
+    ".java",
+    ".js",
+    ".ts",
+    ".sh",
+)
+"""Suffixes of files with one document each."""
+COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 
 Split = Literal["train", "validation"]
 SplitOrAll = Literal["train", "validation", "all"]
@@ -31,129 +44,142 @@ SplitOrAll = Literal["train", "validation", "all"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from: `kind` is "stdlib", "files" or "hub"; `files` in the order in which they are read.
-
-    `column` and `chat` say what a row of a table holds; the rest is for the hub.
-    """
+    """A source of documents: the standard library, files in reading order, or a data set of the hub."""
 
     name: str
-    kind: str
+    kind: Literal["stdlib", "files", "hub"]
     files: tuple[Path, ...] = ()
     column: str = "text"
+    """The column of a table that holds the documents."""
     chat: bool = False
+    """Whether the documents of a table are conversations."""
     split: str = "train"
+    """Split of a hub data set, like the two below."""
     subset: str | None = None
     streaming: bool = True
+    key: str = "data.source"
+    """The recipe key that names the source, for errors."""
 
     @property
-    def has_rows(self) -> bool:
-        return self.kind == "hub" or any(suffix(path) in TABLES for path in self.files)
+    def label(self) -> str:
+        return f"{self.key} {self.name!r}"
+
+    @property
+    def is_table(self) -> bool:
+        return self.kind == "hub" or any(suffix(path) in TABLE_SUFFIXES for path in self.files)
 
     def fingerprint(self) -> list[object]:
-        """What has to be the same for the text to be the same; of a hub data set only its name, subset and split."""
+        """Identifies the text. Of a hub data set only name, column, subset and split are compared, not its content."""
         if self.kind == "stdlib":
             return [self.name, sys.version, *((str(p), p.stat().st_size) for p in self.files)]
-        of_rows = [self.column, self.chat] if self.has_rows else []
-        of_hub = [self.subset, self.split] if self.kind == "hub" else []
+        table_key = [self.column, self.chat] if self.is_table else []
+        hub_key = [self.subset, self.split] if self.kind == "hub" else []
         files = ((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files)
-        return [self.name, *of_rows, *of_hub, *files]
+        return [self.name, *table_key, *hub_key, *files]
 
 
-def resolve(name: str, **settings: Any) -> Source:
-    """Which source a name means; UserError where there is none.
+def resolve(name: str, key: str = "data.source", **settings: Any) -> Source:
+    """The source with a name; UserError if there is none.
 
-    settings: `column`, `chat`, `split`, `subset`, `streaming`, as in `Source`.
+    key: the recipe key that holds the name, for errors.
+    settings: `column`, `chat`, `split`, `subset` and `streaming` of the `Source`.
     """
+    label = f"{key} {name!r}"
     if name == STDLIB:
-        return Source(name, "stdlib", _in_scattered_order(stdlib.files("all"), stdlib.root()))
+        return Source(name, "stdlib", _hash_order(stdlib.files("all"), stdlib.root()), key=key)
     path = Path(name).expanduser()
     if path.is_dir():
         files = _files_below(path)
         if not files:
-            raise UserError(f"corpus {name!r}: no text in this directory; expected files {_suffixes()}")
-        return Source(name, "files", files, **settings)
+            raise UserError(f"{label}: no text in this directory; expected files {_suffixes()}")
+        return Source(name, "files", files, key=key, **settings)
     if path.exists():
-        if suffix(path) not in PROSE + WHOLE:
-            raise UserError(f"corpus {name!r}: unknown kind of file; expected {_suffixes()}")
-        return Source(name, "files", (path,), **settings)
-    if suffix(path) in PROSE + WHOLE or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise UserError(f"corpus {name!r}: no such file or directory{_beside(path)}")
+        if suffix(path) not in MULTI_DOC_SUFFIXES + SINGLE_DOC_SUFFIXES:
+            raise UserError(f"{label}: unknown file type; expected {_suffixes()}")
+        return Source(name, "files", (path,), key=key, **settings)
+    if (
+        suffix(path) in MULTI_DOC_SUFFIXES + SINGLE_DOC_SUFFIXES
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+        or name.startswith(".")
+    ):
+        raise UserError(f"{label}: no such file or directory{_nearest_file(path)}")
     library = importlib.util.find_spec("datasets")
-    if library is None or library.origin is None:  # a folder of that name has no origin
+    if library is None or library.origin is None:  # a directory of that name has no origin
         close = nearest(name, [STDLIB])
         hint = close if "did you mean" in close else f"; expected '{STDLIB}', a file, a directory or a hub id"
         raise UserError(
-            f"corpus {name!r}: no such file or directory, and a data set of the hub needs "
-            f'`pip install "subquad[data]"`{hint}'
+            f'{label}: no such file or directory, and hub data sets need `pip install "subquad[data]"`{hint}'
         )
-    return Source(name, "hub", **settings)
+    return Source(name, "hub", key=key, **settings)
 
 
-def parts_of(data: Data, split: Split) -> list[tuple[Source, SplitOrAll, float]]:
-    """The sources of a recipe's training or held-out text, which part of each that is, and their weights.
+def resolve_sources(data: Data, split: Split) -> list[tuple[Source, SplitOrAll, float]]:
+    """The sources of a recipe's training or validation text, the split of each that is used, and their weights.
 
-    With a held-out source of its own, all of the others is for training; only the standard library keeps its split,
-    because the nano teacher knows the training side by heart.
+    With `data.validation`, sources are used whole. Only the standard library always keeps its split, because the nano
+    teacher was trained on its training files.
 
     Raises:
-        UserError: no such source, or conversations expected where no source has rows.
+        UserError: a source does not exist, or `data.chat` is true and no source is a table.
     """
-    chosen = data.source if split == "train" or data.validation is None else data.validation
-    mixture = {chosen: MixtureSource()} if isinstance(chosen, str) else chosen
-    parts: list[tuple[Source, SplitOrAll, float]] = []
-    for name, share in mixture.items():
-        source = resolve(name, **_settings(data, share))
-        whole = data.validation is not None and source.kind != "stdlib"
-        parts.append((source, "all" if whole else split, share.weight))
-    if split == "train" and data.chat and not any(source.has_rows for source, _, _ in parts):
+    key = "source" if split == "train" or data.validation is None else "validation"
+    names = getattr(data, key)
+    mixture = {names: MixtureSource()} if isinstance(names, str) else names
+    sources: list[tuple[Source, SplitOrAll, float]] = []
+    for name, entry in mixture.items():
+        source = resolve(name, f"data.{key}", **_source_settings(data, entry))
+        use_all = data.validation is not None and source.kind != "stdlib"
+        sources.append((source, "all" if use_all else split, entry.weight))
+    if split == "train" and data.chat and not any(source.is_table for source, _, _ in sources):
         raise UserError(
-            f"corpus {', '.join(map(repr, mixture))} holds no conversations; expected {' or '.join(TABLES)} or a data "
-            f"set of the hub with the column {data.column!r}"
+            f"data.chat: got true for {', '.join(map(repr, mixture))}, expected {' or '.join(TABLE_SUFFIXES)} files or "
+            f"a hub data set with conversations in the column {data.column!r}"
         )
-    return parts
+    return sources
 
 
-def _settings(data: Data, share: MixtureSource) -> dict[str, Any]:
-    """What a share of a mixture leaves open is as in the corpus."""
-    chat = share.chat
+def _source_settings(data: Data, entry: MixtureSource) -> dict[str, Any]:
+    """The settings of a source of a mixture; those that it does not set are the data's."""
+    chat = entry.chat
     if chat is None:
-        chat = data.chat if share.column is None else share.column == "messages"
-    column = share.column or ("messages" if share.chat and not data.chat else data.column)
+        chat = data.chat if entry.column is None else entry.column == "messages"
+    column = entry.column or ("messages" if entry.chat and not data.chat else data.column)
     return {
         "column": column,
         "chat": chat,
-        "split": share.split or data.split,
-        "subset": share.subset or data.subset,
+        "split": entry.split or data.split,
+        "subset": entry.subset or data.subset,
         "streaming": data.streaming,
     }
 
 
 def suffix(path: Path) -> str:
-    """The suffix that says what a file holds, past that of its compression."""
-    return Path(path.stem).suffix.lower() if path.suffix.lower() in PACKED else path.suffix.lower()
+    """The suffix of a file's content, without that of its compression."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED_SUFFIXES else path.suffix.lower()
 
 
 def _suffixes() -> str:
-    return f"{', '.join(PROSE + WHOLE[:4])} and other source text, also with {', '.join(PACKED)} behind"
+    names = ", ".join(MULTI_DOC_SUFFIXES + SINGLE_DOC_SUFFIXES[:4])
+    return f"{names} and other source text, also compressed ({', '.join(COMPRESSED_SUFFIXES)})"
 
 
-def _beside(path: Path) -> str:
-    """The nearest name in the directory where a file was expected."""
+def _nearest_file(path: Path) -> str:
+    """The end of an error: the nearest name in the directory of a missing file."""
     if not path.parent.is_dir():
-        return f"; there is no directory {str(path.parent)!r} either"
+        return f"; the directory {str(path.parent)!r} does not exist either"
     close = nearest(path.name, sorted(p.name for p in path.parent.iterdir()))
     return close if "did you mean" in close else f"; expected '{STDLIB}', a file, a directory or a hub id"
 
 
 def _files_below(root: Path) -> tuple[Path, ...]:
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    text = [path for path in found if suffix(path) in PROSE + WHOLE and path.is_file()]
-    return _in_scattered_order(text, root)
+    paths: list[Path] = []
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = [name for name in subdirectories if not name.startswith((".", "__pycache__"))]
+        paths += [Path(directory, name) for name in names if not name.startswith(".")]
+    text = [path for path in paths if suffix(path) in MULTI_DOC_SUFFIXES + SINGLE_DOC_SUFFIXES and path.is_file()]
+    return _hash_order(text, root)
 
 
-def _in_scattered_order(files: Iterable[Path], root: Path) -> tuple[Path, ...]:
-    """A fixed order without rhyme: by their names, the first files would all be of one kind."""
+def _hash_order(files: Iterable[Path], root: Path) -> tuple[Path, ...]:
+    """A fixed order by a hash of the names: in alphabetical order, the first files would all be of one kind."""
     return tuple(sorted(files, key=lambda p: hashlib.sha256(os.fsencode(p.relative_to(root).as_posix())).digest()))

@@ -1,7 +1,4 @@
-"""The text of the running Python's own standard library: a corpus that every machine has.
-
-Knows which files count and how they are split; knows nothing of tokenizers or models.
-"""
+"""The source files of the running Python's standard library, a text source that every machine has."""
 
 import hashlib
 import os
@@ -9,7 +6,7 @@ import sysconfig
 from pathlib import Path
 
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-VALID_SHARE = 1 / 20
+VALIDATION_FRACTION = 1 / 20
 
 
 def root() -> Path:
@@ -17,27 +14,26 @@ def root() -> Path:
 
 
 def files(split: str = "train") -> list[Path]:
-    """Every `.py` file of the standard library outside its tests and site-packages, in a fixed order.
+    """The `.py` files of a split ("train", "validation" or "all"), without tests and site-packages, in a fixed order.
 
-    The split is by file: a file is held out where the hash of its path inside the library says so, so that it stays
-    on its side of the split from one Python version to the next. `split` is "train", "validation" or "all".
+    A file's split depends on the hash of its path inside the library, so that it is the same across Python versions.
     """
     if split not in ("train", "validation", "all"):
-        raise ValueError(f"split is {split!r}; expected 'train', 'validation' or 'all'")
-    found = []
-    for folder, folders, names in os.walk(root()):
-        folders[:] = [name for name in folders if name not in EXCLUDED]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(path for path in found if split == "all" or is_held_out(path) == (split == "validation"))
+        raise ValueError(f"split: got {split!r}, expected 'train', 'validation' or 'all'")
+    paths: list[Path] = []
+    for directory, subdirectories, names in os.walk(root()):
+        subdirectories[:] = [name for name in subdirectories if name not in EXCLUDED]
+        paths += [Path(directory, name) for name in names if name.endswith(".py")]
+    return sorted(path for path in paths if split == "all" or is_held_out(path) == (split == "validation"))
 
 
 def is_held_out(path: Path) -> bool:
     name = path.relative_to(root()).as_posix()
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < VALID_SHARE * 2**32
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < VALIDATION_FRACTION * 2**32
 
 
 def documents(split: str = "train") -> list[str]:
-    """The text of each file of `files(split)`; the few that are not UTF-8 are left out."""
+    """The text of each file of `files(split)` that is UTF-8."""
     texts = []
     for path in files(split):
         try:

@@ -1,8 +1,8 @@
-"""Processes that encode batches of documents, in order.
+"""Worker processes that encode batches of documents in order. Imports no torch.
 
-Not `multiprocessing`: forked, a process with threads (torch's, the tokenizer's) may hang; spawned, it runs the user's
-script once more. These are Python processes of their own that read from a pipe and end with it, however their parent
-ends. Knows nothing of tokens. Free of torch.
+`multiprocessing` is not used: a forked process with threads (torch's, the tokenizer's) may hang, and a spawned one runs
+the user's script again. These are plain Python processes that read from a pipe and exit when it closes, however their
+parent exits.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from typing import Any, Protocol
 
 from subquad.utils import UserError
 
-MOST = 16
-"""Processes; beyond them, the one that reads is what all wait for."""
+MAX_WORKERS = 16
+"""With more workers, reading is the bottleneck."""
 BOOT = """
 import sys, types
-# The packages without what their __init__ imports: torch would cost each process seconds and hundreds of megabytes.
+# Empty packages in place of those whose __init__ imports torch, which costs seconds and hundreds of megabytes.
 for name, path in {packages!r}.items():
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [path]
@@ -33,32 +33,32 @@ serve()
 """
 
 
-class _Encodes(Protocol):
+class _Encoder(Protocol):
     def encode(self, batch: Any) -> Any: ...
 
 
-def processors() -> int:
-    """How many processes are of use here."""
+def usable_processors() -> int:
+    """The number of useful worker processes on this machine."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, MOST)
+    return min(available, MAX_WORKERS)
 
 
 class Workers:
-    """`jobs` processes with a copy of `encoder` each; a context."""
+    """A context with `jobs` processes, each with a copy of `encoder`."""
 
-    def __init__(self, encoder: _Encodes, jobs: int):
+    def __init__(self, encoder: _Encoder, jobs: int):
         self._encoder = pickle.dumps(encoder)
-        here = Path(__file__).parent
-        boot = BOOT.format(packages={"subquad": str(here.parent), "subquad.data": str(here)})
+        directory = Path(__file__).parent
+        boot = BOOT.format(packages={"subquad": str(directory.parent), "subquad.data": str(directory)})
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "TOKENIZERS_PARALLELISM": "false",  # each has one processor
+            "TOKENIZERS_PARALLELISM": "false",  # one processor per worker
             "TRANSFORMERS_VERBOSITY": "error",
         }
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         self._processes = [
-            # A group of their own, so that Ctrl-C is their parent's to handle.
+            # A process group of their own, so that only the parent handles Ctrl-C.
             subprocess.Popen(
                 [sys.executable, "-c", boot],
                 stdin=subprocess.PIPE,
@@ -68,7 +68,7 @@ class Workers:
             )
             for _ in range(jobs)
         ]
-        self._fresh = set(self._processes)
+        self._without_encoder = set(self._processes)
         for process in self._processes:
             self._idle.put(process)
         self._threads = ThreadPoolExecutor(jobs)
@@ -89,7 +89,7 @@ class Workers:
                         pipe.close()
 
     def map(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """`encoder.encode` of each batch, in order; few batches are read ahead."""
+        """`encoder.encode` of each batch, in order; reads at most two batches per process ahead."""
         pending: deque[Future] = deque()
         for batch in batches:
             pending.append(self._threads.submit(self._encode, batch))
@@ -103,14 +103,14 @@ class Workers:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            if process in self._fresh:
-                self._fresh.discard(process)
+            if process in self._without_encoder:
+                self._without_encoder.discard(process)
                 process.stdin.write(self._encoder)
             pickle.dump(batch, process.stdin)
             process.stdin.flush()
             value = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
-            raise RuntimeError(f"a process that tokenises ended by itself (status {process.wait()})") from None
+            raise RuntimeError(f"a tokenizing process exited with status {process.wait()}") from None
         finally:
             self._idle.put(process)
         if isinstance(value, Exception):
@@ -119,20 +119,20 @@ class Workers:
 
 
 def serve() -> None:
-    """What a process does: an encoder first, then batches from stdin, what comes out of each to stdout."""
+    """Runs in a worker: reads an encoder and then batches from stdin, and writes each result or exception to stdout."""
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is not an answer
-    encoder: _Encodes = pickle.load(sys.stdin.buffer)
+    os.dup2(2, 1)  # what libraries print must not mix with the results
+    encoder: _Encoder = pickle.load(sys.stdin.buffer)
     while True:
         try:
             batch = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         try:
-            answer: Any = encoder.encode(batch)
+            result: Any = encoder.encode(batch)
         except UserError as error:
-            answer = error
+            result = error
         except Exception:
-            answer = RuntimeError(traceback.format_exc())
-        pickle.dump(answer, out)
+            result = RuntimeError(traceback.format_exc())
+        pickle.dump(result, out)
         out.flush()

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subquad.config import Recipe, Stage
-from subquad.data.packing import LOSS_IGNORED_LABEL, next_labels
+from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.distill.metrics import MetricsCallback, append_jsonl, tensorboard
 from subquad.distill.objective import Batch, Objective
 from subquad.distill.param_groups import EMA, add_lora, merge_lora, parameter_groups
@@ -136,7 +136,7 @@ class StageTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The stage's loss on a validation batch; also sums the student's cross-entropy."""
         batch = self._prepare_inputs(inputs)
-        labels, count = batch.get("labels", batch["input_ids"]), (next_labels(batch) != LOSS_IGNORED_LABEL).sum()
+        labels, count = batch.get("labels", batch["input_ids"]), (next_labels(batch) != IGNORE_INDEX).sum()
         with torch.no_grad():
             loss = self.objective_loss(model, batch)
             with self.autocast():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.data.packing import LOSS_IGNORED_LABEL, next_labels
+from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import estimate
 from subquad.utils import eval_mode
@@ -50,7 +50,7 @@ def token_sums(
             elif teacher is model:
                 teacher_logits = logits
             for b in range(len(ids)):
-                counted = labels[b] != LOSS_IGNORED_LABEL
+                counted = labels[b] != IGNORE_INDEX
                 reference = None if teacher_logits is None else teacher_logits[b][counted]
                 sums = _row_sums(logits[b][counted], reference, labels[b][counted])
                 sums[2] = 0 if tokenizer is None else _bytes(tokenizer, labels[b][counted])
@@ -152,7 +152,7 @@ def unigram_loss(train: Iterable[Tensor], validation: Iterable[Batch], vocabular
         counts += torch.bincount(batch.flatten(), minlength=vocabulary)
     log_p = (counts / counts.sum()).log()
     targets = torch.cat([_unpack(batch)[2].flatten() for batch in validation])
-    return -log_p[targets[targets != LOSS_IGNORED_LABEL]].mean().item()
+    return -log_p[targets[targets != IGNORE_INDEX]].mean().item()
 
 
 def recovered_share(loss, teacher_loss, unigram):

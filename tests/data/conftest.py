@@ -1,4 +1,4 @@
-"""A small tokenizer of bytes and a token cache of each test's own."""
+"""A byte tokenizer, and a token cache in each test's directory."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -26,5 +26,5 @@ def make_tokenizer():
 
 @pytest.fixture
 def tokenizer():
-    """A token a byte, 256 is the end of a text."""
+    """One token per byte; 256 is the end-of-text token."""
     return byte_tokenizer(eos_token="<|endoftext|>")

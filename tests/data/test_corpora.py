@@ -1,4 +1,4 @@
-"""Sources: what comes out of each, the held-out split, and what is refused in which words."""
+"""Sources: their documents, the validation split, and errors."""
 
 import gzip
 import json
@@ -21,13 +21,13 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def put(name: str, content: str | bytes) -> str:
+def write(name: str, content: str | bytes) -> str:
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
     return name
 
 
-def refusal(source: str, split: str = "all") -> str:
+def error_of(source: str, split: str = "all") -> str:
     with pytest.raises(UserError) as caught:
         list(documents(source, split))
     message = str(caught.value)
@@ -35,188 +35,179 @@ def refusal(source: str, split: str = "all") -> str:
     return message
 
 
-def test_standard_library_keeps_its_own_split():
-    read = {part: list(documents("python-stdlib", part)) for part in ("train", "validation", "all")}
+def test_standard_library_is_split_by_file():
+    found = {split: list(documents("python-stdlib", split)) for split in ("train", "validation", "all")}
     for split in ("train", "validation"):
-        assert sorted(read[split]) == sorted(text for text in stdlib.documents(split))
-    assert sorted(read["train"] + read["validation"]) == sorted(read["all"])
-    assert 25 < len(read["validation"]) < 70
+        assert sorted(found[split]) == sorted(stdlib.documents(split))
+    assert sorted(found["train"] + found["validation"]) == sorted(found["all"])
+    assert 25 < len(found["validation"]) < 70
 
 
-def test_standard_library_begins_with_a_mixture_of_files():
+def test_standard_library_order_mixes_directories():
     first = [path.parent.name for path in sources.resolve("python-stdlib").files[:40]]
     assert len(set(first)) > 8
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress], ids=["plain", "gz", "xz"])
-def test_text_with_separators(pack):
-    suffix = {bytes: "", gzip.compress: ".gz", lzma.compress: ".xz"}[pack]
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress], ids=["plain", "gz", "xz"])
+def test_text_with_separators(compress):
+    suffix = {bytes: "", gzip.compress: ".gz", lzma.compress: ".xz"}[compress]
     text = "One.\n\nStill one.\n<|endoftext|>\nTwo <|endoftext|> inside.\n  <|endoftext|>  \n\n<|endoftext|>\nThree."
-    name = put(f"a.txt{suffix}", pack(text.encode()))
+    name = write(f"a.txt{suffix}", compress(text.encode()))
     assert list(documents(name, "all")) == ["One.\n\nStill one.", "Two <|endoftext|> inside.", "Three."]
 
 
 def test_text_without_separators_is_cut_at_blank_lines():
     paragraph = "word " * 200 + "\n"
-    name = put("a.txt", (paragraph + "\n") * 100)
+    name = write("a.txt", (paragraph + "\n") * 100)
     found = list(documents(name, "all"))
     assert len(found) > 3
     assert all(readers.PASSAGE_CHARACTERS <= len(text) < readers.PASSAGE_CHARACTERS + 1100 for text in found[:-1])
     assert all(text.endswith("word ") for text in found)
     assert "\n\n".join(found) == ((paragraph + "\n") * 100).strip("\n")
-    assert list(documents(put("b.txt", PROSE), "all")) == [PROSE.strip("\n")]
+    assert list(documents(write("b.txt", PROSE), "all")) == [PROSE.strip("\n")]
 
 
-def test_text_without_blank_lines_is_cut_at_last():
-    found = list(documents(put("a.txt", "a line of text\n" * 40_000), "all"))
+def test_text_without_blank_lines_is_cut_at_a_line_end():
+    found = list(documents(write("a.txt", "a line of text\n" * 40_000), "all"))
     assert max(map(len, found)) < 11 * readers.PASSAGE_CHARACTERS
     assert all(set(text.split("\n")) == {"a line of text"} for text in found)
 
 
 def test_line_ends_and_byte_order_mark():
-    name = put("a.txt", b"\xef\xbb\xbfOne.\r\nTwo.\r\n<|endoftext|>\r\nThree.\r\n")
+    name = write("a.txt", b"\xef\xbb\xbfOne.\r\nTwo.\r\n<|endoftext|>\r\nThree.\r\n")
     assert list(documents(name, "all")) == ["One.\nTwo.", "Three."]
 
 
 def test_json_lines():
     lines = [json.dumps({"text": t, "id": i}) for i, t in enumerate(["a\nb", "", "  ", "ü"])]
-    assert list(documents(put("a.jsonl", "\n".join(lines) + "\n\n"), "all")) == ["a\nb", "ü"]
-    assert list(documents(put("b.jsonl.gz", gzip.compress("\n".join(lines).encode())), "all")) == ["a\nb", "ü"]
-    assert list(documents(put("c.jsonl", '{"text": "half \\ud800 a character"}'), "all")) == ["half ? a character"]
+    assert list(documents(write("a.jsonl", "\n".join(lines) + "\n\n"), "all")) == ["a\nb", "ü"]
+    assert list(documents(write("b.jsonl.gz", gzip.compress("\n".join(lines).encode())), "all")) == ["a\nb", "ü"]
+    assert list(documents(write("c.jsonl", '{"text": "half \\ud800 a character"}'), "all")) == ["half ? a character"]
 
 
 def test_directory():
-    put("corpus/b/x.txt", "from text")
-    put("corpus/a/y.jsonl", '{"text": "from json"}')
-    put("corpus/z.py", "from = 'python'\n")
-    put("corpus/deep/er/readme.MD", "from markdown")
-    put("corpus/packed.txt.xz", lzma.compress(b"from xz"))
-    put("corpus/.git/hidden.txt", "hidden")
-    put("corpus/.hidden.txt", "hidden")
-    put("corpus/__pycache__/x.py", "hidden")
-    put("corpus/picture.png", b"\x89PNG\x00")
-    found = list(documents("corpus", "all"))
+    write("texts/b/x.txt", "from text")
+    write("texts/a/y.jsonl", '{"text": "from json"}')
+    write("texts/z.py", "from = 'python'\n")
+    write("texts/deep/er/readme.MD", "from markdown")
+    write("texts/packed.txt.xz", lzma.compress(b"from xz"))
+    write("texts/.git/hidden.txt", "hidden")
+    write("texts/.hidden.txt", "hidden")
+    write("texts/__pycache__/x.py", "hidden")
+    write("texts/picture.png", b"\x89PNG\x00")
+    found = list(documents("texts", "all"))
     assert sorted(found) == ["from = 'python'\n", "from json", "from markdown", "from text", "from xz"]
-    assert found == list(documents("corpus/", "all")) == list(documents(str(Path("corpus").resolve()), "all"))
+    assert found == list(documents("texts/", "all")) == list(documents(str(Path("texts").resolve()), "all"))
 
 
 def test_home_directory(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
-    put("a.txt", "at home")
+    write("a.txt", "at home")
     assert list(documents("~/a.txt", "all")) == ["at home"]
 
 
-# ---------------------------------------------------------------------- held-out text
+# ---------------------------------------------------------------------- the validation split
 
 
-def test_of_many_documents_one_in_twenty_is_held_out():
+def test_many_documents_are_split_by_hash():
     texts = [f"document {i}" for i in range(2000)]
-    name = put("a.jsonl", "\n".join(json.dumps({"text": t}) for t in texts))
+    name = write("a.jsonl", "\n".join(json.dumps({"text": t}) for t in texts))
     train, valid = list(documents(name, "train")), list(documents(name, "validation"))
     assert sorted(train + valid) == sorted(texts)
     assert 60 < len(valid) < 140
-    shuffled = put("b.jsonl", "\n".join(json.dumps({"text": t}) for t in reversed(texts)))
+    shuffled = write("b.jsonl", "\n".join(json.dumps({"text": t}) for t in reversed(texts)))
     assert list(documents(shuffled, "validation")) == valid[::-1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 30, 200])
-def test_of_few_documents_the_end_is_held_out(count):
+def test_few_documents_are_split_at_the_end(count):
     texts = [f"document {i}\n" + "some words in a line\n" * 40 for i in range(count)]
-    name = put("a.jsonl", "\n".join(json.dumps({"text": t}) for t in texts))
+    name = write("a.jsonl", "\n".join(json.dumps({"text": t}) for t in texts))
     train, valid = "".join(documents(name, "train")), "".join(documents(name, "validation"))
     assert train + valid == "".join(texts)
     assert 0.03 < len(valid) / len(train + valid) < 0.09
     assert train.endswith("\n")
 
 
-def test_a_single_line_is_split_too():
-    name = put("a.txt", "x" * 100)
+def test_a_single_line_is_split():
+    name = write("a.txt", "x" * 100)
     assert (list(documents(name, "train")), list(documents(name, "validation"))) == (["x" * 95], ["x" * 5])
-    tiny = put("b.txt", "xy")
+    tiny = write("b.txt", "xy")
     assert (list(documents(tiny, "train")), list(documents(tiny, "validation"))) == (["x"], ["y"])
 
 
-def test_a_held_out_source_leaves_all_of_the_other_for_training():
-    train, valid = put("train.txt", PROSE), put("valid.txt", "other")
-    corpus = Data(source=train, validation=valid)
+def test_with_a_validation_source_the_other_is_used_whole():
+    train, valid = write("train.txt", PROSE), write("valid.txt", "other")
+    data = Data(source=train, validation=valid)
     for split, expected in (("train", train), ("validation", valid)):
-        ((source, part, weight),) = sources.parts_of(corpus, split)
-        assert (source.name, part, weight) == (expected, "all", 1)
-    assert sources.parts_of(Data(source=train), "validation")[0][1] == "validation"
-    # the nano teacher knows the training side of the standard library by heart
-    assert sources.parts_of(Data(source=train, validation="python-stdlib"), "validation")[0][1] == "validation"
+        ((source, source_split, weight),) = sources.resolve_sources(data, split)
+        assert (source.name, source_split, weight) == (expected, "all", 1)
+    assert sources.resolve_sources(Data(source=train), "validation")[0][1] == "validation"
+    # The nano teacher was trained on the training files of the standard library.
+    assert sources.resolve_sources(Data(source=train, validation="python-stdlib"), "validation")[0][1] == "validation"
 
 
-# ---------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", b"good\nbad \xff here", "a.txt: not UTF-8 at byte 9 (0xff); convert it to UTF-8"),
-        (
-            "a.txt.gz",
-            gzip.compress(b"good\n\xe9", mtime=0),
-            "a.txt.gz: not UTF-8 at byte 5 (0xe9); convert it to UTF-8",
-        ),
-        ("a.txt", b"text\nwith\0zero", "a.txt: not text: a zero byte at byte 9"),
-        ("a.py", b"x = 1\n\0", "a.py: not text: a zero byte at byte 6"),
-        ("a.txt.gz", b"not packed", "a.txt.gz: damaged .gz file, behind byte 0 of its content"),
-        ("a.txt.xz", b"not packed", "a.txt.xz: damaged .xz file, behind byte 0 of its content"),
+        ("a.txt", b"good\nbad \xff here", "a.txt: got 0xff at byte 9, expected UTF-8"),
+        ("a.txt.gz", gzip.compress(b"good\n\xe9", mtime=0), "a.txt.gz: got 0xe9 at byte 5"),
+        ("a.txt", b"text\nwith\0zero", "a.txt: got a zero byte at byte 9"),
+        ("a.py", b"x = 1\n\0", "a.py: got a zero byte at byte 6"),
+        ("a.txt.gz", b"not packed", "a.txt.gz: damaged .gz file, after byte 0"),
+        ("a.txt.xz", b"not packed", "a.txt.xz: damaged .xz file, after byte 0"),
         ("a.txt.gz", gzip.compress(PROSE.encode(), mtime=0)[:-9], "a.txt.gz: damaged .gz file"),
         ("a.jsonl", '{"text": "a"}\nnot json', "a.jsonl:2: not JSON (Expecting value"),
-        ("a.jsonl", '{"txt": "a", "id": 1}', "a.jsonl:1: no text under the key 'text'; found 'txt', 'id'"),
-        ("a.jsonl", '{"text": 5}', "a.jsonl:1: no text under the key 'text'; found int"),
-        ("a.jsonl", "[1]", "a.jsonl:1: no text under the key 'text'; found list"),
+        ("a.jsonl", '{"txt": "a", "id": 1}', "a.jsonl:1: got the keys ['txt', 'id']"),
+        ("a.jsonl", '{"text": 5}', "a.jsonl:1: text: got int"),
+        ("a.jsonl", "[1]", "a.jsonl:1: got list"),
         ("a.jsonl", "[" * 100_000, "a.jsonl:1: not JSON ("),
-        ("a.csv", b"a,b", "corpus 'a.csv': unknown kind of file; expected .txt, .jsonl, .parquet, .md,"),
-        ("a", "text", "corpus 'a': unknown kind of file; expected .txt, .jsonl, .parquet, .md,"),
+        ("a.csv", b"a,b", "data.source 'a.csv': unknown file type; expected .txt, .jsonl, .parquet, .md,"),
+        ("a", "text", "data.source 'a': unknown file type"),
     ],
 )
-def test_what_is_not_text_is_refused_with_its_place(name, content, expected):
-    assert expected in refusal(put(name, content))
+def test_errors_name_the_file_and_the_position(name, content, expected):
+    assert expected in error_of(write(name, content))
 
 
-def test_what_does_not_exist_is_refused_with_the_nearest_name(monkeypatch):
-    put("folder/books.txt", PROSE)
-    assert (
-        refusal("folder/boks.txt") == "corpus 'folder/boks.txt': no such file or directory; did you mean 'books.txt'?"
-    )
-    assert "; expected 'python-stdlib', a file, a directory or a hub id" in refusal("folder/zzzz.jsonl")
-    assert refusal("nofolder/a.txt").endswith("; there is no directory 'nofolder' either")
-    assert "no such file or directory" in refusal("/no/such/folder/at/all")
-    put("empty/picture.png", b"")
-    assert refusal("empty").startswith(
-        "corpus 'empty': no text in this directory; expected files .txt, .jsonl, .parquet, .md,"
-    )
+def test_missing_sources_name_the_nearest_file(monkeypatch):
+    write("folder/books.txt", PROSE)
+    expected = "data.source 'folder/boks.txt': no such file or directory; did you mean 'books.txt'?"
+    assert error_of("folder/boks.txt") == expected
+    assert "; expected 'python-stdlib', a file, a directory or a hub id" in error_of("folder/zzzz.jsonl")
+    assert error_of("nofolder/a.txt").endswith("; the directory 'nofolder' does not exist either")
+    assert "no such file or directory" in error_of("/no/such/folder/at/all")
+    write("empty/picture.png", b"")
+    assert error_of("empty").startswith("data.source 'empty': no text in this directory; expected files .txt, .jsonl,")
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    assert refusal("python-stdlb") == (
-        "corpus 'python-stdlb': no such file or directory, and a data set of the hub needs "
-        '`pip install "subquad[data]"`; '
-        "did you mean 'python-stdlib'?"
-    )
-    assert "`pip install \"subquad[data]\"`; expected 'python-stdlib', a file," in refusal("owner/name")
+    message = error_of("python-stdlb")
+    assert message.startswith("data.source 'python-stdlb': no such file or directory")
+    assert message.endswith("`pip install \"subquad[data]\"`; did you mean 'python-stdlib'?")
+    assert "`pip install \"subquad[data]\"`; expected 'python-stdlib', a file," in error_of("owner/name")
 
 
-def test_mistakes_show_before_anything_is_read():
+def test_errors_are_raised_at_the_call():
     with pytest.raises(UserError):
         documents("nowhere.txt", "train")
-    with pytest.raises(ValueError, match="expected 'train', 'validation' or 'all'"):
+    with pytest.raises(ValueError, match="split: got 'test'"):
         documents("python-stdlib", "test")
 
 
-def test_check_corpus():
-    good, empty, bad = put("a.txt", PROSE), put("b.txt", " \n\n"), put("c.txt", b"\xff")
+def test_check_data():
+    good, empty, bad = write("a.txt", PROSE), write("b.txt", " \n\n"), write("c.txt", b"\xff")
     check_data(Data(source=good))
     check_data(Data(source="python-stdlib", validation=good))
-    for corpus, expected in [
-        (Data(source=empty), "corpus 'b.txt' is empty; expected text"),
-        (Data(source=good, validation=empty), "corpus 'b.txt' is empty; expected text"),
-        (Data(source=good, validation=bad), "c.txt: not UTF-8 at byte 0"),
-        (Data(source="d.txt"), "corpus 'd.txt': no such file or directory; did you mean "),
+    for data, expected in [
+        (Data(source=empty), "data.source 'b.txt': got no text"),
+        (Data(source=good, validation=empty), "data.validation 'b.txt': got no text"),
+        (Data(source=good, validation=bad), "c.txt: got 0xff at byte 0"),
+        (Data(source="d.txt"), "data.source 'd.txt': no such file or directory; did you mean "),
     ]:
         with pytest.raises(UserError) as caught:
-            check_data(corpus)
+            check_data(data)
         assert expected in str(caught.value)
 
 
@@ -225,8 +216,8 @@ def test_check_corpus():
 
 @pytest.fixture
 def hub(here, monkeypatch):
-    """A stand-in for the library `datasets` with two data sets on its hub."""
-    put(
+    """A stub of the library `datasets` with two data sets on its hub."""
+    write(
         "site/datasets.py",
         "def load_dataset(name, subset, split, streaming):\n"
         "    if (subset, split, streaming) == ('en', 'test', False):\n"
@@ -251,25 +242,28 @@ def test_hub_data_set():
         "".join(documents("owner/good", "train")) + "".join(documents("owner/good", "validation"))
         == "text 0text 1text 2"
     )
-    assert refusal("owner/images") == "corpus 'owner/images': no column 'text'; found image, label"
-    assert refusal("owner/none") == (
-        "corpus 'owner/none': not a local file, and the hub gave no such data set (no route to the hub)"
+    assert (
+        error_of("owner/images")
+        == "data.source 'owner/images': got the columns ['image', 'label'], expected the column 'text'"
     )
+    message = error_of("owner/none")
+    assert message.startswith("data.source 'owner/none'")
+    assert message.endswith("(no route to the hub)")
 
 
 @pytest.mark.usefixtures("hub")
 def test_hub_data_set_by_subset_split_and_column():
-    corpus = Data(source="owner/any", subset="en", split="test", streaming=False, column="body", validation="owner/any")
-    ((source, part, _),) = sources.parts_of(corpus, "train")
-    assert list(corpora.part_documents(source, part)) == ["other"]
-    prints = {
+    data = Data(source="owner/any", subset="en", split="test", streaming=False, column="body", validation="owner/any")
+    ((source, split, _),) = sources.resolve_sources(data, "train")
+    assert list(corpora.split_documents(source, split)) == ["other"]
+    fingerprints = {
         json.dumps(sources.resolve("owner/any", **s).fingerprint()) for s in ({}, {"subset": "en"}, {"split": "x"})
     }
-    assert len(prints) == 3
+    assert len(fingerprints) == 3
 
 
-def test_a_folder_called_datasets_is_not_the_library(here, monkeypatch):
-    put("site2/datasets/a.txt", PROSE)
+def test_a_directory_named_datasets_is_not_the_library(here, monkeypatch):
+    write("site2/datasets/a.txt", PROSE)
     monkeypatch.setattr(sys, "path", [str(here / "site2")])
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
-    assert 'needs `pip install "subquad[data]"`' in refusal("owner/name")
+    assert '`pip install "subquad[data]"`' in error_of("owner/name")

@@ -1,4 +1,4 @@
-"""Compressed files, parquet and the hub: what is read, and how what is damaged or missing is told."""
+"""Compressed files, parquet and conversations in tables: their documents, and errors."""
 
 import gzip
 import importlib.util
@@ -17,7 +17,7 @@ from subquad.data import check_data, documents, readers
 from subquad.data.chat import Conversation
 from subquad.utils import UserError
 
-PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 TEXTS = ["first ünï", "second\nof two lines", "third"]
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
@@ -35,7 +35,7 @@ def parquet(name: str = "x.parquet", **columns) -> bytes:
     return content
 
 
-def refusal(name: str, content: bytes, **settings) -> str:
+def error_of(name: str, content: bytes, **settings) -> str:
     Path(name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         list(documents(name, "all", **settings))
@@ -44,33 +44,33 @@ def refusal(name: str, content: bytes, **settings) -> str:
     return message
 
 
-@pytest.mark.parametrize("packed", PACK)
-def test_every_format_in_every_compression(packed):
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_every_format_in_every_compression(suffix):
     contents = {
         "a.txt": "\n<|endoftext|>\n".join(TEXTS).encode(),
         "a.jsonl": "\n".join(json.dumps({"text": text}) for text in TEXTS).encode(),
         "a.parquet": parquet(id=[1, 2, 3], text=TEXTS),
     }
     for name, content in contents.items():
-        Path(name + packed).write_bytes(PACK[packed](content))
-        assert list(documents(name + packed, "all")) == TEXTS
-    Path("a.md" + packed).write_bytes(PACK[packed](TEXTS[1].encode()))
-    assert list(documents("a.md" + packed, "all")) == [TEXTS[1]]
+        Path(name + suffix).write_bytes(COMPRESS[suffix](content))
+        assert list(documents(name + suffix, "all")) == TEXTS
+    Path("a.md" + suffix).write_bytes(COMPRESS[suffix](TEXTS[1].encode()))
+    assert list(documents("a.md" + suffix, "all")) == [TEXTS[1]]
     assert len(list(documents(".", "all"))) == 3 * len(TEXTS) + 1
 
 
-def test_frames_of_zst_follow_each_other(monkeypatch):
+def test_zst_files_of_several_frames(monkeypatch):
     parts = [b"one\n", b"", b"two\n" * 50_000]
     Path("a.md.zst").write_bytes(b"".join(map(zstandard.compress, parts)))
-    for block in (readers.BLOCK, 7):
-        monkeypatch.setattr(readers, "BLOCK", block)
+    for size in (readers.CHUNK_BYTES, 7):
+        monkeypatch.setattr(readers, "CHUNK_BYTES", size)
         assert list(documents("a.md.zst", "all")) == [b"".join(parts).decode()]
 
 
-def test_carriage_returns_are_no_text():
-    for packed, pack in PACK.items():
-        Path(f"a.txt{packed}").write_bytes(pack(b"\xef\xbb\xbfOne.\r\nTwo.\r\n<|endoftext|>\r\nThree.\r\n"))
-        assert list(documents(f"a.txt{packed}", "all")) == ["One.\nTwo.", "Three."]
+def test_carriage_returns_are_removed():
+    for suffix, compress in COMPRESS.items():
+        Path(f"a.txt{suffix}").write_bytes(compress(b"\xef\xbb\xbfOne.\r\nTwo.\r\n<|endoftext|>\r\nThree.\r\n"))
+        assert list(documents(f"a.txt{suffix}", "all")) == ["One.\nTwo.", "Three."]
     Path("a.jsonl").write_bytes(b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
     assert list(documents("a.jsonl", "all")) == ["a", "b"]
 
@@ -87,7 +87,7 @@ def test_columns_by_name():
 
 
 def test_conversations_in_parquet():
-    # Tables have every key in every row: what is null was not there.
+    # Tables have every key in every row, null where a message lacks it.
     talks = [[{**TALK[0], "name": None}, {**TALK[1], "name": "bot"}], []]
     Path("a.parquet").write_bytes(parquet(messages=talks))
     (found,) = documents("a.parquet", "all", column="messages", chat=True)
@@ -97,55 +97,52 @@ def test_conversations_in_parquet():
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt.zst", b"not packed", "a.txt.zst: damaged .zst file, behind byte 0 of its content ("),
-        ("a.txt.zst", zstandard.compress(b"text\n" * 99)[:-3], "a.txt.zst: damaged .zst file, behind byte"),
-        ("a.txt.zst", zstandard.compress(b"good\n\xe9"), "a.txt.zst: not UTF-8 at byte 5 (0xe9); convert it to UTF-8"),
-        ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 99)[:-30], "a.jsonl.xz: damaged .xz file, behind byte"),
-        ("a.parquet", b"PAR1", "a.parquet: damaged .parquet file, behind row 0 ("),
-        ("a.parquet", b"", "a.parquet: damaged .parquet file, behind row 0 ("),
-        ("a.parquet.gz", b"PAR1", "a.parquet.gz: damaged .gz file, behind row 0 ("),
+        ("a.txt.zst", b"not packed", "a.txt.zst: damaged .zst file, after byte 0 of its content ("),
+        ("a.txt.zst", zstandard.compress(b"text\n" * 99)[:-3], "a.txt.zst: damaged .zst file, after byte"),
+        ("a.txt.zst", zstandard.compress(b"good\n\xe9"), "a.txt.zst: got 0xe9 at byte 5"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 99)[:-30], "a.jsonl.xz: damaged .xz file, after byte"),
+        ("a.parquet", b"PAR1", "a.parquet: damaged .parquet file, after row 0 ("),
+        ("a.parquet", b"", "a.parquet: damaged .parquet file, after row 0 ("),
+        ("a.parquet.gz", b"PAR1", "a.parquet.gz: damaged .gz file, after row 0 ("),
     ],
 )
-def test_damage_is_named(name, content, expected):
-    assert refusal(name, content).startswith(expected)
+def test_damaged_files_raise_with_the_position(name, content, expected):
+    assert error_of(name, content).startswith(expected)
 
 
 def test_damage_within_parquet():
     whole = parquet(text=[f"{i} " * 50 for i in range(5000)])
     broken = bytearray(whole)
     broken[200:4000] = bytes(3800)
-    assert refusal("a.parquet", bytes(broken)).startswith("a.parquet: damaged .parquet file, behind row ")
-    assert refusal("a.parquet", whole[:-100]).startswith("a.parquet: damaged .parquet file, behind row 0 (")
+    assert error_of("a.parquet", bytes(broken)).startswith("a.parquet: damaged .parquet file, after row ")
+    assert error_of("a.parquet", whole[:-100]).startswith("a.parquet: damaged .parquet file, after row 0 (")
 
 
-def test_what_is_no_text_in_parquet():
-    assert refusal("a.parquet", parquet(body=["x"], id=[1])) == "a.parquet: no column 'text'; found 'body', 'id'"
-    assert (
-        refusal("a.parquet", parquet(text=["x", None]))
-        == "a.parquet: row 2: no text under the key 'text'; found NoneType"
-    )
-    assert refusal("a.parquet", parquet(text=[1])) == "a.parquet: row 1: no text under the key 'text'; found int"
+def test_errors_in_parquet():
+    assert error_of("a.parquet", parquet(body=["x"], id=[1])).startswith("a.parquet: got the columns ['body', 'id']")
+    assert error_of("a.parquet", parquet(text=["x", None])).startswith("a.parquet: row 2: text: got NoneType")
+    assert error_of("a.parquet", parquet(text=[1])).startswith("a.parquet: row 1: text: got int")
     array = pyarrow.array([b"ok", b"a\xff"]).view(pyarrow.string())
-    assert refusal("a.parquet", parquet(text=array)) == "a.parquet: row 2: not UTF-8 at its byte 1"
+    assert error_of("a.parquet", parquet(text=array)).startswith("a.parquet: row 2: invalid at byte 1")
     Path("a.parquet").write_bytes(parquet(text=pyarrow.array([], pyarrow.string())))
-    with pytest.raises(UserError, match=r"corpus 'a.parquet' is empty; expected text"):
+    with pytest.raises(UserError, match=r"data.source 'a.parquet': got no text"):
         check_data(Data(source="a.parquet"))
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
-def test_a_package_that_is_missing_is_named(name, package, monkeypatch):
+def test_missing_package(name, package, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda m: None if m.split(".")[0] in (package, "compression") else find(m)
     )
-    message = f"corpus '{name}' needs the package {package}: `pip install \"subquad[data]\"`"
-    assert refusal(name, b"") == message
+    message = f'{name}: needs the package {package}: `pip install "subquad[data]"`'
+    assert error_of(name, b"") == message
     with pytest.raises(UserError) as caught:
         check_data(Data(source=name))
     assert str(caught.value) == message
 
 
-def test_the_standard_librarys_zstandard_serves(monkeypatch):
+def test_zstandard_of_the_standard_library(monkeypatch):
     if sys.version_info < (3, 14):
         pytest.skip("Python 3.14 has compression.zstd")
     monkeypatch.setitem(sys.modules, "zstandard", None)

@@ -1,4 +1,4 @@
-"""Tokenising in several processes: the same tokens as in one, and no trace of them afterwards."""
+"""Tokenizing in several processes: the same tokens as in one, and no processes left afterwards."""
 
 import signal
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 from subquad.data import encoding
 from subquad.data.chat import Conversation
-from subquad.data.encoding import START, TOKEN, Encoder, token_stream
+from subquad.data.encoding import DOC_START, TOKEN_MASK, Encoder, token_stream
 from subquad.data.workers import Workers
 from subquad.utils import UserError
 
@@ -20,17 +20,17 @@ DOCUMENTS = [f"document {i} " + "word " * (i * 7 % 50) for i in range(300)]
 
 @pytest.fixture
 def small(monkeypatch):
-    """Batches of a few documents, and other processes after the first of them."""
+    """Batches of a few documents, and worker processes after the first batch."""
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 2000)
     monkeypatch.setattr(encoding, "IN_PROCESS_BATCHES", 1)
 
 
 def tokens(tokenizer, limit=None, jobs=1, documents=DOCUMENTS) -> np.ndarray:
-    return np.concatenate(list(token_stream(Encoder(tokenizer), iter(documents), limit, "a corpus", jobs)))
+    return np.concatenate(list(token_stream(Encoder(tokenizer), iter(documents), limit, "a source", jobs)))
 
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-TALKS = [Conversation.create(TALK * (i % 9 + 1), f"talk {i}") for i in range(300)]
+TALKS = [Conversation.from_messages(TALK * (i % 9 + 1), f"talk {i}") for i in range(300)]
 
 
 def children() -> list[psutil.Process]:
@@ -38,7 +38,7 @@ def children() -> list[psutil.Process]:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_same_tokens_whatever_the_number_of_processes(tokenizer):
+def test_tokens_do_not_depend_on_the_number_of_processes(tokenizer):
     one = tokens(tokenizer)
     before = children()
     assert np.array_equal(tokens(tokenizer, jobs=2), one)
@@ -46,81 +46,84 @@ def test_the_same_tokens_whatever_the_number_of_processes(tokenizer):
     assert np.array_equal(tokens(tokenizer, limit=20_000, jobs=2), cut)
     assert children() == before
     assert np.array_equal(cut, one[: len(cut)])
-    assert len(cut) >= 20_000 > np.flatnonzero(cut & START)[-1]
+    assert len(cut) >= 20_000 > np.flatnonzero(cut & DOC_START)[-1]
 
 
 @pytest.mark.usefixtures("small")
-def test_conversations_go_to_processes_by_themselves(tokenizer, monkeypatch):
+def test_conversations_use_worker_processes_by_default(tokenizer, monkeypatch):
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    encoder = Encoder(tokenizer, "assistant")
-    one = np.concatenate(list(token_stream(encoder, iter(TALKS), None, "a corpus", 1)))
+    encoder = Encoder(tokenizer, assistant_only_loss=True)
+    one = np.concatenate(list(token_stream(encoder, iter(TALKS), None, "a source", 1)))
     started = []
-    monkeypatch.setattr(encoding, "processors", lambda: 2)
+    monkeypatch.setattr(encoding, "usable_processors", lambda: 2)
     monkeypatch.setattr(encoding, "Workers", lambda *a: started.append(a[1]) or Workers(*a))
-    found = np.concatenate(list(token_stream(encoder, iter(TALKS), None, "a corpus")))
+    found = np.concatenate(list(token_stream(encoder, iter(TALKS), None, "a source")))
     assert np.array_equal(found, one)
     assert started == [2]
     tokens(tokenizer, jobs=None)
-    assert started == [2]  # text does not
+    assert started == [2]  # plain text needs no workers
 
 
 @pytest.mark.parametrize("characters", [1, 500, 10**6])
-def test_the_same_tokens_however_documents_are_batched(tokenizer, monkeypatch, characters):
+def test_tokens_do_not_depend_on_the_batch_size(tokenizer, monkeypatch, characters):
     expected = tokens(tokenizer, limit=5000)
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", characters)
     assert np.array_equal(tokens(tokenizer, limit=5000), expected)
 
 
 @pytest.mark.usefixtures("small")
-def test_what_goes_wrong_while_reading_ends_the_processes(tokenizer):
+def test_reading_error_stops_the_workers(tokenizer):
     def broken():
         yield from DOCUMENTS[:200]
-        raise UserError("a.txt: not UTF-8 at byte 5")
+        raise UserError("a.txt: got 0xff at byte 5")
 
     before = children()
-    with pytest.raises(UserError, match="not UTF-8 at byte 5"):
+    with pytest.raises(UserError, match="got 0xff at byte 5"):
         tokens(tokenizer, jobs=2, documents=broken())
     assert children() == before
 
 
-def test_what_goes_wrong_in_a_process_is_told(tokenizer):
+def test_worker_errors_are_raised(tokenizer):
     with Workers(Encoder(tokenizer), 1) as workers:
-        assert list(workers.map([["a"], ["bc"]]))[1].tolist() == [256 | START, *tokenizer("bc")["input_ids"]]
+        assert list(workers.map([["a"], ["bc"]]))[1].tolist() == [256 | DOC_START, *tokenizer("bc")["input_ids"]]
         with pytest.raises(RuntimeError, match="has no attribute"):
             list(workers.map([[5]]))
         (process,) = children()
         process.kill()
-        with pytest.raises(RuntimeError, match=r"a process that tokenises ended by itself \(status -9\)"):
+        with pytest.raises(RuntimeError, match="status -9"):
             list(workers.map([["a"]]))
 
 
-def test_small_text_starts_no_process(tokenizer, monkeypatch):
+def test_small_text_starts_no_worker(tokenizer, monkeypatch):
     monkeypatch.setattr(encoding, "Workers", None)
     assert len(tokens(tokenizer, jobs=2)) == len(tokens(tokenizer, jobs=1))
 
 
-def test_the_encoder_gives_what_the_tokenizer_gives(make_tokenizer):
+def test_encoder_matches_the_tokenizer(make_tokenizer):
     tokenizer = make_tokenizer(eos_token="<|endoftext|>")
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=40)
     texts = ["a text", "ünï <|endoftext|> inside", ""]
     found = Encoder(tokenizer).encode(texts)
     expected = [token for text in texts for token in [256, *tokenizer(text, add_special_tokens=False)["input_ids"]]]
-    assert (found & TOKEN).tolist() == expected
-    assert np.flatnonzero(found & START).tolist() == [0, 7, len(found) - 1]
-    assert Encoder(make_tokenizer()).encode(["", "x", ""]).tolist() == [make_tokenizer()("x")["input_ids"][0] | START]
+    assert (found & TOKEN_MASK).tolist() == expected
+    assert np.flatnonzero(found & DOC_START).tolist() == [0, 7, len(found) - 1]
+    assert Encoder(make_tokenizer()).encode(["", "x", ""]).tolist() == [
+        make_tokenizer()("x")["input_ids"][0] | DOC_START
+    ]
 
 
 SCRIPT = """
 import sys, time, types
 root, mode = sys.argv[1:]
 sys.path.insert(0, root)
-for name, path in {"subquad": "subquad", "subquad.data": "subquad/data"}.items():  # not their __init__: no torch
+# Packages without their __init__, which imports torch.
+for name, path in {"subquad": "subquad", "subquad.data": "subquad/data"}.items():
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [f"{root}/{path}"]
 from subquad.data import encoding
 from subquad.data.chat import Conversation
-from subquad.data.cache import cached
+from subquad.data.cache import cached_token_file
 from tests.data.conftest import byte_tokenizer
 
 def documents():
@@ -132,17 +135,18 @@ def documents():
 
 encoding.BATCH_CHARACTERS, encoding.IN_PROCESS_BATCHES = 2000, 1 if mode == "hang" else 1000
 encoder = encoding.Encoder(byte_tokenizer(eos_token="<|endoftext|>"))
-print(cached("key", "a corpus", lambda: encoding.token_stream(encoder, documents(), None, "a corpus", 2)), flush=True)
+tokens = lambda: encoding.token_stream(encoder, documents(), None, "a source", 2)
+print(cached_token_file("key", "a source", tokens), flush=True)
 """
 
 
-def start(mode: str) -> subprocess.Popen:
+def start_process(mode: str) -> subprocess.Popen:
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[2]), mode]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_kill_leaves_no_half_cache_and_two_at_once_end_well(cache):
-    killed = start("hang")
+def test_killed_process_leaves_no_cache_and_two_at_once_share_one(cache):
+    killed = start_process("hang")
     assert killed.stdout.readline() == "half\n", killed.communicate()
     workers = psutil.Process(killed.pid).children()
     assert len(workers) == 2
@@ -153,11 +157,11 @@ def test_a_kill_leaves_no_half_cache_and_two_at_once_end_well(cache):
     assert not list(cache.glob("*.tokens"))
     assert len(list(cache.glob("*.partial"))) == 1
 
-    both = [start("slow") for _ in range(2)]
-    ends = [process.communicate(timeout=60) for process in both]
-    assert [process.returncode for process in both] == [0, 0], ends
-    (file,) = cache.iterdir()  # what the killed one had left is gone
-    said = sorted((out for out, _ in ends), key=len)
-    # One of them tokenised, the other waited for it.
-    assert said[1] == f"half\n{said[0]}"
-    assert str(file) in said[0]
+    both = [start_process("slow") for _ in range(2)]
+    outputs = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    (file,) = cache.iterdir()  # the partial file of the killed process is gone
+    printed = sorted((out for out, _ in outputs), key=len)
+    # One tokenized, the other waited for it.
+    assert printed[1] == f"half\n{printed[0]}"
+    assert str(file) in printed[0]
