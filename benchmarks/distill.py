@@ -1,17 +1,17 @@
-"""What the trainer costs beside the arithmetic: each stage as it is run, and as a plain loop, in one process.
+"""Times each stage against a plain training loop, to measure the overhead of the trainer.
 
     python -m benchmarks.distill [--mixer gla] [--steps 30] [--context 512] [--batch 2] [--json FILE]
 
-The plain loop does what a stage cannot do without: the teacher's forward, the student's forward and backward, clipping
-and an optimizer's step, on batches that are there already. Prints tokens per second of both, their ratio, and the share
-of a run that passes between steps (data, logging, bookkeeping). Rounds alternate; figures are medians over rounds.
+The plain loop does the necessary work on prepared batches: the teacher's forward pass, the student's forward and
+backward pass, clipping and an optimizer step. Prints tokens per second of both, their ratio, and the share of a stage's
+time between steps (data, logging, bookkeeping). Stage and loop alternate; results are medians over rounds.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 import subquad
+from benchmarks.common import Parser, output_file, run_as_script, write_json
 from subquad.config import Recipe
 from subquad.distill import trainer
 from subquad.distill.objective import Objective
@@ -31,8 +32,8 @@ from subquad.distill.trainer import StageRun, run_stage
 from subquad.utils import run_info
 
 
-class Rows(Dataset):
-    """Random tokens: time does not depend on them."""
+class RandomTokens(Dataset):
+    """Random token ids, since time does not depend on them."""
 
     def __init__(self, count: int, context: int, vocabulary: int):
         self.ids = torch.randint(vocabulary, (count, context), generator=torch.Generator().manual_seed(0))
@@ -44,24 +45,24 @@ class Rows(Dataset):
         return {"input_ids": self.ids[index]}
 
 
-class Clock(TrainerCallback):
-    """When steps begin and end; the first two warm up."""
+class StepTimer(TrainerCallback):
+    """Records when steps begin and end; the first two are a warm-up."""
 
     def __init__(self) -> None:
-        self.begun: list[float] = []
-        self.ended: list[float] = []
+        self.starts: list[float] = []
+        self.ends: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.begun.append(time.perf_counter())
+        self.starts.append(time.perf_counter())
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ended.append(time.perf_counter())
+        self.ends.append(time.perf_counter())
 
     def seconds(self) -> tuple[float, float]:
-        """Of a step with all that belongs to it, and the share of it between steps."""
-        whole = self.begun[-1] - self.begun[2]
-        inside = sum(end - begin for begin, end in zip(self.begun[2:-1], self.ended[2:-1], strict=True))
-        return whole / (len(self.begun) - 3), 1 - inside / whole
+        """Seconds per step including the time between steps, and the share of the latter."""
+        total = self.starts[-1] - self.starts[2]
+        inside = sum(end - begin for begin, end in zip(self.starts[2:-1], self.ends[2:-1], strict=True))
+        return total / (len(self.starts) - 3), 1 - inside / total
 
 
 def plain_step(run: StageRun, student, groups: list[dict[str, Any]], optimizer, ids: torch.Tensor) -> None:
@@ -86,18 +87,18 @@ def seconds_of_plain_loop(run: StageRun, student, steps: int) -> float:
 
 
 def seconds_of_stage(run: StageRun, student) -> tuple[float, float]:
-    clock, original = Clock(), trainer.StageTrainer.__init__
+    timer, original = StepTimer(), trainer.StageTrainer.__init__
 
-    def with_clock(self, *args: Any, **kwargs: Any) -> None:
+    def with_timer(self, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        self.add_callback(clock)
+        self.add_callback(timer)
 
-    trainer.StageTrainer.__init__ = with_clock  # type: ignore[method-assign]
+    trainer.StageTrainer.__init__ = with_timer  # type: ignore[method-assign]
     try:
         run_stage(run, student)
     finally:
         trainer.StageTrainer.__init__ = original  # type: ignore[method-assign]
-    return clock.seconds()
+    return timer.seconds()
 
 
 def make_run(name: str, teacher, args: argparse.Namespace, directory: Path) -> StageRun:
@@ -113,64 +114,57 @@ def make_run(name: str, teacher, args: argparse.Namespace, directory: Path) -> S
         }
     )
     stage = getattr(recipe.stages, name)
-    rows = Rows(args.steps * args.batch, args.context, teacher.config.vocab_size)
+    dataset = RandomTokens(args.steps * args.batch, args.context, teacher.config.vocab_size)
     objectives: dict[str, Any] = {
         "matrix": lambda: MatrixMixing(teacher, stage),
-        "hidden": lambda: HiddenAlignment(teacher, stage, rows.ids[:2]),
+        "hidden": lambda: HiddenAlignment(teacher, stage, dataset.ids[:2]),
         "end_to_end": lambda: EndToEndDistillation(teacher, stage),
     }
     objective: Objective = objectives[name]()
-    return StageRun(recipe, objective, rows, rows, directory)
+    return StageRun(recipe, objective, dataset, dataset, directory)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("distill", __doc__)
     parser.add_argument("--teacher", default="nano")
     parser.add_argument("--mixer", default="gla")
     parser.add_argument("--stages", nargs="+", default=["matrix", "hidden", "end_to_end"])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=2, help="sequences per batch")
+    parser.add_argument("--context", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all results there")
+    args = parser.parse_args(argv)
     teacher, _ = subquad.load_teacher(args.teacher)
     teacher.requires_grad_(False)
     student = subquad.linearize(teacher, args.mixer)
-    rows = []
+    tokens = args.batch * args.context
+    results = []
     for name in args.stages:
-        found = []
+        rounds = []
         for _ in range(args.rounds):
             with tempfile.TemporaryDirectory() as directory:
                 run = make_run(name, teacher, args, Path(directory))
-                found.append((seconds_of_plain_loop(run, student, args.steps), *seconds_of_stage(run, student)))
-        plain, whole, between = (statistics.median(x) for x in zip(*found, strict=True))
-        tokens = args.batch * args.context
-        rows.append(
-            {
-                "stage": name,
-                "plain_tokens_per_second": round(tokens / plain),
-                "tokens_per_second": round(tokens / whole),
-                "ratio": round(statistics.median(p / w for p, w, _ in found), 3),
-                "between_steps": round(between, 4),
-            }
-        )
+                rounds.append((seconds_of_plain_loop(run, student, args.steps), *seconds_of_stage(run, student)))
+        plain, stage, between = (statistics.median(x) for x in zip(*rounds, strict=True))
+        result = {
+            "stage": name,
+            "plain_tokens_per_second": round(tokens / plain),
+            "tokens_per_second": round(tokens / stage),
+            "ratio": round(statistics.median(p / s for p, s, _ in rounds), 3),
+            "between_steps": round(between, 4),
+        }
         print(
-            f"{name:12s} plain {tokens / plain:8.0f} tok/s   stage {tokens / whole:8.0f} tok/s   ratio "
-            f"{rows[-1]['ratio']:.2f}   between steps {between:.1%}",
+            f"{name:12s} plain {tokens / plain:8.0f} tok/s   stage {tokens / stage:8.0f} tok/s   ratio "
+            f"{result['ratio']:.2f}   between steps {between:.1%}",
             flush=True,
         )
-    if args.json:
-        head = {
-            **run_info(),
-            "teacher": args.teacher,
-            "mixer": args.mixer,
-            "batch": args.batch,
-            "context": args.context,
-        }
-        args.json.write_text(json.dumps({**head, "rows": rows}, indent=2) + "\n")
+        results.append(result)
+    settings = {name: getattr(args, name) for name in ("teacher", "mixer", "batch", "context")}
+    write_json(args.json, {**run_info(), **settings, "results": results})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script(main)

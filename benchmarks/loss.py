@@ -1,33 +1,31 @@
-"""The fused loss of stage 3 beside the straightforward one: peak memory and time of loss and gradients.
+"""Measures peak memory and time of stage 3's loss with its gradients: the fused loss against two others.
 
-python -m benchmarks.loss [--tokens 4096] [--vocabulary 49152] [--hidden 576] [--divergence forward] [--dtype float32]
-    [--chunk 512] [--json FILE]
+    python -m benchmarks.loss [--tokens 4096] [--vocabulary 49152] [--hidden 576] [--divergence forward]
+        [--dtype float32] [--chunk 512] [--json FILE]
 
-straightforward: float32 logits of student and teacher, `F.cross_entropy` and `F.kl_div`, backward.
-plain: `subquad.distill.distillation_loss` on the same logits, which every model can take.
+straightforward: float32 logits of student and teacher, `F.cross_entropy`, `F.kl_div`, backward.
+plain: `subquad.distill.distillation_loss` on the same logits; it works with every output head.
 fused: `subquad.distill.fused_loss`.
 
-Peak memory: the highest resident size of a fresh process, less what it was before the loss, with inputs in place.
-Time: medians of runs that take turns in one process, by the clock, and of the processor time of all threads, which
-other work on the machine disturbs less.
+Peak memory is the highest resident size of a fresh process less that before the loss, when inputs exist. Times are
+medians of interleaved runs in one process: wall-clock time, and the processor time of all threads, which depends less
+on other load.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops_timing import peak_rss
+from benchmarks.common import ROOT, Parser, machine, output_file, peak_rss, run_as_script, write_json
 from subquad.distill.distillation_loss import Divergence, LossOptions, distillation_loss
 from subquad.distill.fused_loss import CHUNK, fused_distillation_loss
 from subquad.distill.lm_head import Head
@@ -64,7 +62,7 @@ def plain(inputs: Inputs, divergence: Divergence, chunk: int) -> Tensor:
     h, H, W, U, labels = inputs
     with torch.no_grad():
         teacher = F.linear(H, U)
-    # the plain loss shifts labels by itself, so that the last token does not count
+    # distillation_loss shifts the labels; the last token has none
     shifted = F.pad(labels[:-1], (1, 0)).unsqueeze(0)
     return distillation_loss(
         F.linear(h, W).unsqueeze(0), teacher.unsqueeze(0), shifted, LossOptions(divergence=divergence)
@@ -76,91 +74,88 @@ def fused(inputs: Inputs, divergence: Divergence, chunk: int) -> Tensor:
     return fused_distillation_loss(h, H, labels, Head(W), Head(U), LossOptions(divergence=divergence), chunk)[0]
 
 
-WAYS: dict[str, Callable[[Inputs, Divergence, int], Tensor]] = {
+LOSSES: dict[str, Callable[[Inputs, Divergence, int], Tensor]] = {
     "straightforward": straightforward,
     "plain": plain,
     "fused": fused,
 }
 
 
-def once(way: str, inputs: Inputs, divergence: Divergence, chunk: int) -> float:
-    loss = WAYS[way](inputs, divergence, chunk)
+def run_once(name: str, inputs: Inputs, divergence: Divergence, chunk: int) -> float:
+    loss = LOSSES[name](inputs, divergence, chunk)
     torch.autograd.grad(loss, [inputs[0], inputs[2]])
     return loss.item()
 
 
-def peak_here(way: str, options: argparse.Namespace) -> int:
-    """Bytes above the inputs that one loss with its gradients needs, in this process, which must be fresh."""
-    dtype = getattr(torch, options.dtype)
-    once(way, make_inputs(8, 64, 16, dtype), options.divergence, options.chunk)  # libraries load, threads start
-    inputs = make_inputs(options.tokens, options.vocabulary, options.hidden, dtype)
+def peak_in_this_process(name: str, args: argparse.Namespace) -> int:
+    """Bytes above the inputs that one loss with its gradients takes; the process must be fresh."""
+    dtype = getattr(torch, args.dtype)
+    run_once(name, make_inputs(8, 64, 16, dtype), args.divergence, args.chunk)  # loads libraries, starts threads
+    inputs = make_inputs(args.tokens, args.vocabulary, args.hidden, dtype)
     before = peak_rss()
-    once(way, inputs, options.divergence, options.chunk)
+    run_once(name, inputs, args.divergence, args.chunk)
     return peak_rss() - before
 
 
-def peak(way: str, options: argparse.Namespace) -> int:
+def peak(name: str, args: argparse.Namespace) -> int:
     passed = ("tokens", "vocabulary", "hidden", "divergence", "dtype", "chunk")
-    arguments = [f"--{name}={getattr(options, name)}" for name in passed]
-    command = [sys.executable, "-m", "benchmarks.loss", "--peak", way, *arguments]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    options = [f"--{option}={getattr(args, option)}" for option in passed]
+    command = [sys.executable, "-m", "benchmarks.loss", "--peak", name, *options]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
 
 
-def times(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Median seconds by the clock and of the processor."""
-    inputs = make_inputs(options.tokens, options.vocabulary, options.hidden, getattr(torch, options.dtype))
-    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in options.ways}
-    for repeat in range(options.repeats + 1):
-        for way, taken in seconds.items():
+def times(args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Median seconds of each loss: wall-clock and processor time."""
+    inputs = make_inputs(args.tokens, args.vocabulary, args.hidden, getattr(torch, args.dtype))
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in args.losses}
+    for repeat in range(args.repeats + 1):
+        for name, samples in seconds.items():
             start = time.perf_counter(), time.process_time()
-            once(way, inputs, options.divergence, options.chunk)
+            run_once(name, inputs, args.divergence, args.chunk)
             if repeat:
-                taken.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    medians = {way: [statistics.median(kind) for kind in zip(*taken, strict=True)] for way, taken in seconds.items()}
-    return {way: (clock, processor) for way, (clock, processor) in medians.items()}
+                samples.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return {
+        name: (statistics.median(wall for wall, _ in samples), statistics.median(cpu for _, cpu in samples))
+        for name, samples in seconds.items()
+    }
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("loss", __doc__)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--hidden", type=int, default=576, help="hidden size")
     parser.add_argument("--divergence", choices=("forward", "reverse", "jsd"), default="forward")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--chunk", type=int, default=CHUNK)
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="tokens per chunk of the fused loss")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--json", help="write the figures there too")
-    parser.add_argument("--peak", choices=WAYS, help="measure the peak of this one in this process, in bytes")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
-    if options.peak:
-        print(peak_here(options.peak, options))
-        return
-    peaks = {way: peak(way, options) for way in options.ways}
-    seconds = times(options)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="ratios are to the first")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all results there")
+    parser.add_argument("--peak", choices=LOSSES, help="only print the peak bytes of this loss in this process")
+    args = parser.parse_args(argv)
+    if args.peak:
+        print(peak_in_this_process(args.peak, args))
+        return 0
+    peaks = {name: peak(name, args) for name in args.losses}
+    seconds = times(args)
     print(
-        f"{options.tokens} tokens, vocabulary {options.vocabulary}, hidden {options.hidden}, {options.divergence}, "
-        f"{options.dtype}, {torch.get_num_threads()} threads"
+        f"{args.tokens} tokens, vocabulary {args.vocabulary}, hidden {args.hidden}, {args.divergence}, "
+        f"{args.dtype}, {torch.get_num_threads()} threads"
     )
-    first = options.ways[0]
-    rows = []
     print(f"{'':16s}{'peak MB':>9s}{'ratio':>8s}{'seconds':>9s}{'ratio':>8s}{'cpu s':>9s}{'ratio':>8s}")
-    for way in options.ways:
-        figures = (peaks[way] / 1e6, *seconds[way])
-        base = (peaks[first] / 1e6, *seconds[first])
-        print(f"{way:16s}" + "".join(f"{x:9.1f}{x / y:8.3f}" for x, y in zip(figures, base, strict=True)))
-        row = {"way": way, "peak_bytes": peaks[way], "seconds": seconds[way][0], "cpu_seconds": seconds[way][1]}
-        rows.append(row)
-    if options.json:
-        keys = ("tokens", "vocabulary", "hidden", "divergence", "dtype", "chunk", "repeats")
-        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor()}
-        with open(options.json, "w") as file:
-            json.dump({**about, **{key: getattr(options, key) for key in keys}, "rows": rows}, file, indent=2)
+    first = args.losses[0]
+    base = (peaks[first] / 1e6, *seconds[first])
+    results = []
+    for name in args.losses:
+        numbers = (peaks[name] / 1e6, *seconds[name])
+        print(f"{name:16s}" + "".join(f"{x:9.1f}{x / y:8.3f}" for x, y in zip(numbers, base, strict=True)))
+        wall, cpu = seconds[name]
+        results.append({"loss": name, "peak_bytes": peaks[name], "seconds": wall, "cpu_seconds": cpu})
+    options = ("tokens", "vocabulary", "hidden", "divergence", "dtype", "chunk", "repeats")
+    settings = {option: getattr(args, option) for option in options}
+    write_json(args.json, {"machine": machine(), **settings, "results": results})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script(main)

@@ -1,6 +1,7 @@
 """Commands that measure: eval, report, bench."""
 
 import argparse
+import importlib
 import json
 import logging
 import sys
@@ -8,6 +9,9 @@ from pathlib import Path
 
 from subquad.cli.parser import AddCommand, split_list
 from subquad.utils import UserError, quiet_libraries
+
+BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar")
+"""Modules of `benchmarks`."""
 
 
 def add_commands(add: AddCommand) -> None:
@@ -42,15 +46,9 @@ def add_commands(add: AddCommand) -> None:
     command.add_argument("directory", metavar="DIR", help="directory of the study")
     command.add_argument("--output", "-o", metavar="FILE", help="the page (default: DIR/report.html)")
 
-    command = add("bench", run_bench, "Time the ops beside every peer that is installed, or see what memories hold.")
-    command.add_argument(
-        "what", choices=["ops", "mqar"], help="ops: forward and backward; mqar: small students of each mixer, recalling"
-    )
-    command.add_argument("--sizes", metavar="LIST", help="tokens, or tokens x batch, comma-separated: 2048,512x8")
-    command.add_argument("--only", metavar="LIST", help="names of kinds and peers, or of mixers, comma-separated")
-    command.add_argument("--seconds", type=float, default=60.0, help="about so long a size at most")
-    command.add_argument("--json", metavar="FILE", help="write all figures there")
-    command.add_argument("--no-memory", action="store_true", help="skip peak memory, a process for each kind and size")
+    command = add("bench", run_bench, f"Run a benchmark of this machine: {', '.join(BENCHMARKS)}.")
+    command.add_argument("name", metavar="NAME", choices=BENCHMARKS)
+    command.add_argument("args", metavar="...", nargs=argparse.REMAINDER, help="its options; --help lists them")
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -95,35 +93,12 @@ def run_report(args: argparse.Namespace) -> None:
     print(f"{page}\nFigures (SVG, PDF) and tables (CSV, LaTeX) are in {Path(args.directory) / 'report'}")
 
 
-def run_bench(args: argparse.Namespace) -> None:
+def run_bench(args: argparse.Namespace) -> int:
     quiet_libraries()
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json: the directory of {args.json!r} does not exist; expected a file in one that does")
-    if args.what == "mqar":
-        run_mqar(args)
-        return
-    from benchmarks import ops_report as report
-
     try:
-        sizes, names = report.parse_sizes(args.sizes or report.SIZES), report.parse_names(args.only)
-    except ValueError as error:
-        raise UserError(error) from None
-    if not args.seconds > 0:
-        raise UserError(f"--seconds: got {args.seconds}, expected more than 0")
-    done = report.run(sizes, names, args.seconds, not args.no_memory, lambda text: print(text, flush=True))
-    if args.json:
-        Path(args.json).write_text(json.dumps(done.as_dict(), indent=1) + "\n")
-
-
-def run_mqar(args: argparse.Namespace) -> None:
-    """Multi-query associative recall, learned from nothing by two layers of each mixer, about a minute a line."""
-    from subquad import mixers
-    from subquad.analysis.mqar import mqar_results
-
-    rows = []
-    for name in split_list(args.only) if args.only else list(mixers.REGISTRY):
-        for row in mqar_results([name]):
-            print(f"{row.model:18} {row.task:16} {row.value:.1%} of {row.n}", flush=True)
-            rows.append(row.as_dict())
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+        module = importlib.import_module(f"benchmarks.{args.name}")
+    except ModuleNotFoundError as error:
+        if error.name != "benchmarks":
+            raise
+        raise UserError("bench: benchmarks are not part of the installed package; run it in a clone") from None
+    return module.main(args.args)

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import sys, torch, subquad
-from benchmarks.ops_timing import peak_rss
+from benchmarks.common import peak_rss
 from subquad.config import EndToEnd, Matrix
 from subquad.distill.stage1_matrix_mixing import MatrixMixing
 from subquad.distill.stage3_end_to_end import EndToEndDistillation

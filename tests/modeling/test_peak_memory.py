@@ -19,7 +19,7 @@ sys.modules["fla"] = None
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 import subquad
-from subquad.ops.bench import peak_rss
+from benchmarks.common import peak_rss
 
 torch.set_num_threads(1)
 family, mixer, how, T = *sys.argv[1:4], int(sys.argv[4])

@@ -1,0 +1,122 @@
+"""The benchmarks: what they measure, their options, and their output."""
+
+import importlib
+import json
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+from ops_cases import error
+
+from benchmarks import common, ops, ops_timing
+from subquad import cli
+from subquad.cli.measurements import BENCHMARKS
+
+
+def test_every_variant_is_timed():
+    results, missing = ops_timing.measure(
+        ops_timing.Size(64, 1, 2, 16, 16), [*ops_timing.variants(), "sdpa"], seconds=1
+    )
+    assert {r.name for r in results} == {*ops_timing.variants(), "sdpa"}
+    assert all(r.milliseconds > 0 and r.samples >= 3 for r in results)
+    assert all((r.share_of_matmul_rate is not None) == (r.name != "sdpa") for r in results)
+    assert "fla" in missing or torch.cuda.is_available()
+    json.dumps([asdict(r) for r in results])
+    assert len(ops.timing_table(results).splitlines()) == len(results) + 1
+
+
+def test_interleaved_times_belong_to_their_calls():
+    times = common.time_interleaved({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, samples=3)
+    assert min(times["slow"]) >= 20 > max(times["fast"])
+
+
+@pytest.mark.parametrize(
+    ("variant", "baseline"),
+    [("gated_delta", "transformers gated_delta"), ("kda", "transformers kda"), ("scalar", "transformers mamba2")],
+    ids=str,
+)
+def test_baselines_compute_the_same(variant, baseline):
+    found, missing = ops_timing.baselines()
+    if baseline in missing:
+        pytest.skip(missing[baseline])
+    a = ops_timing.arguments(ops_timing.Size(128, 1, 2, 16, 16))
+    op = ops_timing.variants()[variant]
+    got, want = op(a)[0], found[baseline](a)
+    if variant == "scalar":  # Mamba-2 has no scale and writes dt x, with dt = -log decay
+        got = op(a | {"v": -a["v"] * a["scalar"].unsqueeze(-1)})[0] * 4
+    assert error(got, want.double()) < 1e-5
+
+
+def test_decoding_is_timed():
+    timings = ops_timing.measure_decode(ops_timing.Size(1, 1, 2, 16, 16), context=64)
+    assert [t.name for t in timings] == ["none", "scalar", "channel", "gated_delta", "kda", "sdpa over 64"]
+    assert all(t.microseconds > 0 and t.speedup > 0 for t in timings)
+    assert all((t.launches is None) == t.name.startswith("sdpa") for t in timings)
+
+
+def test_peak_memory_includes_output_and_gradients():
+    size = ops_timing.Size(8192, 1, 9, 64, 64)
+    output_and_three_gradients = 4 * 8192 * 9 * 64 * 4
+    assert ops_timing.peak_memory("scalar", size) > output_and_three_gradients / 2
+
+
+def test_bench_ops_writes_tables_json_and_markdown(capsys, tmp_path):
+    path, markdown = tmp_path / "ops.json", tmp_path / "RESULTS.md"
+    argv = ["bench", "ops", "--sizes", "16,32,16x2", "--only", "scalar,sdpa", "--seconds", "0.2", "--no-memory"]
+    assert cli.main([*argv, "--json", str(path), "--results", str(markdown)]) == 0
+    out = capsys.readouterr().out
+    for text in ("T = 16, B = 2", "Microseconds per token", "One decoded token", "of which launches", "x SDPA"):
+        assert text in out
+    report = json.loads(path.read_text())
+    assert {r["name"] for r in report["results"]} == {"scalar", "sdpa"}
+    assert len(report["results"]) == 6
+    assert report["machine"]["torch"] == torch.__version__
+    assert markdown.read_text().startswith("# Operator benchmarks")
+    assert "## Forward and backward, T = 16, B = 1" in markdown.read_text()
+
+
+def test_table_by_length_has_a_column_per_length():
+    text = ops.table_by_length({"scalar": {512: 4.0, 2048: 2.0, 8192: 3.0}, "kda": {512: 1.0}})
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        ["scalar", "4.00", "(", "2.00)", "2.00", "(", "1.00)", "3.00", "(", "1.50)"],
+        ["kda"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["ops", "--sizes", "2048,many"], "--sizes: got 'many'"),
+        (["ops", "--sizes", "0"], "--sizes: got '0'"),
+        (["ops", "--sizes", "8x"], "--sizes: got '8x'"),
+        (["ops", "--only", "scalar,sdp"], "--only: got 'sdp', expected names among none, scalar,"),
+        (["ops", "--seconds", "0"], "--seconds: got 0.0"),
+        (["ops", "--json", "nowhere/at/all.json"], "--json: the directory of 'nowhere/at/all.json'"),
+        (["mqar", "--json", "nowhere/at/all.json"], "--json: the directory of 'nowhere/at/all.json'"),
+        (["mqar", "--only", "glaa"], "glaa"),
+    ],
+    ids=" ".join,
+)
+def test_invalid_options_are_reported_in_one_line(capsys, options, message):
+    assert cli.main(["bench", *options]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_has_help(name, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    assert exit_info.value.code == 0
+    assert f"benchmarks.{name}" in capsys.readouterr().out
+
+
+def test_bench_mqar_prints_and_writes_results(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("subquad.analysis.mqar.train", lambda model, setting: None)
+    path = tmp_path / "mqar.json"
+    assert cli.main(["bench", "mqar", "--only", "gla", "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    assert {r["model"] for r in results} == {"gla"}
+    assert len(capsys.readouterr().out.splitlines()) == len(results) == 3
