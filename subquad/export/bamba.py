@@ -13,7 +13,7 @@ import torch
 from subquad.export.converter import ConfigValues, Converter, Weights, conv_weight, transformers_classes
 from subquad.mixers.mamba2 import Mamba2
 from subquad.modeling.attention.discovery import AttentionInfo
-from subquad.modeling.export_target import TARGETS, ExportError
+from subquad.modeling.export_target import BAMBA, ExportError
 from subquad.utils import UserError
 
 
@@ -25,7 +25,7 @@ def has_group_norm() -> bool:
 
 
 class BambaConverter(Converter):
-    target = TARGETS["bamba"]
+    target = BAMBA
     final_norm = "model.final_layernorm.weight"
     mlp = "feed_forward"
     mlp_norm = "pre_ff_layernorm"
@@ -78,12 +78,4 @@ class BambaConverter(Converter):
             "self_attn.k_proj.weight": k,
             "self_attn.v_proj.weight": v,
             "self_attn.o_proj.weight": o * factor,
-        }
-
-    def attention_shapes(self, hidden: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-        return {
-            "self_attn.q_proj.weight": (head_dim, hidden),
-            "self_attn.k_proj.weight": (head_dim, hidden),
-            "self_attn.v_proj.weight": (head_dim, hidden),
-            "self_attn.o_proj.weight": (hidden, head_dim),
         }

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from subquad.mixers import AttentionSpec
 from subquad.modeling.attention.discovery import AttentionInfo, random_tokens, read_attention
 from subquad.modeling.attention.tracing import AttentionCall, trace_attention
-from subquad.modeling.decoder_weights import DecoderLayerWeights, DecoderWeights, has_bias, read_decoder
+from subquad.modeling.decoder_weights import DecoderWeights, has_bias, read_decoder
 from subquad.modeling.export_target import ExportError, ExportTarget, unsupported_attention
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
@@ -28,7 +28,8 @@ TOLERANCE = 1e-5
 """Relative error of the logits, in float32, up to which student and model count as equal; larger if the student's own
 rounding error is (see `rounding_error`)."""
 IDENTITY_HEAD_DIM = 64
-"""Channels of the one head of the identity layer, a size that inference kernels support."""
+"""Channels of the one head of the identity layer, which is appended to a student without attention because servers need
+attention in some layer. A size that their kernels support."""
 Weights = dict[str, Tensor]
 AttentionTraces = dict[int, tuple[AttentionInfo, AttentionCall]]
 """The layers that keep attention, by index."""
@@ -75,10 +76,6 @@ class Converter:
         """Weights of a kept attention, its queries multiplied by `query_scale` and its output by `factor`."""
         raise NotImplementedError
 
-    def attention_shapes(self, hidden: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the weights of an attention with one head."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def convert(self, student: SubquadForCausalLM) -> PreTrainedModel:
         """The target's model with the student's weights, dtype and generation config, in evaluation mode. Its logits on
@@ -100,48 +97,37 @@ class Converter:
         check_epsilons(student, decoder.eps, kept, self.target)
         mixers = [layer.mixer for layer in student.mixer_layers if isinstance(layer, MixerLayer)]
         conv_width = max([mixer.options.short_conv for mixer in mixers] or [4]) or 4
-        weights = {
-            "model.embed_tokens.weight": decoder.embedding,
-            self.final_norm: decoder.norm - self.norm_offset,
-        }
+        weights = {"model.embed_tokens.weight": decoder.embedding, self.final_norm: decoder.norm - self.norm_offset}
         if decoder.head is not None:
             weights["lm_head.weight"] = decoder.head
-        for i, (layer, rest) in enumerate(zip(student.mixer_layers, decoder.layers, strict=True)):
+        for i, (layer, around) in enumerate(zip(student.mixer_layers, decoder.layers, strict=True)):
             if isinstance(layer, MixerLayer):
-                own = self.mixer_weights(layer.mixer, conv_width, rest.attention_factor)
+                layer_weights = self.mixer_weights(layer.mixer, conv_width, around.attention_factor)
             else:
-                own = self.attention_weights(kept[i][0], query_scale(*kept[i]), rest.attention_factor)
-            own |= self.norm_and_mlp_weights(rest)
-            weights |= {f"model.layers.{i}.{name}": weight for name, weight in own.items()}
-        if not kept:
-            identity = self.identity_layer(decoder)
-            weights |= {f"model.layers.{len(decoder.layers)}.{name}": weight for name, weight in identity.items()}
+                layer_weights = self.attention_weights(kept[i][0], query_scale(*kept[i]), around.attention_factor)
+            layer_weights |= {
+                "input_layernorm.weight": around.norm - self.norm_offset,
+                f"{self.mlp_norm}.weight": around.mlp_norm - self.norm_offset,
+                f"{self.mlp}.gate_proj.weight": around.gate,
+                f"{self.mlp}.up_proj.weight": around.up,
+                f"{self.mlp}.down_proj.weight": around.down,
+            }
+            weights |= {f"model.layers.{i}.{name}": weight for name, weight in layer_weights.items()}
         config = self.config(config_values(student, decoder, kept, conv_width))
         model = self.build_model(config, weights, student)
         check_logits(student, model)
         return model
 
-    def norm_and_mlp_weights(self, layer: DecoderLayerWeights) -> Weights:
-        return {
-            "input_layernorm.weight": layer.norm - self.norm_offset,
-            f"{self.mlp_norm}.weight": layer.mlp_norm - self.norm_offset,
-            f"{self.mlp}.gate_proj.weight": layer.gate,
-            f"{self.mlp}.up_proj.weight": layer.up,
-            f"{self.mlp}.down_proj.weight": layer.down,
-        }
-
-    def identity_layer(self, decoder: DecoderWeights) -> Weights:
-        """The weights, all zero, of a layer with attention that returns its input."""
-        layer = decoder.layers[0]
-        shapes = self.attention_shapes(decoder.embedding.shape[1], IDENTITY_HEAD_DIM)
-        shapes |= {name: tuple(weight.shape) for name, weight in self.norm_and_mlp_weights(layer).items()}
-        return {name: decoder.norm.new_zeros(shape) for name, shape in shapes.items()}
-
     def build_model(self, config: Any, weights: Weights, student: SubquadForCausalLM) -> PreTrainedModel:
-        """The target's model with copies of `weights` and the student's generation config."""
+        """The target's model with copies of `weights` and the student's generation config.
+
+        A layer beyond the student's has attention and zero weights; it returns its input (see `config_values`).
+        """
         with torch.device(student.device):
             model = self.classes()[1](config).to(student.dtype)
         state = model.state_dict()
+        identity = f"model.layers.{len(student.mixer_layers)}."
+        weights |= {name: torch.zeros_like(t) for name, t in state.items() if name.startswith(identity)}
         shapes = {name: list(t.shape) for name, t in state.items() if name != "lm_head.weight" or name in weights}
         if shapes != {name: list(weight.shape) for name, weight in weights.items()}:
             wrong = sorted(set(shapes) ^ set(weights)) or [n for n, s in shapes.items() if list(weights[n].shape) != s]
@@ -176,7 +162,7 @@ def unsupported_mixer(mixer: Any, target: ExportTarget) -> str | None:
         value = getattr(mixer.options, name)
         if name != "biases" and value != required:
             return f"{name}: got {value!r}, expected {required!r}"
-    biased = [n for n, part in mixer.named_children() if has_bias(part) and n not in target.biased_projections]
+    biased = [n for n, part in mixer.named_children() if has_bias(part) and n not in target.biases]
     return f"biases in {', '.join(biased)}, expected none" if biased else None
 
 
@@ -207,14 +193,14 @@ def trace_kept_attention(student: SubquadForCausalLM) -> AttentionTraces:
 def check_logits(student: SubquadForCausalLM, model: PreTrainedModel) -> None:
     """Raises ExportError if the two do not give the same logits in float32, on random tokens at positions spread over
     the teacher's context length."""
-    wide_student, wide_model = (m if m.dtype == torch.float32 else float32_copy(m) for m in (student, model))
+    float32 = [m if m.dtype == torch.float32 else copy.deepcopy(m).float() for m in (model, student)]
     tokens = random_tokens(student)
     context = getattr(student.config, "max_position_embeddings", 2048)
     last = min(context, student.config.max_learned_positions or 2**31) - 1
     positions = torch.linspace(0, last, tokens.shape[1], device=tokens.device).long().expand_as(tokens)
     inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": torch.ones_like(tokens)}
-    error = relative_error(*(m(**inputs, use_cache=False).logits for m in (wide_model, wide_student)))
-    allowed = max(TOLERANCE, 3 * rounding_error(wide_student, tokens)) if student.dtype == torch.float32 else 3e-2
+    error = relative_error(*(m(**inputs, use_cache=False).logits for m in float32))
+    allowed = max(TOLERANCE, 3 * rounding_error(float32[1], tokens)) if student.dtype == torch.float32 else 3e-2
     if not error < allowed:
         raise ExportError(
             f"the relative error of the new model's logits is {error:.1e}, where rounding explains {allowed:.0e}; the "
@@ -233,10 +219,6 @@ def rounding_error(student: PreTrainedModel, tokens: Tensor) -> float:
     cache = student.new_cache()  # type: ignore[operator]
     steps = [student(input_ids=piece, past_key_values=cache).logits for piece in tokens.split(1, dim=1)]
     return relative_error(torch.cat(steps, dim=1), student(input_ids=tokens, use_cache=False).logits)
-
-
-def float32_copy(model: PreTrainedModel) -> PreTrainedModel:
-    return copy.deepcopy(model).float()
 
 
 # ---------------------------------------------------------------------- configuration and weights

@@ -13,11 +13,11 @@ from torch import Tensor
 from subquad.export.converter import ConfigValues, Converter, Weights, conv_weight, transformers_classes
 from subquad.mixers.gated_deltanet import GatedDeltaNet
 from subquad.modeling.attention.discovery import AttentionInfo
-from subquad.modeling.export_target import TARGETS, ExportError
+from subquad.modeling.export_target import QWEN3_5, ExportError
 
 
 class Qwen3_5Converter(Converter):
-    target = TARGETS["qwen3_5"]
+    target = QWEN3_5
     final_norm = "model.norm.weight"
     mlp = "mlp"
     mlp_norm = "post_attention_layernorm"
@@ -73,16 +73,6 @@ class Qwen3_5Converter(Converter):
             "self_attn.o_proj.weight": o * (2 * factor),
             "self_attn.q_norm.weight": exact_norm_weight(info, "q") * query_scale - 1,
             "self_attn.k_norm.weight": exact_norm_weight(info, "k") - 1,
-        }
-
-    def attention_shapes(self, hidden: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-        return {
-            "self_attn.q_proj.weight": (2 * head_dim, hidden),
-            "self_attn.k_proj.weight": (head_dim, hidden),
-            "self_attn.v_proj.weight": (head_dim, hidden),
-            "self_attn.o_proj.weight": (hidden, head_dim),
-            "self_attn.q_norm.weight": (head_dim,),
-            "self_attn.k_norm.weight": (head_dim,),
         }
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from subquad.modeling.attention.activations import layer_path
 from subquad.modeling.attention.discovery import random_tokens
+from subquad.modeling.attention.norms import norm_epsilon
 from subquad.modeling.attention.tracing import hidden_states_of, same_values
 from subquad.modeling.export_target import ExportError
 from subquad.utils import eval_mode
@@ -28,33 +29,27 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class DecoderLayerWeights:
-    """The weights of one layer without its attention."""
+    """The weights of one layer without its attention: norms `[hidden]`, the factor on the output of attention, and the
+    MLP's matrices, `[intermediate, hidden]` and `[hidden, intermediate]`."""
 
     norm: Tensor
-    """`[hidden]`, as `mlp_norm`."""
     attention_factor: float
-    """What the output of attention is multiplied by before it is added to the residual stream."""
     mlp_norm: Tensor
     gate: Tensor
-    """`[intermediate, hidden]`, as `up`."""
     up: Tensor
     down: Tensor
-    """`[hidden, intermediate]`."""
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """The weights of a decoder without its attention."""
+    """The weights of a decoder without its attention: embedding and head `[vocabulary, hidden]` (None if tied), layers,
+    the last norm `[hidden]`, and the epsilon of all norms."""
 
     embedding: Tensor
-    """`[vocabulary, hidden]`."""
     layers: list[DecoderLayerWeights]
     norm: Tensor
-    """`[hidden]`, the last norm."""
     head: Tensor | None
-    """`[vocabulary, hidden]`; None if it is tied to the embedding."""
     eps: float
-    """The epsilon of every norm."""
 
 
 ModuleIO = dict[nn.Module, tuple[Tensor, Tensor]]
@@ -130,13 +125,8 @@ class DecoderReader:
         norm_weight = self.norm_weight(norm, "the last norm")
         if len(self.eps) != 1:
             raise ExportError(f"its norms have different epsilons ({', '.join(map(str, sorted(self.eps)))})")
-        return DecoderWeights(
-            weight * embedding_factor,
-            layer_weights,
-            norm_weight,
-            None if tied else head_weight * head_factor,
-            self.eps.pop(),
-        )
+        head_weights = None if tied else head_weight * head_factor
+        return DecoderWeights(weight * embedding_factor, layer_weights, norm_weight, head_weights, self.eps.pop())
 
     def read_layer(self, index: int, layer: nn.Module, attention: nn.Module) -> DecoderLayerWeights:
         name = f"layer {index}"
@@ -153,7 +143,7 @@ class DecoderReader:
             if module in inside or module is norm or residual is None or normed is None or residual.shape != x.shape:
                 continue
             factor = self.find_factor(residual - x, attention_output, residual)
-            if factor is not None and factor != 0 and normed.shape == x.shape and self.is_norm(module):
+            if factor and normed.shape == x.shape and self.effective_weight(module) is not None:
                 return self.read_mlp(name, layer, module, y, (self.norm_weight(norm, name), factor))
         raise ExportError(
             f"{name} has more between its attention and its MLP than a residual sum and a norm (such as a norm after "
@@ -163,8 +153,7 @@ class DecoderReader:
     def read_mlp(
         self, name: str, layer: nn.Module, norm: nn.Module, y: Tensor, norm_and_factor: tuple[Tensor, float]
     ) -> DecoderLayerWeights:
-        """The weights of `layer`, whose MLP takes the output of `norm` and whose output is `y`; `norm_and_factor` are
-        the first two of them."""
+        """The weights of `layer` with output `y`, whose MLP takes the output of `norm`."""
         residual, x = self.io[norm]
         linears = [m for m in layer.modules() if isinstance(m, nn.Linear) and m in self.io]
         projections = [m for m in linears if same_values(self.io[m][0], x)]
@@ -172,7 +161,7 @@ class DecoderReader:
         for down in linears:
             down_input, down_output = self.io[down]
             factor = None if down_output.shape != y.shape else self.find_factor(y - residual, down_output, y)
-            if factor is None or factor == 0 or len(halves) != 2:
+            if not factor or len(halves) != 2:
                 continue
             for (gate, g), (up, u) in (halves, halves[::-1]):
                 if g.shape == down_input.shape and all_close(F.silu(g) * u, down_input):
@@ -194,12 +183,13 @@ class DecoderReader:
     def find_norm(self, x: Tensor, where: str) -> nn.Module:
         """The RMS norm whose input is `x`."""
         for module, (norm_input, output) in self.io.items():
-            if norm_input.shape == output.shape and same_values(norm_input, x) and self.is_norm(module):
+            if (
+                norm_input.shape == output.shape
+                and same_values(norm_input, x)
+                and self.effective_weight(module) is not None
+            ):
                 return module
         raise ExportError(f"there is no RMS norm {where}")
-
-    def is_norm(self, module: nn.Module) -> bool:
-        return self.effective_weight(module) is not None
 
     def effective_weight(self, module: nn.Module) -> Tensor | None:
         """The factor of each channel in an RMS norm (Gemma's store it minus one); None if `module` is not one."""
@@ -207,7 +197,7 @@ class DecoderReader:
         if not isinstance(weight, Tensor) or weight.dim() != 1 or has_bias(module):
             return None
         x, y = self.io[module]
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon(module))
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm_epsilon(module))
         for candidate in (weight.detach(), weight.detach() + 1):
             if all_close(normed * candidate.float(), y):
                 return candidate
@@ -217,7 +207,7 @@ class DecoderReader:
         weight = self.effective_weight(module)
         if weight is None:
             raise ExportError(f"the norm of {name} is not an RMS norm")
-        self.eps.add(epsilon(module))
+        self.eps.add(norm_epsilon(module))
         return weight
 
     def find_factor(self, target: Tensor, source: Tensor, magnitude: Tensor) -> float | None:
@@ -252,11 +242,6 @@ def all_close(found: Tensor, expected: Tensor) -> bool:
 def dtype_tolerance(x: Tensor) -> float:
     """The factor by which tolerances grow in dtypes narrower than float32."""
     return 1.0 if x.dtype in (torch.float32, torch.float64) else 200.0
-
-
-def epsilon(norm: nn.Module) -> float:
-    eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
-    return 1e-6 if eps is None else float(eps)
 
 
 def has_bias(module: nn.Module) -> bool:

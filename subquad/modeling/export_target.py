@@ -52,7 +52,7 @@ class ExportTarget:
     """Whether its attention has a norm of queries and keys."""
     scales_queries: bool = True
     """Whether its mixer scales queries by 1 / sqrt(head_dim), as Subquad's does."""
-    biased_projections: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
     """Projections of the mixer that may have a bias."""
 
     @property
@@ -69,31 +69,18 @@ class ExportTarget:
         return eps if self.scales_queries else eps / spec.head_dim
 
 
-TARGETS = {
-    target.key: target
-    for target in (
-        ExportTarget("qwen3_5", "Qwen3.5", "gated_deltanet", MIXER_OPTIONS, has_qk_norm=True),
-        ExportTarget(
-            "bamba",
-            "Bamba",
-            "mamba2",
-            {**MIXER_OPTIONS, "discretization": "zoh"},
-            has_qk_norm=False,
-            scales_queries=False,
-            biased_projections=("a_proj",),
-        ),
-    )
-}
+QWEN3_5 = ExportTarget("qwen3_5", "Qwen3.5", "gated_deltanet", MIXER_OPTIONS, has_qk_norm=True)
+BAMBA_OPTIONS = {**MIXER_OPTIONS, "discretization": "zoh"}
+BAMBA = ExportTarget("bamba", "Bamba", "mamba2", BAMBA_OPTIONS, False, scales_queries=False, biases=("a_proj",))
+TARGETS = {target.key: target for target in (QWEN3_5, BAMBA)}
 
 
 class ExportError(UserError):
     """A model has a part that an export target does not have; `reason` names the first one."""
 
     def __init__(self, reason: str, target: ExportTarget | None = None, model: str = "this model"):
-        if target is None:
-            super().__init__(f"{model} cannot be exported: {reason}")
-        else:
-            super().__init__(f"{model} cannot be exported to {target.title}: {reason}; {target.supported_layers}")
+        where, expected = ("", "") if target is None else (f" to {target.title}", f"; {target.supported_layers}")
+        super().__init__(f"{model} cannot be exported{where}: {reason}{expected}")
         self.reason = reason
 
 
@@ -117,12 +104,11 @@ def restrict_to_target(
     teacher: "PreTrainedModel",
     target: str,
 ) -> tuple[list[dict[str, Any]], float]:
-    """The layer specs with the options that `target` requires, and the epsilon for all norms of the student (see
-    `set_norm_eps`).
+    """The layer specs with the options that `target` requires, and the epsilon for `set_norm_eps`.
 
     Raises:
-        UserError: unknown target; a mixer or an option that it does not have.
-        ExportError: a teacher that it does not have the parts of.
+        UserError: unknown target, or a mixer or option that it does not have.
+        ExportError: a teacher with a part that the target does not have.
     """
     from subquad.modeling.decoder_weights import read_decoder
 

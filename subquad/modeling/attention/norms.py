@@ -27,8 +27,7 @@ def fit_norm(module: nn.Module, norm_input: Tensor, norm_output: Tensor, heads: 
     x, y = (split_heads(t, heads).double() for t in (norm_input, norm_output))
     if x.shape != y.shape:
         return None
-    eps = next((getattr(module, n) for n in ("variance_epsilon", "eps") if hasattr(module, n)), None)
-    eps = 1e-6 if eps is None else float(eps)
+    eps = norm_epsilon(module)
     best: tuple[float, QKNorm] | None = None
     for kind in NORM_KINDS:
         n = qk_norm(x, kind, eps)
@@ -44,6 +43,12 @@ def fit_norm(module: nn.Module, norm_input: Tensor, norm_output: Tensor, heads: 
         if best is None or error < 1e-2 * best[0]:  # a kind with more parameters must fit much better
             best = error, QKNorm(kind, eps, weight, bias)
     return best[1] if best is not None and best[0] < 1e-4 else None
+
+
+def norm_epsilon(norm: nn.Module) -> float:
+    """The epsilon of a norm of `transformers` or torch; 1e-6 if it has no such attribute."""
+    eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
+    return 1e-6 if eps is None else float(eps)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -33,25 +33,25 @@ def hidden_states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 @dataclass
 class AttentionCall:
-    """One call of attention in a traced forward pass."""
+    """One call of attention in a traced forward pass.
+
+    query, key, value, mask, attention_kwargs: arguments of the attention function; `[B, H, T, D]`.
+    attn_output: its result, `[B, T, H, V]`. probabilities: `[B, H, T, T]`, if the model computes them itself.
+    args, kwargs, module_output: arguments and result of the attention module's forward.
+    submodule_io: input and output of each submodule, by name.
+    """
 
     module: nn.Module
     query: Tensor
-    """`[B, H, T, D]`, as `key` and `value`: what the attention function was given."""
     key: Tensor
     value: Tensor
     attn_output: Tensor
-    """`[B, T, H, V]`: what the attention function returned."""
     mask: Tensor | None = None
     probabilities: Tensor | None = None
-    """`[B, H, T, T]`, where the model computes them itself."""
     attention_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the attention function, such as `scaling` and `sliding_window`."""
     args: tuple[Any, ...] = ()
-    """Arguments of the attention module's forward, as `kwargs`."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     submodule_io: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Input and output of each submodule of `module`, by name."""
     module_output: Any = None
 
     @property
@@ -60,10 +60,7 @@ class AttentionCall:
 
     @property
     def window(self) -> int | None:
-        """Tokens that a query attends to, itself included; None without a window.
-
-        It is read from the mask, which in some models alone has it, else from the attention function's arguments.
-        """
+        """Tokens that a query attends to, itself included; None for all. Some models pass it to the mask only."""
         return getattr(self.mask, "subquad_window", (self.attention_kwargs.get("sliding_window"), False))[0]
 
     @property
