@@ -57,6 +57,7 @@ class Conversation:
         return cls(tuple(messages), location)
 
     def __len__(self) -> int:
+        """Characters of all messages."""
         return sum(len(message["content"]) for message in self.messages)
 
     @property

@@ -18,23 +18,8 @@ STDLIB = "python-stdlib"
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 """Suffixes of files with one document per row."""
 MULTI_DOC_SUFFIXES = (".txt", *TABLE_SUFFIXES)
-SINGLE_DOC_SUFFIXES = (
-    ".md",
-    ".rst",
-    ".tex",
-    ".py",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".hpp",
-    ".rs",
-    ".go",
-    ".java",
-    ".js",
-    ".ts",
-    ".sh",
-)
+CODE_SUFFIXES = (".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".sh")
+SINGLE_DOC_SUFFIXES = (".md", ".rst", ".tex", *CODE_SUFFIXES)
 """Suffixes of files with one document each."""
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 
