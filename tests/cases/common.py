@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import warnings
 
 sys.modules.setdefault("fla", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,9 +12,14 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 WORK = Path(__import__("tempfile").gettempdir()) / "subquad-cases"
