@@ -19,7 +19,7 @@ demo: $(READY)
 	$(VENV) -m subquad.cli report demo
 
 test: lint
-	$(VENV) -m pytest -m "not slow"
+	$(VENV) -m pytest -m "not slow" -n 2
 
 lint: $(READY)
 	$(VENV) -m ruff format --check .
