@@ -9,6 +9,7 @@ first line is the header and whose cells are shown as they are, or one of `VIEWS
 
 import argparse
 import csv
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -34,38 +35,42 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def demo() -> str:
     """The table that `make demo` prints."""
-    numbers = [{key: number(value) for key, value in row.items()} for row in read_csv("demo/results")]
-    return f"\n```text\n{format_table(numbers)}\n```\n\n"
+    results = json.loads((RESULTS / "demo" / "results.json").read_text())["results"]
+    return f"\n```text\n{format_table(results)}\n```\n\n"
 
 
-def number(text: str) -> float | int | str | bool:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"True": True, "False": False}.get(text, text)
-
-
-def nano_grid(metric: str) -> str:
-    """Mean and half width of the 95% interval of `metric`, a row a mixer, a column for each set of stages and copying."""
+def grid_cells(metric: str) -> dict[str, dict[tuple[str, str], str]]:
+    """`mean ± half width of the 95% interval` of `metric` in results/nano/grid.csv, by mixer, then by (copied, stages)."""
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for row in read_csv("nano/grid"):
         half = (float(row[f"{metric} high"]) - float(row[f"{metric} low"])) / 2
         name = row["mixer"].replace(" ", "_")
         cells.setdefault(name, {})[row["copied"], row["stages"]] = f"{float(row[metric]):.1f} ± {half:.1f}"
+    return cells
+
+
+def nano_grid(metric: str, best_first: int, mixers: Sequence[str] = ()) -> str:
+    """A row a mixer, a column for each set of stages, copied and not. `best_first`: -1 where more is better, else 1."""
+    cells = grid_cells(metric)
     columns = [(copied, stages) for copied in ("yes", "no") for stages in STAGES]
     header = ["mixer", *(f"{'copied' if copied == 'yes' else 'not copied'}, {stages}" for copied, stages in columns)]
-    order = sorted(cells, key=lambda name: -float(cells[name]["yes", "1+2+3"].split()[0]))
-    if metric == "perplexity":
-        order.reverse()
+    order = sorted(mixers or cells, key=lambda name: best_first * float(cells[name]["yes", "1+2+3"].split()[0]))
     return markdown(header, [[f"`{name}`", *(cells[name][column] for column in columns)] for name in order])
+
+
+def nano_plain_and_full() -> str:
+    """Perplexity of the plain recipe beside the full one, which is the grid's students with all stages, copied."""
+    full = grid_cells("perplexity")
+    rows = [[row["mixer"], row["plain"], full[row["mixer"].strip("`")]["yes", "1+2+3"]] for row in read_csv("nano/plain")]
+    return markdown(["mixer", "plain", "full"], rows)
 
 
 VIEWS: dict[str, Callable[[], str]] = {
     "demo": demo,
-    "nano/recovered": lambda: nano_grid("recovered, %"),
-    "nano/perplexity": lambda: nano_grid("perplexity"),
+    "nano/recovered": lambda: nano_grid("recovered, %", -1),
+    "nano/perplexity": lambda: nano_grid("perplexity", 1),
+    "nano/stages": lambda: nano_grid("perplexity", 1, ("gated_deltanet", "gla", "xlstm")),
+    "nano/plain-full": nano_plain_and_full,
 }
 
 
