@@ -3,7 +3,7 @@
 The task is that of Zoology (arXiv 2312.04927, section 3): keys, each followed by its value, then all keys again in
 another order, each of which is to be followed by its value. Half of the vocabulary are keys, half values. The model is
 a small Llama whose attention is replaced by a randomly initialized mixer; `SHARED_OPTIONS` are the same for all mixers,
-so that they differ in their state. (With its output gate, Gated DeltaNet learned a quarter as much in equal steps.)
+which leaves the state as the difference. (With its output gate, Gated DeltaNet learns a quarter as much per step.)
 
 Sizes: a layer's state is H heads of K x K numbers with H K the width, so that the number of heads alone sets its size,
 at nearly equal parameters. From two heads to eight, K goes from twice the number of pairs to half of it. The vocabulary

@@ -1,1 +1,1 @@
-"""Measuring: what a student kept, and what it costs to run."""
+"""Evaluation: what a student keeps of its teacher, and what it costs to run."""

@@ -106,7 +106,7 @@ def evaluate(
     jobs = evaluation.jobs()
     todo = [job for job in jobs if not cache.load(job)]
     if len(todo) < len(jobs):
-        logger.info("%d of %d parts are finished already", len(jobs) - len(todo), len(jobs))
+        logger.info("%d of %d jobs are finished already", len(jobs) - len(todo), len(jobs))
     try:
         for number, job in enumerate(todo, 1):
             logger.info("[%d/%d] %s", number, len(todo), job.name)

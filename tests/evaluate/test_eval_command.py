@@ -1,6 +1,7 @@
 """`subquad eval`: result files, interruption, errors."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from subquad.evaluate import command, standard_suites
 from subquad.evaluate.jobs import EvalModel
 from subquad.evaluate.results import Result, select, select_one
 from subquad.evaluate.runner import evaluate, load_eval_model
-from subquad.evaluate.suites import QUICK, STANDARD_SUITES, Settings, settings_for
+from subquad.evaluate.suites import QUICK, STANDARD_SUITES, SUITES, Settings, Suite, settings_for
 from subquad.evaluate.table import format_tables
 from subquad.utils import UserError
 
@@ -37,6 +38,12 @@ def arguments(workspace, *more, models=("student",)):
     names = [str(workspace / name) for name in models]
     text = ["--corpus", str(workspace / "text.txt"), "--lengths", "8,32"]
     return ["eval", *names, "--teacher", str(workspace / "teacher"), *text, *more]
+
+
+def assert_documented(metrics, page):
+    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    named = {"win_and_tie@t" if metric.startswith("win_and_tie") else metric for metric in metrics}
+    assert [metric for metric in named if f"`{metric}`" not in text and not metric.startswith("mass_")] == []
 
 
 def test_quick_evaluation_writes_results(workspace, tmp_path, capsys):
@@ -66,6 +73,7 @@ def test_quick_evaluation_writes_results(workspace, tmp_path, capsys):
         "seconds_per_token",
         "cache_bytes",
     } <= metrics
+    assert_documented(metrics, "evaluation.md")
     shown = capsys.readouterr().out
     assert "text.txt" in shown
     assert "student" in shown
@@ -92,6 +100,7 @@ def test_recall_diagnostics_and_figures(workspace, tmp_path, capsys):
     assert select_one(of_student, metric="topk_mass_overlap").value < 0.99
     assert select(found, model="student", task="needle_number", metric="acc")
     assert select(found, model="student", task="without_layer", metric="loss", layer=1)
+    assert_documented({result.metric for result in found}, "analysis.md")
     pairs = unpack_pairs(json.loads((tmp_path / "out" / "matrices" / "student.json").read_text())["heads"])
     for student, teacher in pairs.values():
         assert not student.equal(teacher)
@@ -130,7 +139,7 @@ def test_finished_jobs_are_not_computed_again(workspace, tmp_path, monkeypatch, 
     assert partial["parts"] == {"planned": 2, "finished": 1, "failed": {}}
     monkeypatch.setattr(standard_suites.long_context, "position_losses", original)
     assert cli.main(args) == 0
-    assert "1 of 2 parts are finished already" in capsys.readouterr().out
+    assert "1 of 2 jobs are finished already" in capsys.readouterr().out
     whole = arguments(workspace, "--suite", "long", "--output", str(tmp_path / "whole"))
     assert cli.main(whole) == 0
     results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("out", "whole")]
@@ -244,6 +253,24 @@ def test_suites():
     assert settings_for(["quick"]) is QUICK
     with pytest.raises(UserError, match="quick"):
         settings_for(["quick", "long"])
+
+
+def example_jobs(evaluation):
+    return [evaluation.job("parameters", m, (), lambda m=m: m.model.num_parameters()) for m in evaluation.models]
+
+
+def example_results(evaluation, model, outcomes):
+    return [Result("size", "parameters", outcomes[f"parameters: {model.name}"])]
+
+
+EXAMPLE_SUITE = Suite(example_jobs, example_results)
+
+
+def test_suites_can_be_added(workspace, monkeypatch):
+    monkeypatch.setitem(SUITES, "size", f"{__name__}.EXAMPLE_SUITE")
+    report = command.run([str(workspace / "student")], suites=["size"], corpus=str(workspace / "text.txt"))
+    expected = subquad.load_teacher(workspace / "student")[0].num_parameters()
+    assert select_one(report.results, model="student", metric="parameters").value == expected
 
 
 def test_table_has_a_line_per_model_and_a_column_per_metric():

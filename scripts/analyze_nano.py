@@ -1,12 +1,11 @@
-"""What the students of a study keep of their teacher inside, and whether that says how much they recovered.
+"""Analyzes the students of a study, and correlates each diagnostic with the recovered share.
 
     make demo
-    python scripts/explain_nano.py demo --output explained
-    python scripts/explain_nano.py --mqar
+    python scripts/analyze_nano.py demo --output analysis
+    python scripts/analyze_nano.py --mqar
 
-The first form looks into every student of a study: diagnostics and recall of each, pictures, and Spearman's rank
-correlation of each diagnostic with the recovered share. The second trains the small models of `mqar.py`. Both print the
-tables of docs/analysis.md.
+With a study: diagnostics, recall and figures of each student, and Spearman's rank correlation of each diagnostic with
+the recovered share. With `--mqar`: the small models of `subquad.analysis.mqar`. Prints the tables of docs/analysis.md.
 """
 
 import argparse
@@ -40,54 +39,52 @@ COLUMNS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", type=Path, help="directory of finished runs, as `make demo` makes it")
-    parser.add_argument("--output", type=Path, help="directory for rows.json and pictures")
-    parser.add_argument("--rows", type=int, default=4, help="held-out texts that the diagnostics look at")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--items", type=int, default=8, help="recall questions for each length and depth")
+    parser.add_argument("--output", type=Path, help="directory for results.json and figures")
+    parser.add_argument("--rows", type=int, default=4, help="validation texts for diagnostics")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--items", type=int, default=8, help="recall questions per length and depth")
     parser.add_argument("--mqar", action="store_true", help="train the small models too")
     args = parser.parse_args()
     if args.study is None and not args.mqar:
         parser.error("give the directory of a study, or --mqar")
-    rows = explain(args) if args.study else []
+    results = analyze(args) if args.study else []
     if args.mqar:
-        rows += associations()
+        results += print_mqar()
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "rows.json").write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
+        text = json.dumps([result.as_dict() for result in results], indent=1)
+        (args.output / "results.json").write_text(text + "\n")
 
 
-def explain(args: argparse.Namespace) -> list[Result]:
-    """Everything about the students of a study, printed."""
+def analyze(args: argparse.Namespace) -> list[Result]:
+    """Analyzes and prints all students of a study."""
     runs = sorted(path.parent for path in args.study.glob("*/result.json"))
     if not runs:
         raise SystemExit(f"{args.study}: no finished runs (directories with result.json)")
     recipe = yaml.safe_load((runs[0] / "recipe.yaml").read_text())
     teacher, tokenizer = subquad.load_teacher(recipe["teacher"])
-    corpus = Data(source=recipe["data"]["source"], seq_len=args.context)
-    held_out = token_rows(corpus, tokenizer, "validation", limit=2**16)
-    texts = torch.stack([held_out[i]["input_ids"] for i in range(args.rows)])
-    haystack = torch.cat([held_out[i]["input_ids"] for i in range(args.rows, min(len(held_out), args.rows + 32))])
-    found = label_results(
-        "teacher",
-        None,
-        diagnostics_results(teacher, texts) + recall_results(teacher, tokenizer, haystack, items=args.items),
-    )
-    results = [json.loads((run / "result.json").read_text())["result"] for run in runs]
-    told_apart = len({result["mixer"] for result in results}) == len(runs)
+    data = Data(source=recipe["data"]["source"], seq_len=args.seq_len)
+    validation = token_rows(data, tokenizer, "validation", limit=2**16)
+    rows = torch.stack([validation[i]["input_ids"] for i in range(args.rows)])
+    haystack = torch.cat([validation[i]["input_ids"] for i in range(args.rows, min(len(validation), args.rows + 32))])
+    of_teacher = diagnostics_results(teacher, rows) + recall_results(teacher, tokenizer, haystack, items=args.items)
+    found = label_results("teacher", None, of_teacher)
+    quality = [json.loads((run / "result.json").read_text())["result"] for run in runs]
+    unique = len({result["mixer"] for result in quality}) == len(runs)
     recovered = {}
-    for run, result in zip(runs, results, strict=True):
-        begun = time.perf_counter()
+    for run, result in zip(runs, quality, strict=True):
+        begin = time.perf_counter()
         student, _ = subquad.load_teacher(run)
-        name = result["mixer"] if told_apart else run.name
+        name = result["mixer"] if unique else run.name
         recovered[name] = result["recovered_share"]
-        rows = diagnostics_results(student, texts, teacher) + ablation_results(student, texts)
-        rows += recall_results(student, tokenizer, haystack, items=args.items)
-        rows.append(Result(task="quality", metric="recovered_share", value=recovered[name]))
-        found += label_results(name, "teacher", rows)
+        results = diagnostics_results(student, rows, teacher) + ablation_results(student, rows)
+        results += recall_results(student, tokenizer, haystack, items=args.items)
+        results.append(Result(task="quality", metric="recovered_share", value=recovered[name]))
+        found += label_results(name, "teacher", results)
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
-            draw_student(name, student, teacher, texts, args.output)
-        print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
+            draw_student(name, student, teacher, rows, args.output)
+        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
     if args.output:
         draw_recall(found, args.output)
         draw_cka(found, args.output)
@@ -97,38 +94,40 @@ def explain(args: argparse.Namespace) -> list[Result]:
     return found
 
 
-def whole(rows: list[Result], model: str, metric: str) -> float | None:
-    """The number that stands for a model: over all layers and heads, or the mean over recall tasks at each length."""
-    found = [r.value for r in select(rows, model=model, metric=metric, layer=None, head=None, depth=None)]
+def mean_value(results: list[Result], model: str, metric: str) -> float | None:
+    """A model's value over all layers, heads and depths; for recall the mean over tasks and lengths."""
+    found = [r.value for r in select(results, model=model, metric=metric, layer=None, head=None, depth=None)]
     return statistics.fmean(found) if found else None
 
 
-def table(columns: tuple[str, ...], rows: list[Result], models: list[str]) -> str:
+def table(columns: tuple[str, ...], results: list[Result], models: list[str]) -> str:
     lines = [f"| | {' | '.join(c.replace('_', ' ') for c in columns)} |", f"|---{'|---' * len(columns)}|"]
     for model in models:
-        values = [whole(rows, model, column) for column in columns]
+        values = [mean_value(results, model, column) for column in columns]
         lines.append(f"| `{model}` | {' | '.join('' if v is None else f'{v:.3g}' for v in values)} |")
     return "\n".join(lines)
 
 
-def recall_table(rows: list[Result], models: list[str]) -> str:
-    """Accuracy by likelihood, and how much of it greedy decoding writes, over all lengths and depths."""
+def recall_table(results: list[Result], models: list[str]) -> str:
+    """`acc / acc_generated` over all lengths and depths."""
     lines = [f"| | {' | '.join(TASKS)} |", f"|---{'|---' * len(TASKS)}|"]
     for model in models:
         cells = []
         for task in TASKS:
-            own = select(rows, model=model, task=task, depth=None)
-            cells.append(" / ".join(f"{whole(own, model, metric):.2f}" for metric in ("acc", "acc_generated")))
+            own = select(results, model=model, task=task, depth=None)
+            cells.append(" / ".join(f"{mean_value(own, model, metric):.2f}" for metric in ("acc", "acc_generated")))
         lines.append(f"| `{model}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def correlations(rows: list[Result], recovered: dict[str, float]) -> str:
-    """Of each diagnostic with the recovered share, over those students that have it."""
+def correlations(results: list[Result], recovered: dict[str, float]) -> str:
+    """The rank correlation of each diagnostic with the recovered share, over the students that have both."""
     lines = ["| | students | rank correlation with the recovered share | 95% interval |", "|---|---|---|---|"]
     for metric in (*COLUMNS, "acc", "acc_generated"):
         pairs = [
-            (value, share) for name, share in recovered.items() if (value := whole(rows, name, metric)) is not None
+            (value, share)
+            for name, share in recovered.items()
+            if (value := mean_value(results, name, metric)) is not None
         ]
         if len(pairs) < 4:
             continue
@@ -141,15 +140,15 @@ def correlations(rows: list[Result], recovered: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def associations() -> list[Result]:
-    """MQAR by mixer and state, printed as it comes."""
+def print_mqar() -> list[Result]:
+    """MQAR accuracy by mixer and state size, printed line by line."""
     heads, found = (2, 4, 8), []
     states = [Setting(heads=count).state for count in heads]
     print(f"| mixer | {' | '.join(f'{state}' for state in states)} |\n|---{'|---' * len(heads)}|", flush=True)
     for name in mixers.names():
-        rows = mqar_results([name], heads)
-        found += rows
-        print(f"| `{name}` | {' | '.join(f'{row.value:.1%}' for row in rows)} |", flush=True)
+        results = mqar_results([name], heads)
+        found += results
+        print(f"| `{name}` | {' | '.join(f'{result.value:.1%}' for result in results)} |", flush=True)
     return found
 
 
