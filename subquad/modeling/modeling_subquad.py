@@ -49,8 +49,9 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             base = AutoModelForCausalLM.from_config(config.base_config)
         else:
             for module in base.modules():
-                module._is_hf_initialized = True  # type: ignore[assignment]  # or `post_init` draws its weights anew
-        self._mixer_layers: list[MixerLayer | AttentionLayer] = []
+                module._is_hf_initialized = True  # type: ignore[assignment]  # `post_init` must not draw its weights again
+        self.mixer_layers: list[MixerLayer | AttentionLayer] = []
+        """What replaces attention, one entry a layer."""
         for index, (attention_spec, layer_spec) in enumerate(
             zip(config.attention_specs, config.layer_specs, strict=True)
         ):
@@ -61,18 +62,13 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
                 raise UserError(f"attention_specs: {index}: path: no module {path!r} in the base model") from error
             layer = make_mixer_layer(attention, config.attention_spec(index), index, layer_spec)
             base.set_submodule(path, layer)
-            self._mixer_layers.append(layer)
+            self.mixer_layers.append(layer)
         self.base = base
         self.post_init()
         if fresh:  # `post_init` initializes the projections of mixers as the base model does its own
-            for layer in self._mixer_layers:
+            for layer in self.mixer_layers:
                 if isinstance(layer, MixerLayer):
                     layer.mixer.reset_parameters()
-
-    @property
-    def mixer_layers(self) -> list[MixerLayer | AttentionLayer]:
-        """What replaces attention, one entry a layer."""
-        return self._mixer_layers
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
