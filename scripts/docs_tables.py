@@ -3,8 +3,9 @@
     python scripts/docs_tables.py            # rewrites every table in place
     python scripts/docs_tables.py --check    # exit code 1 and the names of tables that differ from their files
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a CSV file below results/ without its suffix, whose
-first line is the header and whose cells are shown as they are, or one of `VIEWS`, computed from raw results.
+A table is the text between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a CSV file in results/, without its
+suffix, whose first line is the header and whose cells are copied unchanged; or it is one of `VIEWS`, which compute a
+table from raw results.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def demo() -> str:
 
 
 def grid_cells(metric: str) -> dict[str, dict[tuple[str, str], str]]:
-    """`mean ± half width of the 95% interval` of `metric` in results/nano/grid.csv, by mixer, then by (copied, stages)."""
+    """ "mean ± half width of the 95% interval" of `metric` in results/nano/grid.csv, by mixer and (copied, stages)."""
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for row in read_csv("nano/grid"):
         half = (float(row[f"{metric} high"]) - float(row[f"{metric} low"])) / 2
@@ -59,10 +60,11 @@ def nano_grid(metric: str, best_first: int, mixers: Sequence[str] = ()) -> str:
 
 
 def nano_plain_and_full() -> str:
-    """Perplexity of the plain recipe beside the full one, which is the grid's students with all stages, copied."""
+    """Perplexity of the plain and of the full recipe (the grid's students with all stages and copied projections)."""
     full = grid_cells("perplexity")
-    rows = [[row["mixer"], row["plain"], full[row["mixer"].strip("`")]["yes", "1+2+3"]] for row in read_csv("nano/plain")]
-    return markdown(["mixer", "plain", "full"], rows)
+    cells = [(row["mixer"], row["plain"]) for row in read_csv("nano/plain")]
+    lines = [[mixer, plain, full[mixer.strip("`")]["yes", "1+2+3"]] for mixer, plain in cells]
+    return markdown(["mixer", "plain", "full"], lines)
 
 
 VIEWS: dict[str, Callable[[], str]] = {
