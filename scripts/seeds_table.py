@@ -1,7 +1,7 @@
-"""Tables over seeds from the students of studies: mean and 95% interval (Student's t) of one number.
+"""Print a table of one metric over the seeds of studies: mean and 95% interval (Student's t).
 
-    python scripts/seeds_table.py DIR [DIR ...]                        # perplexity, mixer by stages and copy
-    python scripts/seeds_table.py PLAIN FULL --labels plain full       # mixer by study
+    python scripts/seeds_table.py DIR [DIR ...]                        # perplexity of each mixer by stages and copying
+    python scripts/seeds_table.py PLAIN FULL --labels plain full       # of each mixer by study
 
 A cell with one seed has no interval.
 """
@@ -10,6 +10,7 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,13 +19,18 @@ from subquad.study.aggregate import Mean
 STAGES = {"matrix": "1", "hidden": "2", "end_to_end": "3"}
 
 
-def runs(directory: Path) -> list[dict]:
-    """Recipe and results of every finished run below a study's directory."""
-    found = []
-    for result in sorted(directory.glob("*/result.json")):
-        recipe = yaml.safe_load((result.parent / "recipe.yaml").read_text())
-        found.append({"recipe": recipe, **json.loads(result.read_text())["result"]})
-    return found
+def finished_runs(study: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The recipe and the result of every finished run in a study's directory."""
+    return [
+        (yaml.safe_load((path.parent / "recipe.yaml").read_text()), json.loads(path.read_text())["result"])
+        for path in sorted(study.glob("*/result.json"))
+    ]
+
+
+def column_of(recipe: dict[str, Any]) -> str:
+    """`{2,3} copied`: the stages, and whether projections were copied."""
+    stages = ",".join(number for name, number in STAGES.items() if recipe["stages"].get(name))
+    return f"{{{stages}}} {'copied' if recipe['student']['copy_qkv'] else 'random'}"
 
 
 def cell(values: list[float]) -> str:
@@ -35,23 +41,19 @@ def cell(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", type=Path, nargs="+")
-    parser.add_argument("--labels", nargs="+", help="names of the studies, which become columns")
+    parser.add_argument("--labels", nargs="+", help="a column for each study, with these names")
     parser.add_argument("--metric", default="perplexity")
     args = parser.parse_args()
     cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for number, study in enumerate(args.studies):
-        for run in runs(study):
-            if args.labels:
-                column = args.labels[number]
-            else:
-                stages = ",".join(k for name, k in STAGES.items() if run["recipe"]["stages"].get(name))
-                column = f"{{{stages}}} {'copied' if run['copy_qkv'] else 'random'}"
-            cells[run["mixer"]][column].append(run[args.metric])
-    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    for index, study in enumerate(args.studies):
+        for recipe, result in finished_runs(study):
+            column = args.labels[index] if args.labels else column_of(recipe)
+            cells[result["mixer"]][column].append(result[args.metric])
+    columns = list(dict.fromkeys(column for values in cells.values() for column in values))
     print("| mixer | " + " | ".join(columns) + " |\n|" + "---|" * (1 + len(columns)))
-    for mixer, row in cells.items():
-        print(f"| `{mixer}` | " + " | ".join(cell(row[c]) if c in row else "" for c in columns) + " |")
-    print(f"\nseeds: {sorted({len(values) for row in cells.values() for values in row.values()})}")
+    for mixer, values in cells.items():
+        print(f"| `{mixer}` | " + " | ".join(cell(values[c]) if c in values else "" for c in columns) + " |")
+    print(f"\nseeds: {sorted({len(seeds) for values in cells.values() for seeds in values.values()})}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from subquad.distill.lm_head import Head
 
 CHUNK = 512
 """Tokens whose logits exist at a time: products of matrices with fewer rows are slower (128: by a quarter)."""
-_PIECE_BYTES = 2**24
+PIECE_BYTES = 2**24
 """Size of the part of these logits that is turned into loss and gradients at a time. It stays in the processor's cache,
 and its temporary tensors reuse memory of the process (the C library returns blocks over 32 MB to the system)."""
 
@@ -103,7 +103,7 @@ class _FusedLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for tokens in _slices(len(labels), chunk):
                 x, a, y = student(tokens), None if teacher is None else teacher(tokens), labels[tokens]
-                for piece in _slices(len(x), max(1, _PIECE_BYTES // x[:1].nbytes)):
+                for piece in _slices(len(x), max(1, PIECE_BYTES // x[:1].nbytes)):
                     sums = _piece_loss_(x[piece], None if a is None else a[piece], y[piece], student_head, options)
                     ce, kl = ce + sums[0], kl + sums[1]
                 gradients.add(tokens, x)

@@ -77,7 +77,7 @@ def assert_equal(found, expected, inputs, tolerance):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["f32", "f64"])
 def test_fused_loss_equals_distillation_loss(kind, divergence, temperature, weights, dtype, tolerance, monkeypatch):
     case = Case(kind, dtype)
-    monkeypatch.setattr(fused, "_PIECE_BYTES", 3 * V * case.hidden.itemsize)
+    monkeypatch.setattr(fused, "PIECE_BYTES", 3 * V * case.hidden.itemsize)
     options = {"divergence": divergence, "beta": 0.3, "temperature": temperature}
     options |= dict(zip(("ce_weight", "kl_weight"), weights, strict=True))
     assert_equal(case.fused(**options), case.plain(**options), case.inputs, tolerance)
