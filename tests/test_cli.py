@@ -209,6 +209,25 @@ def test_usage_error_is_one_line(capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_bench_needs_the_repository(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "benchmarks", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.ops", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code, _, err = run(capsys, "bench", "ops", "--sizes", "16")
+    assert code == 2
+    assert err == "subquad: bench needs the repository: clone it and run the command from its root\n"
+
+
+def test_interruption_is_exit_code_130(capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subquad.config.load_study", interrupt)
+    code, _, err = run(capsys, "recipe", "recipe.yaml")
+    assert code == 130
+    assert err == "subquad: interrupted; the same command continues it\n"
+
+
 def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "subquad.cli", "mixers"], capture_output=True, text=True)
     assert done.returncode == 0

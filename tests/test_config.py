@@ -534,6 +534,13 @@ def test_shipped_recipes():
     assert (recipe.stages.hidden.lr, recipe.stages.hidden.param_groups.attention_projections.lr) == (2e-3, 5e-4)
 
 
+def test_recipe_of_the_readme(write):
+    text = (RECIPES.parent / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    recipe = load_recipe(write(text))
+    assert recipe.teacher == "nano"
+    assert all([recipe.stages.matrix, recipe.stages.hidden, recipe.stages.end_to_end])
+
+
 @pytest.mark.parametrize(
     ("name", "valid", "expected"),
     [

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -46,9 +47,14 @@ def add_commands(add: AddCommand) -> None:
     command.add_argument("directory", metavar="DIR", help="directory of the study")
     command.add_argument("--output", "-o", metavar="FILE", help="the page (default: DIR/report.html)")
 
-    command = add("bench", run_bench, f"Run a benchmark of this machine: {', '.join(BENCHMARKS)}.")
-    command.add_argument("name", metavar="NAME", choices=BENCHMARKS)
-    command.add_argument("args", metavar="...", nargs=argparse.REMAINDER, help="its options; --help lists them")
+    command = add("bench", run_bench, "Run a benchmark of the repository on this machine.")
+    command.add_argument("name", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
+    command.add_argument(
+        "args",
+        metavar="...",
+        nargs=argparse.REMAINDER,
+        help="options of the benchmark; `subquad bench NAME --help` lists them",
+    )
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -94,11 +100,13 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_bench(args: argparse.Namespace) -> int:
+    """Runs `main` of a module of the repository's package `benchmarks`."""
     quiet_libraries()
+    sys.path.append(os.getcwd())  # an installed `subquad` script does not have it
     try:
         module = importlib.import_module(f"benchmarks.{args.name}")
     except ModuleNotFoundError as error:
-        if error.name != "benchmarks":
+        if error.name not in ("benchmarks", f"benchmarks.{args.name}"):
             raise
-        raise UserError("bench: benchmarks are not part of the installed package; run it in a clone") from None
+        raise UserError("bench needs the repository: clone it and run the command from its root") from None
     return module.main(args.args)
