@@ -85,7 +85,7 @@ class SubquadConfig(PreTrainedConfig):
         return [spec["mixer"] not in mixers.OPTIONS for spec in self.layer_specs]
 
     def attention_spec(self, index: int) -> AttentionSpec:
-        """What the attention of the teacher is in one layer."""
+        """The teacher's attention in one layer."""
         return AttentionSpec(**{name: value for name, value in self.attention_specs[index].items() if name != "path"})
 
     def check(self) -> None:

@@ -22,9 +22,6 @@ from subquad.modeling.modeling_subquad import SubquadForCausalLM, make_config
 from subquad.modeling.positions import check_positions_and_cache, find_max_learned_positions
 from subquad.utils import UserError, eval_mode
 
-SAMPLED_ROWS, SAMPLED_LENGTH = 16, 24
-"""Size of the text that the teacher writes where no `scale_ids` are given."""
-
 
 def linearize(
     teacher: PreTrainedModel,
@@ -151,7 +148,7 @@ def init_mixers(
         )
     with collect_attention_stats(teacher, attention_layers) as stats:
         if scale_ids is None:  # measured while it samples, so that it does not read the text again
-            sample_tokens(teacher, length=min(SAMPLED_LENGTH, limit or SAMPLED_LENGTH))
+            sample_tokens(teacher, length=min(24, limit or 24))
         else:
             teacher.base_model(input_ids=scale_ids.to(teacher.device), use_cache=False)
     for info, layer, layer_stats in zip(attention_layers, student.mixer_layers, stats, strict=True):
@@ -191,9 +188,7 @@ def copy_projections(info: AttentionInfo, mixer: Mixer) -> None:
 
 
 @torch.no_grad()
-def sample_tokens(
-    teacher: PreTrainedModel, rows: int = SAMPLED_ROWS, length: int = SAMPLED_LENGTH, seed: int = 0
-) -> Tensor:
+def sample_tokens(teacher: PreTrainedModel, rows: int = 16, length: int = 24, seed: int = 0) -> Tensor:
     """Token ids `[rows, length]` sampled from the teacher at temperature 1, after a first token drawn uniformly."""
     generator = torch.Generator().manual_seed(seed)
     vocab_size: int = teacher.get_input_embeddings().num_embeddings  # type: ignore[assignment]

