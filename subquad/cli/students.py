@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.cli.parser import AddCommand
+from subquad.modeling.export_target import TARGETS
 from subquad.utils import UserError, quiet_libraries
 
 CALIBRATION_TOKENS = 2048
@@ -30,7 +31,7 @@ def add_commands(add: AddCommand) -> None:
     )
     command.add_argument("--seed", type=int, default=0, help="seed of random initializations (default: 0)")
     command.add_argument(
-        "--export", choices=["qwen3_5", "bamba"], help="restrict the student to layers that `subquad export` supports"
+        "--export", choices=list(TARGETS), help="restrict the student to layers that `subquad export` supports"
     )
 
     add("mixers", run_mixers, "List the mixers with their papers and options.")
@@ -47,7 +48,7 @@ def add_commands(add: AddCommand) -> None:
 
     command = add("export", run_export, "Convert a student to a model that runs without Subquad.")
     command.add_argument("directory", metavar="DIR", help="saved student")
-    formats = ["qwen3_5", "gguf", "bamba"]
+    formats = [*TARGETS, "gguf"]
     command.add_argument("--format", required=True, choices=formats, help="gguf writes a file, the others a directory")
     command.add_argument("--output", "-o", required=True, metavar="OUT", help="new directory or file")
     command.add_argument("--type", choices=["f32", "f16", "q8_0"], help="number format of a GGUF file (default: f16)")

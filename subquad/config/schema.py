@@ -119,7 +119,7 @@ class Student(Section):
     layer_types: dict[str, Any] | None = None
     """The mixer or attention of each layer, counted from 0, in place of `mixer` and `mixer_kwargs`, such as
     `{default: gla, "1,3": attention, 4-6: {mixer: gla, short_conv: 4}}`; null: `mixer` in every layer."""
-    export_target: Literal["qwen3_5", "bamba"] | None = None
+    export_target: NonEmptyStr | None = None
     """Restrict the student to layers that Qwen3.5 or Bamba has, so that it can be exported; null: no restriction."""
 
     @field_validator("mixer")
@@ -161,10 +161,11 @@ class Student(Section):
     def _check_export_target(cls, target: str | None, info: Any) -> str | None:
         from subquad.modeling.export_target import check_mixers, find_target
 
-        if target is not None and {"mixer", "layer_types"} <= info.data.keys():
+        found = None if target is None else find_target(target)
+        if found is not None and {"mixer", "layer_types"} <= info.data.keys():
             layer_types = info.data["layer_types"] or {"default": info.data["mixer"]}
             names = [spec if isinstance(spec, str) else spec["mixer"] for spec in layer_types.values()]
-            check_mixers(names, find_target(target))
+            check_mixers(names, found)
         return target
 
     @property

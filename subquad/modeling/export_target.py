@@ -87,7 +87,7 @@ class ExportError(UserError):
 def find_target(key: str) -> ExportTarget:
     """The target of that name; an unknown name is a UserError with the nearest one."""
     if key not in TARGETS:
-        raise UserError(f"export_target: unknown {key!r}{nearest(key, TARGETS)}")
+        raise UserError(f"unknown export target {key!r}{nearest(key, TARGETS)}")
     return TARGETS[key]
 
 

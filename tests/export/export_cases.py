@@ -31,12 +31,12 @@ SIZES = {
 }
 
 
-def teacher_of(family: str, seed: int = 0, **changes):
+def teacher_of(architecture: str, seed: int = 0, **changes):
     """A teacher with random weights, norm weights near one."""
     sizes = {name: value for name, value in {**SIZES, **changes}.items() if value is not None}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 drawn = torch.randn_like(parameter)
@@ -45,9 +45,9 @@ def teacher_of(family: str, seed: int = 0, **changes):
 
 
 def student_of(
-    family: str = "llama", layers: dict | None = None, target: str = "qwen3_5", **changes
+    architecture: str = "llama", layers: dict | None = None, target: str = "qwen3_5", **changes
 ) -> SubquadForCausalLM:
-    teacher = teacher_of(family, **changes)
+    teacher = teacher_of(architecture, **changes)
     return make_student(teacher, layer_types=layers or PURE, export_target=target)
 
 

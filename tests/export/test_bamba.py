@@ -46,8 +46,8 @@ needs_group_norm = pytest.mark.skipif(
 @needs_group_norm
 @pytest.mark.parametrize("case", CASES)
 def test_converted_model_has_the_students_logits(case):
-    family, layers, changes = CASES[case]
-    student = student_of(family, layers, "bamba", **changes)
+    architecture, layers, changes = CASES[case]
+    student = student_of(architecture, layers, "bamba", **changes)
     model = convert(student, "bamba")
     ids = torch.randint(3, 61, (3, 70), generator=torch.Generator().manual_seed(1))
     assert type(model).__name__ == "BambaForCausalLM"
@@ -83,10 +83,10 @@ def made_with(**options):
     return make_student(teacher_of("llama"), "mamba2", **options)
 
 
-def hybrid(layer_type, family="llama", **changes):
+def hybrid(layer_type, architecture="llama", **changes):
     options = made_with(export_target="bamba").config.layer_specs[0]
     return subquad.linearize(
-        teacher_of(family, **changes), layer_types={"default": options, "1": layer_type}, scale_ids=SCALE_IDS
+        teacher_of(architecture, **changes), layer_types={"default": options, "1": layer_type}, scale_ids=SCALE_IDS
     )
 
 

@@ -42,7 +42,7 @@ def test_options_that_the_target_does_not_fix_are_free():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"export_target": "qwen35"}, "export_target: unknown 'qwen35'.*'qwen3_5'"),
+        ({"export_target": "qwen35"}, "unknown export target 'qwen35'"),
         (
             {"mixer": "gla", "export_target": "qwen3_5"},
             r"gla cannot be exported to Qwen3\.5",
@@ -192,5 +192,5 @@ def test_recipe_key_is_validated(tmp_path):
         load_recipe(path, ["student.mixer=gla"])
     with pytest.raises(UserError, match=r"student\.export_target: gla cannot be exported to Qwen3\.5"):
         load_recipe(path, ["student.layer_types={default: gated_deltanet, 0: gla}"])
-    with pytest.raises(UserError, match=r"student\.export"):
+    with pytest.raises(UserError, match=r"student\.export_target: unknown export target 'gguf'"):
         load_recipe(path, ["student.export_target=gguf"])

@@ -53,8 +53,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_converted_model_has_the_students_logits(case):
-    family, layers, changes = CASES[case]
-    student = student_of(family, layers, **changes)
+    architecture, layers, changes = CASES[case]
+    student = student_of(architecture, layers, **changes)
     model = convert(student, "qwen3_5")
     ids = torch.randint(3, 61, (3, 70), generator=torch.Generator().manual_seed(1))
     assert type(model).__name__ == "Qwen3_5ForCausalLM"
@@ -104,9 +104,9 @@ def made_with(mixer="gated_deltanet", **options):
     return make_student(teacher_of("llama"), mixer, **options)
 
 
-def hybrid(layer_type, family="llama", **changes):
+def hybrid(layer_type, architecture="llama", **changes):
     layers = {"default": {"mixer": "gated_deltanet", **OPTIONS}, "1": layer_type}
-    return subquad.linearize(teacher_of(family, **changes), layer_types=layers, scale_ids=SCALE_IDS)
+    return subquad.linearize(teacher_of(architecture, **changes), layer_types=layers, scale_ids=SCALE_IDS)
 
 
 def biased():
@@ -169,11 +169,11 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize("family", TEACHERS)
-def test_linearize_refuses_unsupported_teacher(family):
-    changes, reason = TEACHERS[family]
+@pytest.mark.parametrize("architecture", TEACHERS)
+def test_linearize_refuses_unsupported_teacher(architecture):
+    changes, reason = TEACHERS[architecture]
     with pytest.raises(ExportError, match=reason):
-        subquad.linearize(teacher_of(family, **changes), scale_ids=SCALE_IDS, export_target="qwen3_5")
+        subquad.linearize(teacher_of(architecture, **changes), scale_ids=SCALE_IDS, export_target="qwen3_5")
 
 
 def test_wrong_arguments_are_refused_and_nothing_is_written(tmp_path):

@@ -25,7 +25,7 @@ TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attent
 
 
 @pytest.mark.parametrize(
-    ("family", "head_dim", "qkv_bias", "output_bias"),
+    ("architecture", "head_dim", "qkv_bias", "output_bias"),
     [
         ("plain", 8, False, False),
         ("wide-biased-tied", 12, True, True),
@@ -34,8 +34,8 @@ TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attent
         ("qwen3", 12, False, False),
     ],
 )
-def test_discovered_attention_has_the_right_spec(make_teacher, family, head_dim, qkv_bias, output_bias):
-    teacher = make_teacher(family)
+def test_discovered_attention_has_the_right_spec(make_teacher, architecture, head_dim, qkv_bias, output_bias):
+    teacher = make_teacher(architecture)
     attention_layers = discover_attention(teacher)
     assert [info.index for info in attention_layers] == [0, 1]
     assert [info.module for info in attention_layers] == [layer.self_attn for layer in teacher.model.layers]
@@ -171,11 +171,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_unsupported_architecture_is_refused(family):
-    sizes, message = REFUSED[family]
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_unsupported_architecture_is_refused(architecture):
+    sizes, message = REFUSED[architecture]
     try:
-        teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+        teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
     except (ValueError, AttributeError) as error:
         pytest.skip(f"not in this version of transformers, or broken: {error}")
     with pytest.raises(UserError, match=message) as caught:
@@ -183,12 +183,12 @@ def test_unsupported_architecture_is_refused(family):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["codegen", "xglm"])
-def test_attention_without_the_attention_interface(family):
+@pytest.mark.parametrize("architecture", ["codegen", "xglm"])
+def test_attention_without_the_attention_interface(architecture):
     """Further architectures than those in test_architectures.py."""
     gpt = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 61, "n_positions": 64}
     xglm = {"d_model": 32, "ffn_dim": 40, "num_layers": 2, "attention_heads": 4, "vocab_size": 61}
-    config = AutoConfig.for_model(family, **(gpt if family == "codegen" else xglm))
+    config = AutoConfig.for_model(architecture, **(gpt if architecture == "codegen" else xglm))
     teacher = AutoModelForCausalLM.from_config(config).eval()
     student = subquad.linearize(teacher, "gla", scale_ids=SCALE_IDS)
     for activations, layer in zip(
@@ -198,7 +198,7 @@ def test_attention_without_the_attention_interface(family):
     ):
         with torch.no_grad():
             assert torch.allclose(layer.mixer.o_proj(activations.heads), activations.output, atol=1e-6)
-    if family == "xglm":
+    if architecture == "xglm":
         k_proj = teacher.model.layers[0].self_attn.k_proj
         assert torch.equal(student.mixer_layers[0].mixer.k_proj.weight, k_proj.weight)
         assert torch.equal(student.mixer_layers[0].mixer.k_proj.bias, k_proj.bias)
@@ -206,13 +206,13 @@ def test_attention_without_the_attention_interface(family):
 
 
 @pytest.mark.parametrize("window", [None, 6, 2047])
-@pytest.mark.parametrize("family", ["phimoe", "mistral", "gemma2"])
-def test_window_longer_than_the_traced_text_is_found(family, window):
+@pytest.mark.parametrize("architecture", ["phimoe", "mistral", "gemma2"])
+def test_window_longer_than_the_traced_text_is_found(architecture, window):
     """Phi-MoE passes the window to the mask only, not to the attention function."""
-    if family == "gemma2" and window is None:
+    if architecture == "gemma2" and window is None:
         pytest.skip("it always has a window")
-    attention_layers = discover_attention(build_teacher(family, sliding_window=window))
-    assert [info.spec.window for info in attention_layers] == [window, None if family == "gemma2" else window]
+    attention_layers = discover_attention(build_teacher(architecture, sliding_window=window))
+    assert [info.spec.window for info in attention_layers] == [window, None if architecture == "gemma2" else window]
 
 
 @pytest.mark.skipif("gemma4_text" not in ARCHITECTURES, reason="not in this version of transformers")
@@ -256,10 +256,10 @@ def test_discovery_in_bfloat16_equals_float32():
     assert logits(subquad.linearize(narrow, "gla", scale_ids=SCALE_IDS), SCALE_IDS).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("family", ["plain", "wide-biased-tied", "mistral", "qwen3"])
-def test_attention_probabilities_reproduce_the_teachers_heads(make_teacher, ids, family):
+@pytest.mark.parametrize("architecture", ["plain", "wide-biased-tied", "mistral", "qwen3"])
+def test_attention_probabilities_reproduce_the_teachers_heads(make_teacher, ids, architecture):
     """The targets of stage 1, with a sliding window too."""
-    teacher = make_teacher(family)
+    teacher = make_teacher(architecture)
     attention_layers = discover_attention(teacher)
     implementation = teacher.config._attn_implementation
     activations = collect_activations(teacher, attention_modules(attention_layers), ids)
@@ -280,9 +280,9 @@ def test_attention_probabilities_reproduce_the_teachers_heads(make_teacher, ids,
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["plain", "wide-biased-tied", "mistral", "qwen2", "qwen3"])
-def test_softmax_student_has_the_teachers_logits(make_teacher, ids, family, implementation):
-    teacher = make_teacher(family)
+@pytest.mark.parametrize("architecture", ["plain", "wide-biased-tied", "mistral", "qwen2", "qwen3"])
+def test_softmax_student_has_the_teachers_logits(make_teacher, ids, architecture, implementation):
+    teacher = make_teacher(architecture)
     teacher.set_attn_implementation(implementation)
     student = subquad.linearize(teacher, "softmax")
     assert torch.equal(logits(student, ids), logits(teacher, ids))
