@@ -9,57 +9,9 @@ sys.modules["fla"] = None  # type: ignore[assignment]
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-TEACHERS = {
-    # head_dim = hidden / heads, no biases, an output matrix of its own
-    "plain": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}),
-    # heads times head_dim is not hidden, biases everywhere, tied to the embedding
-    "wide-biased-tied": (
-        LlamaForCausalLM,
-        LlamaConfig,
-        {"head_dim": 12, "attention_bias": True, "tie_word_embeddings": True},
-    ),
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 6}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 12}),
-}
-
-
-def tiny_teacher(name: str = "plain", seed: int = 0, **changes) -> PreTrainedModel:
-    """A random teacher in evaluation mode, all of whose parameters, biases and norms too, are random."""
-    cls, config, own = TEACHERS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = cls(config(**{**SIZES, **own, **changes}))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
+from tests.helpers.teachers import SIZES, tiny_teacher
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,7 @@ import pytest
 import subquad
 from subquad import mixers
 from subquad.cli import main
-from tests.workshop import tiny_recipe
+from tests.helpers.recipes import tiny_recipe
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import subquad
-from tests.workshop import tiny_teacher
+from tests.helpers.recipes import save_tiny_teacher
 
 LOAD = "AutoModelForCausalLM.from_pretrained(student)"
 
@@ -16,7 +16,7 @@ LOAD = "AutoModelForCausalLM.from_pretrained(student)"
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     directory = tmp_path_factory.mktemp("startup")
-    teacher, tokenizer = subquad.load_teacher(tiny_teacher(directory / "teacher"))
+    teacher, tokenizer = subquad.load_teacher(save_tiny_teacher(directory / "teacher"))
     subquad.linearize(teacher, mixer="gla").save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")
     return directory / "student"

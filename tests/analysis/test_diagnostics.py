@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from handmade import PREVIOUS, UNIFORM, known_heads, previous_and_uniform
 
 import subquad
 from subquad.analysis.diagnostics import (
@@ -24,6 +23,7 @@ from subquad.analysis.layer_errors import kl_and_loss_increase, layer_error_resu
 from subquad.evaluate.perplexity import compare
 from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError
+from tests.helpers.known_models import PREVIOUS, UNIFORM, known_heads, previous_and_uniform
 
 TEXT = torch.arange(3, 15)[None]
 T = 24

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from handmade import PREVIOUS, UNIFORM, known_heads, previous_matrix, uniform_matrix
 
 from subquad.analysis.hidden_states import LinearCKA
 from subquad.analysis.mixing_matrices import (
@@ -14,6 +13,7 @@ from subquad.analysis.mixing_matrices import (
     sums_by_distance,
     topk_weights,
 )
+from tests.helpers.known_models import PREVIOUS, UNIFORM, known_heads, previous_matrix, uniform_matrix
 
 CPU = torch.device("cpu")
 T = 24

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from handmade import previous_matrix, uniform_matrix
 
 from subquad.analysis.plots import (
     MIN_SHARE,
@@ -14,6 +13,7 @@ from subquad.analysis.plots import (
 )
 from subquad.evaluate.results import Result
 from subquad.utils import UserError
+from tests.helpers.known_models import previous_matrix, uniform_matrix
 
 RECALL = [
     Result(task=task, metric="acc", value=length / 1000 + depth / 2, length=length, depth=depth)

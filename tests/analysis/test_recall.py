@@ -5,16 +5,16 @@ import random
 
 import pytest
 import torch
-from handmade import Copier
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
-from workshop import EOS, sentences, tiny_teacher
 
 import subquad
 from subquad.analysis.recall import answer_all, answer_batch, recall_results
 from subquad.analysis.recall_tasks import COPY_TOKENS, TASKS, Item, PromptSource, Question, make_items
 from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError, eval_mode
+from tests.helpers.known_models import Copier
+from tests.helpers.recipes import EOS, save_tiny_teacher, sentences
 
 LENGTH = 192
 WITH_DEPTH = [task for task in TASKS if task != "copy"]
@@ -23,7 +23,7 @@ DEPTHS = (0.0, 0.5, 1.0)
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return AutoTokenizer.from_pretrained(tiny_teacher(tmp_path_factory.mktemp("teacher")))
+    return AutoTokenizer.from_pretrained(save_tiny_teacher(tmp_path_factory.mktemp("teacher")))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def haystack(tokenizer):
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
     """A random Llama over the tokenizer's vocabulary."""
-    return subquad.load_teacher(tiny_teacher(tmp_path_factory.mktemp("teacher"), context=512))[0]
+    return subquad.load_teacher(save_tiny_teacher(tmp_path_factory.mktemp("teacher"), context=512))[0]
 
 
 def items_of(task, tokenizer, haystack, length=LENGTH, depths=DEPTHS, items=3, seed=0) -> list[Item]:

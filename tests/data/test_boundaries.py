@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_cases import in_file_order
 
 from subquad.config import Data
 from subquad.data import token_rows
 from subquad.data.cache import HEADER
+from tests.helpers.token_rows import in_file_order
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from data_cases import in_file_order
 
 from subquad.config import Data, MixtureSource, load_recipe
 from subquad.data import check_data, documents, token_rows
 from subquad.data.chat import Conversation
 from subquad.data.encoding import LOSS_IGNORED, TOKEN_MASK, Encoder
 from subquad.utils import UserError
+from tests.helpers.token_rows import in_file_order
 
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' }}"
 LOOP = "{% for m in messages %}BODY{% endfor %}"

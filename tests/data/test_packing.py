@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_cases import in_file_order
 from torch.utils.data import DataLoader
 
 from subquad.config import Data
 from subquad.data import packing, token_rows
 from subquad.utils import UserError, cache_dir
+from tests.helpers.token_rows import in_file_order
 
 EOS = 256
 

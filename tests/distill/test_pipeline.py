@@ -23,7 +23,7 @@ from subquad.distill.recipe_stages import STAGE_NAMES
 from subquad.modeling import linearize
 from subquad.modeling.attention.discovery import discover_attention
 from subquad.utils import UserError
-from tests.workshop import tiny_recipe
+from tests.helpers.recipes import tiny_recipe
 
 
 @pytest.fixture(scope="module")

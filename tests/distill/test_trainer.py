@@ -15,7 +15,7 @@ from subquad.distill import trainer
 from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
 from subquad.utils import UserError
-from tests.workshop import tiny_recipe
+from tests.helpers.recipes import tiny_recipe
 
 SIZES = {"tokens": 512, "lr": 1e-3, "batch_size": 4}
 

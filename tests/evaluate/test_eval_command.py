@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from workshop import tiny_recipe
 
 import subquad
 from subquad import cli
@@ -17,6 +16,7 @@ from subquad.evaluate.runner import evaluate, load_eval_model
 from subquad.evaluate.suites import QUICK, STANDARD_SUITES, SUITES, Settings, Suite, settings_for
 from subquad.evaluate.table import format_tables
 from subquad.utils import UserError
+from tests.helpers.recipes import tiny_recipe
 
 
 @pytest.fixture(scope="module")

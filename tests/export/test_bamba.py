@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from export_cases import check_served, relative_error, saved_student, student_of, teacher_of
 
 import subquad
 from subquad.cli import main
@@ -14,7 +13,8 @@ from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.calibrate import LayerCalibrator
 from subquad.modeling.export_target import ExportError
 from subquad.utils import UserError
-from tests.modeling.modeling_cases import SCALE_IDS, logits, make_student
+from tests.helpers.exports import check_served, relative_error, saved_student, student_of, teacher_of
+from tests.helpers.students import SCALE_IDS, logits, make_student
 
 PURE = {"default": "mamba2"}
 HYBRID = {"default": "mamba2", "0,3": "attention"}

@@ -8,14 +8,14 @@ from transformers import AutoModelForCausalLM
 
 import subquad
 from subquad.cli import main
-from tests import workshop
-from tests.modeling.modeling_cases import logits
+from tests.helpers.recipes import save_tiny_teacher
+from tests.helpers.students import logits
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     directory = tmp_path_factory.mktemp("cli")
-    workshop.tiny_teacher(directory / "teacher", num_hidden_layers=3)
+    save_tiny_teacher(directory / "teacher", num_hidden_layers=3)
     plan = ["--layer-types", "{default: gated_deltanet, 2: attention}"]
     assert (
         main(["linearize", str(directory / "teacher"), *plan, "--export", "qwen3_5", "-o", str(directory / "s")]) == 0

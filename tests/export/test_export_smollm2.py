@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import relative_error, run_without_subquad
-from llama_cpp import needs_llama_cpp, run
 from transformers import AutoModelForCausalLM
 
 import subquad
@@ -15,7 +13,9 @@ from subquad.export import export
 from subquad.export.converter import rounding_error
 from subquad.modeling.teachers import fetch_smollm2
 from subquad.utils import UserError
-from tests.modeling.modeling_cases import logits
+from tests.helpers.exports import relative_error, run_without_subquad
+from tests.helpers.llama_cpp import needs_llama_cpp, run
+from tests.helpers.students import logits
 
 pytestmark = [pytest.mark.slow, pytest.mark.sample]
 PAGE = """The harbour lay quiet in the early light. Two fishermen, brothers who had not spoken to each other for a year,

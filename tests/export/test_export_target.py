@@ -3,7 +3,6 @@
 import pytest
 import torch
 import yaml
-from export_cases import IRREGULAR, PURE, REGULAR, relative_error, student_of, teacher_of
 
 import subquad
 from subquad.config import Data, load_recipe
@@ -14,7 +13,8 @@ from subquad.mixers import AttentionSpec, create
 from subquad.mixers.norms import fit_bias_direction
 from subquad.modeling.layers import NormedProjection
 from subquad.utils import UserError
-from tests.modeling.modeling_cases import SCALE_IDS, logits
+from tests.helpers.exports import IRREGULAR, PURE, REGULAR, relative_error, student_of, teacher_of
+from tests.helpers.students import SCALE_IDS, logits
 
 SPEC = AttentionSpec(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True)
 

@@ -4,8 +4,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from export_cases import IRREGULAR, PURE, REGULAR, relative_error, saved_student, student_of
-from llama_cpp import log_probabilities, needs_llama_cpp, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subquad
@@ -13,7 +11,9 @@ from subquad.export import convert, export
 from subquad.export.gguf import check_config
 from subquad.export.gguf_tokenizer import pre_tokenizer_name, token_list
 from subquad.modeling.export_target import ExportError
-from tests.modeling.modeling_cases import logits
+from tests.helpers.exports import IRREGULAR, PURE, REGULAR, relative_error, saved_student, student_of
+from tests.helpers.llama_cpp import log_probabilities, needs_llama_cpp, run
+from tests.helpers.students import logits
 
 PRECISION = {"f32": 1e-5, "f16": 1e-2, "q8_0": 0.2}
 """Relative errors of the logits. Random weights amplify rounding; those of a trained student are smaller."""

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from export_cases import (
+
+import subquad
+from subquad.export import convert, export
+from subquad.modeling.export_target import ExportError
+from subquad.utils import UserError
+from tests.helpers.exports import (
     IRREGULAR,
     PURE,
     REGULAR,
@@ -12,12 +17,7 @@ from export_cases import (
     student_of,
     teacher_of,
 )
-
-import subquad
-from subquad.export import convert, export
-from subquad.modeling.export_target import ExportError
-from subquad.utils import UserError
-from tests.modeling.modeling_cases import SCALE_IDS, logits, make_student
+from tests.helpers.students import SCALE_IDS, logits, make_student
 
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 LLAMA3 = {

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mixer_cases import build, distance, draw
 
-from tests.references import fla_reference
+from tests.helpers.mixers import build, distance, draw
+from tests.helpers.references import fla_reference
 
 CASES = [
     ("kda", {}),

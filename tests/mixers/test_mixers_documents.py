@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from mixer_cases import build, case_id, distance, draw, rotary
 
 from subquad import mixers
+from tests.helpers.mixers import build, case_id, distance, draw, rotary
 
 CASES = [(name, options) for name in mixers.REGISTRY for options in ({}, {"short_conv": 4, "rotary": True})]
 CASES += [("linear_attention", {"normalizer": True, "qk_activation": "elu1"}), ("mamba2", {"discretization": "zoh"})]

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from mixer_cases import SPECS, build, distance, draw, rotary
 
 from subquad import mixers
 from subquad.mixers.options import OUTPUT_GATES
+from tests.helpers.mixers import SPECS, build, distance, draw, rotary
 
 CASES = [
     ("linear_attention", {}),

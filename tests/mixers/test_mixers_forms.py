@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from mixer_cases import build, case_id, distance, draw, every_option, rotary
 
 from subquad import mixers
+from tests.helpers.mixers import build, case_id, distance, draw, every_option, rotary
 
 PRECISIONS = {torch.float32: 1e-5, torch.float64: 1e-10}
 

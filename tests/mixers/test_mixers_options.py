@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from mixer_cases import SPECS
 
 from subquad import mixers
 from subquad.utils import UserError
+from tests.helpers.mixers import SPECS
 
 EIGHT = ["linear_attention", "retnet", "mamba2", "gla", "metala", "deltanet", "gated_deltanet", "xlstm"]
 ALL = [*EIGHT, "kda", "hgrn2"]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from architecture_cases import ARCHITECTURES, cached_student, cached_teacher
 
 from subquad.analysis.ablations import ablation_results
 from subquad.analysis.diagnostics import diagnostics_results
 from subquad.evaluate.results import select, select_one
+from tests.helpers.architectures import ARCHITECTURES, cached_student, cached_teacher
 
 FEW = ("gemma2", "gpt_neox", "gpt2", "falcon", "gpt_oss", "glm")
 ROWS = torch.randint(3, 61, (1, 20), generator=torch.Generator().manual_seed(5))

@@ -3,16 +3,6 @@ test_generation.py, test_linearize.py, test_saving.py.)"""
 
 import pytest
 import torch
-from architecture_cases import (
-    ARCHITECTURES,
-    HAS_EXPERTS,
-    LAYER_TYPES,
-    LEARNED_POSITIONS,
-    build_teacher,
-    cached_student,
-    cached_teacher,
-)
-from modeling_cases import MIXERS, SCALE_IDS, all_close, logits, make_student
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
@@ -23,6 +13,16 @@ from subquad.modeling.attention.discovery import discover_attention, random_toke
 from subquad.modeling.attention.tracing import trace_attention
 from subquad.modeling.positions import find_max_learned_positions
 from subquad.utils import UserError
+from tests.helpers.architectures import (
+    ARCHITECTURES,
+    HAS_EXPERTS,
+    LAYER_TYPES,
+    LEARNED_POSITIONS,
+    build_teacher,
+    cached_student,
+    cached_teacher,
+)
+from tests.helpers.students import MIXERS, SCALE_IDS, all_close, logits, make_student
 
 each_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 each_layer_types = pytest.mark.parametrize("layer_types", LAYER_TYPES)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from architecture_cases import ARCHITECTURES, build_teacher
-from modeling_cases import SCALE_IDS, logits
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +18,8 @@ from subquad.modeling.attention.activations import attention_modules, collect_ac
 from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.attention.scores import attention_probabilities
 from subquad.utils import UserError
+from tests.helpers.architectures import ARCHITECTURES, build_teacher
+from tests.helpers.students import SCALE_IDS, logits
 
 TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 

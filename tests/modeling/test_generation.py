@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from modeling_cases import MIXERS, MIXERS_AND_SOFTMAX, logits, make_student
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from subquad.modeling.cache import RecurrentCacheLayer, SubquadCache
+from tests.helpers.students import MIXERS, MIXERS_AND_SOFTMAX, logits, make_student
 
 CASES = [(mixer, {}) for mixer in MIXERS_AND_SOFTMAX] + [
     ("gla", {"short_conv": 4, "rotary": True}),

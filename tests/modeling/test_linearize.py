@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from modeling_cases import MIXERS, MIXERS_AND_SOFTMAX, SCALE_IDS, checksum, logits
 from transformers import AutoModelForCausalLM
 
 import subquad
@@ -13,6 +12,7 @@ from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.linearize import sample_tokens
 from subquad.utils import UserError
+from tests.helpers.students import MIXERS, MIXERS_AND_SOFTMAX, SCALE_IDS, checksum, logits
 
 FAMILIES = ["plain", "wide-biased-tied", "mistral", "qwen2", "qwen3"]
 

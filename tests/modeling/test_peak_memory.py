@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from modeling_cases import MIXERS
+
+from tests.helpers.students import MIXERS
 
 SHORT, LONG = 32_768, 65_536
 

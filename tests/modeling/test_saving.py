@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from modeling_cases import MIXERS_AND_SOFTMAX, logits, make_student
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import subquad
 from subquad import SubquadConfig, SubquadForCausalLM
 from subquad.utils import UserError
+from tests.helpers.students import MIXERS_AND_SOFTMAX, logits, make_student
 
 # "plain" has untied embeddings, "wide-biased-tied" tied ones.
 CASES = [(family, mixer) for family in ("plain", "wide-biased-tied") for mixer in MIXERS_AND_SOFTMAX]
@@ -44,7 +44,7 @@ save_file(found, root / "logits.safetensors")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """The directory of all students, and the logits of each in this and in another process."""
-    from tests.conftest import tiny_teacher
+    from tests.helpers.teachers import tiny_teacher
 
     root = tmp_path_factory.mktemp("students")
     ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from architecture_cases import LAYER_TYPES, cached_student, cached_teacher
-from modeling_cases import MIXERS_AND_SOFTMAX, logits, make_student
 
 import subquad
 from subquad.modeling.model_card import model_card
@@ -18,6 +16,8 @@ from subquad.modeling.summary import (
     teacher_cache_bytes,
 )
 from subquad.utils import UserError
+from tests.helpers.architectures import LAYER_TYPES, cached_student, cached_teacher
+from tests.helpers.students import MIXERS_AND_SOFTMAX, logits, make_student
 
 
 @pytest.mark.parametrize("mixer", MIXERS_AND_SOFTMAX)

@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 from gguf import GGUFWriter
-from modeling_cases import logits, make_student
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import subquad
 from subquad.modeling import teachers
 from subquad.utils import UserError
+from tests.helpers.students import logits, make_student
 
 WORDS = sorted(pre_tokenizers.ByteLevel.alphabet())
 

@@ -6,9 +6,10 @@ import pickle
 
 import pytest
 import torch
-from architecture_cases import build_teacher
-from modeling_cases import all_close, logits, make_student
 from transformers import AutoModelForCausalLM
+
+from tests.helpers.architectures import build_teacher
+from tests.helpers.students import all_close, logits, make_student
 
 LAYER_TYPES = {
     "gated_deltanet": {"default": {"mixer": "gated_deltanet", "short_conv": 4}},

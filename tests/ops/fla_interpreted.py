@@ -38,9 +38,8 @@ def main(decay, delta, op, packed):
         import triton.runtime.autotuner as autotuner
 
         autotuner.Autotuner.run = first_configuration
-        from ops_cases import definition, differentiate, draw, errors
-
         from subquad import ops
+        from tests.helpers.ops import definition, differentiate, draw, errors
 
         case = draw((decay, delta), T=40 if op == "step" else 96, H=2, K=32, V=32)
         if decay != "none":

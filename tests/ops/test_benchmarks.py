@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from ops_cases import error
 
 from benchmarks import common, ops, ops_timing
 from subquad import cli
 from subquad.cli.measurements import BENCHMARKS
+from tests.helpers.ops import error
 
 
 def test_every_variant_is_timed():

@@ -4,7 +4,10 @@ import itertools
 
 import pytest
 import torch
-from ops_cases import (
+
+from subquad import ops
+from subquad.ops.engine import segments
+from tests.helpers.ops import (
     VARIANT_IDS,
     VARIANTS,
     assert_close,
@@ -14,9 +17,6 @@ from ops_cases import (
     error,
     flatten,
 )
-
-from subquad import ops
-from subquad.ops.engine import segments
 
 TOLERANCE = 1e-6
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=VARIANT_IDS)

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_cases import assert_close, differentiate, error
 
 from subquad import ops
+from tests.helpers.ops import assert_close, differentiate, error
 
 
 def draw_conv(T, B=2, D=6, W=4, bias=True, sequences=None):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops_cases import VARIANT_IDS, VARIANTS, assert_close, definition, differentiate, draw
 
 from subquad import ops
 from subquad.ops import fla
+from tests.helpers.ops import VARIANT_IDS, VARIANTS, assert_close, definition, differentiate, draw
 
 ROOT = Path(__file__).parents[2]
 

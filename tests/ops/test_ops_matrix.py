@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from ops_cases import VARIANT_IDS, VARIANTS, assert_close, definition, differentiate, draw, draw_gates, error
 
 from subquad import ops
+from tests.helpers.ops import VARIANT_IDS, VARIANTS, assert_close, definition, differentiate, draw, draw_gates, error
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=VARIANT_IDS)
 

@@ -6,16 +6,16 @@ import threading
 
 import pytest
 import torch
-from ops_cases import VARIANTS, differentiate, draw
 
 from subquad import ops
 from subquad.ops.engine.workspace import MAX_VIEWS, Workspace
+from tests.helpers.ops import VARIANTS, differentiate, draw
 
 ROWS_OF_A_LONG_MATRIX = """
 import sys
 sys.path[:0] = ["tests/ops"]
 import torch
-from ops_cases import VARIANTS, draw
+from tests.helpers.ops import VARIANTS, draw
 from subquad import ops
 from benchmarks.common import peak_rss
 

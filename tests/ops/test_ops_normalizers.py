@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from ops_cases import assert_close, definition, differentiate, draw, draw_gates, error, errors, flatten, rounded
 
 from subquad import ops
 from subquad.ops.mlstm import INITIAL_STABILIZER
+from tests.helpers.ops import assert_close, definition, differentiate, draw, draw_gates, error, errors, flatten, rounded
 
 
 def unstabilized(q, k, v, input_gate, forget_gate, scale):

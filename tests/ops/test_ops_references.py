@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_cases import assert_close, differentiate, draw, draw_gates, error
 
 from subquad import ops
 from subquad.ops.chunk import chunk
-from tests.references import fla_reference
+from tests.helpers.ops import assert_close, differentiate, draw, draw_gates, error
+from tests.helpers.references import fla_reference
 
 
 def model_function(model, function):

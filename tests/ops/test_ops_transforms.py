@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from ops_cases import VARIANT_IDS, VARIANTS, assert_close, definition, differentiate, draw, draw_gates, error
 from torch.utils.checkpoint import checkpoint
 
 from subquad import ops
 from subquad.ops.engine import compiled
+from tests.helpers.ops import VARIANT_IDS, VARIANTS, assert_close, definition, differentiate, draw, draw_gates, error
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=VARIANT_IDS)
 

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from workshop import tiny_recipe
 
 from subquad.cli import main
 from subquad.config import load_study
@@ -19,7 +18,8 @@ from subquad.report.run_plots import pareto_front
 from subquad.report.style import MIXER_STYLES
 from subquad.report.tables import Cell, Table, column_title
 from subquad.study.grid import run_study
-from tests.study.synthetic_study import STAGE_SETS, synthetic_recipes, write_study
+from tests.helpers.recipes import tiny_recipe
+from tests.helpers.studies import STAGE_SETS, synthetic_recipes, write_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking

@@ -3,7 +3,7 @@
 from subquad.report.text import report_notes, significance, summary
 from subquad.study.aggregate import best_group, group_by_seed
 from subquad.study.runs import find_runs
-from tests.study.synthetic_study import STAGE_SETS, synthetic_recipes, write_study
+from tests.helpers.studies import STAGE_SETS, synthetic_recipes, write_study
 
 
 def test_disjoint_intervals_are_stated(tmp_path):

@@ -1,7 +1,8 @@
 """A tiny recipe and a cache directory for all tests of studies."""
 
 import pytest
-from workshop import tiny_recipe
+
+from tests.helpers.recipes import tiny_recipe
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from subquad.study.aggregate import T_QUANTILES, Mean, best_group, group_by_seed, group_labels, significant_best
-from tests.study.synthetic_study import STAGE_SETS, synthetic_recipes, write_study
+from tests.helpers.studies import STAGE_SETS, synthetic_recipes, write_study
 
 
 def test_quantiles_match_students_t():

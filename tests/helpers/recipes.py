@@ -25,7 +25,7 @@ def sentences(count: int, seed: int) -> str:
     return "\n\n".join(lines)
 
 
-def tiny_teacher(directory: Path, context: int = 64, **changes) -> Path:
+def save_tiny_teacher(directory: Path, context: int = 64, **changes) -> Path:
     """Saves a two-layer Llama with grouped-query attention and a byte-level tokenizer."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,7 +57,7 @@ def tiny_teacher(directory: Path, context: int = 64, **changes) -> Path:
 def tiny_recipe(directory: Path, **changes) -> Path:
     """Writes teacher, corpus and recipe below `directory` and returns the recipe's path."""
     directory.mkdir(parents=True, exist_ok=True)
-    teacher = tiny_teacher(directory / "teacher")
+    teacher = save_tiny_teacher(directory / "teacher")
     (directory / "text.txt").write_text(sentences(2000, 1))
     recipe = {
         "teacher": str(teacher),

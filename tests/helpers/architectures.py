@@ -3,10 +3,11 @@
 from functools import cache
 
 import torch
-from modeling_cases import make_student
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from subquad import SubquadForCausalLM
+from tests.helpers.students import make_student
+from tests.helpers.teachers import randomize_weights
 
 LLAMA = {
     "vocab_size": 61,
@@ -116,12 +117,7 @@ def build_teacher(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(model_type, **{**NO_DROPOUT, **ARCHITECTURES[model_type], **changes})
         )
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = torch.randn_like(parameter)
-                mean = float("norm" in name or "ln_" in name)
-                parameter.copy_(0.3 * noise if parameter.dim() > 1 else mean + 0.1 * noise)
-    return model.eval()
+        return randomize_weights(model)
 
 
 @cache

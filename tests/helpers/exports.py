@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import subquad
 from subquad import SubquadForCausalLM
-from tests import workshop
-from tests.modeling.modeling_cases import logits, make_student
+from tests.helpers.recipes import save_tiny_teacher
+from tests.helpers.students import logits, make_student
+from tests.helpers.teachers import randomize_weights
 
 PURE = {"default": "gated_deltanet"}
 REGULAR = {"default": "gated_deltanet", "1,3": "attention"}
@@ -37,11 +38,7 @@ def teacher_of(architecture: str, seed: int = 0, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                drawn = torch.randn_like(parameter)
-                parameter.copy_(0.25 * drawn if parameter.dim() > 1 else 0.1 * drawn + ("norm" in name))
-    return model.eval()
+        return randomize_weights(model)
 
 
 def student_of(
@@ -53,7 +50,7 @@ def student_of(
 
 def saved_student(directory: Path, layers: dict | None = None, target: str = "qwen3_5", **changes) -> Path:
     """Saves a teacher, and a student with its tokenizer, below `directory`; returns the student's directory."""
-    workshop.tiny_teacher(directory / "teacher", **{"num_hidden_layers": 4, "head_dim": 32, **changes})
+    save_tiny_teacher(directory / "teacher", **{"num_hidden_layers": 4, "head_dim": 32, **changes})
     teacher, tokenizer = subquad.load_teacher(directory / "teacher")
     student = make_student(teacher, layer_types=layers or PURE, export_target=target)
     student.save_pretrained(directory / "student")

@@ -1,0 +1,1 @@
+"""Tiny models, recipes and reference implementations that the tests share."""
