@@ -1,18 +1,13 @@
-"""Figures of mixing matrices, half-lives, recall and hidden states, as SVG and PNG.
+"""Figures of mixing matrices, half-lives, recall and hidden states, as SVG and PNG."""
 
-Amounts are in viridis. Series have the colors of Okabe and Ito (gray instead of their yellow) and a marker each, which
-tells them apart without color.
-"""
-
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -22,16 +17,16 @@ from transformers import PreTrainedModel
 from subquad.analysis.diagnostics import sample_matrix_pairs
 from subquad.analysis.half_life import half_lives
 from subquad.analysis.mixing_matrices import MatrixPairs, normalized_abs_rows
+from subquad.analysis.plot_style import MIXER_STYLES, color, format_tick, save_figure
 from subquad.analysis.recall_tasks import TASKS
 from subquad.evaluate.results import Result, select
 from subquad.utils import UserError
 
-COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"
-MARKERS = "o", "s", "^", "D", "v", "P", "X", "*"
+FILES = "svg", "png"
 MIN_SHARE = 1e-3
 """Smaller shares of a row have the same color."""
-MAX_COLUMNS = 5
-"""Heat maps side by side."""
+MAX_CELLS_ACROSS = 8
+"""Columns of a heat map up to which values are written into the cells."""
 
 
 def matrices_figure(pairs: MatrixPairs, title: str) -> Figure:
@@ -87,13 +82,15 @@ def half_life_figure(layers: Sequence[Tensor | None], title: str) -> Figure:
         for number, channels in enumerate(heads):
             x = index + 0.8 * ((number + 0.5) / len(heads) - 0.5)
             if len(channels) > 1:
-                axes.plot([x] * len(channels), channels.numpy(), ".", color=COLORS[0], alpha=0.25, markersize=4)
-            axes.plot([x], [channels.median().item()], "_", color=COLORS[1], markersize=8, markeredgewidth=2)
+                axes.plot([x] * len(channels), channels.numpy(), ".", color=color("gla"), alpha=0.25, markersize=4)
+            axes.plot(
+                [x], [channels.median().item()], "_", color=color("gated_deltanet"), markersize=8, markeredgewidth=2
+            )
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e6 else f"{value:.0e}")
     # the legend, whichever layers there are
-    axes.plot([], [], ".", color=COLORS[0], markersize=4, label="channel")
-    axes.plot([], [], "_", color=COLORS[1], markersize=8, markeredgewidth=2, label="median of a head")
+    axes.plot([], [], ".", color=color("gla"), markersize=4, label="channel")
+    axes.plot([], [], "_", color=color("gated_deltanet"), markersize=8, markeredgewidth=2, label="median of a head")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(xlabel="layer (heads side by side; gray: no decay)", ylabel="half-life (tokens)", title=title)
     axes.set_xticks(range(len(layers)))
@@ -108,22 +105,15 @@ def recall_figure(results: Sequence[Result], title: str, metric: str = "acc") ->
     Raises:
         UserError: no result with this metric.
     """
-    chosen = select(results, metric=metric)
-    tasks = list(dict.fromkeys(result.task for result in chosen))
+    tasks: dict[str, list[Result]] = {}
+    for result in select(results, metric=metric):
+        tasks.setdefault(result.task, []).append(result)
     if not tasks:
         raise UserError(f"results: got none with metric {metric!r}, expected some of recall_results")
-    down = -(-len(tasks) // MAX_COLUMNS)
-    across = min(MAX_COLUMNS, len(tasks))
-    figure = Figure(figsize=(1.5 + 2.3 * across, 0.6 + 2.4 * down), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).flatten()
-    shown: Any = None
-    for axes, task in zip(panels, tasks, strict=False):
-        of_task = select(chosen, task=task)
-        shown = heat_map(axes, [result for result in of_task if result.depth is not None] or of_task)
-        axes.set_title(task, fontsize=9)
-    for axes in panels[len(tasks) :]:
-        axes.set_axis_off()
-    figure.colorbar(shown, ax=panels, label=colorbar_label(results, metric), shrink=0.8)
+    by_depth = {task: [r for r in own if r.depth is not None] or own for task, own in tasks.items()}
+    label = colorbar_label(results, metric)
+    axis_labels = ("depth of the answer", "tokens of context")
+    figure = heat_maps(by_depth, lambda r: (r.depth, r.length), axis_labels, label, (0.0, 1.0), columns=5)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -135,24 +125,52 @@ def colorbar_label(results: Sequence[Result], metric: str) -> str:
     return f"{name} (chance: {chance.pop():g})" if metric == "acc" and len(chance) == 1 else name
 
 
-def heat_map(axes: Any, results: Sequence[Result]) -> Any:
-    """Draws values from 0 to 1 by depth and length, and writes them into their cells. Returns the image."""
-    lengths = sorted({result.length or 0 for result in results})
-    depths = sorted({-1.0 if result.depth is None else result.depth for result in results})
-    values = np.full((len(depths), len(lengths)), np.nan)
-    for result in results:
-        depth = -1.0 if result.depth is None else result.depth
-        values[depths.index(depth), lengths.index(result.length or 0)] = result.value
-    shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
-    axes.set_xticks(range(len(lengths)), [str(length) for length in lengths], fontsize=8)
-    axes.set_yticks(range(len(depths)), ["" if depth < 0 else f"{depth:g}" for depth in depths], fontsize=8)
-    axes.set_xlabel("length (tokens)", fontsize=8)
-    if depths[0] >= 0:
-        axes.set_ylabel("depth", fontsize=8)
-    return shown
+def heat_maps(
+    panels: Mapping[str, Sequence[Result]],
+    coordinates: Callable[[Result], tuple],
+    axis_labels: tuple[str, str],
+    label: str,
+    limits: tuple[float, float] | None = None,
+    columns: int = 3,
+    shared: bool = False,
+) -> Figure:
+    """One heat map for each title and its results.
+
+    Args:
+        coordinates: (row, column) of a result; a row of None has no label.
+        axis_labels: of rows and columns.
+        label: of the color bar.
+        limits: values at the ends of the color scale, which are then written into the cells; by default the extremes.
+        columns: heat maps side by side.
+        shared: all heat maps have the same rows and columns, empty where there is no result.
+    """
+    everything = [result for own in panels.values() for result in own]
+    low, high = limits or (min(r.value for r in everything), max(r.value for r in everything))
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(1.2 + 2.1 * columns, 0.8 + 1.9 * lines), layout="constrained")
+    all_axes = figure.subplots(lines, columns, squeeze=False, sharex=shared, sharey=shared).flatten()
+    image: Any = None
+    for axes, (title, own) in zip(all_axes, panels.items(), strict=False):
+        cells = {coordinates(result): result.value for result in own}
+        places = [coordinates(result) for result in (everything if shared else own)]
+        across, down = (sorted({place[axis] for place in places}) for axis in (1, 0))
+        grid = np.array([[cells.get((y, x), np.nan) for x in across] for y in down])
+        image = axes.imshow(grid, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        for (i, j), value in np.ndenumerate(grid):
+            if limits and len(across) <= MAX_CELLS_ACROSS and not np.isnan(value):
+                ink = "w" if value < low + 0.6 * (high - low) else "k"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=ink)
+        axes.set_title(textwrap.fill(title, 24), fontsize=8)
+        axes.grid(False)
+        axes.set_xticks(range(len(across)), map(format_tick, across), rotation=90 if len(across) > 5 else 0)
+        axes.set_yticks(range(len(down)), ["" if y is None else format_tick(y) for y in down])
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    figure.supxlabel(axis_labels[1], fontsize=9)
+    figure.supylabel(axis_labels[0], fontsize=9)
+    figure.colorbar(image, ax=all_axes, label=label, shrink=0.8)
+    return figure
 
 
 def layers_figure(series: Mapping[str, Sequence[Result]], metric: str, title: str) -> Figure:
@@ -167,9 +185,8 @@ def layers_figure(series: Mapping[str, Sequence[Result]], metric: str, title: st
         points = sorted((r.layer, r.value) for r in select(results, metric=metric, head=None) if r.layer is not None)
         if not points:
             raise UserError(f"{name}: got no results with metric {metric!r} by layer")
-        color = COLORS[number % len(COLORS)]
-        marker = MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
-        axes.plot(*zip(*points, strict=True), marker, ls="-", color=color, label=name, linewidth=1.2, markersize=4)
+        ink, marker = list(MIXER_STYLES.values())[number % len(MIXER_STYLES)]
+        axes.plot(*zip(*points, strict=True), marker, ls="-", color=ink, label=name, linewidth=1.2, markersize=4)
     axes.set(xlabel="layer", ylabel=metric, title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -180,16 +197,6 @@ def layers_figure(series: Mapping[str, Sequence[Result]], metric: str, title: st
 # ---------------------------------------------------------------------- files
 
 
-def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Writes `stem`.svg and `stem`.png, byte for byte the same for equal figures. Returns both paths."""
-    svg, png = stem.with_name(stem.name + ".svg"), stem.with_name(stem.name + ".png")
-    with matplotlib.rc_context({"svg.hashsalt": "subquad"}):
-        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
-    figure.set_dpi(150)
-    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
-    return [svg, png]
-
-
 def draw_student(
     name: str, model: PreTrainedModel, teacher: PreTrainedModel | None, rows: Tensor, directory: Path
 ) -> None:
@@ -197,10 +204,10 @@ def draw_student(
     stem = name.replace("/", "-")
     if teacher is not None:
         pairs = sample_matrix_pairs(model, teacher, rows)
-        save_figure(matrices_figure(pairs, f"{name}: mixing matrices"), directory / f"{stem}-matrices")
+        save_figure(matrices_figure(pairs, f"{name}: mixing matrices"), directory / f"{stem}-matrices", *FILES)
     layers = half_lives(model, rows)
     if any(layer is not None for layer in layers):
-        save_figure(half_life_figure(layers, f"{name}: half-lives"), directory / f"{stem}-decays")
+        save_figure(half_life_figure(layers, f"{name}: half-lives"), directory / f"{stem}-decays", *FILES)
 
 
 def draw_recall(results: Sequence[Result], directory: Path) -> None:
@@ -208,7 +215,7 @@ def draw_recall(results: Sequence[Result], directory: Path) -> None:
     recall = [result for result in results if result.task in TASKS]
     for name in dict.fromkeys(result.model for result in recall):
         figure = recall_figure(select(recall, model=name), f"{name}: recall")
-        save_figure(figure, directory / f"{name.replace('/', '-')}-recall")
+        save_figure(figure, directory / f"{name.replace('/', '-')}-recall", *FILES)
 
 
 def draw_cka(results: Sequence[Result], directory: Path) -> None:
@@ -217,4 +224,4 @@ def draw_cka(results: Sequence[Result], directory: Path) -> None:
     series = {name: select(by_layer, model=name) for name in dict.fromkeys(result.model for result in by_layer)}
     if series:
         figure = layers_figure(series, "cka", "Linear CKA of hidden states with the teacher")
-        save_figure(figure, directory / "cka")
+        save_figure(figure, directory / "cka", *FILES)

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from subquad.analysis import plots
 from subquad.analysis.ablations import ablation_results
 from subquad.analysis.diagnostics import diagnostics_results, sample_matrix_pairs
 from subquad.analysis.mixing_matrices import pack_pairs
@@ -33,6 +32,8 @@ def recall_jobs(e: Evaluation) -> list[EvalJob]:
 
 
 def draw_recall(e: Evaluation, results: Sequence[Result], directory: Path) -> None:
+    from subquad.analysis import plots
+
     plots.draw_recall(results, directory)
 
 
@@ -66,6 +67,8 @@ def save_matrices(e: Evaluation, outcomes: Outcomes, directory: Path) -> None:
 
 
 def draw_diagnostics(e: Evaluation, results: Sequence[Result], directory: Path) -> None:
+    from subquad.analysis import plots
+
     teacher, ids = None if e.teacher is None else e.teacher.model, e.diagnostic_ids(e.students[0])
     for model in e.students:
         plots.draw_student(model.name, model.model, teacher, ids, directory)

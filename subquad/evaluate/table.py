@@ -36,7 +36,8 @@ def task_table(results: Sequence[Result]) -> str:
         cells = {(result.metric, result.length, result.batch): result for result in results if result.model == model}
         lines.append([model, *[format_result(cells[column]) if column in cells else "" for column in columns]])
     return "\n\n".join(
-        _align([[line[0], *line[i : i + MAX_COLUMNS]] for line in lines]) for i in range(1, len(lines[0]), MAX_COLUMNS)
+        text_table([[line[0], *line[i : i + MAX_COLUMNS]] for line in lines])
+        for i in range(1, len(lines[0]), MAX_COLUMNS)
     )
 
 
@@ -70,7 +71,8 @@ def value_formatter(metric: str) -> Callable[[float], str]:
     return lambda x: f"{x:.2f}" if 1 <= x < 1e5 else f"{x:.3g}"
 
 
-def _align(cells: Sequence[Sequence[str]]) -> str:
+def text_table(cells: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, a rule below the first line; the first column is flush left, the others flush right."""
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from subquad.analysis.plot_style import GRAY, NamedFigure, color, mixer_label
 from subquad.config import Recipe, Stages
-from subquad.report.style import GRAY, ReportFigure, color, mixer_label
 from subquad.study.runs import Run, read_json
 
 PLAIN_FILL, ATTENTION_FILL, INK = "#EEF1F4", "#777777", "#222222"
@@ -20,11 +20,11 @@ def layer_mixers(run: Run) -> list[str]:
     return [spec["mixer"] for spec in config.get("layer_specs", [])]
 
 
-def student_figure(run: Run) -> list[ReportFigure]:
+def student_figure(run: Run) -> list[NamedFigure]:
     """The diagram of a finished run."""
     figure = draw_student(run.recipe, layer_mixers(run))
     caption = "The best student: one layer of the teacher and of the student, and what each stage compares"
-    return [ReportFigure("student", caption, figure)]
+    return [NamedFigure("student", caption, figure)]
 
 
 def draw_student(recipe: Recipe, layers: Sequence[str]) -> Figure:

@@ -1,6 +1,5 @@
 """Plots of evaluation results against context length, layer, head and depth."""
 
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from subquad.analysis import plot_style as style
+from subquad.analysis.plot_style import NamedFigure
+from subquad.analysis.plots import heat_maps
 from subquad.evaluate.results import Result
-from subquad.report import style
-from subquad.report.style import ReportFigure
 
 COSTS = {
     "seconds_per_token": ("Decoding time per token", "milliseconds per decoded token", 1e3),
@@ -48,44 +48,44 @@ class PlotModel:
     mixer: str | None
 
 
-def cost_figures(results: Sequence[Result], models: Sequence[PlotModel]) -> list[ReportFigure]:
+def cost_figures(results: Sequence[Result], models: Sequence[PlotModel]) -> list[NamedFigure]:
     """Time and memory against context length."""
     drawn = []
     for metric, (title, ylabel, scale) in COSTS.items():
         figure = length_figure(results, models, metric, ylabel, scale)
         if figure is not None:
-            drawn.append(ReportFigure(f"cost-{metric}", f"{title} by context length. {BEST_STUDENTS}", figure))
+            drawn.append(NamedFigure(f"cost-{metric}", f"{title} by context length. {BEST_STUDENTS}", figure))
     return drawn
 
 
-def long_context_figures(results: Sequence[Result], models: Sequence[PlotModel]) -> list[ReportFigure]:
+def long_context_figures(results: Sequence[Result], models: Sequence[PlotModel]) -> list[NamedFigure]:
     """Perplexity against context length."""
     drawn = []
     for metric, (title, ylabel) in LONG_CONTEXT.items():
         figure = length_figure(results, models, metric, ylabel)
         if figure is not None:
-            drawn.append(ReportFigure(metric.replace("_", "-"), f"{title}. {BEST_STUDENTS}", figure))
+            drawn.append(NamedFigure(metric.replace("_", "-"), f"{title}. {BEST_STUDENTS}", figure))
     return drawn
 
 
-def recall_figures(results: Sequence[Result], models: Sequence[PlotModel]) -> list[ReportFigure]:
+def recall_figures(results: Sequence[Result], models: Sequence[PlotModel]) -> list[NamedFigure]:
     """Recall accuracy by depth and context length, one figure for each task and one heat map for each model."""
     drawn = []
     cells = [r for r in results if r.metric == "acc" and r.length is not None and r.depth is not None]
     for task in dict.fromkeys(r.task for r in cells):
         own = [r for r in cells if r.task == task]
         axis_labels = ("depth of the answer in the context", "tokens of context")
-        figure = heat_maps(own, models, lambda r: (r.depth, r.length), axis_labels, "accuracy", (0.0, 1.0))
+        figure = model_maps(own, models, lambda r: (r.depth, r.length), axis_labels, "accuracy", (0.0, 1.0))
         if figure is not None:
             name = "".join(c if c.isalnum() else "-" for c in task)
             caption = f"Accuracy in the recall task {task}. Best student of each mixer, one seed"
-            drawn.append(ReportFigure(f"recall-{name}", caption, figure))
+            drawn.append(NamedFigure(f"recall-{name}", caption, figure))
     return drawn
 
 
 def diagnostic_figures(
     results: Sequence[Result], models: Sequence[PlotModel], one_seed_models: Sequence[PlotModel]
-) -> list[ReportFigure]:
+) -> list[NamedFigure]:
     """Each diagnostic by layer, for `models`, and by layer and head, a heat map for each of `one_seed_models`."""
     lines, maps = [], []
     for metric, label in DIAGNOSTICS.items():
@@ -95,11 +95,11 @@ def diagnostic_figures(
         if figure is not None:
             mean = ", mean over heads" if cells else ""
             caption = f"{title}: by layer{mean}. Best student of each mixer"
-            lines.append(ReportFigure(f"{metric}-layers", caption, figure))
-        figure = heat_maps(cells, one_seed_models, lambda r: (r.layer, r.head), ("layer", "head"), label)
+            lines.append(NamedFigure(f"{metric}-layers", caption, figure))
+        figure = model_maps(cells, one_seed_models, lambda r: (r.layer, r.head), ("layer", "head"), label)
         if figure is not None:
             caption = f"{title}: by layer and head. Best student of each mixer, one seed"
-            maps.append(ReportFigure(f"{metric}-heads", caption, figure))
+            maps.append(NamedFigure(f"{metric}-heads", caption, figure))
     return lines + maps
 
 
@@ -155,7 +155,7 @@ def draw_lines(figure: Figure, axes: Axes, lines: dict[PlotModel, list[tuple[int
     style.add_mixer_legend(figure, style.sort_mixers(model.mixer for model in lines if model.mixer is not None), extra)
 
 
-def heat_maps(
+def model_maps(
     results: Sequence[Result],
     models: Sequence[PlotModel],
     coordinates: Callable[[Result], tuple],
@@ -163,35 +163,7 @@ def heat_maps(
     label: str,
     limits: tuple[float, float] | None = None,
 ) -> Figure | None:
-    """One heat map for each model; None if none was measured.
-
-    coordinates: (row, column) of a result. limits: values at the ends of the color scale.
-    """
-    shown = [model for model in models if any(r.model == model.name for r in results)][:MAX_HEAT_MAPS]
-    if not shown:
-        return None
-    row_values, column_values = (sorted({coordinates(r)[axis] for r in results}) for axis in (0, 1))
-    low, high = limits or (min(r.value for r in results), max(r.value for r in results))
-    columns = min(3, len(shown))
-    lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(1.2 + 2.1 * columns, 0.8 + 1.9 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    image: Any = None
-    for axes, model in zip(panels.flat, shown, strict=False):
-        grid = np.full((len(row_values), len(column_values)), np.nan)
-        for result in results:
-            if result.model == model.name:
-                row, column = coordinates(result)
-                grid[row_values.index(row), column_values.index(column)] = result.value
-        image = axes.imshow(grid, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-        axes.set_title(textwrap.fill(model.label, 24), fontsize=8)
-        axes.grid(False)
-        rotation = 90 if len(column_values) > 5 else 0
-        axes.set_xticks(range(len(column_values)), [style.format_tick(v) for v in column_values], rotation=rotation)
-        axes.set_yticks(range(len(row_values)), [style.format_tick(v) for v in row_values])
-    for axes in list(panels.flat)[len(shown) :]:
-        axes.set_visible(False)
-    figure.supxlabel(axis_labels[1], fontsize=9)
-    figure.supylabel(axis_labels[0], fontsize=9)
-    figure.colorbar(image, ax=panels, label=label, shrink=0.8)
-    return figure
+    """`heat_maps` with one for each model, at most `MAX_HEAT_MAPS`; None if none was measured."""
+    panels = {model.label: [r for r in results if r.model == model.name] for model in models}
+    measured = [(title, own) for title, own in panels.items() if own][:MAX_HEAT_MAPS]
+    return heat_maps(dict(measured), coordinates, axis_labels, label, limits, shared=True) if measured else None

@@ -3,6 +3,7 @@
 Reads result files only; loads no model.
 """
 
+import base64
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import jinja2
 import matplotlib
 
 from subquad.analysis.mixing_matrices import MatrixPairs
+from subquad.analysis.plot_style import RC_PARAMS, NamedFigure, save_figure
 from subquad.analysis.plots import matrices_figure
 from subquad.evaluate.results import Result
 from subquad.report.diagram import student_figure
@@ -25,7 +27,6 @@ from subquad.report.eval_plots import (
     recall_figures,
 )
 from subquad.report.run_plots import loss_figures, pareto_figure, recovered_figure
-from subquad.report.style import RC_PARAMS, ReportFigure, data_uri, save_figure
 from subquad.report.tables import Table, evaluation_tables, grid_table, write_tables
 from subquad.report.text import report_notes, summary
 from subquad.study.aggregate import Group, best_group, group_by_seed, group_labels
@@ -170,22 +171,24 @@ class Report:
         ]
         return [section for section in sections if section.images or section.tables]
 
-    def _save(self, figures: Sequence[ReportFigure]) -> list[Image]:
+    def _save(self, figures: Sequence[NamedFigure]) -> list[Image]:
         images = []
         for drawn in figures:
-            uri = data_uri(save_figure(drawn.figure, self.output / drawn.name))
+            svg, _ = save_figure(drawn.figure, self.output / drawn.name, "svg", "pdf")
+            # As a data URI, an image keeps its element ids separate from those of other images on the page.
+            uri = "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
             images.append(Image(drawn.name, drawn.caption, uri, round(96 * drawn.figure.get_figwidth())))
         return images
 
-    def _diagnostics(self) -> list[ReportFigure]:
+    def _diagnostics(self) -> list[NamedFigure]:
         figures = diagnostic_figures(self.results, self.best_models, self.one_seed_models)
         for model in self.one_seed_models:
             if model.name in self.matrices:
                 figure = matrices_figure(self.matrices[model.name], model.label)
                 caption = f"{model.label}: the teacher's attention and the student's mixing matrices on the same input"
-                figures.append(ReportFigure(f"matrices-{model.mixer}", caption, figure))
+                figures.append(NamedFigure(f"matrices-{model.mixer}", caption, figure))
         return figures
 
-    def _diagram(self) -> list[ReportFigure]:
+    def _diagram(self) -> list[NamedFigure]:
         best = best_group(self.groups, "perplexity", lower_is_better=True)
         return [] if best is None else student_figure(next(run for run in best.runs if run.state == "finished"))

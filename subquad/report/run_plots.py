@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from subquad.analysis import plot_style as style
+from subquad.analysis.plot_style import NamedFigure
 from subquad.distill.metrics import read_jsonl
-from subquad.report import style
-from subquad.report.style import ReportFigure
 from subquad.study.aggregate import Group, group_labels
 from subquad.study.runs import METRICS
 
@@ -29,7 +29,7 @@ def stage_sets(groups: Sequence[Group]) -> list[str]:
     return sorted({group.stages for group in groups}, key=lambda text: (-len(text), text))
 
 
-def recovered_figure(groups: Sequence[Group]) -> list[ReportFigure]:
+def recovered_figure(groups: Sequence[Group]) -> list[NamedFigure]:
     """The recovered share by mixer: one marker shape for each stage combination, hollow without copied projections."""
     measured = [(group, mean) for group in groups if (mean := group.mean("recovered_share")) is not None]
     if not measured:
@@ -54,7 +54,7 @@ def recovered_figure(groups: Sequence[Group]) -> list[ReportFigure]:
             entries.append(style.legend_line(label, marker="o", markerfacecolor=fill, linestyle=""))
     figure.legend(handles=entries, loc="outside lower center", ncols=3)
     caption = "Recovered share by mixer, stages and copying. Lines are 95% intervals over seeds"
-    return [ReportFigure("recovered", caption, figure)]
+    return [NamedFigure("recovered", caption, figure)]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -66,7 +66,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def pareto_figure(groups: Sequence[Group]) -> list[ReportFigure]:
+def pareto_figure(groups: Sequence[Group]) -> list[NamedFigure]:
     """Held-out perplexity against decoding time per token, with the Pareto front of the groups."""
     labels, points = group_labels(groups), []
     for group in groups:
@@ -99,10 +99,10 @@ def pareto_figure(groups: Sequence[Group]) -> list[ReportFigure]:
     ]
     style.add_mixer_legend(figure, style.sort_mixers(point[1] for point in points), extra)
     caption = "Held-out perplexity against decoding time, both measured at the end of each run. Numbered: Pareto front"
-    return [ReportFigure("pareto", caption, figure)]
+    return [NamedFigure("pareto", caption, figure)]
 
 
-def loss_figures(groups: Sequence[Group]) -> list[ReportFigure]:
+def loss_figures(groups: Sequence[Group]) -> list[NamedFigure]:
     """One figure for each stage of each stage combination: the training loss of every run against its tokens."""
     drawn = []
     for stages in stage_sets(groups):
@@ -117,7 +117,7 @@ def loss_figures(groups: Sequence[Group]) -> list[ReportFigure]:
                 title = f"stages {stages}, {STAGE_TITLES[stage]}"
                 figure = _loss_figure(members, curves, title, STAGE_LOSSES[stage])
                 caption = f"Training loss of every run with stages {stages} in {STAGE_TITLES[stage]}"
-                drawn.append(ReportFigure(f"loss-{stages.replace('+', '')}-{stage}", caption, figure))
+                drawn.append(NamedFigure(f"loss-{stages.replace('+', '')}-{stage}", caption, figure))
     return drawn
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from subquad.analysis.plot_style import color, mixer_label
 from subquad.evaluate.results import Result
 from subquad.evaluate.table import in_tables, value_formatter
 from subquad.report.eval_plots import PlotModel
-from subquad.report.style import color, mixer_label
 from subquad.study.aggregate import Group, Mean, group_labels, significant_best
 
 MISSING = "–"

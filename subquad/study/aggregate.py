@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.special import stdtrit
+
 from subquad.config import Recipe, run_name
 from subquad.study.results import stage_names
 from subquad.study.runs import Run
 
-T_QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""97.5% quantiles of Student's t distribution with 1 to 30 degrees of freedom."""
 STAGE_NUMBERS = {"matrix": "1", "hidden": "2", "end_to_end": "3"}
 
 
@@ -37,8 +34,7 @@ class Mean:
         value, n = statistics.fmean(values), len(values)
         if n < 2:
             return cls(value, None, None, n)
-        quantile = T_QUANTILES[n - 2] if n - 2 < len(T_QUANTILES) else 1.96 + 2.5 / (n - 1)
-        half_width = quantile * statistics.stdev(values) / math.sqrt(n)
+        half_width = stdtrit(n - 1, 0.975) * statistics.stdev(values) / math.sqrt(n)
         return cls(value, value - half_width, value + half_width, n)
 
     def intervals_disjoint(self, other: "Mean") -> bool:

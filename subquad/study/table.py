@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from subquad.evaluate.table import text_table
 from subquad.study.results import run_results
 from subquad.study.runs import ERROR, Run
 
@@ -29,9 +30,7 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     name = "run" if len(set(mixers)) < len(mixers) else "mixer"
     keys = [(name if key == "mixer" else key, title, show) for key, title, show in COLUMNS]
     cells = [[title for _, title, _ in keys], *[[show(result[key]) for key, _, show in keys] for result in results]]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
-    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return text_table(cells)
 
 
 def format_study(runs: Sequence[Run]) -> str:

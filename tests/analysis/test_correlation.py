@@ -3,12 +3,17 @@
 import numpy as np
 import pytest
 
-from subquad.analysis.correlation import rank_correlation, ranks, spearman
+from subquad.analysis.correlation import rank_correlation, spearman
 from subquad.utils import UserError
 
 
 def test_tied_values_have_their_mean_rank():
-    assert ranks(np.array([30.0, 10, 20, 20])).tolist() == [4, 1, 2.5, 2.5]
+    # Pearson's correlation of the ranks 4, 1, 2.5, 2.5 and 1, 2, 3, 4
+    assert spearman(np.array([30.0, 10, 20, 20]), np.arange(4.0)) == pytest.approx(-1.5 / np.sqrt(4.5 * 5))
+
+
+def test_draws_without_variation_are_left_out():
+    assert rank_correlation([1, 2, 2], [1, 2, 3])[1:] == pytest.approx((0.866, 1.0), abs=0.2)
 
 
 def test_spearman_of_known_orders():

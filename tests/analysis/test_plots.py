@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from subquad.analysis.plot_style import save_figure
 from subquad.analysis.plots import (
     MIN_SHARE,
     half_life_figure,
     layers_figure,
     matrices_figure,
     recall_figure,
-    save_figure,
 )
 from subquad.evaluate.results import Result
 from subquad.utils import UserError
@@ -98,7 +98,7 @@ def test_many_models_have_distinct_styles():
 
 
 def test_files_are_reproducible(tmp_path):
-    first, second = (save_figure(example_figure(), tmp_path / name) for name in ("first.v1", "second.v1"))
+    first, second = (save_figure(example_figure(), tmp_path / name, "svg", "png") for name in ("first.v1", "second.v1"))
     assert [path.name for path in first] == ["first.v1.svg", "first.v1.png"]
     for a, b in zip(first, second, strict=True):
         assert a.read_bytes() == b.read_bytes()

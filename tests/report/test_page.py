@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from subquad.analysis.plot_style import MIXER_STYLES
 from subquad.cli import main
 from subquad.config import load_study
 from subquad.report.page import write_report
 from subquad.report.run_plots import pareto_front
-from subquad.report.style import MIXER_STYLES
 from subquad.report.tables import Cell, Table, column_title
 from subquad.study.grid import run_study
 from tests.helpers.recipes import tiny_recipe

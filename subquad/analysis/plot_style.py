@@ -1,7 +1,5 @@
-"""The look of figures: one color and marker for each mixer, distinguishable without color vision; saving figures."""
+"""The look of all figures: a color and a marker for each mixer, distinguishable without color vision; saving."""
 
-import base64
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,8 +9,6 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
@@ -35,6 +31,12 @@ OTHER_STYLE = "#444444", "8"
 """Of hybrids."""
 TEACHER_COLOR = "#000000"
 GRAY = "#555555"
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "svg": {"metadata": {"Date": None}},
+    "pdf": {"metadata": {"CreationDate": None}},
+    "png": {"metadata": {"Software": None}, "dpi": 150},
+}
+"""By file format; without times and versions, so that equal figures give equal files."""
 RC_PARAMS: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -55,7 +57,7 @@ RC_PARAMS: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class ReportFigure:
+class NamedFigure:
     """A figure with the stem of its file names and its caption, which ends without a period."""
 
     name: str
@@ -114,16 +116,13 @@ def format_tick(value: float) -> str:
     return f"{value / 1e3:g}k" if value >= 1e4 else f"{value:g}"
 
 
-def save_figure(figure: Figure, stem: Path) -> str:
-    """Writes `stem`.svg and `stem`.pdf, byte-identical for identical data; returns the SVG."""
-    text = io.StringIO()
+def save_figure(figure: Figure, stem: Path, *formats: str) -> list[Path]:
+    """Writes `stem`.svg and the like, byte for byte the same for equal figures, and returns the paths.
+
+    formats: keys of `SAVE_OPTIONS`.
+    """
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
     with matplotlib.rc_context(RC_PARAMS):
-        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
-        FigureCanvasPdf(figure).print_pdf(f"{stem}.pdf", metadata={"CreationDate": None})
-    Path(f"{stem}.svg").write_text(text.getvalue())
-    return text.getvalue()
-
-
-def data_uri(svg: str) -> str:
-    """An SVG as an image URI, which keeps its element ids separate from those of other images on the page."""
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+        for path, suffix in zip(paths, formats, strict=True):
+            figure.savefig(path, format=suffix, **SAVE_OPTIONS[suffix])
+    return paths
