@@ -8,7 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from subquad import mixers
-from subquad.config import MixtureSource, Recipe, Student, load_recipe, load_study, run_name, schema
+from subquad.config import MixtureSource, Recipe, Student, different_keys, load_recipe, load_study, run_name, schema
+from subquad.distill.recipe_stages import stage_keys
 from subquad.utils import UserError, nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -362,6 +363,25 @@ def test_digest_depends_on_content_only(write):
     assert load_recipe(write(reordered)).digest() == plain
     assert load_recipe(write(BASE), ["seed=1"]).digest() != plain
     assert re.fullmatch("[0-9a-f]{64}", plain)
+
+
+def test_digest_is_the_same_with_all_defaults_and_without_a_new_key(write):
+    recipe = load_recipe(write(BASE))
+    written = load_recipe(write(recipe.to_yaml()))
+    assert (written.digest(), stage_keys(written)) == (recipe.digest(), stage_keys(recipe))
+    longer = type("Recipe", (Recipe,), {"__annotations__": {"new_key": int}, "new_key": 3, "__module__": __name__})
+    values = yaml.safe_load(recipe.to_yaml())
+    assert longer.model_validate(values).digest() == recipe.digest()
+    assert stage_keys(longer.model_validate(values)) == stage_keys(recipe)
+    assert longer.model_validate({**values, "new_key": 4}).digest() != recipe.digest()
+
+
+def test_different_keys_are_named(write):
+    recipe = load_recipe(write(BASE))
+    assert different_keys(recipe, load_recipe(write(recipe.to_yaml()))) == []
+    other = load_recipe(write(BASE), ["seed=1", "student.mixer_kwargs.half_life=32", "stages.hidden.lr=1e-5"])
+    expected = ["stages.hidden.lr", "seed", "student.mixer_kwargs.half_life"]
+    assert sorted(different_keys(recipe, other)) == sorted(different_keys(other, recipe)) == sorted(expected)
 
 
 def test_study_is_the_product_of_lists_in_order(write):

@@ -7,17 +7,15 @@ Neither sums to the student's error: in the student, a layer's input contains th
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.analysis.layer_access import layer_access_pair, run_on
+from subquad.evaluate.perplexity import prediction_sums
 from subquad.evaluate.results import Result
 from subquad.utils import eval_mode
 
 TASK = "layer errors"
-CHUNK_TOKENS = 256
-"""Tokens whose distributions are held in float64 at a time."""
 
 
 def layer_error_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Result]:
@@ -63,7 +61,8 @@ def swap_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tenso
             for index in range(len(student_layers)):
                 with student_layers.installed(), teacher_layers.with_layer(index, student_layers):
                     swapped = next_token_logits(teacher, ids)
-                totals[:, index] += kl_and_loss_increase(unchanged, swapped, ids[0, 1:])
+                _, loss, _, teacher_loss, kl, _, _ = prediction_sums(swapped, unchanged, ids[0, 1:])
+                totals[:, index] += torch.stack([kl, loss - teacher_loss])
     values = (totals / rows[:, 1:].numel()).tolist()
     return results_by_layer("swap_kl", values[0], rows) + results_by_layer("swap_loss", values[1], rows)
 
@@ -71,19 +70,6 @@ def swap_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tenso
 def next_token_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits `[T - 1, vocab]` for all tokens but the first of `ids: [1, T]`."""
     return model(input_ids=ids, use_cache=False).logits[0, :-1]
-
-
-def kl_and_loss_increase(p: Tensor, q: Tensor, target: Tensor) -> Tensor:
-    """KL(p || q), and cross-entropy of q minus that of p, summed over tokens: `[2]`, float64.
-
-    p, q: logits `[tokens, vocab]`. target: `[tokens]`.
-    """
-    total = torch.zeros(2, dtype=torch.float64)
-    for a, b, t in zip(p.split(CHUNK_TOKENS), q.split(CHUNK_TOKENS), target.split(CHUNK_TOKENS), strict=True):
-        log_p, log_q = F.log_softmax(a.double(), dim=-1), F.log_softmax(b.double(), dim=-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum()
-        total += torch.stack([kl, F.nll_loss(log_q, t, reduction="sum") - F.nll_loss(log_p, t, reduction="sum")]).cpu()
-    return total
 
 
 def results_by_layer(metric: str, values: list[float], rows: Tensor) -> list[Result]:

@@ -7,7 +7,7 @@ of a recipe are one `UserError` with a line for each: place, key, value, expecte
 """
 
 from subquad.config.load import load_recipe, load_study, schema
-from subquad.config.run_names import run_name
+from subquad.config.run_names import different_keys, run_name
 from subquad.config.schema import (
     Checkpoint,
     Data,
@@ -40,6 +40,7 @@ __all__ = [
     "Stage",
     "Stages",
     "Student",
+    "different_keys",
     "load_recipe",
     "load_study",
     "run_name",

@@ -24,6 +24,12 @@ def run_name(recipe: Recipe, recipes: Sequence[Recipe]) -> str:
     return name if safe == name else f"{safe}-{recipe.digest()[:8]}"
 
 
+def different_keys(one: Recipe, other: Recipe) -> list[str]:
+    """The dotted keys whose values differ between two recipes."""
+    a, b = (recipe.model_dump(mode="json") for recipe in (one, other))
+    return list(dict.fromkeys(".".join(path) for x, y in ((a, b), (b, a)) for path, _ in _differences(x, [y])))
+
+
 def _shallow(mine: Any, variants: list[Any]) -> list[tuple[tuple[str, ...], Any]]:
     return [found for found in _differences(mine, variants) if len(found[0]) <= 2]
 

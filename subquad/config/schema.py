@@ -344,9 +344,13 @@ class Recipe(Section):
         """The recipe with every default written out; `load_recipe` reads it back as an equal one."""
         return yaml_tree.dump(self.model_dump(mode="json"))
 
+    def without_defaults(self) -> dict[str, Any]:
+        """The values that differ from the defaults. They identify a run, so that a key added later changes no run."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
     def digest(self) -> str:
-        """SHA-256 of the resolved recipe: the same for the same content, however it was written."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of `without_defaults`: the same for the same content, however it was written."""
+        text = json.dumps(self.without_defaults(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 

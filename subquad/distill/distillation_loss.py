@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from subquad.evaluate.perplexity import kl_divergence
+
 CHUNK = 1024
 """Tokens whose logits are held in float32 at a time."""
 
@@ -69,9 +71,9 @@ def divergence_per_token(probs: LogProbs, divergence: Divergence, beta: float) -
     """
     p, q, log_p, log_q = probs
     if divergence == "forward":
-        return (p * (log_p - log_q)).sum(-1)
+        return kl_divergence(p, log_p, log_q)
     if divergence == "reverse":
-        return (q * (log_q - log_p)).sum(-1)
+        return kl_divergence(q, log_q, log_p)
     log_m = _log_mixture(log_p, log_q, beta)
     return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
 

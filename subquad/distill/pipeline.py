@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from subquad.config import Recipe
+from subquad.config import Recipe, different_keys, load_recipe
 from subquad.data import check_data
 from subquad.distill.recipe_stages import recipe_stages, stage_keys
 from subquad.distill.run import DistillationRun, on_first_process
@@ -74,10 +74,10 @@ def load_finished_result(recipe: Recipe, directory: Path) -> dict[str, Any] | No
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output: {str(directory)!r} is a file; expected a new directory, or that of this run")
     if written.exists():
-        if written.read_text() != recipe.to_yaml():
+        if different := different_keys(load_recipe(written), recipe):
             raise UserError(
-                f"output: {str(directory)!r} holds the run of another recipe (see its recipe.yaml); expected another "
-                "directory, or the same recipe to continue its run"
+                f"output: {str(directory)!r} holds the run of another recipe, which differs in {', '.join(different)}; "
+                "expected another directory, or the same recipe to continue its run"
             )
     elif directory.exists() and any(directory.iterdir()):
         raise UserError(f"output: {str(directory)!r} is not empty and holds no run; expected a new directory")

@@ -41,11 +41,10 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 
     A key is a hash of the recipe without later stages and of `epoch_tokens`, on which the order of the rows depends.
     """
-    tree = recipe.model_dump(mode="json")
+    tree = recipe.without_defaults()
     keys = {}
-    for name in reversed(STAGE_NAMES):
-        if tree["stages"][name] is not None:
-            text = json.dumps([tree, epoch_tokens(recipe)], sort_keys=True)
-            keys[name] = hashlib.sha256(text.encode()).hexdigest()[:24]
-        tree["stages"][name] = None
+    for name in reversed(recipe_stages(recipe)):
+        text = json.dumps([tree, epoch_tokens(recipe)], sort_keys=True)
+        keys[name] = hashlib.sha256(text.encode()).hexdigest()[:24]
+        del tree["stages"][name]
     return dict(reversed(keys.items()))

@@ -195,6 +195,8 @@ class DistillationRun:
         """The result of the run: one record with the student's quality, speed and size."""
         recipe, student = self.recipe, self.student
         quality = compare(student, self.teacher, self.validation_batches)
+        if not math.isfinite(quality["loss"]):
+            raise UserError(f"{self.directory}: the student's loss on validation text is {quality['loss']}; lower lr")
         unigram = unigram_loss(self.training_ids(UNIGRAM_TOKENS), self.validation_batches, student.config.vocab_size)
         speed = decode_speed(student, self.validation_batches[0]["input_ids"][:1])
         initial = json.loads((self.checkpoints / "initial.json").read_text())

@@ -146,7 +146,7 @@ class StageTrainer(Trainer):
                     labels=labels,
                     use_cache=False,
                 ).loss
-        self.validation_ce += torch.stack([ce.double().nan_to_num() * count, count.double()]).cpu()
+        self.validation_ce += torch.stack([ce.double() * count if count else count.double(), count.double()]).cpu()
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):

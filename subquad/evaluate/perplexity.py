@@ -52,7 +52,7 @@ def token_sums(
             for b in range(len(ids)):
                 counted = labels[b] != IGNORE_INDEX
                 reference = None if teacher_logits is None else teacher_logits[b][counted]
-                sums = _row_sums(logits[b][counted], reference, labels[b][counted])
+                sums = prediction_sums(logits[b][counted], reference, labels[b][counted])
                 sums[2] = 0 if tokenizer is None else _bytes(tokenizer, labels[b][counted])
                 rows.append(sums)
     if not rows or not sum(row[0] for row in rows):
@@ -73,8 +73,17 @@ def _logits(model: PreTrainedModel, ids: Tensor, inputs: Mapping[str, Tensor]) -
     return model(input_ids=ids.to(model.device), use_cache=False, **inputs).logits
 
 
-def _row_sums(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
-    """The sums of one row of text, `[7]`, from logits `[T, vocab]` and labels `[T]`."""
+def kl_divergence(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats, `[...]`, from p and both logarithms, `[..., vocab]`. A token with probability 0 in p adds 0,
+    also where it has probability 0 in q."""
+    return (p * (log_p - log_q)).masked_fill_(log_p == -torch.inf, 0).sum(-1)
+
+
+def prediction_sums(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+    """The sums of one row of text but for its bytes, `[7]`, from logits `[T, vocab]` and labels `[T]`.
+
+    Logits that are NaN make every sum that depends on them NaN, the counts of agreement too.
+    """
     sums = torch.zeros(len(SUMS), dtype=torch.float64)
     sums[0] = len(labels)
     for chunk in torch.arange(len(labels)).split(CHUNK_TOKENS):
@@ -86,14 +95,11 @@ def _row_sums(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> 
         log_p = F.log_softmax(teacher_logits[chunk.to(teacher_logits.device)].double(), dim=-1).to(log_q.device)
         top1 = log_p.argmax(-1)
         top5 = log_q.topk(min(5, log_q.shape[-1]), dim=-1).indices
-        sums[3:] += torch.stack(
-            [
-                F.nll_loss(log_p, target, reduction="sum"),
-                (log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum(),
-                (top1 == log_q.argmax(-1)).sum(),
-                (top5 == top1[:, None]).any(-1).sum(),
-            ]
-        ).cpu()
+        agreement = torch.stack([top1 == log_q.argmax(-1), (top5 == top1[:, None]).any(-1)]).double()
+        undefined = (log_p + log_q).isnan().any(-1)
+        sums[3] += F.nll_loss(log_p, target, reduction="sum").cpu()
+        sums[4] += kl_divergence(log_p.exp(), log_p, log_q).sum().cpu()
+        sums[5:] += agreement.masked_fill(undefined, torch.nan).sum(-1).cpu()
     return sums
 
 

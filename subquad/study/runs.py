@@ -82,11 +82,11 @@ def find_runs(recipes: Sequence[Recipe], output: Path) -> list[Run]:
     if output.exists() and not output.is_dir():
         raise UserError(f"output: got the file {str(output)!r}, expected a new directory or that of a study")
     known: dict[str, Path] = {}
-    for path in sorted(output.glob(f"*/{RECIPE}"), key=lambda path: (not (path.parent / RESULT).exists(), path)):
-        known.setdefault(path.read_text(), path.parent)
+    for run in sorted(all_runs(output), key=lambda run: (run.state != "finished", run.name)):
+        known.setdefault(run.recipe.digest(), run.directory)
     runs, taken = [], {path.name for path in output.glob("*") if path.is_file() or any(path.iterdir())}
     for recipe in recipes:
-        directory = known.get(recipe.to_yaml())
+        directory = known.get(recipe.digest())
         if directory is None:
             name = run_name(recipe, recipes)
             directory = output / (f"{name}-{recipe.digest()[:8]}" if name in taken else name)

@@ -19,7 +19,7 @@ from subquad.analysis.diagnostics import (
 from subquad.analysis.half_life import half_lives
 from subquad.analysis.hidden_states import hidden_state_results
 from subquad.analysis.layer_access import LayerAccess, layer_access_pair
-from subquad.analysis.layer_errors import kl_and_loss_increase, layer_error_results, output_error_results, swap_results
+from subquad.analysis.layer_errors import layer_error_results, output_error_results, swap_results
 from subquad.evaluate.perplexity import compare
 from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError
@@ -220,15 +220,6 @@ def test_mixer_with_zero_output_has_error_one(teacher, rows):
     found = output_error_results(student, teacher, rows)
     assert select_one(found, metric="mixer_error", layer=0).value == 1
     assert select_one(found, metric="mixer_error", layer=1).value != pytest.approx(1, abs=1e-3)
-
-
-def test_kl_and_loss_increase_match_torch_distributions():
-    p, q = torch.randn(2, 600, 7, generator=torch.Generator().manual_seed(0))
-    target = torch.randint(7, (600,), generator=torch.Generator().manual_seed(1))
-    P, Q = torch.distributions.Categorical(logits=p.double()), torch.distributions.Categorical(logits=q.double())
-    kl, rise = kl_and_loss_increase(p, q, target).tolist()
-    assert kl == pytest.approx(torch.distributions.kl_divergence(P, Q).sum().item())
-    assert rise == pytest.approx((P.log_prob(target) - Q.log_prob(target)).sum().item())
 
 
 def snapshot(model) -> tuple:

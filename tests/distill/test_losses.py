@@ -96,6 +96,17 @@ def test_divergences_are_finite_where_probabilities_underflow(divergence):
         assert divergence_grad(LogProbs.of(a, b), divergence, 0.5).isfinite().all()
 
 
+def test_forward_divergence_and_its_gradient_with_masked_vocabulary():
+    """The teacher's head gives -inf for padded tokens."""
+    student, teacher, labels = logits(seed=1, grad=True), logits(seed=2), random_labels(V=12)
+    teacher[..., 12:] = -torch.inf
+    loss, _, kl = distillation_loss(student, teacher, labels, LossOptions())
+    p, q = (F.softmax(x[:, :-1], -1) for x in (teacher, student))
+    assert kl.item() == pytest.approx((p[..., :12] * (p / q)[..., :12].log()).sum(-1).mean().item())
+    loss.backward()
+    assert student.grad.isfinite().all()
+
+
 def test_chunk_size_of_distillation_loss_has_no_effect(monkeypatch):
     import subquad.distill.distillation_loss as module
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +23,7 @@ from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
 from subquad.modeling import linearize
 from subquad.modeling.attention.discovery import discover_attention
+from subquad.study.runs import find_runs
 from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
 
@@ -142,8 +144,18 @@ def test_incomplete_checkpoint_is_removed(tmp_path):
     assert trainer.newest_checkpoint(tmp_path / "nothing") is None
 
 
+def test_a_run_is_finished_whatever_its_recipe_leaves_out(uninterrupted, recipe_path, tmp_path):
+    output, result = shutil.copytree(uninterrupted[0], tmp_path / "old"), uninterrupted[1]
+    written = yaml.safe_load((output / "recipe.yaml").read_text())
+    del written["report_to"], written["precision"]  # as if they were new
+    (output / "recipe.yaml").write_text(yaml.safe_dump(written))
+    assert distill(load_recipe(recipe_path), output) == result
+    assert find_runs([load_recipe(recipe_path)], tmp_path)[0].directory == output
+    assert find_runs([load_recipe(recipe_path, ["seed=7"])], tmp_path)[0].directory != output
+
+
 def test_directory_of_another_recipe_is_refused(uninterrupted, recipe_path):
-    with pytest.raises(UserError, match="another recipe"):
+    with pytest.raises(UserError, match="another recipe, which differs in seed; expected"):
         distill(load_recipe(recipe_path, ["seed=7"]), uninterrupted[0])
 
 

@@ -1,10 +1,12 @@
 """Training of a stage: batches, processes, precision, parameter groups, LoRA, EMA, validation, non-finite losses."""
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -174,6 +176,39 @@ def test_non_finite_loss_stops_the_run_and_names_the_layer(stage, recipe_path, t
         train(recipe_path, tmp_path / "out", *only(stage, *wild), "checkpoint.save_steps=1")
     assert "layer" in str(caught.value)
     assert (tmp_path / "out" / "checkpoints" / stage / "checkpoint-1" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("ignored", "ce", "expected"),
+    [(0, 2.0, 2.0), (0, math.nan, math.nan), (8, math.nan, 0.0)],
+    ids=["finite", "diverged", "no labels"],
+)
+def test_validation_cross_entropy_hides_no_nan(ignored, ce, expected):
+    """A batch without labels, whose mean is NaN, adds nothing; a student with NaN logits does."""
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    labels = ids.clone()
+    labels[:, :ignored] = -100
+    stub = types.SimpleNamespace(
+        _prepare_inputs=lambda batch: batch,
+        objective_loss=lambda model, batch: torch.tensor(0.0),
+        autocast=contextlib.nullcontext,
+        validation_ce=torch.zeros(2, dtype=torch.float64),
+    )
+    outputs = types.SimpleNamespace(loss=torch.tensor(ce))
+    trainer.StageTrainer.prediction_step(stub, lambda **_: outputs, {"input_ids": ids, "labels": labels}, True)
+    total, count = stub.validation_ce.tolist()
+    assert count == (0 if ignored else 7)
+    assert total == pytest.approx(expected * max(count, 1), nan_ok=True)
+
+
+def test_a_student_with_nan_logits_is_no_result(recipe_path, tmp_path, monkeypatch):
+    def diverged(*_args):
+        return {"loss": math.nan}
+
+    monkeypatch.setattr("subquad.distill.run.compare", diverged)
+    with pytest.raises(UserError, match="loss on validation text is nan"):
+        train(recipe_path, tmp_path / "out", *only("hidden"))
+    assert not (tmp_path / "out" / "result.json").exists()
 
 
 def test_target_decoder_layer_trains_whole_layers(recipe_path, tmp_path, fresh):

@@ -1,5 +1,6 @@
 """Language modeling metrics against short references and known values."""
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import subquad
 from subquad.evaluate.efficiency import cache_bytes, decode_speed
-from subquad.evaluate.perplexity import compare, language_results, recovered_share, token_sums, unigram_loss
+from subquad.evaluate.perplexity import (
+    compare,
+    language_results,
+    prediction_sums,
+    recovered_share,
+    token_sums,
+    unigram_loss,
+)
 from subquad.evaluate.results import select_one
 
 
@@ -59,6 +67,43 @@ def test_compare_equals_a_direct_computation(teacher):
     assert out["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-5)
     assert out["top1_agreement"] == pytest.approx(sum(map(float, same)) / len(same))
     assert out["kl"] > 0.01
+
+
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+def test_nan_logits_are_reported(teacher, broken):
+    rows = [torch.randint(0, 50, (2, 20))]
+    models = {"student": subquad.linearize(teacher, "gla"), "teacher": copy.deepcopy(teacher)}
+    with torch.no_grad():
+        models[broken].get_output_embeddings().weight[7] = math.nan
+    out = compare(models["student"], models["teacher"], rows)
+    assert {name for name, value in out.items() if math.isnan(value)} == {
+        *("kl", "top1_agreement"),
+        *(("loss", "perplexity") if broken == "student" else ("teacher_loss", "teacher_perplexity")),
+    }
+    results = language_results("text", token_sums(models["student"], models["teacher"], rows), unigram=10.0)
+    for metric in ("kl", "top1_agreement", "top5_agreement", "recovered_share"):
+        assert math.isnan(select_one(results, metric=metric).value), metric
+
+
+def test_masked_vocabulary_adds_no_divergence():
+    p, q = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2])
+    expected = prediction_sums(q[:, :6], p[:, :6], labels)
+    for logits in (p, q):
+        logits[:, 6:] = -math.inf
+    torch.testing.assert_close(prediction_sums(q, p, labels), expected)
+    q[0, 3] = -math.inf  # a token that the teacher predicts
+    assert prediction_sums(q, p, labels)[4] == math.inf
+
+
+def test_kl_and_losses_match_torch_distributions():
+    p, q = torch.randn(2, 600, 7, generator=torch.Generator().manual_seed(0))
+    target = torch.randint(7, (600,), generator=torch.Generator().manual_seed(1))
+    P, Q = torch.distributions.Categorical(logits=p.double()), torch.distributions.Categorical(logits=q.double())
+    _, loss, _, teacher_loss, kl, _, _ = prediction_sums(q, p, target).tolist()
+    assert kl == pytest.approx(torch.distributions.kl_divergence(P, Q).sum().item())
+    assert loss == pytest.approx(-Q.log_prob(target).sum().item())
+    assert teacher_loss == pytest.approx(-P.log_prob(target).sum().item())
 
 
 def test_language_results_of_teacher_and_untrained_student(teacher):
