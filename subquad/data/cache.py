@@ -112,20 +112,30 @@ def _file_lock(path: Path, name: str) -> Iterator[None]:
         yield
         return
     lock = path.with_suffix(".lock")
-    with lock.open("wb") as file:
-        locked = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process that is tokenizing %s", name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # some network file systems have no locks
-            locked = False
-        if locked:
-            for partial in path.parent.glob(f"{path.stem}-*.partial"):
-                partial.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            # Waiting processes hold the same lock file, and later ones find the cache.
-            lock.unlink(missing_ok=True)
+    while True:
+        with lock.open("wb") as file:
+            locked = True
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("waiting for another process that is tokenizing %s", name)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # some network file systems have no locks
+                locked = False
+            if locked:
+                if not _is_open_at(file.fileno(), lock):
+                    continue  # the process before this one removed the file: others lock a new one
+                for partial in path.parent.glob(f"{path.stem}-*.partial"):
+                    partial.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_open_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -165,3 +165,42 @@ def test_killed_process_leaves_no_cache_and_two_at_once_share_one(cache):
     # One tokenized, the other waited for it.
     assert printed[1] == f"half\n{printed[0]}"
     assert str(file) in printed[0]
+
+
+LOCK = """
+import logging, sys, types
+(root,) = sys.argv[1:]
+for name, path in {"subquad": "subquad", "subquad.data": "subquad/data"}.items():
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [f"{root}/{path}"]
+import numpy as np
+from subquad.data.cache import cached_token_file
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+
+def tokens():
+    print("tokenizing", flush=True)
+    if sys.stdin.readline() == "fail\\n":
+        raise RuntimeError("failed")
+    yield np.arange(5)
+
+print(cached_token_file("key", "a source", tokens)[1], flush=True)
+"""
+
+
+def test_process_waits_after_another_has_failed(cache):
+    """The first fails while the second waits; the third must wait for the second."""
+    command = [sys.executable, "-c", LOCK, str(Path(__file__).parents[2])]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, **pipes)
+    assert first.stdout.readline() == "tokenizing\n"
+    second = subprocess.Popen(command, **pipes)
+    assert second.stdout.readline() == "waiting for another process that is tokenizing a source\n"
+    assert "RuntimeError: failed" in first.communicate("fail\n", timeout=60)[1]
+    assert second.stdout.readline() == "tokenizing\n"
+    third = subprocess.Popen(command, **pipes)
+    assert third.stdout.readline() == "waiting for another process that is tokenizing a source\n"
+    assert second.communicate("go on\n", timeout=60) == ("5\n", "")
+    assert third.communicate("go on\n", timeout=60) == ("5\n", "")
+    (file,) = cache.iterdir()
+    assert file.suffix == ".tokens"
