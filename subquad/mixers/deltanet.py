@@ -26,7 +26,8 @@ class DeltaNet(Mixer):
 
     def reset_gates(self) -> None:
         nn.init.zeros_(self.b_proj.weight)
-        self.set_beta_init(self.per_head(self.options.beta_init))
+        if self.has_biases:  # else `init_from_teacher` sets it
+            self.set_beta_init(self.per_head(self.options.beta_init))
 
     def set_beta_init(self, beta: Tensor) -> None:
         """Sets the bias of each head so that beta is `beta: [H]` where the projection is zero."""

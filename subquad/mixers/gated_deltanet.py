@@ -25,6 +25,9 @@ class GatedDeltaNet(ExportMixin, DeltaNet):
     Options = GatedDeltaNetOptions  # type: ignore[assignment]
     CALIBRATED_PARAMS = (*DeltaNet.CALIBRATED_PARAMS, ("half_life", HALF_LIVES))
     options: GatedDeltaNetOptions
+    bias_direction: Tensor | None = None
+    """Without biases: a vector d `[hidden]` with x . d near 1 on the teacher's tokens, so that a weight c d acts as a
+    bias c. `init_from_teacher` sets it, before any call of `set_beta_init`."""
 
     def build_gates(self) -> None:
         super().build_gates()
@@ -47,9 +50,11 @@ class GatedDeltaNet(ExportMixin, DeltaNet):
     def set_beta_init(self, beta: Tensor) -> None:
         if self.has_biases:
             super().set_beta_init(beta)
-        elif hasattr(self, "bias_direction"):
-            logit = torch.logit(beta).unsqueeze(-1)
-            self.b_proj.weight.copy_(logit * self.bias_direction.to(logit))
+            return
+        if self.bias_direction is None:
+            raise RuntimeError("set_beta_init: a mixer without biases needs init_from_teacher first")
+        logit = torch.logit(beta).unsqueeze(-1)
+        self.b_proj.weight.copy_(logit * self.bias_direction.to(logit))
 
     def set_half_life(self, half_life: Tensor) -> None:
         """Sets the bias of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""

@@ -70,6 +70,19 @@ def test_mixer_without_biases():
     assert torch.allclose(scale, torch.tensor([[0.2], [5.0]]).expand(2, 6))
 
 
+def test_beta_without_biases_needs_the_teacher():
+    mixer = create("gated_deltanet", SPEC, biases=False)
+    assert not mixer.b_proj.weight.any()
+    beta = torch.tensor([0.1, 0.4], dtype=torch.float64)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="without biases needs init_from_teacher first"):
+        mixer.set_beta_init(beta)
+    x = torch.randn(100, 24) + 2.0
+    mixer.init_from_teacher(torch.ones(2), x)
+    with torch.no_grad():
+        mixer.set_beta_init(beta)
+    assert torch.allclose(mixer.b_proj(x).sigmoid().mean(0), beta.float(), atol=0.05)
+
+
 def test_initial_gates_without_biases_are_near_those_with_biases():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, 24, generator=generator) * 0.5 + torch.randn(24, generator=generator)
