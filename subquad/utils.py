@@ -50,6 +50,15 @@ def cache_dir() -> Path:
     return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "subquad")).expanduser()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on the CPU or another device, which no model and no file is to blame
+    for."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------------- run info
 
 

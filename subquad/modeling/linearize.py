@@ -1,6 +1,7 @@
 """Builds a student from a teacher: replaces the attention of each layer, copies weights, initializes the mixers."""
 
 import copy
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,10 @@ from subquad.modeling.layer_types import LayerType, resolve_layer_type, resolve_
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM, make_config
 from subquad.modeling.positions import check_positions_and_cache, find_max_learned_positions
-from subquad.utils import UserError, eval_mode
+from subquad.utils import UserError, eval_mode, is_out_of_memory
+
+_global_generator = threading.RLock()
+"""Held while `linearize` seeds and uses the global random generator, which all threads share."""
 
 
 def linearize(
@@ -63,7 +67,7 @@ def linearize(
         resolve_layer_type({"mixer": mixer, **options}, "mixer")
     elif options:
         raise UserError(f"options: got {', '.join(options)} with layer_types; expected them in layer_types")
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with _global_generator, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         if attention_layers is None:
             attention_layers = discover_attention(teacher)
@@ -104,6 +108,8 @@ def check_student(student: SubquadForCausalLM, name: str) -> None:
             out = student(input_ids=tokens[:, :3], use_cache=True)
             student(input_ids=tokens[:, 3:], use_cache=True, **{CACHE_ARGUMENT: out[CACHE_ARGUMENT]})
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{name} cannot be linearized: its student cannot decode with a cache: {reason[0]}") from error
 

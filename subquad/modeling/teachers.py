@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.utils import UserError, cache_dir, nearest
+from subquad.utils import UserError, cache_dir, is_out_of_memory, nearest
 
 logger = logging.getLogger(__name__)
 NANO, SMOLLM2 = "nano", "smollm2-135m"
@@ -43,9 +43,9 @@ def load_teacher(reference: str | os.PathLike, dtype: torch.dtype = torch.float3
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         raise UserError(f"teacher {reference!r}: it cannot be loaded: {_first_line(error)}") from error
     return model.eval(), tokenizer
 
@@ -127,6 +127,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> ModelAndTokenizer:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"teacher {str(path)!r}: the GGUF file cannot be read: {_first_line(error)}") from error
     return model.eval(), tokenizer
 

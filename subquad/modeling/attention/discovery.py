@@ -20,7 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from subquad.mixers import AttentionSpec
 from subquad.mixers.rotary import STYLES, apply_rotary
 from subquad.modeling.attention.norms import QKNorm, fit_norm
-from subquad.modeling.attention.tracing import TRACE_BATCH, TRACE_LENGTH, AttentionCall, same_values, trace_attention
+from subquad.modeling.attention.tracing import (
+    TRACE_BATCH,
+    TRACE_LENGTH,
+    AttentionCall,
+    is_shape_mismatch,
+    same_values,
+    trace_attention,
+)
 from subquad.utils import UserError, eval_mode
 
 TOLERANCE = 2e-2
@@ -333,7 +340,9 @@ def find_rotary_style(call: AttentionCall, query: ProjectionSlice) -> str | None
     for style in STYLES:
         try:
             candidate = apply_rotary(unrotated, *call.position_embeddings, style)
-        except RuntimeError:
+        except RuntimeError as error:
+            if not is_shape_mismatch(error):
+                raise
             continue
         if (candidate.float() - rotated.float()).square().mean().sqrt() < TOLERANCE * rms:
             return style

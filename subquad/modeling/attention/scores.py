@@ -7,6 +7,7 @@ get some rows, the function is given only the queries of these rows. Where this 
 
 import inspect
 import sys
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from subquad.modeling.attention.tracing import attention_implementation, hidden_states_of
+from subquad.modeling.attention.tracing import attention_implementation, hidden_states_of, is_shape_mismatch
 from subquad.modeling.masks import additive_mask, doc_ids_and_positions
 
 ROW_SLICED = "subquad_rows"
@@ -23,14 +24,15 @@ ROW_SLICED = "subquad_rows"
 PROBE_LENGTH = 6
 """Tokens on which row slicing is compared with the whole matrix, once for each class of attention."""
 
-_requests: list[tuple[slice, list[Tensor]]] = []
+_request: ContextVar[tuple[slice, list[Tensor]]] = ContextVar("rows that are asked for in this thread, and their list")
 _row_slicing: dict[type, bool] = {}
 
 
 def _row_sliced_attention(module, query, key, value, attention_mask, **kwargs):
-    rows, found = _requests[-1]
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    found.append(eager(module, query[:, :, rows], key, value, attention_mask, **kwargs)[1])
+    rows, found = _request.get()
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is not None:
+        found.append(eager(module, query[:, :, rows], key, value, attention_mask, **kwargs)[1])
     B, H, T, _ = query.shape
     return query.new_zeros(B, T, H, value.shape[-1]), None
 
@@ -103,31 +105,35 @@ def _full_matrix(attention: nn.Module, window: int | None, sinks: int, args: tup
 def _matrix_rows(
     attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any], rows: slice
 ) -> Tensor:
+    """Some rows of the matrix; no elements where the module has no eager function, or computes attention itself."""
     mask = _make_mask(hidden_states_of(args, kwargs), window, sinks, rows)
     found: list[Tensor] = []
-    _requests.append((rows, found))
+    token = _request.set((rows, found))
     try:
         with attention_implementation(attention, ROW_SLICED):
             attention(*args, **{**kwargs, "attention_mask": mask})
     finally:
-        _requests.pop()
-    return found[0]
+        _request.reset(token)
+    return found[0] if found else mask.new_empty(0)
 
 
 @torch.no_grad()
 def _supports_row_slicing(
     attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether the eager function of this class, given some queries, returns their rows of the whole matrix."""
-    supported = _row_slicing.get(type(attention))
-    if supported is None:
+    """Whether the eager function of this class, given some queries, returns their rows of the whole matrix.
+
+    An error other than a mismatch of shapes, such as too little memory, is raised and says nothing about the class.
+    """
+    if type(attention) not in _row_slicing:
         args, kwargs = slice_arguments(args, kwargs, slice(0, PROBE_LENGTH))
         rows = slice(2, 4)
+        whole = _full_matrix(attention, window, sinks, args, kwargs)[:, :, rows]
         try:
             some = _matrix_rows(attention, window, sinks, args, kwargs, rows)
-            whole = _full_matrix(attention, window, sinks, args, kwargs)
-            supported = some.shape == whole[:, :, rows].shape and torch.allclose(some, whole[:, :, rows], atol=1e-4)
-        except (AttributeError, IndexError, RuntimeError):
-            supported = False
-        _row_slicing[type(attention)] = supported
-    return supported
+        except RuntimeError as error:
+            if not is_shape_mismatch(error):
+                raise
+            some = whole.new_empty(0)
+        _row_slicing[type(attention)] = some.shape == whole.shape and torch.allclose(some, whole, atol=1e-4)
+    return _row_slicing[type(attention)]

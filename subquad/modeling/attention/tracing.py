@@ -5,8 +5,10 @@ registers one that records its arguments. Older models compute softmax(q k^T) v 
 `TorchFunctionMode` records the matrix products and the softmax. `discovery.py` interprets the records.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from subquad.utils import UserError
+from subquad.utils import UserError, is_out_of_memory
 
 TRACED = "subquad_traced"
 """Name of the attention implementation that records its calls."""
@@ -73,13 +75,13 @@ class AttentionCall:
         return self.kwargs.get("position_embeddings")
 
 
-_calls: list[AttentionCall] = []
+_calls: ContextVar[list[AttentionCall]] = ContextVar("calls of the trace that runs in this thread")
 
 
 def _traced_attention(module, query, key, value, attention_mask, **kwargs):
     plain = {name: arg for name, arg in kwargs.items() if name not in ("softcap", "s_aux")}
     attn_output = sdpa_attention_forward(module, query, key, value, attention_mask, **plain)[0]
-    _calls.append(AttentionCall(module, query, key, value, attn_output, attention_mask, attention_kwargs=kwargs))
+    _calls.get().append(AttentionCall(module, query, key, value, attn_output, attention_mask, attention_kwargs=kwargs))
     return attn_output, None
 
 
@@ -115,7 +117,7 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
 
 
 class EagerAttentionTracer(TorchFunctionMode):
-    """Records attention that a model computes with torch calls: softmax(q k^T) v, or `scaled_dot_product_attention`.
+    """Adds to `calls` what a model computes with torch calls: softmax(q k^T) v, or `scaled_dot_product_attention`.
 
     The call is attributed to the innermost running module, the last of `module_stack`.
     """
@@ -123,9 +125,9 @@ class EagerAttentionTracer(TorchFunctionMode):
     MATMULS = torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm
     SOFTMAXES = torch.softmax, Tensor.softmax, nn.functional.softmax
 
-    def __init__(self, module_stack: list[nn.Module]):
+    def __init__(self, calls: list[AttentionCall], module_stack: list[nn.Module]):
         super().__init__()
-        self.module_stack = module_stack
+        self.calls, self.module_stack = calls, module_stack
         self.query_and_key: tuple[Tensor, Tensor] | None = None
         self.probabilities: Tensor | None = None
 
@@ -134,13 +136,13 @@ class EagerAttentionTracer(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention:
             q, k, v, mask = (*args, None)[:4]
             mask = (kwargs or {}).get("attn_mask", mask)
-            _calls.append(AttentionCall(self.module_stack[-1], q, k, v, out.transpose(1, 2), mask))
+            self.calls.append(AttentionCall(self.module_stack[-1], q, k, v, out.transpose(1, 2), mask))
         elif func in self.SOFTMAXES:
             self.probabilities = out if self.query_and_key is not None else None
         elif func in self.MATMULS and self.probabilities is not None and same_values(args[0], self.probabilities):
             tensors = (*self.query_and_key, args[1], out, self.probabilities)  # type: ignore[misc]
             q, k, v, o, p = (x if x.dim() == 4 else x.unflatten(0, (TRACE_BATCH, -1)) for x in tensors)
-            _calls.append(AttentionCall(self.module_stack[-1], q, k, v, o.transpose(1, 2), probabilities=p))
+            self.calls.append(AttentionCall(self.module_stack[-1], q, k, v, o.transpose(1, 2), probabilities=p))
             self.query_and_key = self.probabilities = None
         elif func in self.MATMULS and out.shape[-2:] == (TRACE_LENGTH, TRACE_LENGTH):
             self.query_and_key = args[0], args[1].transpose(-1, -2)
@@ -152,7 +154,7 @@ def trace_attention(model: PreTrainedModel, input_ids: Tensor) -> list[Attention
     """Runs `model` once on `input_ids: [B, T]` and returns its calls of attention, in order.
 
     Raises:
-        UserError: the forward pass failed.
+        UserError: the forward pass failed, and not for lack of memory.
     """
     inputs: dict[nn.Module, tuple[tuple, dict[str, Any]]] = {}
     outputs: dict[nn.Module, Any] = {}
@@ -168,21 +170,23 @@ def trace_attention(model: PreTrainedModel, input_ids: Tensor) -> list[Attention
 
     hooks: list[Any] = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
     hooks += [module.register_forward_hook(leave) for module in model.modules()]
-    _calls.clear()
+    calls: list[AttentionCall] = []
+    token = _calls.set(calls)
     try:
         with attention_implementation(model, TRACED):
             model(input_ids=input_ids, use_cache=False)
-        if not _calls:
-            with attention_implementation(model, "eager"), EagerAttentionTracer(module_stack):
+        if not calls:
+            with attention_implementation(model, "eager"), EagerAttentionTracer(calls, module_stack):
                 model(input_ids=input_ids, use_cache=False)
-        calls = list(_calls)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{type(model).__name__} cannot be linearized: its forward pass failed during tracing: {reason[0]}"
         ) from error
     finally:
-        _calls.clear()
+        _calls.reset(token)
         for hook in hooks:
             hook.remove()
     for call in calls:
@@ -193,6 +197,11 @@ def trace_attention(model: PreTrainedModel, input_ids: Tensor) -> list[Attention
                 if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                     call.submodule_io[name] = args[0], output
     return calls
+
+
+def is_shape_mismatch(error: RuntimeError) -> bool:
+    """Whether torch raised `error` because the shapes of tensors do not fit together."""
+    return not is_out_of_memory(error) and re.search("size|shape", str(error), re.IGNORECASE) is not None
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
