@@ -44,6 +44,15 @@ def nearest(name: object, valid: Iterable[str]) -> str:
     return f"; expected one of {', '.join(names)}" if names else ""
 
 
+@contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """For the imports in its block: UserError that names the extra of this package where a module is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f'{what} needs {error.name}, which is missing; pip install "subquad[{extra}]"') from None
+
+
 def cache_dir() -> Path:
     """`$SUBQUAD_CACHE`, else `subquad` in the user's cache directory."""
     chosen = os.environ.get("SUBQUAD_CACHE")

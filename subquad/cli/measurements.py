@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from subquad.cli.parser import AddCommand, split_list
-from subquad.utils import UserError, quiet_libraries
+from subquad.utils import UserError, needs_extra, quiet_libraries
 
 BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar")
 """Modules of `benchmarks`."""
@@ -93,7 +93,8 @@ def read_int(text: str, option: str) -> int:
 
 def run_report(args: argparse.Namespace) -> None:
     quiet_libraries()
-    from subquad.report.page import write_report
+    with needs_extra("report", "report"):
+        from subquad.report.page import write_report
 
     page = write_report(Path(args.directory), None if args.output is None else Path(args.output))
     print(f"{page}\nFigures (SVG, PDF) and tables (CSV, LaTeX) are in {Path(args.directory) / 'report'}")

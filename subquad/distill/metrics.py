@@ -1,6 +1,7 @@
 """Metrics of training: the progress bar, `metrics.jsonl`, TensorBoard and the loss curves."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 
 from subquad.utils import UserError, write_text_atomic
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsCallback(TrainerCallback):
@@ -95,10 +98,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(metrics: Sequence[dict[str, Any]], target: Path, title: str) -> None:
-    """Draws training and validation loss against tokens as SVG, a panel for each stage."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
+    """Draws training and validation loss against tokens as SVG, a panel for each stage; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        logger.info('%s is not drawn: matplotlib is missing; pip install "subquad[report]"', target.name)
+        return
     stages = list(dict.fromkeys(record["stage"] for record in metrics))
     if not stages:
         return
@@ -114,4 +119,4 @@ def draw_curves(metrics: Sequence[dict[str, Any]], target: Path, title: str) -> 
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
+    figure.savefig(target, format="svg", metadata={"Date": None})

@@ -11,7 +11,7 @@ from torch import Tensor
 from subquad.config import Lora, Stage
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.utils import UserError
+from subquad.utils import UserError, needs_extra
 
 ROLES = ("mixer", "attention_projections", "backbone", "embeddings")
 """The keys of `param_groups` in a recipe."""
@@ -73,10 +73,8 @@ def add_lora(student: SubquadForCausalLM, lora: Lora, seed: int) -> None:
     Raises:
         UserError: PEFT is not installed, or no layer has copied projections.
     """
-    try:
+    with needs_extra("lora", "lora"):
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError('lora needs PEFT: pip install "subquad[lora]"') from None
     names = [
         re.escape(f"{path}.mixer.{name}_proj")
         for path, layer in student.named_modules()

@@ -17,7 +17,7 @@ from subquad.evaluate.runner import evaluate, load_eval_model
 from subquad.evaluate.suites import Settings, settings_for
 from subquad.evaluate.table import format_tables
 from subquad.modeling.teachers import check_reference
-from subquad.utils import UserError, run_info
+from subquad.utils import UserError, needs_extra, run_info
 
 SEQ_LEN = 512
 """Tokens per row of a validation text given without a recipe."""
@@ -71,6 +71,9 @@ def run(
     directory = check_output(output)
     if figures and directory is None:
         raise UserError("figures: expected an output directory (--output DIR) to draw them into")
+    if figures:
+        with needs_extra("figures", "report"):
+            import matplotlib  # noqa: F401
     teacher = teacher or (None if recipe is None else recipe.teacher)
     for reference in [*models, *([teacher] if teacher is not None else [])]:
         check_reference(reference)

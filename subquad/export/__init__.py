@@ -18,15 +18,14 @@ from transformers import PreTrainedModel
 
 from subquad.export.bamba import BambaConverter
 from subquad.export.converter import Converter
-from subquad.export.gguf import TYPES, write_gguf
 from subquad.export.qwen3_5 import Qwen3_5Converter
 from subquad.modeling.export_target import find_target
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.summary import config_dtype, read_config
 from subquad.modeling.teachers import load_teacher
-from subquad.utils import UserError, nearest
+from subquad.utils import UserError, nearest, needs_extra
 
-__all__ = ["CONVERTERS", "FORMATS", "TYPES", "convert", "export", "write_gguf"]
+__all__ = ["CONVERTERS", "FORMATS", "convert", "export"]
 
 CONVERTERS: dict[str, Converter] = {c.target.key: c for c in (Qwen3_5Converter(), BambaConverter())}
 """One for each of `subquad.modeling.export_target.TARGETS`."""
@@ -44,7 +43,7 @@ def export(directory: str | os.PathLike, output: str | os.PathLike, format: str,
     Args:
         output: a new file for "gguf", a new directory for the other formats.
         format: one of `FORMATS`.
-        type: of the numbers in a GGUF file, one of `TYPES`; "f16" by default.
+        type: of the numbers in a GGUF file, one of `subquad.export.gguf.TYPES`; "f16" by default.
 
     Raises:
         UserError: no student in `directory`, an existing `output`, an unknown format or type.
@@ -54,8 +53,11 @@ def export(directory: str | os.PathLike, output: str | os.PathLike, format: str,
         raise UserError(f"format: unknown {format!r}{nearest(format, FORMATS)}")
     if type is not None and format != "gguf":
         raise UserError(f"type: got {type!r}, expected none for {format}, which keeps the student's dtype")
-    if type is not None and type not in TYPES:
-        raise UserError(f"type: unknown {type!r}{nearest(type, TYPES)}")
+    if format == "gguf":
+        with needs_extra("format gguf", "export"):
+            from subquad.export.gguf import TYPES, write_gguf
+        if type is not None and type not in TYPES:
+            raise UserError(f"type: unknown {type!r}{nearest(type, TYPES)}")
     output = Path(output)
     if output.exists():
         raise UserError(f"output {str(output)!r} exists; expected a new {'file' if format == 'gguf' else 'directory'}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.utils import UserError, cache_dir, is_out_of_memory, nearest
+from subquad.utils import UserError, cache_dir, is_out_of_memory, nearest, needs_extra
 
 logger = logging.getLogger(__name__)
 NANO, SMOLLM2 = "nano", "smollm2-135m"
@@ -123,6 +123,8 @@ def copy_without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> ModelAndTokenizer:
+    with needs_extra(f"teacher {str(path)!r}", "export"):
+        import gguf  # noqa: F401
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)

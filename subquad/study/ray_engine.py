@@ -14,7 +14,7 @@ from subquad.distill.stage_cache import StageCache
 from subquad.study.execute import TeacherCache, execute_run
 from subquad.study.runs import Run
 from subquad.study.scheduler import MAX_RETRIES, Scheduler
-from subquad.utils import UserError, quiet_libraries
+from subquad.utils import UserError, needs_extra, quiet_libraries
 
 FORWARDED_VARIABLES = ("SUBQUAD_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
 """Environment variables that every run receives from the study."""
@@ -24,10 +24,8 @@ teachers = TeacherCache()  # of the worker process, which executes many runs
 
 def import_ray() -> Any:
     """Raises UserError if Ray is not installed."""
-    try:
+    with needs_extra("engine ray", "cluster"):
         return importlib.import_module("ray")
-    except ImportError:
-        raise UserError('engine: ray is not installed; pip install "subquad[cluster]", or leave out --engine') from None
 
 
 def connect(ray: Any) -> None:

@@ -1,0 +1,84 @@
+"""The core works where every optional package is missing, and what needs one says which extra to install."""
+
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.helpers.recipes import tiny_recipe
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+RUN = """
+import sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+from subquad.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def missing_modules() -> list[str]:
+    """The importable names of all packages of extras that neither the core nor the tests need."""
+    extras = PROJECT["optional-dependencies"]
+    names = {canonicalize_name(Requirement(r).name) for extra in extras if extra != "dev" for r in extras[extra]}
+    names -= {canonicalize_name(Requirement(r).name) for r in PROJECT["dependencies"]}
+    modules = {m for m, owners in packages_distributions().items() if names & {canonicalize_name(o) for o in owners}}
+    return sorted(modules | {"fla", "triton", "ray"})
+
+
+def run(*argv: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", RUN, ",".join(missing_modules()), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("core")
+    return tiny_recipe(directory).parent
+
+
+def test_the_list_of_missing_modules_has_every_extra():
+    assert {"matplotlib", "jinja2", "scipy", "gguf", "lm_eval", "torchao", "peft"} <= set(missing_modules())
+    assert not {"torch", "transformers", "numpy", "subquad"} & set(missing_modules())
+
+
+def test_linearize_distill_and_generate_need_no_extra(inputs):
+    for argv in (
+        ["linearize", inputs / "teacher", "--mixer", "gla", "-o", inputs / "linear"],
+        ["distill", inputs / "recipe.yaml", "-o", inputs / "student"],
+        ["generate", inputs / "student", "The red", "--tokens", "3"],
+    ):
+        done = run(*argv)
+        assert done.returncode == 0, done.stderr
+        if argv[0] == "distill":
+            assert done.stdout.count('loss.svg is not drawn: matplotlib is missing; pip install "subquad[report]"') == 1
+    assert not (inputs / "student" / "loss.svg").exists()
+
+
+def test_what_needs_an_extra_names_it(inputs, tmp_path):
+    student, figures = inputs / "linear", tmp_path / "figures"
+    if not student.exists():
+        assert run("linearize", inputs / "teacher", "--mixer", "gla", "-o", student).returncode == 0
+    lora = yaml.safe_load((inputs / "recipe.yaml").read_text())
+    lora["stages"]["end_to_end"]["lora"] = {"rank": 2}
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(lora))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for extra, argv in (
+        ("report", ["report", tmp_path]),
+        ("report", ["eval", student, "--figures", "-o", figures]),
+        ("export", ["export", student, "--format", "gguf", "-o", tmp_path / "student.gguf"]),
+        ("export", ["linearize", tmp_path / "model.gguf", "--mixer", "gla", "-o", tmp_path / "linear"]),
+        ("eval", ["eval", student, "--suite", "zero-shot", "--tasks", "piqa"]),
+        ("lora", ["distill", tmp_path / "lora.yaml", "-o", tmp_path / "lora"]),
+        ("cluster", ["study", inputs / "recipe.yaml", "--engine", "ray", "-o", tmp_path / "study"]),
+    ):
+        done = run(*argv)
+        assert done.returncode == 2, (argv, done.stdout, done.stderr)
+        assert f"subquad[{extra}]" in done.stderr, (argv, done.stderr)
+        assert "Traceback" not in done.stderr
