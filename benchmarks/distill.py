@@ -74,7 +74,7 @@ def plain_step(run: StageRun, student, groups: list[dict[str, Any]], optimizer, 
 
 
 def seconds_of_plain_loop(run: StageRun, student, steps: int) -> float:
-    groups = parameter_groups(student, run.objective.trained(student), run.stage)
+    groups = parameter_groups(student, run.objective.trained_parameters(student), run.stage)
     optimizer = torch.optim.AdamW(groups, lr=run.stage.lr, betas=(0.9, 0.95), fused=True)
     batches = run.train.ids.split(run.stage.batch_size)  # type: ignore[attr-defined]
     times = []

@@ -22,7 +22,7 @@ from subquad import mixers
 from subquad.analysis.ablations import ablation_results
 from subquad.analysis.correlation import rank_correlation
 from subquad.analysis.diagnostics import diagnostics_results
-from subquad.analysis.mqar import Setting, mqar_results
+from subquad.analysis.mqar import MQARSettings, mqar_results
 from subquad.analysis.plots import draw_cka, draw_recall, draw_student
 from subquad.analysis.recall import recall_results
 from subquad.analysis.recall_tasks import TASKS
@@ -143,7 +143,7 @@ def correlations(results: list[Result], recovered: dict[str, float]) -> str:
 def print_mqar() -> list[Result]:
     """MQAR accuracy by mixer and state size, printed line by line."""
     heads, found = (2, 4, 8), []
-    states = [Setting(heads=count).state for count in heads]
+    states = [MQARSettings(heads=count).state for count in heads]
     print(f"| mixer | {' | '.join(f'{state}' for state in states)} |\n|---{'|---' * len(heads)}|", flush=True)
     for name in mixers.names():
         results = mqar_results([name], heads)

@@ -84,7 +84,7 @@ def test_each_stage_lowers_its_own_loss_on_held_out_text(stage, mixer, nano, hel
         "end_to_end": lambda: EndToEndDistillation(teacher, EndToEnd(tokens=1, lr=1.0)),
     }[stage]()
     rates = {"matrix": 4e-3, "hidden": 2e-3, "end_to_end": 5e-4}
-    optimizer = torch.optim.AdamW(objective.trained(student), lr=rates[stage])
+    optimizer = torch.optim.AdamW(objective.trained_parameters(student), lr=rates[stage])
 
     def loss(rows):
         return student(objective=objective, **objective.targets({"input_ids": rows})).loss

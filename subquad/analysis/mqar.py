@@ -37,7 +37,7 @@ EVAL_SEQUENCES = 256
 
 
 @dataclass(frozen=True)
-class Setting:
+class MQARSettings:
     """Sizes of the task and the model, and training options."""
 
     pairs: int = 8
@@ -69,7 +69,7 @@ class Setting:
 
 
 def mqar_results(
-    names: Sequence[str] = tuple(mixers.REGISTRY), heads: Sequence[int] = (2, 4, 8), setting: Setting | None = None
+    names: Sequence[str] = tuple(mixers.REGISTRY), heads: Sequence[int] = (2, 4, 8), setting: MQARSettings | None = None
 ) -> list[Result]:
     """The accuracy of each mixer for each number of heads, each after a training run of less than a minute.
 
@@ -78,7 +78,7 @@ def mqar_results(
     Raises:
         UserError: an unknown mixer; heads that do not divide the width.
     """
-    setting = setting or Setting()
+    setting = setting or MQARSettings()
     results = []
     for name in names:
         for count in heads:
@@ -92,7 +92,7 @@ def mqar_results(
     return results
 
 
-def sequences(setting: Setting, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sequences(setting: MQARSettings, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Token ids `[count, 4 * pairs]`, and targets of the same shape: the value at each key of the second half, else
     -100."""
     half, P = setting.vocabulary // 2, setting.pairs
@@ -106,7 +106,7 @@ def sequences(setting: Setting, count: int, generator: torch.Generator) -> tuple
     return tokens, targets
 
 
-def build_model(mixer: str, setting: Setting) -> SubquadForCausalLM:
+def build_model(mixer: str, setting: MQARSettings) -> SubquadForCausalLM:
     """A randomly initialized model with a mixer, or with softmax attention."""
     config = LlamaConfig(
         vocab_size=setting.vocabulary,
@@ -137,7 +137,7 @@ def build_model(mixer: str, setting: Setting) -> SubquadForCausalLM:
     return model
 
 
-def train_model(model: SubquadForCausalLM, setting: Setting) -> None:
+def train_model(model: SubquadForCausalLM, setting: MQARSettings) -> None:
     """AdamW on new sequences in every step, with linear warmup and cosine decay."""
     generator = torch.Generator().manual_seed(setting.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, weight_decay=0.1)
@@ -163,7 +163,7 @@ def train_model(model: SubquadForCausalLM, setting: Setting) -> None:
 
 
 @torch.no_grad()
-def accuracy(model: SubquadForCausalLM, setting: Setting) -> tuple[float, int]:
+def accuracy(model: SubquadForCausalLM, setting: MQARSettings) -> tuple[float, int]:
     """The share of queried values that the model predicts, on sequences not seen in training, and their number."""
     generator = torch.Generator().manual_seed(setting.seed + 1)
     tokens, targets = sequences(setting, EVAL_SEQUENCES, generator)

@@ -113,11 +113,11 @@ class PromptSource:
         return (sentence * (count // len(sentence) + 1))[:count]
 
 
-def item(context: Sequence[int], *questions: Question) -> Item:
+def make_item(context: Sequence[int], *questions: Question) -> Item:
     return Item(torch.tensor(context), questions)
 
 
-def question(
+def make_question(
     query: Sequence[int], answer: Sequence[int], distractors: Sequence[Sequence[int]], depth: float | None
 ) -> Question:
     return Question(torch.tensor(query), torch.tensor(answer), tuple(torch.tensor(d) for d in distractors), depth)
@@ -137,7 +137,7 @@ VALUE_KINDS: dict[str, Callable[[PromptSource], str]] = {
 }
 
 
-def needle(
+def draw_needles(
     kind: str, filler: str, source: PromptSource, length: int, depths: Sequence[float], items: int
 ) -> Iterator[Item]:
     """A statement within a long text, whose beginning is the query (Kamradt's needle in a haystack).
@@ -154,7 +154,7 @@ def needle(
             text = getattr(source, filler)(length - len(statement) - len(opening))
             start = round(depth * len(text))
             context = [*text[:start], *statement, *text[start:]]
-            yield item(context, question(opening, answer, distractors, depth))
+            yield make_item(context, make_question(opening, answer, distractors, depth))
 
 
 def draw_values(source: PromptSource, kind: str, name: str) -> list[list[int]]:
@@ -177,7 +177,7 @@ def draw_values(source: PromptSource, kind: str, name: str) -> list[list[int]]:
 # ---------------------------------------------------------------------- associations
 
 
-def assoc_text(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+def draw_word_pairs(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
     """Pairs of words between passages of natural text, several of which are queried (multi-query)."""
     for _ in range(items):
         words = source.rng.sample(source.words, 2 * TEXT_PAIRS)
@@ -189,10 +189,10 @@ def assoc_text(source: PromptSource, length: int, depths: Sequence[float], items
         needed = sum(map(len, pairs)) + query_tokens
         check_length(length, needed, "assoc_text")
         context = spread_evenly(pairs, source.sample_text(length - needed))
-        yield item(context, *pair_questions(source, keys, values, depths, query_tokens))
+        yield make_item(context, *pair_questions(source, keys, values, depths, query_tokens))
 
 
-def assoc_tokens(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+def draw_token_pairs(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
     """Pairs of random tokens between random tokens (MQAR of Zoology, arXiv 2312.04927, zero-shot)."""
     count = max(NUM_DISTRACTORS + 1, length // TOKENS_PER_PAIR)
     check_length(length, 2 * count + 1, "assoc_tokens")
@@ -201,10 +201,10 @@ def assoc_tokens(source: PromptSource, length: int, depths: Sequence[float], ite
         keys, values = [[k] for k in drawn[:count]], [[v] for v in drawn[count:]]
         filler = sample_noise(source, length - 2 * count - 1, drawn)
         context = spread_evenly([[*k, *v] for k, v in zip(keys, values, strict=True)], filler)
-        yield item(context, *pair_questions(source, keys, values, depths, 1))
+        yield make_item(context, *pair_questions(source, keys, values, depths, 1))
 
 
-def induction(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+def draw_induction(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
     """A B between random tokens, and A as the query: B follows (Olsson et al., arXiv 2209.11895)."""
     check_length(length, NUM_DISTRACTORS + 3, "induction")
     for depth in depths:
@@ -215,7 +215,7 @@ def induction(source: PromptSource, length: int, depths: Sequence[float], items:
             source.rng.shuffle(filler)
             start = round(depth * len(filler))
             context = [*filler[:start], key, value, *filler[start:]]
-            yield item(context, question([key], [value], [[other] for other in others], depth))
+            yield make_item(context, make_question([key], [value], [[other] for other in others], depth))
 
 
 def pair_questions(
@@ -230,7 +230,7 @@ def pair_questions(
         distractors = source.rng.sample([value for i, value in enumerate(values) if i != at], NUM_DISTRACTORS)
         padding = source.encode("\n") * query_tokens
         missing = query_tokens - len(keys[at])
-        yield question([*padding[:missing], *keys[at]], values[at], distractors, depth)
+        yield make_question([*padding[:missing], *keys[at]], values[at], distractors, depth)
 
 
 def spread_evenly(pairs: list[list[int]], filler: list[int]) -> list[int]:
@@ -255,7 +255,7 @@ def sample_noise(source: PromptSource, count: int, exclude: Sequence[int]) -> li
 # ---------------------------------------------------------------------- copying
 
 
-def copy(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+def draw_copies(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
     """A sequence of random tokens twice, whose last tokens are the answer (arXiv 2402.01032).
 
     Distractors are the answer's tokens in another order. The answer has one position: `depths` set only the number of
@@ -271,7 +271,7 @@ def copy(source: PromptSource, length: int, depths: Sequence[float], items: int)
         while len(distractors) < NUM_DISTRACTORS:
             other = source.rng.sample(answer, COPY_TOKENS)
             distractors += [other] if other not in (answer, *distractors) else []
-        yield item(whole[: length - 1], question(whole[length - 1 : length], answer, distractors, None))
+        yield make_item(whole[: length - 1], make_question(whole[length - 1 : length], answer, distractors, None))
 
 
 def make_items(task: str, source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
@@ -281,10 +281,10 @@ def make_items(task: str, source: PromptSource, length: int, depths: Sequence[fl
 
 
 TASKS: dict[str, Task] = {
-    **{f"needle_{kind}": partial(needle, kind, "sample_text") for kind in VALUE_KINDS},
-    **{f"needle_{kind}_repeated": partial(needle, kind, "repeated_text") for kind in VALUE_KINDS},
-    "assoc_text": assoc_text,
-    "assoc_tokens": assoc_tokens,
-    "copy": copy,
-    "induction": induction,
+    **{f"needle_{kind}": partial(draw_needles, kind, "sample_text") for kind in VALUE_KINDS},
+    **{f"needle_{kind}_repeated": partial(draw_needles, kind, "repeated_text") for kind in VALUE_KINDS},
+    "assoc_text": draw_word_pairs,
+    "assoc_tokens": draw_token_pairs,
+    "copy": draw_copies,
+    "induction": draw_induction,
 }

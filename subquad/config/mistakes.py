@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from subquad.config.schema import MixtureSource, Recipe, conflicts
-from subquad.config.section import KeyPath, Section, shown
+from subquad.config.section import KeyPath, Section, format_value
 from subquad.config.yaml_tree import INVALID, Node
 from subquad.utils import nearest
 
@@ -60,7 +60,7 @@ def _explain(path: KeyPath, error: Any) -> str:
         return f"{dotted} is missing; expected: {_first_sentence(section.model_fields[path[-1]])}"
     if kind == "value_error":
         return f"{dotted}: {context['error']}"
-    got = f"{dotted}: got {shown(error['input'])}, expected"
+    got = f"{dotted}: got {format_value(error['input'])}, expected"
     if kind == "literal_error":
         names = re.findall(r"'([^']+)'", context["expected"])
         return f"{got} one of {', '.join(names)}{nearest(error['input'], names).partition('; expected')[0]}"

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from subquad.config import yaml_tree
-from subquad.config.section import Fraction, KeyPath, NonEmptyStr, Section, refuse, shown
+from subquad.config.section import Fraction, KeyPath, NonEmptyStr, Section, format_value, raise_validation_error
 from subquad.mixers.options import OPTIONS, SOFTMAX, mixer_names
 from subquad.utils import UserError, nearest
 
@@ -50,7 +50,7 @@ def _read_source(value: Any) -> Any:
             raise UserError("got a mixture without a source, expected names of sources with their weights")
         return _MIXTURE.validate_python(dict(value))
     if not isinstance(value, str) or not value:
-        raise UserError(f"got {shown(value)}, expected the name of a source, or a mapping of names to weights")
+        raise UserError(f"got {format_value(value)}, expected the name of a source, or a mapping of names to weights")
     return value
 
 
@@ -138,7 +138,9 @@ class Student(Section):
         else:
             mistakes = OPTIONS[mixer].mistakes(options) if mixer in OPTIONS else {}
         if mistakes:
-            refuse([((name,), message.removeprefix(f"{name}: "), options[name]) for name, message in mistakes.items()])
+            raise_validation_error(
+                [((name,), message.removeprefix(f"{name}: "), options[name]) for name, message in mistakes.items()]
+            )
         return options
 
     @field_validator("layer_types")
@@ -153,7 +155,7 @@ class Student(Section):
         if not layer_types:
             raise UserError("got an empty mapping, expected layer types such as `default: gla`")
         if mistakes := find_mistakes(layer_types):
-            refuse([((key,), message, layer_types[key]) for key, message in mistakes])
+            raise_validation_error([((key,), message, layer_types[key]) for key, message in mistakes])
         return layer_types
 
     @field_validator("export_target")
@@ -337,7 +339,7 @@ class Recipe(Section):
     def _check_sections(self) -> "Recipe":
         mistakes = conflicts(self.model_dump())
         if mistakes:
-            refuse([(path, message, None) for path, message in mistakes])
+            raise_validation_error([(path, message, None) for path, message in mistakes])
         return self
 
     def to_yaml(self) -> str:

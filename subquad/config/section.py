@@ -12,13 +12,13 @@ NonEmptyStr = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as JSON or YAML writes it, cut to 60 characters."""
     text = repr(value) if isinstance(value, str | float) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def refuse(mistakes: list[tuple[KeyPath, object, Any]]) -> NoReturn:
+def raise_validation_error(mistakes: list[tuple[KeyPath, object, Any]]) -> NoReturn:
     """Raises one ValidationError for all mistakes: (path below the validated value, message, value)."""
     details = [
         InitErrorDetails(type=PydanticCustomError("value_error", "{error}", {"error": str(m)}), loc=path, input=value)

@@ -11,7 +11,7 @@ from subquad.data.readers import PASSAGE_CHARACTERS, Document, read
 from subquad.data.sources import Source, SplitOrAll, resolve, resolve_sources
 from subquad.utils import UserError
 
-MIN_DOCS_FOR_HASH_SPLIT = 200
+MAX_DOCS_FOR_CHARACTER_SPLIT = 200
 """With at most this many documents, a share of them is too coarse or empty, and the text is split by characters."""
 VALIDATION_FRACTION = 1 / 20
 
@@ -73,8 +73,8 @@ def _nonempty(source: Source) -> Iterator[Document]:
 
 
 def _split(source: Source, split: SplitOrAll) -> Iterator[Document]:
-    lengths = [len(document) for document in itertools.islice(_nonempty(source), MIN_DOCS_FOR_HASH_SPLIT + 1)]
-    if len(lengths) <= MIN_DOCS_FOR_HASH_SPLIT:
+    lengths = [len(document) for document in itertools.islice(_nonempty(source), MAX_DOCS_FOR_CHARACTER_SPLIT + 1)]
+    if len(lengths) <= MAX_DOCS_FOR_CHARACTER_SPLIT:
         yield from _split_by_characters(_nonempty(source), sum(lengths), split)
         return
     for document in _nonempty(source):

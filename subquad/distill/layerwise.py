@@ -65,11 +65,11 @@ def layerwise_loss(
     differentiate = torch.is_grad_enabled() and bool(flat)
     values, gradients = [], []
     for loss, layer in zip(losses, parameters, strict=True):
-        learning = [p for p in layer if p.requires_grad]
-        with torch.set_grad_enabled(differentiate and bool(learning)):
+        trainable = [p for p in layer if p.requires_grad]
+        with torch.set_grad_enabled(differentiate and bool(trainable)):
             value = loss()
-        if differentiate and learning:
-            grads = torch.autograd.grad(value, learning, allow_unused=True, materialize_grads=True)
+        if differentiate and trainable:
+            grads = torch.autograd.grad(value, trainable, allow_unused=True, materialize_grads=True)
             gradients += [g / len(losses) for g in grads]
         values.append(value.detach())
     per_layer = torch.stack(values)

@@ -20,7 +20,7 @@ class StageOutput(ModelOutput):
     """The loss of a batch. Stages 1 and 2 also give the loss of each layer, `[layers]`, detached."""
 
     loss: Tensor | None = None
-    layers: Tensor | None = None
+    layer_losses: Tensor | None = None
 
 
 class Objective:
@@ -33,7 +33,7 @@ class Objective:
     name: str
     """The stage's key in the recipe."""
 
-    def trained(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
+    def trained_parameters(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
         """The parameters that this stage trains."""
         raise NotImplementedError
 
@@ -41,7 +41,7 @@ class Objective:
         """The keyword arguments of the student's forward: `input_ids` and what the teacher computed from them."""
         raise NotImplementedError
 
-    def count(self, batch: Batch) -> Tensor:
+    def count_tokens(self, batch: Batch) -> Tensor:
         """The number of tokens over which the loss of a batch is averaged."""
         return torch.tensor(batch["input_ids"].numel())
 

@@ -17,7 +17,7 @@ ROLES = ("mixer", "attention_projections", "backbone", "embeddings")
 """The keys of `param_groups` in a recipe."""
 
 
-def roles(student: SubquadForCausalLM) -> dict[int, str]:
+def parameter_roles(student: SubquadForCausalLM) -> dict[int, str]:
     """The role of each parameter, by its `id`.
 
     "embeddings": embeddings and the head. "attention_projections": the projections that the teacher's attention has
@@ -46,7 +46,7 @@ def parameter_groups(
     Raises:
         UserError: everything that the stage trains is frozen.
     """
-    trained_ids, role_of = {id(p) for p in trained}, roles(student)
+    trained_ids, role_of = {id(p) for p in trained}, parameter_roles(student)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         group = getattr(stage.param_groups, role_of[id(parameter)])
@@ -60,7 +60,7 @@ def parameter_groups(
         rate = stage.lr if group.lr is None else group.lr
         groups.setdefault((rate, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     if not groups:
-        raise UserError("param_groups: everything that this stage trains is frozen; expected a group that is not")
+        raise UserError("param_groups: all groups that this stage trains are frozen; expected at least one that is not")
     return [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from subquad.config import Recipe
 from subquad.data import PackedDataset, RowSlice, token_rows
 from subquad.distill.documents import respects_document_boundaries
-from subquad.distill.metrics import draw_curves, read_jsonl, write_jsonl
+from subquad.distill.logging_callbacks import draw_curves, read_jsonl, write_jsonl
 from subquad.distill.objective import Objective
 from subquad.distill.recipe_stages import UNIGRAM_TOKENS, epoch_tokens, recipe_stages, stage_rows, stage_tokens
 from subquad.distill.stage1_matrix_mixing import MatrixMixing

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from subquad.distill.metrics import read_jsonl, write_jsonl
+from subquad.distill.logging_callbacks import read_jsonl, write_jsonl
 from subquad.distill.recipe_stages import STAGE_NAMES
 
 

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from subquad.config import Recipe, Stage
 from subquad.data.packing import IGNORE_INDEX, next_labels
-from subquad.distill.metrics import MetricsCallback, append_jsonl, tensorboard
+from subquad.distill.logging_callbacks import MetricsCallback, append_jsonl, tensorboard
 from subquad.distill.objective import Batch, Objective
 from subquad.distill.param_groups import EMA, add_lora, merge_lora, parameter_groups
 from subquad.distill.recipe_stages import total_steps
@@ -93,7 +93,7 @@ class StageTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], None]:  # type: ignore[override]
         """The micro-batches of a step; also sets the weight of each in the step's mean."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
-        counts = torch.stack([self.run.objective.count(batch) for batch in samples]).float()
+        counts = torch.stack([self.run.objective.count_tokens(batch) for batch in samples]).float()
         total = counts.sum()
         if self.accelerator.num_processes > 1:
             total = self.accelerator.gather(total.to(self.args.device)).sum().cpu()
@@ -111,7 +111,7 @@ class StageTrainer(Trainer):
             targets = objective.targets(batch)
             outputs = model(objective=objective, **targets)
         if not torch.isfinite(outputs.loss):
-            self.raise_non_finite_loss(outputs.layers, targets)
+            self.raise_non_finite_loss(outputs.layer_losses, targets)
         return outputs.loss
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -119,9 +119,9 @@ class StageTrainer(Trainer):
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, torch.bfloat16)
 
-    def raise_non_finite_loss(self, layers: torch.Tensor | None, targets: dict[str, Any]) -> None:
-        if layers is not None:
-            bad = [i for i, value in enumerate(layers.tolist()) if not math.isfinite(value)]
+    def raise_non_finite_loss(self, layer_losses: torch.Tensor | None, targets: dict[str, Any]) -> None:
+        if layer_losses is not None:
+            bad = [i for i, value in enumerate(layer_losses.tolist()) if not math.isfinite(value)]
         else:
             bad = non_finite_layers(self.student, targets["input_ids"], targets.get("positions"))
         origin = f"layer {bad[0]}" if bad else "the head or the loss itself"
@@ -216,7 +216,7 @@ def run_stage(run: StageRun, student: SubquadForCausalLM) -> None:
     """Trains `student` in place, from the newest complete checkpoint of the stage if there is one."""
     if run.stage.lora is not None:
         add_lora(student, run.stage.lora, run.recipe.seed)
-    groups = parameter_groups(student, run.objective.trained(student), run.stage)
+    groups = parameter_groups(student, run.objective.trained_parameters(student), run.stage)
     checkpoint = newest_checkpoint(run.directory)
     trainer = StageTrainer(
         run,

@@ -37,40 +37,44 @@ def convert(student: SubquadForCausalLM, target: str) -> PreTrainedModel:
     return CONVERTERS[find_target(target).key].convert(student)
 
 
-def export(directory: str | os.PathLike, output: str | os.PathLike, format: str, type: str | None = None) -> str:
+def export(
+    directory: str | os.PathLike, output: str | os.PathLike, file_format: str, weight_type: str | None = None
+) -> str:
     """Exports the student saved in `directory` to `output`; returns a line that says what was written.
 
     Args:
         output: a new file for "gguf", a new directory for the other formats.
-        format: one of `FORMATS`.
-        type: of the numbers in a GGUF file, one of `subquad.export.gguf.TYPES`; "f16" by default.
+        file_format: one of `FORMATS`.
+        weight_type: of the weights in a GGUF file, one of `subquad.export.gguf.TYPES`; "f16" by default.
 
     Raises:
-        UserError: no student in `directory`, an existing `output`, an unknown format or type.
+        UserError: no student in `directory`, an existing `output`, an unknown format or weight type.
         ExportError: a student with something that the format does not have.
     """
-    if format not in FORMATS:
-        raise UserError(f"format: unknown {format!r}{nearest(format, FORMATS)}")
-    if type is not None and format != "gguf":
-        raise UserError(f"type: got {type!r}, expected none for {format}, which keeps the student's dtype")
-    if format == "gguf":
+    if file_format not in FORMATS:
+        raise UserError(f"format: unknown {file_format!r}{nearest(file_format, FORMATS)}")
+    if weight_type is not None and file_format != "gguf":
+        raise UserError(f"type: got {weight_type!r}, expected none for {file_format}, which keeps the student's dtype")
+    if file_format == "gguf":
         with needs_extra("format gguf", "export"):
             from subquad.export.gguf import TYPES, write_gguf
-        if type is not None and type not in TYPES:
-            raise UserError(f"type: unknown {type!r}{nearest(type, TYPES)}")
+        if weight_type is not None and weight_type not in TYPES:
+            raise UserError(f"type: unknown {weight_type!r}{nearest(weight_type, TYPES)}")
     output = Path(output)
     if output.exists():
-        raise UserError(f"output {str(output)!r} exists; expected a new {'file' if format == 'gguf' else 'directory'}")
+        raise UserError(
+            f"output {str(output)!r} exists; expected a new {'file' if file_format == 'gguf' else 'directory'}"
+        )
     student, tokenizer = load_teacher(directory, config_dtype(read_config(Path(directory))))
     assert isinstance(student, SubquadForCausalLM)
-    model = convert(student, "qwen3_5" if format == "gguf" else format)
+    model = convert(student, "qwen3_5" if file_format == "gguf" else file_format)
     with write_atomic(output) as partial:
-        if format == "gguf":
-            write_gguf(model, tokenizer, partial, type or "f16", name=Path(directory).resolve().name)
+        if file_format == "gguf":
+            write_gguf(model, tokenizer, partial, weight_type or "f16", name=Path(directory).resolve().name)
         else:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-    return f"{model.num_parameters():,} parameters as {format} in {output}"
+    return f"{model.num_parameters():,} parameters as {file_format} in {output}"
 
 
 @contextmanager

@@ -178,7 +178,7 @@ def check_epsilons(student: SubquadForCausalLM, eps: float, kept: AttentionTrace
 
 
 def trace_kept_attention(student: SubquadForCausalLM) -> AttentionTraces:
-    if not any(student.config.keeps_attention):
+    if not any(student.config.layers_with_attention):
         return {}
     indices = {
         id(layer.attention): i for i, layer in enumerate(student.mixer_layers) if isinstance(layer, AttentionLayer)

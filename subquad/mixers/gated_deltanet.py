@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.deltanet import DeltaNet
-from subquad.mixers.export_mixin import ExportMixin
+from subquad.mixers.exportable import ExportableMixer
 from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus, log_decay_from_half_life
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import GatedDeltaNetOptions
 
 
-class GatedDeltaNet(ExportMixin, DeltaNet):
+class GatedDeltaNet(ExportableMixer, DeltaNet):
     name = "gated_deltanet"
     Options = GatedDeltaNetOptions  # type: ignore[assignment]
     CALIBRATED_PARAMS = (*DeltaNet.CALIBRATED_PARAMS, ("half_life", HALF_LIVES))

@@ -14,7 +14,7 @@ from subquad.mixers.gate_init import HALF_LIVES, inverse_logsigmoid, log_decay_f
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import GLAOptions
 
-TEMPERATURE = 16.0
+GATE_LOGIT_NORMALIZER = 16.0
 """tau of the paper: keeps decays near one for logits near zero."""
 
 
@@ -37,7 +37,7 @@ class GLA(Mixer):
     def set_half_life(self, half_life: Tensor) -> None:
         """Sets the bias of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""
         log_decay = log_decay_from_half_life(self.channel_half_lives(half_life))
-        self.decay_up.bias.copy_(inverse_logsigmoid(TEMPERATURE * log_decay).flatten())
+        self.decay_up.bias.copy_(inverse_logsigmoid(GATE_LOGIT_NORMALIZER * log_decay).flatten())
 
     def channel_half_lives(self, half_life: Tensor) -> Tensor:
         """Half-lives of all channels, `[H, K]`, from those of the heads, `[H]`."""
@@ -46,7 +46,7 @@ class GLA(Mixer):
     def log_decay(self, x: Tensor) -> Tensor:
         """g, `[B, T, H, K]`, in float32 at least."""
         logits = upcast(self.decay_up(self.decay_down(x)))
-        return (F.logsigmoid(logits) / TEMPERATURE).unflatten(-1, (self.spec.num_heads, -1))
+        return (F.logsigmoid(logits) / GATE_LOGIT_NORMALIZER).unflatten(-1, (self.spec.num_heads, -1))
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"log_decay": self.log_decay(x)}

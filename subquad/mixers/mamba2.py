@@ -13,13 +13,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.mixers.export_mixin import ExportMixin
+from subquad.mixers.exportable import ExportableMixer
 from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus, log_decay_from_half_life
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import Mamba2Options
 
 
-class Mamba2(ExportMixin):
+class Mamba2(ExportableMixer):
     name = "mamba2"
     Options = Mamba2Options
     options: Mamba2Options

@@ -106,12 +106,12 @@ class LayerCalibrator:
         self.mixer = mixer
         self.x, self.position_embeddings = activations.hidden_states, activations.kwargs.get("position_embeddings")
         H, V = mixer.spec.num_heads, mixer.spec.value_dim
-        assert activations.heads is not None
-        self.target = activations.heads.float().unflatten(-1, (H, V))
+        assert activations.head_outputs is not None
+        self.target = activations.head_outputs.float().unflatten(-1, (H, V))
         output, _ = info.expanded_weights("o")
         output = output.float().unflatten(-1, (H, V)).transpose(0, 1)  # [H, D, V]
-        self.metric = output.mT @ output
-        """`[H, V, V]`: an error e of a head is a squared error e^T metric e of the layer's output."""
+        self.error_weight = output.mT @ output
+        """`[H, V, V]`: an error e of a head is a squared error e^T W e of the layer's output."""
 
     def errors_and_scale(self) -> tuple[Tensor, Tensor]:
         """Each head's squared error in the layer's output, `[H]`, and the least-squares scale of its channels,
@@ -129,7 +129,7 @@ class LayerCalibrator:
                 o = o * gate
             scale = (o * self.target).sum((0, 1)) / o.square().sum((0, 1)).clamp_min(1e-12)
         error = (self.target - scale * o).flatten(0, 1)  # [tokens, H, V]
-        return torch.einsum("thv,hvw,thw->h", error, self.metric, error), scale
+        return torch.einsum("thv,hvw,thw->h", error, self.error_weight, error), scale
 
     def apply(self, params: dict[str, Tensor]) -> None:
         for name, values in params.items():

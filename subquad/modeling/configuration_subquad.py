@@ -80,7 +80,7 @@ class SubquadConfig(PreTrainedConfig):
         return out
 
     @property
-    def keeps_attention(self) -> list[bool]:
+    def layers_with_attention(self) -> list[bool]:
         """For each layer, whether it is attention and no mixer."""
         return [spec["mixer"] not in mixers.OPTIONS for spec in self.layer_specs]
 

@@ -185,7 +185,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask, position_ids, B, T, past_tokens, tokens.device, cu_seqlens
         )
         self.check_positions(position_ids)
-        if mask.shape[-1] and not any(self.config.keeps_attention):
+        if mask.shape[-1] and not any(self.config.layers_with_attention):
             mask = mask[..., -T:]
         return {
             "input_ids": input_ids,

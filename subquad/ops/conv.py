@@ -2,7 +2,7 @@
 
     y_t = bias + sum_w weight[:, w] x_{t - (W - 1) + w}          weight[:, W - 1] is the tap of the current token
 
-Memory bandwidth limits it, so that it goes through the sequence in tiles that stay in the cache while all taps read
+Memory bandwidth limits it, so that it goes through the sequence in tiles that stay in the CPU cache while all taps read
 them.
 """
 
@@ -20,7 +20,8 @@ from subquad.ops import checks
 from subquad.ops.engine.functions import OnceDifferentiable, VmapByLoopFunction
 from subquad.ops.engine.workspace import Workspace
 
-TILE_NUMBERS = 1 << 16
+TILE_ELEMENTS = 1 << 16
+"""Elements of x in a tile: 256 KB in float32, so that a tile stays in the CPU cache."""
 
 
 def short_conv(
@@ -151,7 +152,7 @@ class ConvTiles:
 
     def __iter__(self) -> Iterator[ConvTile]:
         B, _, D = self.x.shape
-        size = max(32, 2 * self.state.shape[1], TILE_NUMBERS // max(1, B * D))
+        size = max(32, 2 * self.state.shape[1], TILE_ELEMENTS // max(1, B * D))
         for document, (start, end) in enumerate(itertools.pairwise(self.bounds.bounds)):
             states = slice(document, document + 1) if self.bounds.packed else slice(0, B)
             # An empty document has one empty tile, which returns its state unchanged.

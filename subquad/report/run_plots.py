@@ -7,7 +7,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from subquad.analysis import plot_style as style
 from subquad.analysis.plot_style import NamedFigure
-from subquad.distill.metrics import read_jsonl
+from subquad.distill.logging_callbacks import read_jsonl
 from subquad.study.aggregate import Group, group_labels
 from subquad.study.runs import METRICS
 

@@ -47,12 +47,12 @@ METRIC_LABELS = {
 class Cell:
     """A cell of a table.
 
-    sort: the number by which it is sorted; None: by its text. best: set in bold. low, high: its 95% interval.
+    sort_key: the number by which it is sorted; None: by its text. best: set in bold. low, high: its 95% interval.
     color: of a dot before the text.
     """
 
     text: str
-    sort: float | None = None
+    sort_key: float | None = None
     best: bool = False
     low: float | None = None
     high: float | None = None
@@ -69,7 +69,7 @@ class Table:
     lines: tuple[tuple[Cell, ...], ...]
 
     def is_numeric(self, column: int) -> bool:
-        return any(line[column].sort is not None for line in self.lines)
+        return any(line[column].sort_key is not None for line in self.lines)
 
     def to_csv(self, path: Path) -> None:
         """Writes unrounded numbers; the ends of intervals have their own columns."""
@@ -83,7 +83,9 @@ class Table:
             for line in self.lines:
                 values: list[object] = []
                 for cell, interval in zip(line, has_interval, strict=True):
-                    values.append(cell.text if cell.sort is None else "" if math.isinf(cell.sort) else cell.sort)
+                    values.append(
+                        cell.text if cell.sort_key is None else "" if math.isinf(cell.sort_key) else cell.sort_key
+                    )
                     values += ["" if end is None else end for end in (cell.low, cell.high)] if interval else []
                 writer.writerow(values)
 
@@ -177,7 +179,7 @@ def grid_table(groups: Sequence[Group]) -> Table:
         )
         metrics = [c.cell(group.mean(c.metric), best.get(c.metric) is group) for c in GRID_COLUMNS]
         lines.append((*first, *metrics))
-    lines.sort(key=lambda line: line[len(titles)].sort or 0.0)
+    lines.sort(key=lambda line: line[len(titles)].sort_key or 0.0)
     titles = (*titles, *(column.title for column in GRID_COLUMNS))
     return Table("grid", "All students, mean over seeds", titles, tuple(lines))
 

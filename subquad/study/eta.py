@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subquad.distill.metrics import read_jsonl
+from subquad.distill.logging_callbacks import read_jsonl
 from subquad.distill.recipe_stages import stage_keys, stage_tokens
 from subquad.distill.stage_cache import StageCache
 from subquad.study.runs import METRICS, Run

@@ -13,7 +13,7 @@ from typing import Any
 from subquad.distill.stage_cache import StageCache
 from subquad.study.execute import TeacherCache, execute_run
 from subquad.study.runs import Run
-from subquad.study.scheduler import MAX_RETRIES, Scheduler
+from subquad.study.scheduler import MAX_WORKER_EXITS, Scheduler
 from subquad.utils import UserError, needs_extra, quiet_libraries
 
 FORWARDED_VARIABLES = ("SUBQUAD_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
@@ -57,7 +57,7 @@ def run_on_cluster(scheduler: Scheduler, jobs: int, on_change: Callable[[], None
     ray = import_ray()
     connect(ray)
     resources = resources_per_run(ray.nodes(), jobs)
-    remote = ray.remote(max_retries=MAX_RETRIES - 1, **resources)(execute_remotely)
+    remote = ray.remote(max_retries=MAX_WORKER_EXITS - 1, **resources)(execute_remotely)
     variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
     context = (scheduler.stage_cache, Path.cwd(), variables, int(resources["num_cpus"]))
     submitted: dict[Any, Run] = {}

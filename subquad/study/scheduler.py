@@ -6,7 +6,7 @@ from subquad.distill.recipe_stages import stage_keys
 from subquad.distill.stage_cache import StageCache
 from subquad.study.runs import Run
 
-MAX_RETRIES = 3
+MAX_WORKER_EXITS = 3
 """Worker exits after which a run counts as failed."""
 
 
@@ -46,10 +46,12 @@ class Scheduler:
 
     def on_worker_exit(self, run: Run, reason: str) -> None:
         """Queues a run whose process was killed again, to resume from its last checkpoint; fails it after
-        `MAX_RETRIES` exits."""
+        `MAX_WORKER_EXITS` exits."""
         self.running.remove(run)
         self.worker_exits[run.name] = self.worker_exits.get(run.name, 0) + 1
-        if self.worker_exits[run.name] < MAX_RETRIES:
+        if self.worker_exits[run.name] < MAX_WORKER_EXITS:
             self.waiting.insert(0, run)
         else:
-            run.fail("WorkerDied", f"its process exited {MAX_RETRIES} times, last {reason}; is there enough memory?")
+            run.fail(
+                "WorkerDied", f"its process exited {MAX_WORKER_EXITS} times, last {reason}; is there enough memory?"
+            )

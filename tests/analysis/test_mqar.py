@@ -3,14 +3,22 @@
 import pytest
 import torch
 
-from subquad.analysis.mqar import SHARED_OPTIONS, Setting, accuracy, build_model, mqar_results, sequences, train_model
+from subquad.analysis.mqar import (
+    SHARED_OPTIONS,
+    MQARSettings,
+    accuracy,
+    build_model,
+    mqar_results,
+    sequences,
+    train_model,
+)
 from subquad.utils import UserError
 
-TINY = Setting(pairs=3, vocabulary=12, width=16, heads=2, layers=1, steps=2, batch=4)
+TINY = MQARSettings(pairs=3, vocabulary=12, width=16, heads=2, layers=1, steps=2, batch=4)
 
 
 def test_every_key_is_queried_once_with_its_value():
-    setting = Setting(pairs=5, vocabulary=40)
+    setting = MQARSettings(pairs=5, vocabulary=40)
     tokens, targets = sequences(setting, 50, torch.Generator().manual_seed(0))
     assert tokens.shape == targets.shape == (50, setting.length)
     for row, expected in zip(tokens.tolist(), targets.tolist(), strict=True):
@@ -25,7 +33,7 @@ def test_every_key_is_queried_once_with_its_value():
 
 
 def test_untrained_model_guesses():
-    setting = Setting(pairs=4, vocabulary=32, width=16, heads=2)
+    setting = MQARSettings(pairs=4, vocabulary=32, width=16, heads=2)
     right, asked = accuracy(build_model("gla", setting), setting)
     assert asked == 256 * 4
     assert right < 0.1
@@ -71,8 +79,8 @@ def test_delta_rule_recalls_more_at_equal_state(delta, additive):
 
 def test_invalid_settings_are_refused():
     with pytest.raises(UserError, match="heads: got 3"):
-        Setting(heads=3)
+        MQARSettings(heads=3)
     with pytest.raises(UserError, match="pairs: got 70"):
-        Setting(pairs=70, vocabulary=128)
+        MQARSettings(pairs=70, vocabulary=128)
     with pytest.raises(UserError, match="glaa"):
         mqar_results(["glaa"], setting=TINY)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from subquad import mixers
 from subquad.config import load_recipe
 from subquad.distill import layerwise, run, trainer
-from subquad.distill.metrics import read_jsonl
+from subquad.distill.logging_callbacks import read_jsonl
 from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
 from subquad.modeling import linearize

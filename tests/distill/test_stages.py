@@ -51,7 +51,7 @@ def test_stage_lowers_its_loss_and_trains_its_parameters_only(mixer, stage, teac
     student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=ids).requires_grad_(True)
     objective = make_objective(stage, teacher, ids)
     before, teacher_before = copied_weights(student), copied_weights(teacher)
-    trained = objective.trained(student)
+    trained = objective.trained_parameters(student)
     trained_ids = {id(p) for p in trained}
     optimizer = torch.optim.Adam(trained, lr=3e-3)
     losses = []
@@ -84,7 +84,7 @@ def test_stage_2_has_gradients_for_every_parameter_of_a_mixer(mixer, teacher):
     student = subquad.linearize(teacher, mixer, scale_ids=ids).requires_grad_(True)
     objective = HiddenAlignment(teacher, Hidden(tokens=1, lr=1.0), ids)
     with torch.no_grad():
-        for parameter in objective.trained(student):
+        for parameter in objective.trained_parameters(student):
             parameter.add_(0.05 * torch.randn_like(parameter))
     student(objective=objective, **objective.targets({"input_ids": ids})).loss.backward()
     layers = student.mixer_layers
@@ -111,7 +111,7 @@ def test_row_chunk_size_of_stage_1_has_no_effect(mixer, teacher):
         student.zero_grad()
         loss = student(objective=objective, **objective.targets({"input_ids": ids})).loss
         loss.backward()
-        results.append((loss.item(), [p.grad.clone() for p in objective.trained(student)]))
+        results.append((loss.item(), [p.grad.clone() for p in objective.trained_parameters(student)]))
     (loss, grads), (chunked_loss, chunked_grads) = results
     assert chunked_loss == pytest.approx(loss, rel=1e-5)
     for a, b in zip(grads, chunked_grads, strict=True):
@@ -131,7 +131,9 @@ def test_loss_of_packed_documents_matches_separate_rows(mixer, stage, teacher):
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
         batch = {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
         with torch.no_grad():
-            return student(objective=objective, **objective.targets(batch)).loss.item(), objective.count(batch).item()
+            return student(objective=objective, **objective.targets(batch)).loss.item(), objective.count_tokens(
+                batch
+            ).item()
 
     packed, count = loss_and_count(torch.cat([a, b], dim=1), (9, 15))
     (first, n), (second, m) = loss_and_count(a, (9,)), loss_and_count(b, (15,))

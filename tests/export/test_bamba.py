@@ -52,7 +52,7 @@ def test_converted_model_has_the_students_logits(case):
     ids = torch.randint(3, 61, (3, 70), generator=torch.Generator().manual_seed(1))
     assert type(model).__name__ == "BambaForCausalLM"
     assert relative_error(logits(model, ids), logits(student, ids)) < 1e-5
-    kept = [i for i, keep in enumerate(student.config.keeps_attention) if keep]
+    kept = [i for i, keep in enumerate(student.config.layers_with_attention) if keep]
     assert model.config.attn_layer_indices == (kept or [4])
 
 

@@ -7,7 +7,7 @@ import yaml
 import subquad
 from subquad.config import Data, load_recipe
 from subquad.data import token_rows
-from subquad.distill.param_groups import roles
+from subquad.distill.param_groups import parameter_roles
 from subquad.export import convert
 from subquad.mixers import AttentionSpec, create
 from subquad.mixers.norms import fit_bias_direction
@@ -146,7 +146,7 @@ def test_added_norms_are_mixer_parameters_and_get_gradients():
     ).train()
     added = student.mixer_layers[1].added_qk_norms()
     assert sorted(added) == ["k", "q"]
-    role_of = roles(student)
+    role_of = parameter_roles(student)
     assert {role_of[id(p)] for p in added.values()} == {"mixer"}
     assert role_of[id(student.mixer_layers[1].attention.q_proj.projection.weight)] == "attention_projections"
     student(input_ids=SCALE_IDS, labels=SCALE_IDS).loss.backward()

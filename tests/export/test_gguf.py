@@ -45,7 +45,7 @@ def test_file_has_every_tensor_in_llama_cpps_form(layer_types, students):
     student, _ = subquad.load_teacher(directory / "student")
     weights = {name: t.numpy() for name, t in convert(student, "qwen3_5").state_dict().items()}
     fields, tensors, _ = read(directory / "student.gguf")
-    linear = next(i for i, keep in enumerate(student.config.keeps_attention) if not keep)
+    linear = next(i for i, keep in enumerate(student.config.layers_with_attention) if not keep)
     prefix = f"model.layers.{linear}.linear_attn."
     assert np.allclose(tensors[f"blk.{linear}.ssm_a"], -np.exp(weights[prefix + "A_log"]), rtol=1e-6)
     assert np.array_equal(tensors[f"blk.{linear}.ssm_dt.bias"], weights[prefix + "dt_bias"])

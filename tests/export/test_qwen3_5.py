@@ -60,9 +60,9 @@ def test_converted_model_has_the_students_logits(case):
     assert type(model).__name__ == "Qwen3_5ForCausalLM"
     assert relative_error(logits(model, ids), logits(student, ids)) < 1e-5
     assert model.config.layer_types[:4] == [
-        "full_attention" if keep else "linear_attention" for keep in student.config.keeps_attention
+        "full_attention" if keep else "linear_attention" for keep in student.config.layers_with_attention
     ]
-    assert len(model.config.layer_types) == (4 if any(student.config.keeps_attention) else 5)
+    assert len(model.config.layer_types) == (4 if any(student.config.layers_with_attention) else 5)
 
 
 def test_conversion_uses_the_current_weights_of_the_student():

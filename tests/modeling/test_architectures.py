@@ -82,7 +82,7 @@ def test_copied_projections_have_the_teachers_outputs(model_type, ids):
             expected = {"q": q, "k": k.repeat_interleave(groups, 2), "v": v.repeat_interleave(groups, 2)}
             for part, wanted in expected.items():
                 assert all_close(layer.mixer.projections()[part](x), wanted.flatten(2), 1e-6), part
-            assert all_close(layer.mixer.o_proj(recorded.heads), recorded.output, 1e-6)
+            assert all_close(layer.mixer.o_proj(recorded.head_outputs), recorded.output, 1e-6)
 
 
 # ---------------------------------------------------------------------- students

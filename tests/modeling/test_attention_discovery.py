@@ -197,7 +197,7 @@ def test_attention_without_the_attention_interface(architecture):
         strict=True,
     ):
         with torch.no_grad():
-            assert torch.allclose(layer.mixer.o_proj(activations.heads), activations.output, atol=1e-6)
+            assert torch.allclose(layer.mixer.o_proj(activations.head_outputs), activations.output, atol=1e-6)
     if architecture == "xglm":
         k_proj = teacher.model.layers[0].self_attn.k_proj
         assert torch.equal(student.mixer_layers[0].mixer.k_proj.weight, k_proj.weight)
@@ -273,8 +273,8 @@ def test_attention_probabilities_reproduce_the_teachers_heads(make_teacher, ids,
         assert torch.equal(P, P.tril())
         v = attention.v_proj(layer.hidden_states).unflatten(-1, (2, -1)).repeat_interleave(2, dim=2)
         heads = torch.einsum("bhij,bjhv->bihv", P, v)
-        assert torch.allclose(heads.flatten(-2), layer.heads, atol=1e-5)
-        assert torch.allclose(attention.o_proj(layer.heads), layer.output, atol=1e-5)
+        assert torch.allclose(heads.flatten(-2), layer.head_outputs, atol=1e-5)
+        assert torch.allclose(attention.o_proj(layer.head_outputs), layer.output, atol=1e-5)
     assert teacher.config._attn_implementation == implementation
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
 

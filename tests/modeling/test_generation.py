@@ -25,8 +25,8 @@ def student(request, make_teacher):
     return make_student(make_teacher("wide-biased-tied"), mixer, **options)
 
 
-def keeps_attention(student):
-    return student.config.keeps_attention[0]
+def layers_with_attention(student):
+    return student.config.layers_with_attention[0]
 
 
 def test_cached_decoding_equals_the_full_forward(student, ids):
@@ -163,7 +163,7 @@ def test_cache_size_is_constant_for_mixers_and_grows_for_attention(student, ids)
     for token in ids.split(1, dim=1):
         logits(student, token, past_key_values=cache)
         sizes.append(cache.nbytes())
-    if keeps_attention(student):  # keys and values of 2 layers, 2 heads, 12 channels and 3 rows in float32
+    if layers_with_attention(student):  # keys and values of 2 layers, 2 heads, 12 channels and 3 rows in float32
         assert sizes == [2 * 2 * 2 * 12 * 3 * 4 * t for t in range(1, 12)]
     else:
         assert sizes[0] > 0
@@ -188,7 +188,7 @@ def test_cache_copy_reorder_select_repeat_and_reset(student, ids):
     repeated.batch_repeat_interleave(2)
     twice = logits(student, following.repeat_interleave(2, 0), past_key_values=repeated)
     assert torch.allclose(twice, expected.repeat_interleave(2, 0), atol=1e-5)
-    if not keeps_attention(student):
+    if not layers_with_attention(student):
         kept.reset()
         assert kept.get_seq_length() == 0
         assert kept.nbytes() == 0

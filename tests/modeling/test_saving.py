@@ -96,7 +96,7 @@ def test_config_holds_the_teachers_config_and_layer_specs(make_teacher, tmp_path
     assert base == own
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (61, 32, 2)
     assert (config.eos_token_id, config.pad_token_id) == (2, 0)
-    assert config.keeps_attention == [mixer == "softmax"] * 2
+    assert config.layers_with_attention == [mixer == "softmax"] * 2
     with pytest.raises(AttributeError, match="num_experts"):
         _ = config.num_experts
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from subquad.cli import main
 from subquad.config import load_study
 from subquad.distill import pipeline
-from subquad.distill.metrics import read_jsonl
+from subquad.distill.logging_callbacks import read_jsonl
 from subquad.distill.recipe_stages import STAGE_NAMES, stage_keys
 from subquad.distill.run import DistillationRun
 from subquad.distill.stage_cache import StageCache

@@ -11,7 +11,7 @@ from subquad.study import local_engine
 from subquad.study.grid import run_study, shared_stages
 from subquad.study.ray_engine import resources_per_run
 from subquad.study.runs import find_runs
-from subquad.study.scheduler import MAX_RETRIES, Scheduler
+from subquad.study.scheduler import MAX_WORKER_EXITS, Scheduler
 from subquad.utils import UserError
 
 TWO_LAST_STAGES = "stages.end_to_end=[{tokens: 128, lr: 1e-3, batch_size: 2}, {tokens: 192, lr: 1e-3, batch_size: 2}]"
@@ -37,7 +37,7 @@ def test_a_run_waits_while_another_trains_a_shared_stage(study_recipe, tmp_path)
 def test_a_run_fails_after_repeated_worker_exits(study_recipe, tmp_path):
     (run,) = find_runs(load_study(study_recipe), tmp_path)
     scheduler = Scheduler([run], shared_stages([run], tmp_path))
-    for _ in range(MAX_RETRIES):
+    for _ in range(MAX_WORKER_EXITS):
         assert scheduler.next() is run
         scheduler.on_worker_exit(run, "by signal 9")
     assert not scheduler

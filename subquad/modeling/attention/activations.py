@@ -25,7 +25,7 @@ class LayerActivations:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
-    heads: Tensor | None = None
+    head_outputs: Tensor | None = None
     """Input of the attention's output projection, `[B, T, H * V]`."""
 
     @property
@@ -47,7 +47,7 @@ def capture_activations(
 ) -> Iterator[None]:
     """Inside this context, `on_output(index, activations)` is called each time one of `modules` has run.
 
-    modules: decoder layers or attention modules, each with its output projection if `heads` are needed.
+    modules: decoder layers or attention modules, each with its output projection if `head_outputs` are needed.
     """
     hooks: list[Any] = []
     for index, (module, projection) in enumerate(modules):
@@ -57,7 +57,7 @@ def capture_activations(
             captured.update(args=args, kwargs=kwargs)
 
         def before_projection(_module, args, captured=captured):
-            captured["heads"] = args[0].flatten(2) if args[0].dim() > 3 else args[0]
+            captured["head_outputs"] = args[0].flatten(2) if args[0].dim() > 3 else args[0]
 
         def after(_module, _args, output, captured=captured, index=index):
             output = output[0] if isinstance(output, tuple) else output
@@ -108,8 +108,8 @@ class AttentionStats:
         self.inputs: list[Tensor] = []
 
     def add(self, activations: LayerActivations) -> None:
-        assert activations.heads is not None
-        heads = activations.heads.float().reshape(-1, self.spec.num_heads, self.spec.value_dim)
+        assert activations.head_outputs is not None
+        heads = activations.head_outputs.float().reshape(-1, self.spec.num_heads, self.spec.value_dim)
         self.mean_squares.append(heads.square().mean(-1))
         if sum(map(len, self.inputs)) < MAX_INPUT_TOKENS:
             self.inputs.append(activations.hidden_states.reshape(-1, self.spec.hidden_size))

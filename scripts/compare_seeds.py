@@ -1,7 +1,7 @@
 """Print a table of one metric over the seeds of studies: mean and 95% interval (Student's t).
 
-    python scripts/seeds_table.py DIR [DIR ...]                        # perplexity of each mixer by stages and copying
-    python scripts/seeds_table.py PLAIN FULL --labels plain full       # of each mixer by study
+    python scripts/compare_seeds.py DIR [DIR ...]                     # perplexity of each mixer by stages and copying
+    python scripts/compare_seeds.py PLAIN FULL --labels plain full    # of each mixer by study
 
 A cell with one seed has no interval.
 """

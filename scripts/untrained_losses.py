@@ -1,7 +1,7 @@
 """Print the losses of untrained students: random projections, copied ones, calibrated; and of no attention.
 
-    python scripts/fresh_losses.py nano
-    python scripts/fresh_losses.py smollm2-135m --corpus books.valid.txt
+    python scripts/untrained_losses.py nano
+    python scripts/untrained_losses.py smollm2-135m --corpus books.valid.txt
 
 Prints the table of docs/mixers.md, in nats per token of validation text.
 """

@@ -79,7 +79,9 @@ def tensorboard(directory: Path) -> TrainerCallback:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("report_to: tensorboard is not installed; pip install tensorboard, or change it") from None
+        raise UserError(
+            "report_to: tensorboard is not installed; pip install tensorboard, or change report_to"
+        ) from None
     return TensorBoardCallback(SummaryWriter(str(directory)))
 
 

@@ -1,4 +1,4 @@
-"""`ExportMixin`: a mixer with `ExportOptions`, whose layers can equal those of a published architecture."""
+"""`ExportableMixer`: a mixer with `ExportOptions`, whose layers can equal those of a published architecture."""
 
 import torch
 import torch.nn as nn
@@ -18,7 +18,7 @@ QK_SCALES = 0.3, 1.0, 3.0, 10.0
 follows compensates the scale."""
 
 
-class ExportMixin(Mixer):
+class ExportableMixer(Mixer):
     """Adds an activation of values and gates without biases; list it before a mixer's other base class."""
 
     options: ExportOptions
