@@ -32,7 +32,7 @@ class LayerwiseDistillation(Objective):
         activations = collect_activations(self.teacher, self.hooked_modules, input_ids, positions)
         return {"input_ids": input_ids, "activations": activations, "doc_ids": doc_ids}
 
-    def trained(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
+    def trained_parameters(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
         return [p for parameters in self.layer_parameters(student) for p in parameters]
 
     def layer_parameters(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:

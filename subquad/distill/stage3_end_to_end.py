@@ -40,10 +40,10 @@ class EndToEndDistillation(Objective):
         head, output = self.student_head[1], student.get_output_embeddings()
         return None if head is None else head._replace(weight=output.weight, bias=getattr(output, "bias", None))  # type: ignore[union-attr,arg-type]
 
-    def trained(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
+    def trained_parameters(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
         return list(student.parameters())
 
-    def count(self, batch: Batch) -> Tensor:
+    def count_tokens(self, batch: Batch) -> Tensor:
         return (next_labels(batch) != -100).sum()
 
     @torch.no_grad()
