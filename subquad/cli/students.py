@@ -27,7 +27,7 @@ def add_commands(add: AddCommand) -> None:
     command.add_argument(
         "--calibrate",
         metavar="TEXT",
-        help="text source on which gates, activations and scales are fitted to the teacher",
+        help="text source for calibration: qk_activation, rotary, half-life, beta and output scale",
     )
     command.add_argument("--seed", type=int, default=0, help="seed of random initializations (default: 0)")
     command.add_argument(

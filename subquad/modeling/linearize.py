@@ -52,7 +52,7 @@ def linearize(
         scale_ids: token ids `[B, T]` on which the scale of each head's attention output is measured, to which the
             student's output norms are set. None: 384 tokens sampled from the teacher.
         calibration_ids: token ids `[B, T]`, a few thousand, on which the mixers are fitted to the teacher's attention
-            in closed form (see `subquad.modeling.calibrate`). None: no calibration.
+            without gradients (see `subquad.modeling.calibrate`). None: no calibration.
         seed: seed of everything drawn at random.
         export_target: "qwen3_5" or "bamba": restrict the student to what can be exported there (docs/serving.md).
         attention_layers: what `discover_attention(teacher)` returned. None: it is called here.
