@@ -204,7 +204,9 @@ def scaling_table(results: list[dict[str, Any]], names: list[str]) -> str:
         milliseconds = [r["ms_per_token"] for r in own if r["ms_per_token"] is not None]
         sizes = [r["cache_bytes"] for r in own]
         cells.append((name, f"{max(milliseconds) / min(milliseconds):.2f}", f"{max(sizes) / min(sizes):.2f}"))
-    return markdown_table(("model", "time, slowest / fastest over contexts", "cache, largest / smallest over contexts"), cells)
+    return markdown_table(
+        ("model", "time, slowest / fastest over contexts", "cache, largest / smallest over contexts"), cells
+    )
 
 
 def share_table(shares: dict[str, dict[str, float]]) -> str:
