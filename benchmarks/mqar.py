@@ -2,8 +2,8 @@
 
     python -m benchmarks.mqar [--only gla,deltanet] [--json FILE]
 
-A line is a training run of up to a minute: the mixer, the task with the state's numbers per layer, and the accuracy.
-`subquad.analysis.mqar` describes the task.
+A line is a mixer, the task with the state's numbers per layer, the accuracy and the best learning rate, after a
+training run of up to a minute for each rate. `subquad.analysis.mqar` describes the task.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     results = []
     for name in args.only or mixers.REGISTRY:
-        for result in mqar_results([name]):
-            print(f"{result.model:18} {result.task:16} {result.value:.1%} of {result.n}", flush=True)
-            results.append(result.as_dict())
+        found = mqar_results([name])
+        results += [result.as_dict() for result in found]
+        for acc, lr in zip(found[::2], found[1::2], strict=True):
+            print(f"{name:18} {acc.task:16} {acc.value:.1%} of {acc.n} at lr {lr.value:g}", flush=True)
     write_json(args.json, results)
     return 0
 

@@ -148,7 +148,8 @@ def print_mqar() -> list[Result]:
     for name in mixers.names():
         results = mqar_results([name], heads)
         found += results
-        print(f"| `{name}` | {' | '.join(f'{result.value:.1%}' for result in results)} |", flush=True)
+        cells = [f"{acc.value:.1%} (lr {lr.value:g})" for acc, lr in zip(results[::2], results[1::2], strict=True)]
+        print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
     return found
 
 

@@ -36,7 +36,7 @@ def add_commands(add: AddCommand) -> None:
     command.add_argument("--data", metavar="DIR", help="benchmark items, NAME.jsonl or NAME.jsonl.gz")
     command.add_argument("--tasks", metavar="LIST", help="tasks of --data or of lm-eval (default: all of --data)")
     command.add_argument("--include-path", metavar="DIR", help="task definitions in lm-eval's format")
-    command.add_argument("--limit", type=int, metavar="N", help="maximum number of items of each task")
+    command.add_argument("--limit", type=int, metavar="N", help="number of items of each task, evenly spaced")
     command.add_argument("--lengths", metavar="LIST", help="context lengths in tokens for long, efficiency and recall")
     command.add_argument("--figures", action="store_true", help="write plots to DIR/figures as SVG and PNG")
     command.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")

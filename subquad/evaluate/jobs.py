@@ -1,8 +1,10 @@
 """An evaluation as a list of jobs, whose outcomes can be stored, and the results computed from those outcomes."""
 
+import functools
 import hashlib
+import importlib.metadata
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,27 @@ from subquad.evaluate.results import Result, label_results
 from subquad.evaluate.suites import Settings, load_suite
 from subquad.utils import UserError
 
+FORMAT = 2
+"""Version of what stored outcomes mean; a higher one makes older outcomes invalid."""
+LIBRARIES = ("subquad", "torch", "transformers", "lm-eval")
+"""Libraries whose other versions may measure other numbers."""
+
+
+@functools.cache
+def versions() -> tuple[Any, ...]:
+    """`FORMAT` and the installed versions of `LIBRARIES`; None for one that is not installed."""
+    return FORMAT, *(
+        importlib.metadata.version(name) if any(importlib.metadata.distributions(name=name)) else None
+        for name in LIBRARIES
+    )
+
 
 @dataclass(frozen=True)
 class EvalModel:
     """A model to evaluate.
 
-    identity: two models with equal identity have equal results; for files their sizes and modification times.
+    identity: two models with equal identity have equal results; for files their sizes and modification times. Without
+    one, a hash of the model's configuration, weights and vocabulary is taken when outcomes are stored.
     """
 
     name: str
@@ -34,10 +51,35 @@ class EvalModel:
     def vocab_size(self) -> int:
         return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value, union-attr]
 
+    @functools.cached_property
+    def key(self) -> str:
+        """What stored outcomes know the model by."""
+        if self.identity:
+            return json.dumps(self.identity, default=str)
+        digest = hashlib.sha256(self.model.config.to_json_string().encode())
+        digest.update(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            for part in plain_tensors(tensor):
+                digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor itself, or those that a subclass consists of, as a quantized weight does."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
+
 
 @dataclass(frozen=True)
 class EvalJob:
-    """A computation whose outcome is JSON. dependencies: everything besides the name that the outcome depends on."""
+    """A computation whose outcome is JSON.
+
+    dependencies: everything besides the name and the versions of libraries that the outcome depends on, models too.
+    """
 
     name: str
     dependencies: tuple[Any, ...]
@@ -45,8 +87,12 @@ class EvalJob:
 
     @property
     def key(self) -> str:
-        """The name of the outcome's file: a hash of name and dependencies."""
-        text = json.dumps([self.name, *self.dependencies], sort_keys=True, default=str)
+        """The name of the outcome's file: a hash of name, versions and dependencies."""
+
+        def describe(value: Any) -> str:
+            return value.key if isinstance(value, EvalModel) else str(value)
+
+        text = json.dumps([self.name, versions(), *self.dependencies], sort_keys=True, default=describe)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -66,7 +112,7 @@ class Evaluation:
         if settings.baselines and teacher is not None:
             self.models += baseline_models(teacher, settings.baseline_window)
         self.suites = [load_suite(name) for name in settings.suites]
-        self._cache: dict[tuple[str, Any], Any] = {}
+        self._cache: dict[tuple[int, Any], Any] = {}
 
     def jobs(self) -> list[EvalJob]:
         return [job for suite in self.suites for job in suite.jobs(self)]
@@ -91,13 +137,13 @@ class Evaluation:
         teacher: EvalModel | None = None,
     ) -> EvalJob:
         """A job for one model, named `name: model`. teacher: given if the outcome depends on it."""
-        identity = () if teacher is None else (teacher.name, teacher.identity)
-        return EvalJob(f"{name}: {model.name}", (model.identity, *identity, *dependencies), compute)
+        reference = () if teacher is None else (teacher.name, teacher)
+        return EvalJob(f"{name}: {model.name}", (model, *reference, *dependencies), compute)
 
     @property
     def text_key(self) -> dict[str, Any]:
         """The validation text as a job's dependency."""
-        return self.settings.text.model_dump(mode="json")
+        return self.settings.text.model_dump(mode="json", exclude_defaults=True)
 
     @property
     def text_name(self) -> str:
@@ -107,7 +153,7 @@ class Evaluation:
 
     def cached(self, model: EvalModel, name: Any, read: Callable[[], Any]) -> Any:
         """`read()`, called once per name and tokenizer."""
-        key = (model.tokenizer.name_or_path, name)
+        key = (id(model.tokenizer), name)
         if key not in self._cache:
             self._cache[key] = read()
         return self._cache[key]

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,18 +256,17 @@ def zero_shot(
 ) -> TaskResult:
     """A task's results, as `lm_eval --model hf` reports them: all metrics with standard errors, and `acc` of each item.
 
-    limit: maximum number of items: evenly spaced ones of a file, the first ones of hub data.
+    limit: maximum number of items of each task (of a group: of each task in it), evenly spaced over all of them.
 
     Raises:
         UserError: lm-eval cannot run the task (for example because a hub cannot be reached).
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import get_task_dict
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    subset: dict[str, Any] = {"limit": limit}
-    if task.file is not None:
-        subset = {"samples": {task.name: evenly_spaced(len(task.items()), limit)}}
+    manager, definition = task_manager(include, task.file is None), task.to_lm_eval()
     with eval_mode(model):
         lm = HFLM(
             pretrained=model,
@@ -277,12 +276,13 @@ def zero_shot(
             device=str(model.device),
         )
         try:
+            loaded = {} if limit is None else dict(_single_tasks(get_task_dict([definition], manager)))
             found: Any = lm_eval.simple_evaluate(
                 lm,
-                tasks=[task.to_lm_eval()],
-                task_manager=task_manager(include, task.file is None),
+                tasks=[definition],
+                task_manager=manager,
                 bootstrap_iters=1000,
-                **subset,
+                samples={name: evenly_spaced(len(one.eval_docs), limit) for name, one in loaded.items()} or None,
             )
         except Exception as error:
             cause = error.__cause__ or error  # `datasets` wraps the cause
@@ -294,6 +294,15 @@ def zero_shot(
     choices = [len(sample["arguments"]) for sample in samples]
     chances = [1 / n if n > 1 else 0.0 for n in choices]
     return TaskResult(results, scores, sum(chances) / len(chances) if chances else 0.0)
+
+
+def _single_tasks(tasks: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """The tasks of lm-eval's tree of groups, by name."""
+    for name, value in tasks.items():
+        if isinstance(value, dict):
+            yield from _single_tasks(value)
+        else:
+            yield name, value
 
 
 def _task_results(name: str, values: dict[str, Any], found: dict[str, Any]) -> list[Result]:

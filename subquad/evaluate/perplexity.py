@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import estimate
+from subquad.evaluate.token_bytes import byte_counter
 from subquad.utils import eval_mode
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -39,6 +40,7 @@ def token_sums(
         ValueError: no predicted token.
     """
     rows = []
+    count_bytes = None if tokenizer is None else byte_counter(tokenizer)
     with eval_mode(model):
         for batch in batches:
             ids, inputs, labels = _unpack(batch)
@@ -53,7 +55,7 @@ def token_sums(
                 counted = labels[b] != IGNORE_INDEX
                 reference = None if teacher_logits is None else teacher_logits[b][counted]
                 sums = prediction_sums(logits[b][counted], reference, labels[b][counted])
-                sums[2] = 0 if tokenizer is None else _bytes(tokenizer, labels[b][counted])
+                sums[2] = 0 if count_bytes is None else count_bytes(ids[b][counted], labels[b][counted])
                 rows.append(sums)
     if not rows or not sum(row[0] for row in rows):
         raise ValueError("batches: got no predicted token, expected at least one batch of at least two tokens")
@@ -101,11 +103,6 @@ def prediction_sums(logits: Tensor, teacher_logits: Tensor | None, labels: Tenso
         sums[4] += kl_divergence(log_p.exp(), log_p, log_q).sum().cpu()
         sums[5:] += agreement.masked_fill(undefined, torch.nan).sum(-1).cpu()
     return sums
-
-
-def _bytes(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> int:
-    """UTF-8 bytes of the text of `tokens`, special tokens excluded."""
-    return len(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())  # type: ignore[union-attr]
 
 
 def compare(student: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, float]:

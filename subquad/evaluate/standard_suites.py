@@ -170,7 +170,7 @@ def efficiency_jobs(e: Evaluation) -> list[EvalJob]:
         found = efficiency_results(models, s.cost_lengths, s.batches, s.repeats, s.max_prefill_seconds)
         return {name: [result.as_dict() for result in results] for name, results in found.items()}
 
-    models = [(model.name, model.identity) for model in e.models]
+    models = [(model.name, model) for model in e.models]
     return [EvalJob(TASK, (models, s.cost_lengths, s.batches, s.repeats, s.max_prefill_seconds), measure)]
 
 

@@ -1,9 +1,13 @@
 """MQAR: the task is that of Zoology, and the mixers have the published order."""
 
+import itertools
+
 import pytest
 import torch
 
+from subquad.analysis import mqar
 from subquad.analysis.mqar import (
+    RATES,
     SHARED_OPTIONS,
     MQARSettings,
     accuracy,
@@ -12,6 +16,7 @@ from subquad.analysis.mqar import (
     sequences,
     train_model,
 )
+from subquad.evaluate.results import select
 from subquad.utils import UserError
 
 TINY = MQARSettings(pairs=3, vocabulary=12, width=16, heads=2, layers=1, steps=2, batch=4)
@@ -56,11 +61,38 @@ def test_models_are_random_and_reproducible():
 
 def test_results_name_mixer_and_state():
     found = mqar_results(["gla", "softmax"], heads=(1, 2), setting=TINY)
-    assert [(result.model, result.task) for result in found] == [
-        (name, f"mqar_state_{state}") for name in ("gla", "softmax") for state in (256, 128)
+    assert [(result.model, result.task, result.metric) for result in found] == [
+        (name, f"mqar_state_{state}", metric)
+        for name in ("gla", "softmax")
+        for state in (256, 128)
+        for metric in ("acc", "lr")
     ]
     assert {result.length for result in found} == {12}
-    assert all(0 <= result.value <= 1 and result.n == 256 * 3 for result in found)
+    assert all(0 <= result.value <= 1 and result.n == 256 * 3 for result in select(found, metric="acc"))
+    assert all(result.value in RATES for result in select(found, metric="lr"))
+
+
+def test_each_mixer_has_its_best_rate_chosen_on_other_sequences(monkeypatch):
+    found = {
+        ("gla", 1e-2): {"validation": 0.5, "test": 0.6},
+        ("gla", 2e-2): {"validation": 0.7, "test": 0.4},
+        ("retnet", 1e-2): {"validation": 0.3, "test": 0.2},
+        ("retnet", 2e-2): {"validation": 0.1, "test": 0.9},
+    }
+    monkeypatch.setattr(mqar, "trained_model", lambda name, setting: found[name, setting.lr])
+    monkeypatch.setattr(mqar, "accuracy", lambda model, setting, split: (model[split], 8))
+    results = mqar_results(["gla", "retnet"], heads=[2], rates=(1e-2, 2e-2))
+    assert [result.value for result in results] == [0.4, 2e-2, 0.2, 1e-2]
+
+
+def test_splits_have_different_sequences(monkeypatch):
+    seen = []
+    monkeypatch.setattr(mqar, "sequences", lambda *args: seen.append(sequences(*args)) or seen[-1])
+    for split in ("validation", "test"):
+        accuracy(build_model("gla", TINY), TINY, split)
+    train_model(build_model("gla", TINY), TINY)
+    first = [tokens[:4] for tokens, _ in seen[:3]]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
 
 
 @pytest.mark.slow
@@ -70,7 +102,7 @@ def test_results_name_mixer_and_state():
 )
 def test_delta_rule_recalls_more_at_equal_state(delta, additive):
     """arXiv 2406.06484, section 5.1: with as many keys as head dimensions, additive updates interfere."""
-    found = {result.model: result for result in mqar_results([delta, additive], heads=[4])}
+    found = {result.model: result for result in select(mqar_results([delta, additive], heads=[4]), metric="acc")}
     print({name: f"{result.value:.3f} +- {result.stderr:.3f}" for name, result in found.items()})
     assert found[delta].task == found[additive].task == "mqar_state_256"
     assert found[additive].value > 0.125  # more than guessing among the values shown

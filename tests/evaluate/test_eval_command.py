@@ -1,5 +1,6 @@
 """`subquad eval`: result files, interruption, errors."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import torch
 import subquad
 from subquad import cli
 from subquad.analysis.mixing_matrices import unpack_pairs
-from subquad.evaluate import command, standard_suites
+from subquad.evaluate import command, jobs, standard_suites
+from subquad.evaluate.baselines import int8_teacher
 from subquad.evaluate.jobs import EvalModel
+from subquad.evaluate.perplexity import token_sums
 from subquad.evaluate.results import Result, select, select_one
 from subquad.evaluate.runner import evaluate, load_eval_model
 from subquad.evaluate.suites import QUICK, STANDARD_SUITES, SUITES, Settings, Suite, settings_for
@@ -164,6 +167,42 @@ def test_changed_model_is_evaluated_again(workspace, tmp_path):
     other = subquad.linearize(teacher, "gla")
     assert perplexity("a", other) == first  # the stored outcome
     assert perplexity("b", other) != first
+
+
+def test_models_in_memory_are_known_by_their_content(workspace, tmp_path, monkeypatch):
+    teacher, tokenizer = subquad.load_teacher(workspace / "teacher")
+    text = command.validation_text(str(workspace / "text.txt"), None).model_copy(update={"seq_len": 32})
+    settings = Settings(suites=("language",), tokens=64, text=text)
+    measured = []
+    monkeypatch.setattr(standard_suites, "token_sums", lambda *args: measured.append(args[0]) or token_sums(*args))
+
+    def perplexity(model):
+        results, _ = evaluate([EvalModel("it", model, tokenizer)], None, settings, tmp_path / "out")
+        return select_one(results, metric="perplexity").value
+
+    first = perplexity(teacher)
+    other = copy.deepcopy(teacher)
+    assert perplexity(other) == first
+    assert len(measured) == 1  # equal content: the stored outcome
+    with torch.no_grad():
+        other.get_output_embeddings().weight[0, 0] += 1
+    assert perplexity(other) != first
+    assert perplexity(int8_teacher(teacher)) != first
+    assert len(measured) == 3
+    for name, value in (("FORMAT", jobs.FORMAT + 1), ("LIBRARIES", ("lm-eval", "torch"))):
+        monkeypatch.setattr(jobs, name, value)
+        jobs.versions.cache_clear()
+        assert perplexity(teacher) == first
+    jobs.versions.cache_clear()
+    assert len(measured) == 5
+
+
+def test_rows_of_two_tokenizers_in_memory_are_not_mixed_up(workspace):
+    teacher, tokenizer = subquad.load_teacher(workspace / "teacher")
+    other = copy.deepcopy(tokenizer)
+    evaluation = jobs.Evaluation([EvalModel("it", teacher, tokenizer)], None, Settings(suites=()))
+    assert evaluation.cached(EvalModel("a", teacher, tokenizer), "rows", lambda: 1) == 1
+    assert evaluation.cached(EvalModel("b", teacher, other), "rows", lambda: 2) == 2
 
 
 def test_identity_depends_on_the_files(workspace, tmp_path):

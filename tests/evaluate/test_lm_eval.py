@@ -12,7 +12,7 @@ import yaml
 import subquad
 from subquad.evaluate import lm_eval as harness
 from subquad.evaluate.lm_eval import FORMATS, Task, evenly_spaced, find_tasks, item_format, local_tasks, zero_shot
-from subquad.evaluate.results import select_one
+from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError
 
 lm_eval = pytest.importorskip("lm_eval", reason="zero-shot tasks need lm-eval (extra: eval)")
@@ -93,12 +93,31 @@ def test_scores_equal_direct_computation(data, nano, name):
     assert result.chance == {"questions": pytest.approx(1 / 3), "words": 0}.get(name, 0.5)
 
 
-def test_limited_items_are_evenly_spaced(data, nano):
+def test_evenly_spaced():
     assert evenly_spaced(9, 3) == [0, 3, 6]
     assert evenly_spaced(9, 20) == list(range(9))
-    task = local_tasks(data)["questions"]
-    whole = zero_shot(*nano, task).scores
-    assert zero_shot(*nano, task, limit=3).scores.tolist() == whole[[0, 3, 6]].tolist()
+
+
+@pytest.mark.parametrize("kind", ["file", "task of lm-eval", "group of lm-eval"])
+def test_limited_items_are_evenly_spaced(data, nano, kind, tmp_path):
+    """Of a file as of lm-eval's own tasks: the same items."""
+    local = local_tasks(data)["questions"]
+    whole = zero_shot(*nano, local)
+    task = local
+    if kind != "file":
+        harness.task_manager.cache_clear()
+        names = ["own_task", "own_other"]
+        for name in names:
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**local.to_lm_eval(), "task": name}))
+        (tmp_path / "own_group.yaml").write_text(yaml.safe_dump({"group": "own_group", "task": names}))
+        task = Task("own_task" if kind == "task of lm-eval" else "own_group")
+    limited = zero_shot(*nano, task, limit=3, include=tmp_path)
+    expected = whole.scores[[0, 3, 6]]
+    if kind != "group of lm-eval":
+        assert limited.scores.tolist() == expected.tolist()
+    for result in select(limited.results, metric="acc"):
+        assert result.value == pytest.approx(expected.mean().item())
+        assert result.n in (3, None)
 
 
 def test_batch_size_does_not_change_scores(data, nano):

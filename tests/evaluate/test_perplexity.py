@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import subquad
 from subquad.evaluate.efficiency import cache_bytes, decode_speed
@@ -149,6 +151,49 @@ def test_bits_per_byte_count_the_predicted_text(nano):
     bits = select_one(language_results("text", sums), metric="bits_per_byte").value
     loss = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     assert bits == pytest.approx(loss / math.log(2) / (len(text.encode()) - first), rel=1e-5)
+
+
+TEXT = "naïve 日本語 🙂🙃 na\n"
+START = {"<unk>": 0, "<s>": 1}
+
+
+def bytes_tokenizer():
+    """As of GPT-2 and nano."""
+    bpe = Tokenizer(models.BPE(vocab=START | {c: i for i, c in enumerate(ByteLevel.alphabet(), 2)}, merges=[]))
+    bpe.pre_tokenizer, bpe.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return bpe
+
+
+def sentencepiece_tokenizer():
+    """As of Llama 2: a space before the text, bytes for characters that are not in the vocabulary."""
+    names = ["▁", *"naïve", "▁n", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = START | {name: i for i, name in enumerate(names, 2)}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "n")], byte_fallback=True, unk_token="<unk>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return bpe
+
+
+def characters_tokenizer():
+    """Tokens are whole characters."""
+    plain = Tokenizer(models.WordLevel(START | {c: i for i, c in enumerate(sorted(set(TEXT)), 2)}, unk_token="<unk>"))
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return plain
+
+
+@pytest.mark.parametrize("make", [bytes_tokenizer, sentencepiece_tokenizer, characters_tokenizer])
+def test_rows_that_begin_and_end_within_characters_have_the_bytes_of_the_text(make):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make(), bos_token="<s>", unk_token="<unk>")
+    ids = torch.tensor([[1, *tokenizer(TEXT).input_ids]])
+    assert 0 not in ids
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    for cut in range(2, ids.shape[1] - 1):
+        rows = [ids[:, : cut + 1], ids[:, cut:]]
+        assert token_sums(model, None, rows, tokenizer)[:, 2].sum() == len(TEXT.encode()), cut
 
 
 def test_compare_restores_the_training_mode(teacher):

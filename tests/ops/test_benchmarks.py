@@ -119,4 +119,7 @@ def test_bench_mqar_prints_and_writes_results(capsys, tmp_path, monkeypatch):
     assert cli.main(["bench", "mqar", "--only", "gla", "--json", str(path)]) == 0
     results = json.loads(path.read_text())
     assert {r["model"] for r in results} == {"gla"}
-    assert len(capsys.readouterr().out.splitlines()) == len(results) == 3
+    assert [r["metric"] for r in results] == ["acc", "lr"] * 3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(f" at lr {r['value']:g}" in line for line, r in zip(lines, results[1::2], strict=True))
