@@ -1,6 +1,9 @@
 """Documents packed into one row: their numbers, their slices, and whether a teacher keeps them apart."""
 
+import itertools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,14 +28,12 @@ def document_slices(doc_ids: Tensor | None, B: int, T: int) -> list[tuple[slice,
     """Rows and tokens of each document; one slice of the whole batch if `doc_ids` is None."""
     if doc_ids is None:
         return [(slice(0, B), slice(0, T))]
-    slices = []
-    for b, row in enumerate(doc_ids.tolist()):
-        start = 0
-        for t in range(1, T + 1):
-            if t == T or row[t] != row[start]:
-                slices.append((slice(b, b + 1), slice(start, t)))
-                start = t
-    return slices
+    is_first = doc_ids != F.pad(doc_ids[:, :-1], (1, 0), value=-1)
+    starts = is_first.flatten().nonzero().flatten().tolist()
+    return [
+        (slice(start // T, start // T + 1), slice(start % T, start % T + end - start))
+        for start, end in itertools.pairwise([*starts, B * T])
+    ]
 
 
 @torch.no_grad()

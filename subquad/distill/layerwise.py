@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from subquad.distill.documents import document_ids
 from subquad.distill.objective import Batch, Objective, StageOutput
-from subquad.modeling.attention.activations import LayerActivations, attention_modules, collect_activations
+from subquad.modeling.attention.activations import LayerActivations, attention_modules, visit_activations
 from subquad.modeling.attention.discovery import AttentionInfo, discover_attention
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 
 class LayerwiseDistillation(Objective):
-    """Runs the teacher once on a batch and compares each student layer with the teacher's on the same input.
+    """Runs the teacher once on a batch and, as it reaches each layer, compares the student's layer on the same input.
 
     attention_layers: `discover_attention(teacher)`, if the caller has it already.
     """
@@ -27,10 +27,9 @@ class LayerwiseDistillation(Objective):
         self.hooked_modules = attention_modules(self.attention_layers)
 
     def targets(self, batch: Batch) -> dict[str, Any]:
-        input_ids, doc_ids = batch["input_ids"], document_ids(batch)
+        doc_ids = document_ids(batch)
         positions = None if doc_ids is None else batch["position_ids"]
-        activations = collect_activations(self.teacher, self.hooked_modules, input_ids, positions)
-        return {"input_ids": input_ids, "activations": activations, "doc_ids": doc_ids}
+        return {"input_ids": batch["input_ids"], "doc_ids": doc_ids, "positions": positions}
 
     def trained_parameters(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
         return [p for parameters in self.layer_parameters(student) for p in parameters]
@@ -40,42 +39,54 @@ class LayerwiseDistillation(Objective):
         raise NotImplementedError
 
     def layer_loss(
-        self, student: SubquadForCausalLM, index: int, activations: LayerActivations, doc_ids: Tensor | None
+        self, student: SubquadForCausalLM, index: int, activations: LayerActivations, targets: dict[str, Any]
     ) -> Tensor:
         """The loss of layer `index`, a mean over the tokens of the batch."""
         raise NotImplementedError
 
     def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
-        activations, doc_ids = targets["activations"], targets["doc_ids"]
-        losses = [lambda i=i, a=a: self.layer_loss(student, i, a, doc_ids) for i, a in enumerate(activations)]
-        return StageOutput(*layerwise_loss(losses, self.layer_parameters(student)))
+        losses = LayerLosses(self.layer_parameters(student))
+
+        def add_loss(index: int, activations: LayerActivations) -> None:
+            losses.add(index, lambda: self.layer_loss(student, index, activations, targets))
+
+        visit_activations(self.teacher, self.hooked_modules, add_loss, input_ids, targets["positions"])
+        return StageOutput(*losses.mean())
 
 
-def layerwise_loss(
-    losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Sequence[Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Returns the mean of independent losses, one for each layer, and their values, `[layers]`.
+class LayerLosses:
+    """Independent losses, one for each layer; that of layer i depends on `parameters[i]` alone.
 
-    `losses[i]()` depends on `parameters[i]` alone. Each loss is differentiated as soon as it is computed, so that the
-    graph of only one layer is in memory. The returned mean passes these gradients on when it is differentiated, so
-    that whatever wraps the model (accumulation, DDP, a gradient scaler) sees an ordinary loss. An unused parameter
-    gets a gradient of zero, for which data-parallel wrappers wait.
+    Each loss is differentiated as soon as it is added, so that the graph of only one layer is in memory. The mean
+    passes these gradients on when it is differentiated, so that whatever wraps the model (accumulation, DDP, a gradient
+    scaler) sees an ordinary loss. An unused parameter gets a gradient of zero, for which data-parallel wrappers wait.
+    Gradients are computed if they are enabled here, where the losses may be added while they are not.
     """
-    flat = [p for layer in parameters for p in layer if p.requires_grad]
-    differentiate = torch.is_grad_enabled() and bool(flat)
-    values, gradients = [], []
-    for loss, layer in zip(losses, parameters, strict=True):
-        trainable = [p for p in layer if p.requires_grad]
-        with torch.set_grad_enabled(differentiate and bool(trainable)):
+
+    def __init__(self, parameters: Sequence[Sequence[Tensor]]):
+        self.parameters = [[p for p in layer if p.requires_grad] for layer in parameters]
+        self.differentiate = torch.is_grad_enabled() and any(self.parameters)
+        self.values: dict[int, Tensor] = {}
+        self.gradients: dict[int, list[Tensor]] = {}
+
+    def add(self, index: int, loss: Callable[[], Tensor]) -> None:
+        trainable = self.parameters[index] if self.differentiate else []
+        with torch.set_grad_enabled(bool(trainable)):
             value = loss()
-        if differentiate and trainable:
+        if trainable:
             grads = torch.autograd.grad(value, trainable, allow_unused=True, materialize_grads=True)
-            gradients += [g / len(losses) for g in grads]
-        values.append(value.detach())
-    per_layer = torch.stack(values)
-    if not differentiate:
-        return per_layer.mean(), per_layer
-    return _PrecomputedGrads.apply(per_layer.mean(), gradients, *flat), per_layer
+            self.gradients[index] = [g / len(self.parameters) for g in grads]
+        self.values[index] = value.detach()
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """The mean of the losses, and their values, `[layers]`."""
+        layers = range(len(self.parameters))
+        per_layer = torch.stack([self.values[i] for i in layers])
+        if not self.differentiate:
+            return per_layer.mean(), per_layer
+        gradients = [g for i in layers for g in self.gradients.get(i, [])]
+        flat = [p for layer in self.parameters for p in layer]
+        return _PrecomputedGrads.apply(per_layer.mean(), gradients, *flat), per_layer
 
 
 class _PrecomputedGrads(torch.autograd.Function):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from subquad.config import Matrix
 from subquad.distill.documents import document_slices
 from subquad.distill.layerwise import LayerwiseDistillation
+from subquad.distill.objective import Batch
 from subquad.modeling.attention.activations import LayerActivations
 from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.attention.scores import attention_probabilities, slice_arguments
@@ -33,12 +34,16 @@ class MatrixMixing(LayerwiseDistillation):
     def layer_parameters(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
         return [layer.matrix_parameters() for layer in student.mixer_layers]
 
+    def targets(self, batch: Batch) -> dict[str, Any]:
+        targets = super().targets(batch)
+        return {**targets, "documents": document_slices(targets["doc_ids"], *batch["input_ids"].shape)}
+
     def layer_loss(
-        self, student: SubquadForCausalLM, index: int, activations: LayerActivations, doc_ids: Tensor | None
+        self, student: SubquadForCausalLM, index: int, activations: LayerActivations, targets: dict[str, Any]
     ) -> Tensor:
         B, T, _ = activations.hidden_states.shape
         total = torch.zeros((), device=activations.hidden_states.device)
-        for rows, tokens in document_slices(doc_ids, B, T):
+        for rows, tokens in targets["documents"]:
             args, kwargs = slice_arguments(activations.args, activations.kwargs, tokens, rows)
             count, length = rows.stop - rows.start, tokens.stop - tokens.start
             total = total + length * count * self.document_loss(student, index, args, kwargs, length)

@@ -1,13 +1,15 @@
 """Stage 2, hidden-state alignment (MOHAWK, arXiv 2408.10189, section 3.2): each layer's output is fitted to the
 teacher's."""
 
+from typing import Any
+
 import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.config import Hidden
 from subquad.distill.layerwise import LayerwiseDistillation
-from subquad.modeling.attention.activations import LayerActivations, collect_activations, layer_path
+from subquad.modeling.attention.activations import LayerActivations, layer_path, visit_activations
 from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.attention.scores import replace_mask
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
@@ -34,8 +36,13 @@ class HiddenAlignment(LayerwiseDistillation):
         if stage.target == "decoder_layer":
             self.paths = [layer_path(attention.path) for attention in self.attention_layers]
             self.hooked_modules = [(teacher.get_submodule(path), None) for path in self.paths]
-        activations = collect_activations(teacher, self.hooked_modules, scale_ids.to(teacher.device))
-        self.target_norms = [a.output.float().square().sum(-1).mean() for a in activations]
+        norms: dict[int, Tensor] = {}
+
+        def measure(index: int, activations: LayerActivations) -> None:
+            norms[index] = activations.output.float().square().sum(-1).mean()
+
+        visit_activations(teacher, self.hooked_modules, measure, scale_ids.to(teacher.device))
+        self.target_norms = [norms[index] for index in range(len(norms))]
 
     def modules(self, student: SubquadForCausalLM) -> list[nn.Module]:
         """The student's modules whose outputs are compared."""
@@ -47,8 +54,9 @@ class HiddenAlignment(LayerwiseDistillation):
         return [list(module.parameters()) for module in self.modules(student)]
 
     def layer_loss(
-        self, student: SubquadForCausalLM, index: int, activations: LayerActivations, doc_ids: Tensor | None
+        self, student: SubquadForCausalLM, index: int, activations: LayerActivations, targets: dict[str, Any]
     ) -> Tensor:
+        doc_ids = targets["doc_ids"]
         mask = None if doc_ids is None else doc_ids[:, None, None, :]
         module = self.modules(student)[index]
         args, kwargs = replace_mask(module, activations.args, activations.kwargs, mask)

@@ -11,7 +11,7 @@ from subquad.distill.distillation_loss import (
     divergence_grad,
     divergence_per_token,
 )
-from subquad.distill.layerwise import layerwise_loss
+from subquad.distill.layerwise import LayerLosses
 from subquad.distill.stage1_matrix_mixing import matrix_distance
 from subquad.distill.stage2_hidden_alignment import output_distance
 
@@ -209,6 +209,15 @@ def test_output_distance_of_zeros_is_one():
     target_norm = target.square().sum(-1).mean()
     assert output_distance(torch.zeros_like(target), target, target_norm).item() == pytest.approx(1.0)
     assert output_distance(target, target, target_norm).item() == 0
+
+
+def layerwise_loss(losses, parameters):
+    """The losses are added last layer first, without gradients around, as hooks of a teacher do."""
+    layers = LayerLosses(parameters)
+    with torch.no_grad():
+        for index, loss in reversed(list(enumerate(losses))):
+            layers.add(index, loss)
+    return layers.mean()
 
 
 def test_layerwise_loss_is_the_mean_with_its_gradient():

@@ -1,5 +1,7 @@
 """Each stage on a tiny teacher: what it trains, that its loss falls, that the teacher does not change."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn as nn
@@ -8,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import subquad
 from subquad import mixers
 from subquad.config import EndToEnd, Hidden, Matrix
-from subquad.distill.documents import respects_document_boundaries
+from subquad.distill import stage1_matrix_mixing
+from subquad.distill.documents import document_slices, respects_document_boundaries
 from subquad.distill.recipe_stages import STAGE_NAMES
 from subquad.distill.stage1_matrix_mixing import MatrixMixing
 from subquad.distill.stage2_hidden_alignment import HiddenAlignment
@@ -184,3 +187,46 @@ def test_loss_of_a_batch_is_the_mean_of_its_rows(teacher):
             return student(objective=objective, **objective.targets({"input_ids": rows})).loss.item()
 
         assert loss(ids) == pytest.approx((loss(ids[:1]) + 3 * loss(ids[1:])) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [("matrix", {}), ("hidden", {}), ("hidden", {"target": "decoder_layer"})])
+def test_stages_1_and_2_hold_the_activations_of_one_layer(options, teacher):
+    """The loss of a layer is computed while the teacher runs; an output that the next layer reads still exists then."""
+    stage, target = options
+    config = LlamaConfig(**{**teacher.config.to_dict(), "num_hidden_layers": 6})
+    deep, ids = LlamaForCausalLM(config).eval(), torch.randint(0, 64, (2, 24))
+    student = subquad.linearize(deep, "gla", scale_ids=ids).requires_grad_(True)
+    if stage == "matrix":
+        objective = MatrixMixing(deep, Matrix(tokens=1, lr=1.0))
+    else:
+        objective = HiddenAlignment(deep, Hidden(tokens=1, lr=1.0, **target), ids)
+    layer_loss, alive, most = objective.layer_loss, [], []
+
+    def spy(student, index, activations, *more):
+        alive.append(weakref.ref(activations.output))
+        most.append(sum(ref() is not None for ref in alive))
+        return layer_loss(student, index, activations, *more)
+
+    objective.layer_loss = spy
+    student(objective=objective, **objective.targets({"input_ids": ids})).loss.backward()
+    assert len(most) == 6
+    assert max(most) <= 2
+
+
+def test_document_slices():
+    doc_ids = torch.tensor([[1, 1, 2, 2, 2], [1, 1, 1, 1, 1], [1, 2, 3, 3, 4]])
+    spans = [(0, 0, 2), (0, 2, 5), (1, 0, 5), (2, 0, 1), (2, 1, 2), (2, 2, 4), (2, 4, 5)]
+    assert document_slices(doc_ids, 3, 5) == [(slice(b, b + 1), slice(s, e)) for b, s, e in spans]
+    assert document_slices(None, 3, 5) == [(slice(0, 3), slice(0, 5))]
+
+
+def test_documents_are_located_once_a_batch(teacher, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        stage1_matrix_mixing, "document_slices", lambda *args: calls.append(0) or document_slices(*args)
+    )
+    batch = {"input_ids": torch.randint(0, 64, (2, 24)), "position_ids": torch.arange(12).repeat(2, 2)}
+    student = subquad.linearize(teacher, "gla", scale_ids=batch["input_ids"])
+    objective = make_objective("matrix", teacher, batch["input_ids"])
+    student(objective=objective, **objective.targets(batch)).loss.backward()
+    assert len(calls) == 1

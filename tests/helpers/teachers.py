@@ -1,6 +1,7 @@
 """Tiny random teachers."""
 
 import torch
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -12,6 +13,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from subquad.modeling.attention.activations import attention_modules, visit_activations
+from subquad.modeling.attention.discovery import AttentionInfo
 
 SIZES = {
     "vocab_size": 61,
@@ -62,3 +66,10 @@ def randomize_weights(model: PreTrainedModel) -> PreTrainedModel:
             mean = float("norm" in name or "ln_" in name)
             parameter.copy_(0.3 * noise if parameter.dim() > 1 else mean + 0.1 * noise)
     return model.eval()
+
+
+def layer_activations(teacher: PreTrainedModel, attention_layers: list[AttentionInfo], ids: Tensor) -> list:
+    """The activations of the attention of every layer, in order."""
+    found: dict = {}
+    visit_activations(teacher, attention_modules(attention_layers), found.__setitem__, ids)
+    return [found[index] for index in range(len(found))]

@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import subquad
-from subquad.modeling.attention.activations import attention_modules, collect_activations
 from subquad.modeling.attention.discovery import discover_attention, random_tokens
 from subquad.modeling.attention.tracing import trace_attention
 from subquad.modeling.positions import find_max_learned_positions
@@ -23,6 +22,7 @@ from tests.helpers.architectures import (
     cached_teacher,
 )
 from tests.helpers.students import MIXERS, SCALE_IDS, all_close, logits, make_student
+from tests.helpers.teachers import layer_activations
 
 each_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 each_layer_types = pytest.mark.parametrize("layer_types", LAYER_TYPES)
@@ -73,7 +73,7 @@ def test_copied_projections_have_the_teachers_outputs(model_type, ids):
         teacher.double()
     copied = subquad.linearize(teacher, "gla", scale_ids=SCALE_IDS)
     attention_layers = discover_attention(teacher)
-    activations = collect_activations(teacher, attention_modules(attention_layers), ids)
+    activations = layer_activations(teacher, attention_layers, ids)
     for info, layer, recorded in zip(attention_layers, copied.mixer_layers, activations, strict=True):
         spec, x = info.spec, recorded.hidden_states
         groups = spec.num_heads // spec.num_kv_heads

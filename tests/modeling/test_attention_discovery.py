@@ -14,12 +14,12 @@ from transformers import (
 )
 
 import subquad
-from subquad.modeling.attention.activations import attention_modules, collect_activations
 from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.attention.scores import attention_probabilities
 from subquad.utils import UserError
 from tests.helpers.architectures import ARCHITECTURES, build_teacher
 from tests.helpers.students import SCALE_IDS, logits
+from tests.helpers.teachers import layer_activations
 
 TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 
@@ -192,7 +192,7 @@ def test_attention_without_the_attention_interface(architecture):
     teacher = AutoModelForCausalLM.from_config(config).eval()
     student = subquad.linearize(teacher, "gla", scale_ids=SCALE_IDS)
     for activations, layer in zip(
-        collect_activations(teacher, attention_modules(discover_attention(teacher)), SCALE_IDS),
+        layer_activations(teacher, discover_attention(teacher), SCALE_IDS),
         student.mixer_layers,
         strict=True,
     ):
@@ -262,7 +262,7 @@ def test_attention_probabilities_reproduce_the_teachers_heads(make_teacher, ids,
     teacher = make_teacher(architecture)
     attention_layers = discover_attention(teacher)
     implementation = teacher.config._attn_implementation
-    activations = collect_activations(teacher, attention_modules(attention_layers), ids)
+    activations = layer_activations(teacher, attention_layers, ids)
     for info, layer in zip(attention_layers, activations, strict=True):
         attention = info.module
         P = attention_probabilities(attention, info.spec.window, 0, layer.args, layer.kwargs)

@@ -45,24 +45,35 @@ def layer_path(path: str) -> str:
 def capture_activations(
     modules: Sequence[tuple[nn.Module, nn.Module | None]], on_output: Callable[[int, LayerActivations], None]
 ) -> Iterator[None]:
-    """Inside this context, `on_output(index, activations)` is called each time one of `modules` has run.
+    """Inside this context, `on_output(index, activations)` is called each time one of `modules` has run, unless
+    `on_output` itself runs it.
 
     modules: decoder layers or attention modules, each with its output projection if `head_outputs` are needed.
     """
     hooks: list[Any] = []
+    in_callback = False
     for index, (module, projection) in enumerate(modules):
         captured: dict[str, Any] = {}
 
         def before(_module, args, kwargs, captured=captured):
-            captured.update(args=args, kwargs=kwargs)
+            if not in_callback:
+                captured.update(args=args, kwargs=kwargs)
 
         def before_projection(_module, args, captured=captured):
-            captured["head_outputs"] = args[0].flatten(2) if args[0].dim() > 3 else args[0]
+            if not in_callback:
+                captured["head_outputs"] = args[0].flatten(2) if args[0].dim() > 3 else args[0]
 
         def after(_module, _args, output, captured=captured, index=index):
-            output = output[0] if isinstance(output, tuple) else output
-            on_output(index, LayerActivations(output=output, **captured))
+            nonlocal in_callback
+            if in_callback:
+                return
+            activations = LayerActivations(output=output[0] if isinstance(output, tuple) else output, **captured)
             captured.clear()
+            in_callback = True
+            try:
+                on_output(index, activations)
+            finally:
+                in_callback = False
 
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if projection is not None:
@@ -81,22 +92,22 @@ def attention_modules(attention_layers: Sequence[AttentionInfo]) -> list[tuple[n
 
 
 @torch.no_grad()
-def collect_activations(
+def visit_activations(
     model: PreTrainedModel,
     modules: Sequence[tuple[nn.Module, nn.Module | None]],
+    on_output: Callable[[int, LayerActivations], None],
     input_ids: Tensor,
     position_ids: Tensor | None = None,
-) -> list[LayerActivations]:
-    """Runs `model` once and returns the activations of `modules` (see `capture_activations`), in their order.
+) -> None:
+    """Runs `model` once without gradients and calls `on_output` (see `capture_activations`) while it runs, so that the
+    activations of one module are held at a time.
 
     input_ids: `[B, T]`, without padding.
     position_ids: `[B, T]`; positions that restart at 0 separate documents, which do not attend to each other.
     """
-    found: dict[int, LayerActivations] = {}
     positions = {} if position_ids is None else {"position_ids": position_ids}
-    with capture_activations(modules, found.__setitem__):
+    with capture_activations(modules, on_output):
         model.base_model(input_ids=input_ids, use_cache=False, **positions)
-    return [found[index] for index in range(len(modules))]
 
 
 class AttentionStats:
