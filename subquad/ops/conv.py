@@ -85,6 +85,7 @@ class ShortConv(VmapByLoopFunction):
             y[:, tile.start : tile.end] = F.silu(sums, inplace=True) if silu else sums
             if tile.last:
                 final_state[tile.states] = inputs[:, tile.end - tile.start :]
+        tiles.work.release()
         return y, final_state
 
     @staticmethod
@@ -137,6 +138,7 @@ class ShortConvBackward(OnceDifferentiable):
             carry.copy_(d_inputs[:, :history])
             if tile.first:
                 d_state[tile.states] = carry
+        tiles.work.release()
         return dx, d_taps.mT, None if bias is None else d_bias, d_state
 
 

@@ -67,6 +67,37 @@ def test_number_of_cached_views_is_bounded():
     assert len(work.views) <= MAX_VIEWS
 
 
+def held_bytes() -> int:
+    """Bytes of the buffers of this thread in float32, on the CPU."""
+    return sum(buffer.nbytes for buffer in Workspace(torch.empty(0), torch.float32).buffers.values())
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
+def test_buffers_of_a_large_call_are_released(delta):
+    """A matrix of a chunk of 2,048 tokens has 16.8 MB; a call holds several."""
+    case = {n: x.float() for n, x in draw(("scalar", delta), B=1, T=2048, H=1, state=False).items() if x is not None}
+    case = {name: x.requires_grad_() for name, x in case.items()}
+    o, _ = ops.chunk(**case, chunk_size=2048)
+    assert held_bytes() <= 2**25
+    o.sum().backward()
+    assert held_bytes() <= 2**25
+
+
+def test_buffers_of_a_large_convolution_are_released():
+    x, weight = torch.zeros(64, 40, 8192, requires_grad=True), torch.zeros(8192, 4, requires_grad=True)
+    ops.short_conv(x, weight)[0].sum().backward()
+    assert held_bytes() <= 2**25
+
+
+def test_buffers_of_a_usual_call_are_kept():
+    case = {n: x.float() for n, x in draw(("channel", True), B=1, T=512, H=4, K=64, V=64).items()}
+    ops.chunk(**case)
+    held = held_bytes()
+    assert 2**23 < held <= 2**25
+    ops.chunk(**case)
+    assert held_bytes() == held
+
+
 @pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
 def test_results_do_not_depend_on_the_order_of_sizes(delta):
     variants = [variant for variant in VARIANTS if variant[1] == delta]

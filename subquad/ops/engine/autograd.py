@@ -149,6 +149,7 @@ class ChunkedRecurrence(VmapByLoopFunction):
             o_chunks.store(reads, segment)
         for document in layout.empty_documents:
             final_state[document] = 0 if inputs.initial_state is None else inputs.initial_state[document]
+        work.release()
         return outputs
 
     @staticmethod
@@ -198,7 +199,9 @@ class ChunkedRecurrenceBackward(OnceDifferentiable):
             torch.bmm(values, G.flatten(0, 1).mT, out=d_keys)
             d_gates = decay.backward(segment, dA, d_queries, d_keys, G, S, grads.needs_gates)
             grads.store(segment, d_queries, d_keys, raw_queries, d_gates)
-        return grads.results(d_final)
+        results = grads.results(d_final)
+        work.release()
+        return results
 
 
 class SegmentLoader:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KEPT_BYTES = 2**25
+"""What a thread keeps for its next call, for each device and dtype. Segments keep the buffers of nearly all calls below
+this; those of a call that needs more are released when it ends."""
 MAX_VIEWS = 1000  # sequences of many lengths would otherwise leave some views of each length
 
 
 class Workspace:
-    """Named scratch buffers of one device and dtype, and views of them. They live as long as their thread."""
+    """Named scratch buffers of one device and dtype, and views of them, for one call after another of a thread."""
 
     _pool = threading.local()
 
@@ -36,6 +39,12 @@ class Workspace:
             buffer = self.buffers[name] = torch.empty(size, dtype=dtype, device=device)
         view = self.views[(name, shape)] = buffer[:size].view(shape)
         return view
+
+    def release(self) -> None:
+        """Ends a call: the buffers are kept for the next one if they have at most `KEPT_BYTES`."""
+        if sum(buffer.nbytes for buffer in self.buffers.values()) > KEPT_BYTES:
+            self.views.clear()
+            self.buffers.clear()
 
     def cached_view(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Returns what `make` derives from buffers, cached until a buffer is replaced. Creating a view costs as much
