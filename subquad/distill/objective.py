@@ -37,6 +37,10 @@ class Objective:
         """The parameters that this stage trains."""
         raise NotImplementedError
 
+    def text(self, batch: Batch) -> Batch:
+        """The batch whose loss is computed, for `count` and `targets`: that of the corpus, or another made from it."""
+        return batch
+
     def targets(self, batch: Batch) -> dict[str, Any]:
         """The keyword arguments of the student's forward: `input_ids` and what the teacher computed from them."""
         raise NotImplementedError

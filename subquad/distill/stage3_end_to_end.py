@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.config import EndToEnd
-from subquad.data.packing import next_labels
+from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.distill.distillation_loss import LossOptions, distillation_loss
 from subquad.distill.documents import document_ids
 from subquad.distill.fused_loss import fused_distillation_loss
@@ -44,12 +45,13 @@ class EndToEndDistillation(Objective):
         return list(student.parameters())
 
     def count_tokens(self, batch: Batch) -> Tensor:
-        return (next_labels(batch) != -100).sum()
+        return (next_labels(batch) != IGNORE_INDEX).sum()
+
+    def text(self, batch: Batch) -> Batch:
+        return self.generate(batch["input_ids"]) if self.stage.data == "teacher_generated" else batch
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> dict[str, Any]:
-        if self.stage.data == "teacher_generated":
-            batch = {"input_ids": self.generate(batch["input_ids"])}
         positions = None if document_ids(batch) is None else batch["position_ids"]
         # not `position_ids`, which would be an argument of the student's forward itself
         targets = {"input_ids": batch["input_ids"], "next_labels": next_labels(batch), "positions": positions}
@@ -60,22 +62,31 @@ class EndToEndDistillation(Objective):
             return {**targets, "teacher_logits": self.teacher(**inputs).logits}
         return {**targets, "teacher_hidden": self.teacher.base_model(**inputs).last_hidden_state}
 
-    def generate(self, input_ids: Tensor) -> Tensor:
-        """The first tokens of each row, continued by the teacher by sampling from its distribution, `[B, T]`."""
-        T = input_ids.shape[1]
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor) -> Batch:
+        """The first tokens of each row, continued by the teacher by sampling from its distribution, `[B, T]`.
+
+        A row ends with the teacher's end-of-text token. What follows is padding, whose labels are -100.
+        """
+        T, config = input_ids.shape[1], self.teacher.generation_config
         prompt = input_ids[:, : max(1, round(self.stage.prompt_fraction * T))]
-        length = T - prompt.shape[1]
-        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        return self.teacher.generate(  # type: ignore[operator]
-            prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=length, max_new_tokens=length, **sampling
+        ends = torch.as_tensor([] if config.eos_token_id is None else config.eos_token_id).flatten()  # type: ignore[union-attr]
+        pad = next((x for x in (config.pad_token_id, *ends.tolist()) if x is not None), 0)  # type: ignore[union-attr]
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": pad}
+        ids: Tensor = self.teacher.generate(  # type: ignore[operator]
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=T - prompt.shape[1], **sampling
         )
+        ids = F.pad(ids, (0, T - ids.shape[1]), value=pad)
+        is_end = torch.isin(ids, ends.to(ids))
+        is_end[:, : prompt.shape[1]] = False
+        return {"input_ids": ids, "labels": ids.masked_fill(is_end.cumsum(1) > is_end, IGNORE_INDEX)}
 
     def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
         labels, positions = targets["next_labels"], targets["positions"]
         head, teacher_hidden = self.head_of(student), targets.get("teacher_hidden")
         if head is None or "teacher_logits" in targets:
             logits = student(input_ids=input_ids, position_ids=positions, use_cache=False).logits
-            shifted = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=-100)
+            shifted = F.pad(labels[:, :-1], (1, 0), value=IGNORE_INDEX)
             teacher_logits = self.teacher_logits({"input_ids": input_ids, **targets})
             loss, _, _ = distillation_loss(logits, teacher_logits, shifted, self.options)
             return StageOutput(loss)

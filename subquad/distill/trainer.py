@@ -91,8 +91,10 @@ class StageTrainer(Trainer):
     # ------------------------------------------------------------------ the loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], None]:  # type: ignore[override]
-        """The micro-batches of a step; also sets the weight of each in the step's mean."""
+        """The micro-batches of a step, as the objective reads them; also sets the weight of each in the step's mean."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
+        with self.autocast():
+            samples = [self.run.objective.text(batch) for batch in samples]
         counts = torch.stack([self.run.objective.count_tokens(batch) for batch in samples]).float()
         total = counts.sum()
         if self.accelerator.num_processes > 1:
@@ -138,7 +140,9 @@ class StageTrainer(Trainer):
         batch = self._prepare_inputs(inputs)
         labels, count = batch.get("labels", batch["input_ids"]), (next_labels(batch) != IGNORE_INDEX).sum()
         with torch.no_grad():
-            loss = self.objective_loss(model, batch)
+            with self.autocast():
+                text = self.run.objective.text(batch)
+            loss = self.objective_loss(model, text)
             with self.autocast():
                 ce = model(
                     input_ids=batch["input_ids"],

@@ -230,3 +230,36 @@ def test_documents_are_located_once_a_batch(teacher, monkeypatch):
     objective = make_objective("matrix", teacher, batch["input_ids"])
     student(objective=objective, **objective.targets(batch)).loss.backward()
     assert len(calls) == 1
+
+
+@pytest.fixture
+def ending_teacher(teacher):
+    """Half of all tokens end the text; what follows an end is token 5."""
+    other = LlamaForCausalLM(teacher.config).eval().requires_grad_(False)
+    other.generation_config.eos_token_id, other.generation_config.pad_token_id = list(range(32)), 5
+    return other
+
+
+def test_text_that_the_teacher_generates_can_end(ending_teacher):
+    ids = torch.randint(0, 64, (16, 24), generator=torch.Generator().manual_seed(0))
+    stage = EndToEnd(tokens=1, lr=1.0, data="teacher_generated", prompt_fraction=0.25)
+    objective = EndToEndDistillation(ending_teacher, stage)
+    torch.manual_seed(0)
+    batch = objective.text({"input_ids": ids})
+    found, labels = batch["input_ids"], batch["labels"]
+    assert found.shape == ids.shape
+    assert torch.equal(found[:, :6], ids[:, :6])  # the prompt may hold ends
+    lengths = [next((t + 1 for t in range(6, 24) if row[t] < 32), 24) for row in found]
+    assert len(set(lengths)) > 3
+    for row, label, length in zip(found, labels, lengths, strict=True):
+        assert torch.equal(label[:length], row[:length])
+        assert (row[length:] == 5).all()
+        assert (label[length:] == -100).all()
+    assert objective.count(batch) == sum(lengths) - 16
+
+    student = subquad.linearize(ending_teacher, "gla", scale_ids=ids)
+    losses = []
+    for padding in (5, 40):
+        text = {**batch, "input_ids": found.where(labels != -100, padding)}
+        losses.append(student(objective=objective, **objective.targets(text)).loss.item())
+    assert losses[0] == losses[1]

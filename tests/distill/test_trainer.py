@@ -16,6 +16,7 @@ from subquad.config import Hidden, load_recipe
 from subquad.distill import trainer
 from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
+from subquad.distill.stage3_end_to_end import EndToEndDistillation
 from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
 
@@ -191,6 +192,7 @@ def test_validation_cross_entropy_hides_no_nan(ignored, ce, expected):
     stub = types.SimpleNamespace(
         _prepare_inputs=lambda batch: batch,
         objective_loss=lambda model, batch: torch.tensor(0.0),
+        run=types.SimpleNamespace(objective=types.SimpleNamespace(text=lambda batch: batch)),
         autocast=contextlib.nullcontext,
         validation_ce=torch.zeros(2, dtype=torch.float64),
     )
@@ -230,6 +232,30 @@ def test_options_of_stage_3(option, recipe_path, tmp_path):
     if option == "data=teacher_generated":
         again = train(recipe_path, tmp_path / "again", *only("end_to_end", option, "ce_weight=0"))
         assert not changed(trained, again)
+
+
+def test_micro_batches_are_weighted_by_the_text_that_the_teacher_generates(recipe_path, tmp_path, monkeypatch):
+    counts, weights = [], []
+
+    def text(self, batch):
+        end = 4 + 3 * len(counts)
+        counts.append(end - 1)
+        labels = batch["input_ids"].clone()
+        labels[:, end:] = -100
+        return {"input_ids": batch["input_ids"], "labels": labels}
+
+    compute_loss = trainer.StageTrainer.compute_loss
+
+    def spy(self, *args, **kwargs):
+        weights.append(self.loss_weights[0])
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(EndToEndDistillation, "text", text, raising=False)
+    monkeypatch.setattr(trainer.StageTrainer, "compute_loss", spy)
+    changes = ["data=teacher_generated", "micro_batch_size=1", "tokens=128"]
+    train(recipe_path, tmp_path / "out", *only("end_to_end", *changes))
+    assert len(weights) == len(counts) == 4
+    assert weights == pytest.approx([4 * count / sum(counts) for count in counts])
 
 
 def test_wsd_learning_rates(recipe_path, tmp_path):
