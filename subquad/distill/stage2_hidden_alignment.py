@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from subquad.config import Hidden
 from subquad.distill.layerwise import LayerwiseDistillation
+from subquad.distill.objective import Batch
 from subquad.modeling.attention.activations import LayerActivations, layer_path, visit_activations
 from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.attention.scores import replace_mask
@@ -53,13 +54,16 @@ class HiddenAlignment(LayerwiseDistillation):
     def layer_parameters(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
         return [list(module.parameters()) for module in self.modules(student)]
 
+    def targets(self, batch: Batch) -> dict[str, Any]:
+        targets = super().targets(batch)
+        doc_ids = targets["doc_ids"]
+        return {**targets, "mask": None if doc_ids is None else doc_ids[:, None, None, :]}
+
     def layer_loss(
         self, student: SubquadForCausalLM, index: int, activations: LayerActivations, targets: dict[str, Any]
     ) -> Tensor:
-        doc_ids = targets["doc_ids"]
-        mask = None if doc_ids is None else doc_ids[:, None, None, :]
         module = self.modules(student)[index]
-        args, kwargs = replace_mask(module, activations.args, activations.kwargs, mask)
+        args, kwargs = replace_mask(module, activations.args, activations.kwargs, targets["mask"])
         output = module(*args, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
         return output_distance(output, activations.output, self.target_norms[index])

@@ -168,7 +168,7 @@ class Mixer(nn.Module):
         self,
         x: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        doc_ids: Tensor | None = None,
+        doc_ids: Tensor | PackedDocuments | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State]:
         """Runs the mixer on a sequence.
@@ -177,7 +177,7 @@ class Mixer(nn.Module):
             x: `[B, T, hidden]`.
             position_embeddings: cos and sin of the teacher's rotary embedding, `[B, T, R]`.
             doc_ids: None; or a padding mask, bool `[B, T]`, False at padding; or document ids, integer `[B, T]`, 0 at
-                padding. The state is reset where a document begins.
+                padding, or the `PackedDocuments` of such ids. The state is reset where a document begins.
             state: the state after the preceding tokens, as returned by an earlier call.
 
         Returns:
@@ -187,10 +187,12 @@ class Mixer(nn.Module):
         Raises:
             ValueError: document ids together with a state.
         """
-        if doc_ids is not None and doc_ids.dtype != torch.bool:
+        if isinstance(doc_ids, Tensor) and doc_ids.dtype != torch.bool:
+            doc_ids = PackedDocuments(doc_ids)
+        if isinstance(doc_ids, PackedDocuments):
             if state is not None:
                 raise ValueError("doc_ids: packed documents cannot continue from a state; call the mixer without one")
-            return self._forward_packed(x, position_embeddings, PackedDocuments(doc_ids))
+            return self._forward_packed(x, position_embeddings, doc_ids)
         padding_mask = None if doc_ids is None else doc_ids.unsqueeze(-1)
         inputs, conv_states = self.op_inputs(x, position_embeddings, padding_mask, state)
         o, op_state = self.run_op(inputs, None if state is None else state[len(conv_states) :])

@@ -12,7 +12,7 @@ class PackedDocuments:
     """
 
     cu_seqlens: Tensor
-    """Boundaries of the documents in the packed row, `[documents + 1]`."""
+    """Boundaries of the documents in the packed row, `[documents + 1]`, on the CPU, where each op reads them."""
     last_documents: Tensor
     """Index of each row's last document, `[B]`."""
 
@@ -24,7 +24,7 @@ class PackedDocuments:
         ids, rows = doc_ids.flatten()[self.indices], self.indices // self.shape[1]
         starts = torch.ones_like(self.indices, dtype=torch.bool)
         starts[1:] = (ids[1:] != ids[:-1]) | (rows[1:] != rows[:-1])
-        offsets = starts.nonzero().flatten()
+        offsets = starts.nonzero().flatten().cpu()
         self.cu_seqlens = torch.cat([offsets, offsets.new_tensor([len(self.indices)])])
         self.last_documents = starts.cumsum(0)[real.sum(1).cumsum(0) - 1] - 1
 

@@ -17,7 +17,7 @@ from subquad.mixers.norms import head_norm
 from subquad.modeling.attention.scores import attention_probabilities
 from subquad.modeling.attention.tracing import hidden_states_of
 from subquad.modeling.cache import CACHE_ARGUMENT, RecurrentCacheLayer, SlidingWindowCacheLayer, SubquadCache
-from subquad.modeling.masks import additive_mask, doc_ids_and_positions
+from subquad.modeling.masks import additive_mask, doc_ids_and_positions, new_documents
 from subquad.utils import UserError
 
 
@@ -53,11 +53,7 @@ class MixerLayer(TokenMixerLayer):
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         x = hidden_states_of(args, kwargs)
         T = x.shape[1]
-        doc_ids = None
-        if attention_mask is not None and attention_mask.shape[-1]:
-            doc_ids = attention_mask[:, 0, 0, -T:]
-            if T == 1 and bool(doc_ids.all()):  # a decoding step: padding is in the past, not in this token
-                doc_ids = None
+        doc_ids = None if attention_mask is None else new_documents(attention_mask, T)
         cache = self.find_cache(args, kwargs)
         cache_layer = None if cache is None else cache.layers[self.index]
         if cache_layer is not None and not isinstance(cache_layer, RecurrentCacheLayer):

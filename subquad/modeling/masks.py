@@ -1,13 +1,16 @@
 """The student's own attention mask: built from what a caller gives, and read by the layers.
 
 It is a tensor `[B, 1, 1, S]` over the S tokens seen so far, or over the last of them. With padding only it is bool,
-False at padding. With several documents a row it is integer: the number of each token's document, 0 at padding. It is
-`[B, 1, 1, 0]` where all tokens are real and each row is one document.
+False at padding. With several documents a row it is int64: the number of each token's document, 0 at padding. It is
+`[B, 1, 1, 0]` where all tokens are real and each row is one document, and uint8, 0 at padding, where one new token a
+row is real and padding is in the past.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from subquad.mixers.packing import PackedDocuments
 
 DocIdsAndPositions = tuple[Tensor, Tensor]
 """Two tensors `[B, S]`: each token's document, 0 at padding; its position in the document, -1 at padding."""
@@ -25,6 +28,19 @@ def doc_ids_and_positions(mask: Tensor | None, B: int, S: int, device: torch.dev
     starts = starts & (doc_ids != 0) & (last_doc != F.pad(last_doc, (1, 0), value=0)[:, :-1])
     first = torch.where(starts, real_tokens - 1, 0).cummax(1).values
     return doc_ids, (real_tokens - 1 - first).masked_fill(doc_ids == 0, -1)
+
+
+def new_documents(mask: Tensor, T: int) -> Tensor | PackedDocuments | None:
+    """What a mixer reads of the mask `[B, 1, 1, S]` for the last T tokens; packed documents are located once for all
+    layers that get the same mask."""
+    if not mask.shape[-1] or mask.dtype == torch.uint8:
+        return None
+    doc_ids = mask[:, 0, 0, -T:]
+    if doc_ids.dtype == torch.bool or torch.compiler.is_compiling():
+        return doc_ids
+    if not hasattr(mask, "subquad_documents"):
+        mask.subquad_documents = PackedDocuments(doc_ids)  # type: ignore[attr-defined]
+    return mask.subquad_documents  # type: ignore[attr-defined]
 
 
 def additive_mask(
@@ -52,39 +68,67 @@ def prepare_mask_and_positions(
     past_tokens: int,
     device: torch.device,
     cu_seqlens: Tensor | None = None,
+    max_positions: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The student's mask and explicit positions `[B, T]`, from the arguments of `forward`.
 
-    Without past tokens, a position of 0 that is not the first of its row starts a new document.
+    Without past tokens, a position of 0 that is not the first of its row starts a new document. Values of tensors are
+    read at most once, all together, since reading waits for the device.
+
+    Raises:
+        ValueError: wrong shapes or boundaries, or a position that is not below `max_positions`.
     """
+    facts: dict[str, Tensor] = {}
+    checks_positions = max_positions is not None and (position_ids is not None or past_tokens + T > max_positions)
+    starts = None
+    if past_tokens == 0 and position_ids is not None:
+        starts = position_ids.expand(B, T)[:, 1:] == 0
+    mask = None
     if attention_mask is not None:
-        attention_mask = check_attention_mask(attention_mask, B, T, past_tokens)
-    doc_starts = None
-    if cu_seqlens is not None:
-        doc_starts = read_cu_seqlens(cu_seqlens, B, T, past_tokens, device)
-        if position_ids is None:
-            positions = torch.arange(T, device=device)
-            first = torch.cat([doc_starts.new_zeros(1), doc_starts])
-            position_ids = (positions - first[torch.searchsorted(doc_starts, positions, right=True)]).unsqueeze(0)
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if position_ids is None:
-        if padded:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)[:, -T:]  # type: ignore[union-attr]
-        else:
-            position_ids = torch.arange(past_tokens, past_tokens + T, device=device).expand(B, T)
-    position_ids = position_ids.expand(B, T)
-    mask = attention_mask.bool() if padded else torch.empty(B, 0, dtype=torch.bool, device=device)  # type: ignore[union-attr]
-    if past_tokens == 0:
-        starts = position_ids[:, 1:] == 0
-        if padded:  # neither padding nor the first token after it starts another document
+        mask = check_attention_mask(attention_mask, B, T, past_tokens).bool()
+        facts["padded"], facts["padded_now"] = ~mask.all(), ~mask[:, -T:].all()
+        if starts is not None:  # neither padding nor the first token after it starts another document
             starts = starts & mask[:, 1:] & (mask[:, :-1].cumsum(1) > 0)
-        if doc_starts is not None:
-            starts[:, doc_starts - 1] = True
-        if bool(starts.any()):
-            doc_ids = torch.ones_like(position_ids)
-            doc_ids[:, 1:] += starts.cumsum(1)
-            mask = doc_ids.masked_fill(~mask, 0) if padded else doc_ids
-    return mask[:, None, None, :], position_ids
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(device)
+        facts["first_offset"], facts["last_offset"] = cu_seqlens[0], cu_seqlens[-1]
+        bounds = torch.zeros(B, T + 1, dtype=torch.bool, device=device)
+        bounds[:, cu_seqlens.clamp(0, T).long()] = True
+        starts = bounds[:, 1:T] if starts is None else starts | bounds[:, 1:T]
+        if position_ids is None:
+            tokens = torch.arange(T, device=device)
+            position_ids = tokens - tokens.where(bounds[:, :T], 0).cummax(1).values
+    if position_ids is None and mask is not None:
+        position_ids = (mask.cumsum(1) - 1).clamp_min(0)[:, -T:]
+    elif position_ids is None:
+        position_ids = torch.arange(past_tokens, past_tokens + T, device=device)
+    position_ids = position_ids.expand(B, T)
+    if starts is not None:
+        facts["documents"] = starts.any()
+    if checks_positions:
+        facts["last_position"] = position_ids.max()
+    values = torch.stack([x.long() for x in facts.values()]).tolist() if facts else []
+    known = dict(zip(facts, values, strict=True))
+    if cu_seqlens is not None and (B, past_tokens, known["first_offset"], known["last_offset"]) != (1, 0, 0, T):
+        raise ValueError(
+            f"cu_seq_lens_q: got {cu_seqlens.tolist()} for {B} rows of {T} tokens after {past_tokens}; expected one "
+            f"row, an empty cache, and offsets from 0 to {T}"
+        )
+    if max_positions is not None and known.get("last_position", 0) >= max_positions:
+        raise ValueError(
+            f"position_ids: got {known['last_position']}, expected less than {max_positions}, the teacher's number of "
+            f"learned positions; use at most {max_positions} tokens a row, prompt and continuation together"
+        )
+    padded = mask is not None and known["padded"]
+    if known.get("documents"):
+        doc_ids = torch.ones_like(position_ids)
+        doc_ids[:, 1:] += starts.cumsum(1)  # type: ignore[union-attr]
+        mask = doc_ids.masked_fill(~mask, 0) if padded else doc_ids  # type: ignore[operator]
+    elif not padded:
+        mask = torch.empty(B, 0, dtype=torch.bool, device=device)
+    elif T == 1 and not known["padded_now"]:
+        mask = mask.to(torch.uint8)  # type: ignore[union-attr]
+    return mask[:, None, None, :], position_ids  # type: ignore[index]
 
 
 def check_attention_mask(attention_mask: Tensor, B: int, T: int, past_tokens: int) -> Tensor:
@@ -98,13 +142,3 @@ def check_attention_mask(attention_mask: Tensor, B: int, T: int, past_tokens: in
             f"attention_mask: got {list(attention_mask.shape)}, expected {[B, past_tokens + T]} (all tokens so far)"
         )
     return torch.cat([attention_mask.new_ones(B, past_tokens), attention_mask], dim=1)
-
-
-def read_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, past_tokens: int, device: torch.device) -> Tensor:
-    """Where the documents of one row of T tokens start, without the first."""
-    if B != 1 or past_tokens or int(cu_seqlens[0]) or int(cu_seqlens[-1]) != T:
-        raise ValueError(
-            f"cu_seq_lens_q: got {cu_seqlens.tolist()} for {B} rows of {T} tokens after {past_tokens}; expected one "
-            f"row, an empty cache, and offsets from 0 to {T}"
-        )
-    return cu_seqlens[(cu_seqlens > 0) & (cu_seqlens < T)].long().to(device)

@@ -182,9 +182,15 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         B, T = tokens.shape[:2]
         past_tokens = 0 if cache is None else cache.get_seq_length()
         mask, position_ids = prepare_mask_and_positions(
-            attention_mask, position_ids, B, T, past_tokens, tokens.device, cu_seqlens
+            attention_mask,
+            position_ids,
+            B,
+            T,
+            past_tokens,
+            tokens.device,
+            cu_seqlens,
+            self.config.max_learned_positions,
         )
-        self.check_positions(position_ids)
         if mask.shape[-1] and not any(self.config.layers_with_attention):
             mask = mask[..., -T:]
         return {
@@ -194,16 +200,6 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             "position_ids": position_ids,
             CACHE_ARGUMENT: cache,
         }
-
-    def check_positions(self, position_ids: Tensor) -> None:
-        """ValueError where a position is past the base model's learned positions."""
-        limit = self.config.max_learned_positions
-        if limit is not None and int(position_ids.max()) >= limit:
-            raise ValueError(
-                f"position_ids: got {int(position_ids.max())}, expected less than {limit}, the number of learned "
-                f"positions of the {self.config.base_config.model_type} teacher; use at most {limit} tokens a row, "
-                "prompt and continuation together"
-            )
 
     # ------------------------------------------------------------------ cache and generation
 
@@ -219,6 +215,9 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation: got {chosen!r}, expected None; a student makes its own cache")
         if generation_config.use_cache is not False and model_kwargs.get(CACHE_ARGUMENT) is None:
             model_kwargs[CACHE_ARGUMENT] = self.new_cache()
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and bool(mask.all()):  # read once here, and not at each token
+            del model_kwargs["attention_mask"]
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

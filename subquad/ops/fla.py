@@ -96,7 +96,7 @@ def run_kernel(
     if beta is not None:
         arguments["beta"] = beta
     if cu_seqlens is not None:
-        arguments["cu_seqlens"] = cu_seqlens.long()
+        arguments["cu_seqlens"] = cu_seqlens.to(q.device, torch.long)
     prefix = "chunk" if op == "chunk" else "fused_recurrent"
     kernel = getattr(importlib.import_module(f"fla.ops.{family}"), f"{prefix}_{family}")
     o, state = kernel(q.contiguous(), k.contiguous(), v.contiguous(), **arguments)
