@@ -1,11 +1,12 @@
 """The tables of a report: all students (`grid_table`) and evaluations (`evaluation_tables`), as HTML, CSV and LaTeX."""
 
-import csv
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pandas as pd
 
 from subquad.analysis.plot_style import color, mixer_label
 from subquad.evaluate.results import Result
@@ -14,15 +15,6 @@ from subquad.report.eval_plots import PlotModel
 from subquad.study.aggregate import Group, Mean, group_labels, significant_best
 
 MISSING = "–"
-LATEX_SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "–": "--",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{character: "\\" + character for character in "%_&#${}"},
-}
 METRIC_LABELS = {
     "acc": "accuracy",
     "acc_norm": "accuracy (length-normalized)",
@@ -73,41 +65,22 @@ class Table:
 
     def to_csv(self, path: Path) -> None:
         """Writes unrounded numbers; the ends of intervals have their own columns."""
-        has_interval = [any(line[i].low is not None for line in self.lines) for i in range(len(self.titles))]
-        header: list[str] = []
-        for title, interval in zip(self.titles, has_interval, strict=True):
-            header += [title, f"{title} low", f"{title} high"] if interval else [title]
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            for line in self.lines:
-                values: list[object] = []
-                for cell, interval in zip(line, has_interval, strict=True):
-                    values.append(
-                        cell.text if cell.sort_key is None else "" if math.isinf(cell.sort_key) else cell.sort_key
-                    )
-                    values += ["" if end is None else end for end in (cell.low, cell.high)] if interval else []
-                writer.writerow(values)
+        columns: dict[str, list[object]] = {}
+        for title, cells in zip(self.titles, zip(*self.lines, strict=True), strict=True):
+            columns[title] = [cell.text if cell.sort_key is None else cell.sort_key for cell in cells]
+            if any(cell.low is not None for cell in cells):
+                columns[f"{title} low"] = [cell.low for cell in cells]
+                columns[f"{title} high"] = [cell.high for cell in cells]
+        pd.DataFrame(columns, dtype=object).replace(math.inf, None).to_csv(path, index=False)
 
     def to_latex(self, path: Path) -> None:
-        """Writes a booktabs table."""
-        columns = "".join("r" if self.is_numeric(i) else "l" for i in range(len(self.titles)))
-        text = [
-            r"% needs \usepackage{booktabs}",
-            r"\begin{tabular}{" + columns + "}",
-            r"\toprule",
-            " & ".join(_latex(title) for title in self.titles) + r" \\",
-            r"\midrule",
-            *(" & ".join(_latex(cell.text, cell.best) for cell in line) + r" \\" for line in self.lines),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-        path.write_text("\n".join(text) + "\n")
-
-
-def _latex(text: str, bold: bool = False) -> str:
-    escaped = "".join(LATEX_SPECIAL.get(character, character) for character in text)
-    return rf"\textbf{{{escaped}}}" if bold else escaped
+        """Writes a table for the LaTeX package booktabs."""
+        texts = pd.DataFrame([[cell.text for cell in line] for line in self.lines], columns=self.titles)
+        bold = [["textbf:--rwrap" if cell.best else "" for cell in line] for line in self.lines]
+        style = texts.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+        style.apply(lambda shown: pd.DataFrame(bold, shown.index, shown.columns), axis=None)
+        sides = "".join("r" if self.is_numeric(i) else "l" for i in range(len(self.titles)))
+        path.write_text("% needs \\usepackage{booktabs}\n" + style.to_latex(hrules=True, column_format=sides))
 
 
 def write_tables(tables: Iterable[Table], directory: Path) -> None:
