@@ -3,14 +3,12 @@
 Imports no torch at module level: a worker process starts its watchdog before it loads the heavy libraries.
 """
 
-import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
@@ -40,7 +38,11 @@ class TeacherCache:
         return self.loaded[reference]
 
 
-def execute_run(run: Run, stage_cache: "StageCache", teachers: TeacherCache) -> None:
+worker_teachers = TeacherCache()
+"""Of a worker process, which executes many runs."""
+
+
+def execute_run(run: Run, stage_cache: "StageCache", teachers: TeacherCache = worker_teachers) -> None:
     """Runs to the end. An exception is written to `error.json` in the run's directory and not raised."""
     from subquad.distill.pipeline import distill
 
@@ -52,49 +54,20 @@ def execute_run(run: Run, stage_cache: "StageCache", teachers: TeacherCache) -> 
         logger.warning("%s failed: %s", run.name, run.error_line())
 
 
-def worker_main(connection: Connection, lock: StudyLock, threads: int) -> None:
-    """Main function of a worker process: executes runs received from `connection` until the study ends.
+def start_worker(lock: StudyLock, parent: Connection, threads: int, variables: Mapping[str, str]) -> None:
+    """Prepares a worker process, which ends when the other end of `parent` closes.
 
-    lock: held as long as this process lives.
+    lock: held as long as this process lives. variables: set in its environment.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study terminates its workers
-    exit_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its workers
+    threading.Thread(target=exit_at_end_of, args=(parent,), daemon=True).start()
+    os.environ.update({"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", **variables})
     quiet_libraries()
     import torch
 
     torch.set_num_threads(threads)
-    teachers = TeacherCache()
-    while True:
-        try:
-            run, stage_cache = connection.recv()
-        except EOFError:
-            return
-        execute_run(run, stage_cache, teachers)
-        connection.send("finished")
 
 
-def exit_with_parent() -> None:
-    """Starts a thread that ends this process when its parent ends, even if the parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait_for_parent(sentinel: int = parent.sentinel) -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait_for_parent, daemon=True).start()
-
-
-@contextlib.contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables for processes started in the context."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def exit_at_end_of(connection: Connection) -> None:
+    wait([connection])
+    os._exit(1)

@@ -4,17 +4,15 @@ A worker loads the teacher once and executes one run after the other. If it is k
 checkpoint in another worker.
 """
 
-import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-from subquad.study.execute import TeacherCache, environment, execute_run, worker_main
+from subquad.study.execute import TeacherCache, execute_run, start_worker
 from subquad.study.lock import StudyLock
 from subquad.study.runs import Run
 from subquad.study.scheduler import Scheduler
@@ -30,64 +28,44 @@ def run_sequentially(scheduler: Scheduler, on_change: Callable[[], None]) -> Non
         on_change()
 
 
-@dataclass
-class Worker:
-    process: SpawnProcess
-    connection: Connection
-    run: Run | None = None
-
-
 def run_in_processes(scheduler: Scheduler, jobs: int, lock: StudyLock, on_change: Callable[[], None]) -> None:
-    """Executes up to `jobs` runs at once. The CPU cores are divided evenly; each worker gets a GPU if there are any."""
-    workers: dict[int, Worker] = {}
+    """Executes up to `jobs` runs at once. The CPU cores are divided evenly; each worker gets a GPU if there are any.
+
+    Each slot has an executor of one worker: a worker that is killed breaks its own executor only, and has its own GPU.
+    """
+    context, threads = multiprocessing.get_context("spawn"), threads_per_worker(jobs)
+    # This process holds the only other end: when it ends, even by a kill, the workers see the pipe close and exit.
+    worker_end, own_end = context.Pipe(duplex=False)
+    executors: dict[int, ProcessPoolExecutor] = {}
+    running: dict[Future[None], tuple[int, Run]] = {}
+
+    def submit(slot: int, run: Run) -> Future[None]:
+        try:
+            return executors[slot].submit(execute_run, run, scheduler.stage_cache)
+        except (KeyError, BrokenProcessPool):
+            arguments = (lock, worker_end, threads, gpu_environment(slot))
+            executors[slot] = ProcessPoolExecutor(1, context, start_worker, arguments)
+            return executors[slot].submit(execute_run, run, scheduler.stage_cache)
+
     try:
         while scheduler:
-            for slot in range(jobs):
-                if (slot not in workers or workers[slot].run is None) and (run := scheduler.next()) is not None:
-                    if slot not in workers:
-                        workers[slot] = start_worker(slot, jobs, lock)
-                    workers[slot].run = run
-                    with contextlib.suppress(OSError):  # the worker has just died; `wait` below detects it
-                        workers[slot].connection.send((run, scheduler.stage_cache))
+            for slot in sorted(set(range(jobs)) - {slot for slot, _ in running.values()}):
+                if (run := scheduler.next()) is not None:
+                    running[submit(slot, run)] = slot, run
                     on_change()
-            busy = {slot: worker for slot, worker in workers.items() if worker.run is not None}
             # No message announces that a shared stage is complete, so blocked runs are checked every second.
-            ready = wait([worker.connection for worker in busy.values()], timeout=1.0 if scheduler.waiting else None)
-            for slot, worker in busy.items():
-                if worker.connection in ready:
-                    end_run(scheduler, workers, slot)
-                    on_change()
+            ended, _ = wait(running, 1.0 if scheduler.waiting else None, return_when=FIRST_COMPLETED)
+            for future in ended:
+                _, run = running.pop(future)
+                if error := future.exception():
+                    scheduler.on_worker_exit(run, f"with {type(error).__name__}: {error}")
+                else:
+                    scheduler.end(run)
+                on_change()
     finally:
-        for worker in workers.values():
-            worker.process.kill()
-            worker.process.join()
-
-
-def end_run(scheduler: Scheduler, workers: dict[int, Worker], slot: int) -> None:
-    """Handles a worker that reported the end of its run, or exited."""
-    worker = workers[slot]
-    assert worker.run is not None
-    try:
-        worker.connection.recv()
-    except (EOFError, OSError):
-        worker.process.join()
-        del workers[slot]
-        code = worker.process.exitcode or 0
-        scheduler.on_worker_exit(worker.run, f"by signal {-code}" if code < 0 else f"with exit code {code}")
-        return
-    scheduler.end(worker.run)
-    worker.run = None
-
-
-def start_worker(slot: int, jobs: int, lock: StudyLock) -> Worker:
-    context = multiprocessing.get_context("spawn")
-    own_end, worker_end = context.Pipe()
-    threads = threads_per_worker(jobs)
-    with environment({"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", **gpu_environment(slot)}):
-        process = context.Process(target=worker_main, args=(worker_end, lock, threads))
-        process.start()
-    worker_end.close()  # while this process holds a copy, the exit of the worker does not close the pipe
-    return Worker(process, own_end)
+        own_end.close()
+        for executor in executors.values():
+            executor.shutdown()
 
 
 def threads_per_worker(jobs: int) -> int:

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from subquad.distill.stage_cache import StageCache
-from subquad.study.execute import TeacherCache, execute_run
+from subquad.study.execute import execute_run
 from subquad.study.runs import Run
 from subquad.study.scheduler import MAX_WORKER_EXITS, Scheduler
 from subquad.utils import UserError, needs_extra, quiet_libraries
 
 FORWARDED_VARIABLES = ("SUBQUAD_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
 """Environment variables that every run receives from the study."""
-
-teachers = TeacherCache()  # of the worker process, which executes many runs
 
 
 def import_ray() -> Any:
@@ -98,4 +96,4 @@ def execute_remotely(
     quiet_libraries()
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
-    execute_run(run, stage_cache, teachers)
+    execute_run(run, stage_cache)

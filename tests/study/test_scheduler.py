@@ -1,5 +1,6 @@
 """Which runs may execute at once, what resources they get, and recovery from a killed worker."""
 
+import multiprocessing
 import os
 
 import pytest
@@ -73,24 +74,21 @@ def test_parallel_runs_with_a_killed_worker_match_sequential_runs(study_recipe, 
     recipes = load_study(study_recipe, [*SHORT, "student.mixer=[gla, retnet, metala]"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     expected = run_study(recipes, tmp_path / "sequential")
-    workers, killed = [], []
-    start_worker, wait = local_engine.start_worker, local_engine.wait
+    workers, killed = set(), []
+    wait = local_engine.wait
 
-    def recording_start(slot, jobs, lock):
-        workers.append(start_worker(slot, jobs, lock))
-        return workers[-1]
-
-    def killing_wait(connections, timeout=None):
+    def killing_wait(futures, timeout=None, **options):
+        workers.update(multiprocessing.active_children())
         if not killed and len(workers) == 2 and (tmp_path / "parallel" / "gla" / "metrics.jsonl").exists():
-            workers[0].process.kill()
-            killed.append(workers[0])
-        return wait(connections, 0.05)
+            killed.append(min(workers, key=lambda worker: worker.pid))
+            killed[0].kill()
+        return wait(futures, 0.05, **options)
 
-    monkeypatch.setattr(local_engine, "start_worker", recording_start)
     monkeypatch.setattr(local_engine, "wait", killing_wait)
     results = run_study(recipes, tmp_path / "parallel", jobs=2)
     assert killed
     assert len(workers) == 3
+    assert not multiprocessing.active_children()
     for result, other in zip(expected, results, strict=True):
         directories = (tmp_path / "sequential" / result["run"], tmp_path / "parallel" / other["run"])
         a, b = (load_file(directory / "model.safetensors") for directory in directories)
