@@ -7,7 +7,7 @@ straightforward: float32 logits of student and teacher, `F.cross_entropy`, `F.kl
 plain: `subquad.distill.distillation_loss` on the same logits; it works with every output head.
 fused: `subquad.distill.fused_loss`.
 
-Peak memory is the highest resident size of a fresh process less that before the loss, when inputs exist. Times are
+Peak memory is the highest resident size of a new process less that before the loss, when inputs exist. Times are
 medians of interleaved runs in one process: wall-clock time, and the processor time of all threads, which depends less
 on other load.
 """
@@ -88,7 +88,7 @@ def run_once(name: str, inputs: Inputs, divergence: Divergence, chunk: int) -> f
 
 
 def peak_in_this_process(name: str, args: argparse.Namespace) -> int:
-    """Bytes above the inputs that one loss with its gradients takes; the process must be fresh."""
+    """Bytes above the inputs that one loss with its gradients takes; the process must be new."""
     dtype = getattr(torch, args.dtype)
     run_once(name, make_inputs(8, 64, 16, dtype), args.divergence, args.chunk)  # loads libraries, starts threads
     inputs = make_inputs(args.tokens, args.vocabulary, args.hidden, dtype)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.mqar [--only gla,deltanet] [--json FILE]
 
-A line is a mixer, the task with the state's numbers per layer, the accuracy and the best learning rate, after a
+A line is a mixer, the task with the state's elements per layer, the accuracy and the best learning rate, after a
 training run of up to a minute for each rate. `subquad.analysis.mqar` describes the task.
 """
 

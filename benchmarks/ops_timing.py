@@ -47,7 +47,7 @@ class Timing:
 
 @dataclass
 class DecodeTiming:
-    """One decoded token: microseconds, the same for states of 4 x 4 numbers (the cost of launches), and speedup over
+    """One decoded token: microseconds, the same for states of 4 x 4 elements (the cost of dispatch), and speedup over
     SDPA."""
 
     name: str
@@ -256,7 +256,7 @@ def _decode_calls(size: Size) -> dict[str, Call]:
 
 
 def peak_memory(variant: str, size: Size) -> int:
-    """Bytes by which one forward and backward pass raises the peak of a fresh process."""
+    """Bytes by which one forward and backward pass raises the peak of a new process."""
     program = (
         "from benchmarks import ops_timing as t\n"
         "from benchmarks.common import peak_rss\n"

@@ -51,7 +51,7 @@ def grid_cells(metric: str) -> dict[str, dict[tuple[str, str], str]]:
 
 
 def nano_grid(metric: str, best_first: int, mixers: Sequence[str] = ()) -> str:
-    """A row a mixer, a column for each set of stages, copied and not. `best_first`: -1 where more is better, else 1."""
+    """A row per mixer, a column for each set of stages, copied and not. `best_first`: -1 if more is better, else 1."""
     cells = grid_cells(metric)
     columns = [(copied, stages) for copied in ("yes", "no") for stages in STAGES]
     header = ["mixer", *(f"{'copied' if copied == 'yes' else 'not copied'}, {stages}" for copied, stages in columns)]

@@ -83,7 +83,7 @@ def shuffled_windows(tokens: torch.Tensor, batch: int, epochs: float, seed: int)
 
 @torch.no_grad()
 def losses_by_position(model, tokens: torch.Tensor, batch: int = 8, windows: int | None = None) -> torch.Tensor:
-    """Held-out loss in nats at each of the CONTEXT positions, a mean over windows."""
+    """Validation loss in nats at each of the CONTEXT positions, a mean over windows."""
     starts = range(0, len(tokens) - CONTEXT - 1, CONTEXT)
     starts = list(starts)[:windows]
     total = torch.zeros(CONTEXT)
@@ -159,7 +159,7 @@ def main() -> None:
     model = LlamaForCausalLM(nano_config(len(tokenizer), tokenizer.eos_token_id))
     parameters = sum(p.numel() for p in model.parameters())
     steps = math.ceil(args.epochs * len(train) / (args.batch * CONTEXT))
-    print(f"{parameters:,} parameters, {len(train):,} training and {len(valid):,} held-out tokens, {steps} steps")
+    print(f"{parameters:,} parameters, {len(train):,} training and {len(valid):,} validation tokens, {steps} steps")
 
     opts = optimizers(model)
     base = [[g["lr"] for g in opt.param_groups] for opt in opts]

@@ -31,7 +31,7 @@ def held_out(nano):
     return windows[:: max(1, len(windows) // 24)][:24]
 
 
-def test_its_weights_fit(nano):
+def test_size_of_the_weights(nano):
     model, tokenizer = nano
     package = files("subquad") / "nano"
     assert sum(len(p.read_bytes()) for p in package.iterdir()) < 8e6
@@ -71,7 +71,7 @@ def test_it_writes_python(nano):
 
 @pytest.mark.parametrize("stage", ["matrix", "hidden", "end_to_end"])
 @pytest.mark.parametrize("mixer", ["gla", "gated_deltanet", "xlstm"])
-def test_each_stage_lowers_its_own_loss_on_held_out_text(stage, mixer, nano, held_out):
+def test_each_stage_lowers_its_own_loss_on_validation_text(stage, mixer, nano, held_out):
     """Sixteen steps on one half of the held-out text, measured on the other."""
     teacher, _ = nano
     teacher.requires_grad_(False)

@@ -39,7 +39,7 @@ def text(teacher):
 
 
 @pytest.mark.sample
-def test_it_is_the_real_thing_and_can_be_saved(teacher, tmp_path):
+def test_teacher_matches_the_published_model_and_can_be_saved(teacher, tmp_path):
     model, tokenizer = teacher
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
@@ -49,7 +49,7 @@ def test_it_is_the_real_thing_and_can_be_saved(teacher, tmp_path):
 
 @pytest.mark.sample
 @pytest.mark.parametrize(("mixer", "lost"), [("gated_deltanet", 2.54), ("gla", 2.84)])
-def test_a_fresh_student_loses_no_more_than_a_plain_trial_did(mixer, lost, teacher, text):
+def test_loss_of_an_untrained_student_is_bounded(mixer, lost, teacher, text):
     """Copied, nothing taught, in nats over the teacher; without attention it would be 6.6. Texts differ: on another
     page GLA loses 3.1."""
     model, _ = teacher

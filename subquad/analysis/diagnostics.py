@@ -159,7 +159,7 @@ def matrix_pair(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor,
     pair = layer_access_pair(student, teacher)
     teacher_layers = pair[1]
     if not -len(teacher_layers) <= layer < len(teacher_layers):
-        raise UserError(f"layer: got {layer}, expected 0 to {len(teacher_layers) - 1}")
+        raise UserError(f"layer: got {layer}, expected {-len(teacher_layers)} to {len(teacher_layers) - 1}")
     with eval_mode(student), eval_mode(teacher):
         recorded = teacher_layers.record([teacher_layers.mixing_modules[layer]], ids.view(1, -1))[0]
         return tuple(matrix_rows(access, layer, recorded)(slice(None)) for access in pair)  # type: ignore[return-value]

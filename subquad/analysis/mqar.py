@@ -5,7 +5,7 @@ another order, each of which is to be followed by its value. Half of the vocabul
 a small Llama whose attention is replaced by a randomly initialized mixer; `SHARED_OPTIONS` are the same for all mixers,
 which leaves the state as the difference. (With its output gate, Gated DeltaNet learns a quarter as much per step.)
 
-Sizes: a layer's state is H heads of K x K numbers with H K the width, so that the number of heads alone sets its size,
+Sizes: a layer's state is H heads of K x K elements with H K the width, so that the number of heads alone sets its size,
 at nearly equal parameters. From two heads to eight, K goes from twice the number of pairs to half of it. The vocabulary
 is small, because the embedding of each token must be learned first; values are redrawn for every sequence, so that none
 can be memorized. Weights are initialized with standard deviation width^-1/2; with Llama's 0.02 nothing is learned in a
@@ -30,7 +30,8 @@ from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError, eval_mode
 
 SHARED_OPTIONS: dict[str, Any] = {"short_conv": 4, "output_gate": "none", "half_life": 1024.0}
-"""Options of all mixers. The convolution shows a value the key before it; the half-life keeps the state at first."""
+"""Options of all mixers that have them. The convolution shows a value the key before it; the half-life keeps the state
+at first."""
 RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 """Peak learning rates, of which the best is reported."""
 WARMUP = 0.05
@@ -79,7 +80,7 @@ def mqar_results(
 ) -> list[Result]:
     """`acc` of each mixer for each number of heads at the best of the learning rates, and that rate as `lr`.
 
-    A training run takes less than a minute. The result's model is the mixer; its task names the numbers in a layer's
+    A training run takes less than a minute. The result's model is the mixer; its task names the elements of a layer's
     state, as in `mqar_state_512`.
 
     Raises:
@@ -134,7 +135,8 @@ def build_model(mixer: str, setting: MQARSettings) -> SubquadForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
-        layer_type = {"mixer": mixer} | ({} if mixer == mixers.SOFTMAX else SHARED_OPTIONS)
+        known = {} if mixer == mixers.SOFTMAX else mixers.OPTIONS[mixer].__dataclass_fields__
+        layer_type = {"mixer": mixer} | {name: value for name, value in SHARED_OPTIONS.items() if name in known}
         ids = torch.arange(min(8, setting.vocabulary))[None]
         model = linearize(
             LlamaForCausalLM(config),

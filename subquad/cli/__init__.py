@@ -22,7 +22,7 @@ Distill a pretrained Transformer into a subquadratic language model, and measure
   inspect    mixers     list the token mixers and their options
              inspect    print a student's layers, options, parameters and cache size
   use        generate   continue a text
-             export     convert a student for transformers, vLLM, SGLang or llama.cpp
+             export     convert a student for transformers, vLLM, SGLang, llama.cpp or MLX
   measure    eval       compare students with their teacher: quality, long context, efficiency
              report     write the HTML page of a study: tables, curves, the best student's evaluation
              bench      benchmark operators, decoding and training on this machine

@@ -19,7 +19,7 @@ def add_commands(add: AddCommand) -> None:
     command = add("eval", run_eval, "Compare models with their teacher: quality, long context and efficiency.")
     command.add_argument("models", metavar="MODEL", nargs="+", help="students or other models")
     command.add_argument(
-        "--teacher", metavar="MODEL", help="reference model (default: the teacher of the first student)"
+        "--teacher", metavar="MODEL", help="reference model (default: that of the first student, from its recipe.yaml)"
     )
     command.add_argument(
         "--suite",
@@ -31,10 +31,14 @@ def add_commands(add: AddCommand) -> None:
     command.add_argument(
         "--corpus",
         metavar="SOURCE",
-        help="evaluation text, used whole (default: the held-out text of the student's recipe, or of python-stdlib)",
+        help="evaluation text, used whole (default: the validation text of the student's recipe, or of python-stdlib)",
     )
     command.add_argument("--data", metavar="DIR", help="benchmark items, NAME.jsonl or NAME.jsonl.gz")
-    command.add_argument("--tasks", metavar="LIST", help="tasks of --data or of lm-eval (default: all of --data)")
+    command.add_argument(
+        "--tasks",
+        metavar="LIST",
+        help="tasks of --data or of lm-eval (default: all of --data; without --data, lm-eval's from the hub)",
+    )
     command.add_argument("--include-path", metavar="DIR", help="task definitions in lm-eval's format")
     command.add_argument("--limit", type=int, metavar="N", help="number of items of each task, evenly spaced")
     command.add_argument("--lengths", metavar="LIST", help="context lengths in tokens for long, efficiency and recall")

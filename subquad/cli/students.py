@@ -27,7 +27,7 @@ def add_commands(add: AddCommand) -> None:
     command.add_argument(
         "--calibrate",
         metavar="TEXT",
-        help="text source for calibration: qk_activation, rotary, half-life, beta and output scale",
+        help="text source for calibration: qk_activation, rotary, half-life, beta, output scale (default: none)",
     )
     command.add_argument("--seed", type=int, default=0, help="seed of random initializations (default: 0)")
     command.add_argument(
@@ -62,9 +62,7 @@ def run_linearize(args: argparse.Namespace) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {args.output!r} exists and is not empty; expected a new directory")
     if args.calibrate is not None and args.no_copy:
-        raise UserError(
-            "--calibrate: got it with --no-copy; expected one of them: random projections are not calibrated"
-        )
+        raise UserError("--calibrate cannot be used with --no-copy: random projections are not calibrated")
     quiet_libraries()
     import torch
 
@@ -105,7 +103,7 @@ def read_layer_types(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.layer_types is not None:
         if args.mixer is not None or args.option:
-            raise UserError("--layer-types: got it with --mixer or --option; expected mixers and options inside it")
+            raise UserError("--layer-types cannot be used with --mixer or --option: put mixers and options inside it")
         layer_types = yaml_tree.parse_value(args.layer_types, "--layer-types")
         if not isinstance(layer_types, dict) or not layer_types:
             example = "'{default: gla, 1: attention}'"
@@ -132,7 +130,7 @@ def run_mixers(args: argparse.Namespace) -> None:
     for name, options in OPTIONS.items():
         print(f"{name}\n  {options.source}")
         print("  options: " + ", ".join(f"{field.name}={field.default}" for field in fields(options)))
-    print("softmax\n  The control: the teacher's own attention.")
+    print("softmax\n  The control: the teacher's own attention; with copy_qkv false its projections are random.")
 
 
 def run_inspect(args: argparse.Namespace) -> None:

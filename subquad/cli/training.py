@@ -20,19 +20,18 @@ def add_commands(add: AddCommand) -> None:
             help="override a key, as in stages.hidden.lr=1e-3",
         )
 
-    def add_output(command: argparse.ArgumentParser) -> None:
-        text = "new directory, or that of an unfinished run to resume"
+    def add_output(command: argparse.ArgumentParser, text: str) -> None:
         command.add_argument("--output", "-o", required=True, metavar="DIR", help=text)
 
     command = add("distill", run_distill, "Train one student from a recipe. The output directory is the saved student.")
     add_recipe(command)
-    add_output(command)
+    add_output(command, "new directory, or that of an unfinished run to resume")
 
     command = add(
         "study", run_study, "Train a student for each combination of a recipe's lists, and print their table."
     )
     add_recipe(command)
-    add_output(command)
+    add_output(command, "directory of the study, new or existing")
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel runs on each machine (default: 1)")
     command.add_argument(
         "--engine", choices=["local", "ray"], default="local", help="ray: use the Ray cluster at RAY_ADDRESS"

@@ -35,9 +35,9 @@ class MixtureSource(Section):
     """Whether the column holds conversations; null: true where `column` is `messages`, or `data.chat` where `column` is
     not given."""
     split: NonEmptyStr | None = None
-    """Split of a data set of the hub; null: `data.split`."""
+    """Split of a dataset of the hub; null: `data.split`."""
     subset: NonEmptyStr | None = None
-    """Subset of a data set of the hub; null: `data.subset`."""
+    """Subset of a dataset of the hub; null: `data.subset`."""
 
 
 _MIXTURE = TypeAdapter(dict[str, MixtureSource])
@@ -62,16 +62,16 @@ class Data(Section):
 
     source: Source
     """`python-stdlib`, a text file (.txt, .jsonl, .parquet or source code; also compressed as .gz, .xz or .zst), a
-    directory of such files, or the id of a data set on the Hugging Face hub. A mixture maps such names to weights:
+    directory of such files, or the id of a dataset on the Hugging Face hub. A mixture maps such names to weights:
     `{books.txt: 0.7, python-stdlib: 0.3}`. Paths are relative to the working directory."""
     seq_len: Annotated[int, Field(ge=2)] = 512
-    """Tokens in each row of training and held-out text."""
+    """Tokens in each row of training and validation text."""
     validation: Source | None = None
-    """A source of held-out text; null: about 5% of the documents of `source` are held out."""
+    """A source of validation text; null: about 5% of the documents of `source`."""
     document_masking: bool = True
     """True: no attention and no state crosses a document boundary within a row. False: each row is one text."""
     column: NonEmptyStr = "text"
-    """Column with the text, or with the conversations if `chat`, in .jsonl files, .parquet files and data sets of the
+    """Column with the text, or with the conversations if `chat`, in .jsonl files, .parquet files and datasets of the
     hub."""
     chat: bool = False
     """The column holds conversations (lists of messages with `role` and `content`), formatted with the teacher's chat
@@ -79,11 +79,11 @@ class Data(Section):
     assistant_only_loss: bool = False
     """True: the loss of conversations covers the assistant's tokens only. False: all tokens."""
     split: NonEmptyStr = "train"
-    """Split of a data set of the hub."""
+    """Split of a dataset of the hub."""
     subset: NonEmptyStr | None = None
-    """Subset (configuration) of a data set of the hub; null: its default."""
+    """Subset (configuration) of a dataset of the hub; null: its default."""
     streaming: bool = True
-    """True: read only the needed part of a data set of the hub. False: download the whole data set first."""
+    """True: read only the needed part of a dataset of the hub. False: download the whole dataset first."""
 
     @model_validator(mode="before")
     @classmethod
@@ -262,7 +262,8 @@ class EndToEnd(Stage):
     temperature: PositiveFloat = 1.0
     """Softmax temperature of both distributions in the divergence."""
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    """KL(teacher, student), KL(student, teacher), or the generalized Jensen-Shannon divergence (arXiv 2306.13649)."""
+    """KL(teacher || student), KL(student || teacher), or the generalized Jensen-Shannon divergence (arXiv
+    2306.13649)."""
     jsd_beta: Fraction = 0.5
     """Weight of the teacher in the mixture distribution of `jsd`."""
     data: Literal["corpus", "teacher_generated"] = "corpus"
@@ -296,17 +297,17 @@ class Stages(Section):
 class Checkpoint(Section):
     save_steps: PositiveInt = 50
     """Training steps between checkpoints, from which an interrupted run is resumed."""
-    save_total_limit: PositiveInt = 2
-    """Number of checkpoints kept; older ones are deleted."""
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Number of checkpoints kept, at least 2; older ones are deleted."""
 
 
 class Evaluation(Section):
     eval_tokens: PositiveInt = 16_384
-    """Held-out tokens on which the finished student is evaluated."""
+    """Validation tokens on which the finished student is evaluated."""
     eval_steps: PositiveInt | None = None
-    """Training steps between evaluations of the stage's loss on held-out text; null: none."""
+    """Training steps between evaluations of the stage's loss on validation text; null: none."""
     load_best_model_at_end: bool = False
-    """End each stage with the checkpoint of the lowest held-out loss; false: with the last weights."""
+    """End each stage with the checkpoint of the lowest validation loss; false: with the last weights."""
 
     @field_validator("load_best_model_at_end")
     @classmethod
@@ -320,7 +321,7 @@ class Recipe(Section):
     teacher: NonEmptyStr
     """`nano`, `smollm2-135m`, a model directory, a .gguf file, or the id of a model on the Hugging Face hub."""
     data: Data
-    """Training and held-out text. A bare name is its `source`."""
+    """Training and validation text. A bare name is its `source`."""
     student: Student = Student()
     """The student's layers and their initialization. A bare name is its `mixer`."""
     stages: Stages

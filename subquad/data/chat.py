@@ -33,7 +33,7 @@ class Conversation:
 
     @classmethod
     def from_messages(cls, value: Any, location: str) -> "Conversation":
-        """A conversation from a table's cell. UserError with the location if it is not a list of messages."""
+        """A conversation from a table's cell. Raises UserError if it is not a list of messages."""
         if not isinstance(value, list):
             raise UserError(f"{location}: got {type(value).__name__}, expected a list of messages")
         messages = []
@@ -75,7 +75,7 @@ def replace_surrogates(text: str) -> str:
 
 
 def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """UserError if the tokenizer has no chat template."""
+    """Raises UserError if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise UserError(
             "data.chat: got true for a teacher without a chat template, expected an instruct model as the teacher, or "

@@ -39,9 +39,9 @@ def documents(
     - `.md`, `.py` and other source text: one document per file.
     - a directory: all such files below it except hidden ones, ordered by a hash of their names, so that any first part
       is a fair sample of the whole.
-    - otherwise the id of a data set on the Hugging Face hub, streamed: `column` of its split "train".
+    - otherwise the id of a dataset on the Hugging Face hub, streamed: `column` of its split "train".
 
-    The splits "train" and "validation" share no text. One document in 20 is held out for validation, by the hash of its
+    The splits "train" and "validation" share no text. One document in 20 is in the validation split, by the hash of its
     text; of at most 200 documents, the last twentieth of the text by characters. "all" is both.
 
     Raises:
@@ -57,7 +57,7 @@ def split_documents(source: Source, split: SplitOrAll) -> Iterator[Document]:
     if source.kind == "stdlib":
         # Split by file name, so that a file stays in its split across Python versions.
         for path in source.files:
-            if split == "all" or stdlib.is_held_out(path) == (split == "validation"):
+            if split == "all" or stdlib.is_validation(path) == (split == "validation"):
                 try:
                     yield path.read_text(encoding="utf-8")
                 except UnicodeDecodeError:
@@ -80,8 +80,8 @@ def _split(source: Source, split: SplitOrAll) -> Iterator[Document]:
     for document in _nonempty(source):
         text = document.text() if isinstance(document, Conversation) else document
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        held_out = int.from_bytes(digest[:4], "big") < VALIDATION_FRACTION * 2**32
-        if held_out == (split == "validation"):
+        is_validation = int.from_bytes(digest[:4], "big") < VALIDATION_FRACTION * 2**32
+        if is_validation == (split == "validation"):
             yield document
 
 

@@ -31,7 +31,7 @@ Document = str | Conversation
 
 
 def read(source: Source) -> Iterator[Document]:
-    """All documents of a source's files or data set, including empty ones."""
+    """All documents of a source's files or dataset, including empty ones."""
     if source.kind == "hub":
         yield from _hub_rows(source)
         return

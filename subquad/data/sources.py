@@ -1,4 +1,4 @@
-"""Sources of text: resolves the name in a recipe to files or to a data set on the Hugging Face hub. Reads no text."""
+"""Sources of text: resolves the name in a recipe to files or to a dataset on the Hugging Face hub. Reads no text."""
 
 import hashlib
 import importlib.util
@@ -29,7 +29,7 @@ SplitOrAll = Literal["train", "validation", "all"]
 
 @dataclass(frozen=True)
 class Source:
-    """A source of documents: the standard library, files in reading order, or a data set of the hub."""
+    """A source of documents: the standard library, files in reading order, or a dataset of the hub."""
 
     name: str
     kind: Literal["stdlib", "files", "hub"]
@@ -39,7 +39,7 @@ class Source:
     chat: bool = False
     """Whether the documents of a table are conversations."""
     split: str = "train"
-    """Split of a hub data set, like the two below."""
+    """Split of a hub dataset, like the two below."""
     subset: str | None = None
     streaming: bool = True
     key: str = "data.source"
@@ -54,7 +54,7 @@ class Source:
         return self.kind == "hub" or any(suffix(path) in TABLE_SUFFIXES for path in self.files)
 
     def fingerprint(self) -> list[object]:
-        """Identifies the text. Of a hub data set only name, column, subset and split are compared, not its content."""
+        """Identifies the text. Of a hub dataset only name, column, subset and split are compared, not its content."""
         if self.kind == "stdlib":
             return [self.name, sys.version, *((str(p), p.stat().st_size) for p in self.files)]
         table_key = [self.column, self.chat] if self.is_table else []
@@ -93,7 +93,7 @@ def resolve(name: str, key: str = "data.source", **settings: Any) -> Source:
         close = nearest(name, [STDLIB])
         hint = close if "did you mean" in close else f"; expected '{STDLIB}', a file, a directory or a hub id"
         raise UserError(
-            f'{label}: no such file or directory, and hub data sets need `pip install "subquad[data]"`{hint}'
+            f'{label}: no such file or directory, and hub datasets need `pip install "subquad[data]"`{hint}'
         )
     return Source(name, "hub", key=key, **settings)
 
@@ -118,7 +118,7 @@ def resolve_sources(data: Data, split: Split) -> list[tuple[Source, SplitOrAll, 
     if split == "train" and data.chat and not any(source.is_table for source, _, _ in sources):
         raise UserError(
             f"data.chat: got true for {', '.join(map(repr, mixture))}, expected {' or '.join(TABLE_SUFFIXES)} files or "
-            f"a hub data set with conversations in the column {data.column!r}"
+            f"a hub dataset with conversations in the column {data.column!r}"
         )
     return sources
 

@@ -24,10 +24,10 @@ def files(split: str = "train") -> list[Path]:
     for directory, subdirectories, names in os.walk(root()):
         subdirectories[:] = [name for name in subdirectories if name not in EXCLUDED]
         paths += [Path(directory, name) for name in names if name.endswith(".py")]
-    return sorted(path for path in paths if split == "all" or is_held_out(path) == (split == "validation"))
+    return sorted(path for path in paths if split == "all" or is_validation(path) == (split == "validation"))
 
 
-def is_held_out(path: Path) -> bool:
+def is_validation(path: Path) -> bool:
     name = path.relative_to(root()).as_posix()
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < VALIDATION_FRACTION * 2**32
 

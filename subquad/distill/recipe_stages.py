@@ -8,7 +8,7 @@ from subquad.config import Recipe, Stage
 
 STAGE_NAMES = ("matrix", "hidden", "end_to_end")
 UNIGRAM_TOKENS = 200_000
-"""Training tokens from which token frequencies are counted (`unigram_perplexity`)."""
+"""Training tokens that the unigram model counts (`unigram_perplexity`)."""
 
 
 def recipe_stages(recipe: Recipe) -> dict[str, Stage]:

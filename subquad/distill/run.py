@@ -1,4 +1,4 @@
-"""One distillation run: its recipe and directory, teacher, data and student, and the steps of the run."""
+"""`DistillationRun`: one run of one recipe, from loading the teacher to saving the result."""
 
 import functools
 import json

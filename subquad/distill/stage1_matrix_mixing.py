@@ -1,5 +1,5 @@
-"""Stage 1, matrix mixing (MOHAWK, arXiv 2408.10189, section 3.1): each layer's mixing matrix is fitted to the
-teacher's attention matrix."""
+"""Stage 1, matrix mixing (arXiv 2504.14366; MOHAWK, arXiv 2408.10189, section 3.1, calls it matrix orientation): each
+layer's mixing matrix is fitted to the teacher's attention matrix."""
 
 from collections.abc import Callable
 from typing import Any

@@ -20,7 +20,7 @@ class HiddenAlignment(LayerwiseDistillation):
     """Compares the mixer's output with the attention's or, with `target: decoder_layer`, outputs of decoder layers.
 
     `target_norms` are the mean squared norms of the teacher's outputs, one for each layer, measured once on
-    `scale_ids: [B, T]`. They are the units of the layers' losses.
+    `scale_ids: [B, T]`. Losses are divided by them.
     """
 
     name = "hidden"

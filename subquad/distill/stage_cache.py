@@ -73,7 +73,7 @@ class StageCache:
             shutil.rmtree(checkpoints / stage, ignore_errors=True)
 
     def prune(self, needed: Iterable[str]) -> None:
-        """Removes stages that no unfinished run needs and those that a kill left incomplete."""
+        """Removes every stage whose key is not in `needed`, and stages that a killed process left incomplete."""
         if not self.directory.is_dir():
             return
         keys = set(needed)

@@ -72,7 +72,7 @@ class StageRun:
 
 
 class StageTrainer(Trainer):
-    """A `transformers.Trainer` whose loss is that of an objective and whose rows come in the order of the data set.
+    """A `transformers.Trainer` whose loss is that of an objective and whose rows come in the order of the dataset.
 
     A loss is a mean over the tokens that are not ignored. The Trainer averages over the micro-batches of a step. Where
     they differ in these tokens (padding, conversations), each is weighted by its number of tokens, over all processes.
@@ -127,12 +127,12 @@ class StageTrainer(Trainer):
         else:
             bad = non_finite_layers(self.student, targets["input_ids"], targets.get("positions"))
         origin = f"layer {bad[0]}" if bad else "the head or the loss itself"
-        raise self.non_finite_error(f"loss is not finite, starting at {origin}")
+        raise self.non_finite_error(f"the loss is not finite, starting at {origin}")
 
     def non_finite_error(self, problem: str) -> UserError:
         return UserError(
-            f"stage {self.run.name}, step {self.state.global_step + 1}: the {problem}; the checkpoint before it is in "
-            f"{self.run.directory}. Lower lr or raise warmup"
+            f"stage {self.run.name}, step {self.state.global_step + 1}: {problem}; lower lr or raise warmup (the last "
+            f"checkpoint is in {self.run.directory})"
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -178,7 +178,7 @@ class StageTrainer(Trainer):
         norm = self.accelerate_clip_grad_norm_(*args, **kwargs)
         if norm is not None and not math.isfinite(float(norm)):
             bad = [n for n, p in self.student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            raise self.non_finite_error(f"gradient is not finite, in {', '.join(bad[:3])}")
+            raise self.non_finite_error(f"the gradient is not finite, in {', '.join(bad[:3])}")
         return norm
 
     # ------------------------------------------------------------------ checkpoints
@@ -287,7 +287,7 @@ def training_arguments(run: StageRun) -> TrainingArguments:
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=recipe.checkpoint.save_steps,
-        save_total_limit=max(2, recipe.checkpoint.save_total_limit),
+        save_total_limit=recipe.checkpoint.save_total_limit,
         load_best_model_at_end=best,
         metric_for_best_model="loss" if best else None,
         greater_is_better=False if best else None,

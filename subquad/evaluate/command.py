@@ -1,5 +1,6 @@
 """`subquad eval`: validates all arguments, loads the models, evaluates them."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from subquad.evaluate.table import format_tables
 from subquad.modeling.teachers import check_reference
 from subquad.utils import UserError, needs_extra, run_info
 
+logger = logging.getLogger(__name__)
 SEQ_LEN = 512
 """Tokens per row of a validation text given without a recipe."""
 
@@ -100,13 +102,13 @@ def find_recipe(model: str) -> Recipe | None:
 
 
 def check_output(output: str | None) -> Path | None:
-    """UserError for a file, and for a directory that holds something other than an evaluation."""
+    """Raises UserError if it is a file, or a directory that holds something other than an evaluation."""
     if output is None:
         return None
     directory = Path(output)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output: {output!r} is a file, expected a directory")
-    is_evaluation = (directory / "results.json").exists() or (directory / "parts").exists()
+    is_evaluation = (directory / "results.json").exists() or (directory / "jobs").exists()
     if directory.exists() and any(directory.iterdir()) and not is_evaluation:
         raise UserError(f"output: {output!r} is not empty and holds no evaluation, expected a new directory")
     return directory
@@ -131,6 +133,8 @@ def resolve_tasks(settings: Settings, data: str | None, tasks: Sequence[str] | N
             )
         return settings
     if tasks is None and data is None and (settings.limit is not None or "zero-shot" not in settings.suites):
+        if "zero-shot" in settings.suites:
+            logger.warning("zero-shot is left out: --limit needs --data or --tasks to choose its tasks")
         return replace(settings, suites=tuple(suite for suite in settings.suites if suite != "zero-shot"))
     include_path = None if include is None else Path(include)
     if include_path is not None and not include_path.is_dir():

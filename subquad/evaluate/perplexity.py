@@ -33,7 +33,7 @@ def token_sums(
     """Sums over the predicted tokens of each row of text, `[rows, 7]`, float64, in the order of `SUMS`.
 
     These are the number of tokens, the loss in nats, and the bytes of their text (0 without a tokenizer); with a
-    teacher (else 0) its loss, KL(teacher || model), and how often the teacher's most likely token is the model's most
+    teacher (else 0) its loss, KL(teacher || student), and how often the teacher's most likely token is the model's most
     likely one, or among its five most likely.
 
     Raises:
@@ -125,7 +125,7 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, batches: Iterabl
 def language_results(task: str, sums: Tensor, unigram: float | None = None) -> list[Result]:
     """Results from `token_sums`, with bootstrap intervals over rows of text.
 
-    unigram: the loss of token frequencies in nats (`unigram_loss`), needed for `recovered_share`.
+    unigram: the loss of the unigram model in nats (`unigram_loss`), needed for `recovered_share`.
     """
     statistics: dict[str, Callable[[Tensor], Tensor]] = {
         "loss": lambda s: s[..., 1] / s[..., 0],
@@ -146,7 +146,7 @@ def language_results(task: str, sums: Tensor, unigram: float | None = None) -> l
 
 
 def unigram_loss(train: Iterable[Tensor], validation: Iterable[Batch], vocabulary: int) -> float:
-    """The validation loss in nats of token frequencies alone (add-one smoothed), over the tokens that `compare` counts.
+    """The validation loss in nats of the unigram model (add-one smoothed), over the tokens that `compare` counts.
 
     train: token ids of the training text. vocabulary: number of tokens.
     """
@@ -159,5 +159,5 @@ def unigram_loss(train: Iterable[Tensor], validation: Iterable[Batch], vocabular
 
 
 def recovered_share(loss, teacher_loss, unigram):
-    """(unigram - loss) / (unigram - teacher_loss), of floats or tensors: 0 for token frequencies, 1 for the teacher."""
+    """(unigram - loss) / (unigram - teacher_loss), of floats or tensors: 0 for the unigram model, 1 for the teacher."""
     return (unigram - loss) / (unigram - teacher_loss)

@@ -42,7 +42,7 @@ class Result:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Everything that identifies the measurement; results with equal keys repeat each other."""
+        """Everything that identifies the measurement; results with equal keys are duplicates."""
         return self.model, self.task, self.metric, self.length, self.batch, self.depth, self.layer, self.head
 
     def as_dict(self) -> dict[str, Any]:

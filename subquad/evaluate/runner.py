@@ -2,7 +2,7 @@
 
     results, failed = evaluate([EvalModel("gla", student, tokenizer)], EvalModel("nano", teacher, tokenizer), QUICK)
 
-An output directory holds `parts/` (one file per finished job, named by a hash of everything that its outcome depends
+An output directory holds `jobs/` (one file per finished job, named by a hash of everything that its outcome depends
 on) and `results.json` (a header and the results of all finished jobs), written at the end and on interruption. With
 diagnostics and a teacher it also holds `matrices/` (one file per student, read by `mixing_matrices.unpack_pairs`).
 """
@@ -68,7 +68,7 @@ class ResultCache:
         return True
 
     def run(self, job: EvalJob) -> None:
-        """Computes and stores a job's outcome. Of a UserError the message is kept in `failed`."""
+        """Computes and stores a job's outcome. If it raises UserError, `failed` keeps the message."""
         try:
             outcome = self.outcomes[job.name] = job.compute()
         except UserError as error:
@@ -76,7 +76,7 @@ class ResultCache:
             return
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(self.directory / f"{job.key}.json", {"part": job.name, "outcome": outcome})
+            write_json_atomic(self.directory / f"{job.key}.json", {"job": job.name, "outcome": outcome})
 
 
 def evaluate(
@@ -102,7 +102,7 @@ def evaluate(
     """
     evaluation = Evaluation(models, teacher, settings)
     directory = None if output is None else Path(output)
-    cache = ResultCache(None if directory is None else directory / "parts")
+    cache = ResultCache(None if directory is None else directory / "jobs")
     jobs = evaluation.jobs()
     todo = [job for job in jobs if not cache.load(job)]
     if len(todo) < len(jobs):
@@ -132,6 +132,6 @@ def _write_results(directory: Path, results: Sequence[Result], cache: ResultCach
     header = {
         **run_info(),
         "recipe": recipe,
-        "parts": {"planned": planned, "finished": len(cache.outcomes), "failed": cache.failed},
+        "jobs": {"planned": planned, "finished": len(cache.outcomes), "failed": cache.failed},
     }
     write_json_atomic(directory / "results.json", {**header, "results": [result.as_dict() for result in results]})

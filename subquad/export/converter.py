@@ -62,7 +62,7 @@ class Converter:
     """What the target adds to the stored weights of its layer norms."""
 
     def classes(self) -> tuple[Any, Any]:
-        """The configuration class and the model class; UserError if this version of transformers lacks them."""
+        """The configuration class and the model class. Raises UserError if this version of transformers lacks them."""
         raise NotImplementedError
 
     def config(self, values: ConfigValues) -> Any:
@@ -73,7 +73,7 @@ class Converter:
         raise NotImplementedError
 
     def attention_weights(self, info: AttentionInfo, query_scale: float, factor: float) -> Weights:
-        """Weights of a kept attention, its queries multiplied by `query_scale` and its output by `factor`."""
+        """Weights of retained attention, its queries multiplied by `query_scale` and its output by `factor`."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ def unsupported_mixer(mixer: Any, target: ExportTarget) -> str | None:
 
 
 def check_epsilons(student: SubquadForCausalLM, eps: float, kept: AttentionTraces, target: ExportTarget) -> None:
-    """Raises ExportError if a norm of a mixer or of kept attention has another epsilon than the target has for all."""
+    """Raises ExportError if a norm of a mixer or of retained attention has another epsilon than the target."""
     found = {i: (info.spec.qk_norm_eps, eps) for i, (info, _) in kept.items() if target.has_qk_norm}
     for i, layer in enumerate(student.mixer_layers):
         if isinstance(layer, MixerLayer):
@@ -272,7 +272,7 @@ def rope_parameters(base_config: Any, kept: AttentionTraces, head_dim: int) -> d
 
 
 def query_scale(info: AttentionInfo, call: AttentionCall) -> float:
-    """The scale of kept attention's scores, relative to 1 / sqrt(head_dim)."""
+    """The scale of retained attention's scores, relative to 1 / sqrt(head_dim)."""
     head_dim = info.spec.head_dim
     scale = float(call.attention_kwargs.get("scaling") or head_dim**-0.5) * head_dim**0.5
     return 1.0 if abs(scale - 1) < 1e-6 else scale
@@ -313,7 +313,7 @@ def without_fla() -> Iterator[None]:
 
 
 def transformers_classes(config: str, model: str) -> tuple[Any, Any]:
-    """Two classes of `transformers` by name; UserError if this version lacks one."""
+    """Two classes of `transformers` by name. Raises UserError if this version lacks one."""
     with without_fla():
         found = [getattr(transformers, name, None) for name in (config, model)]
     if None in found:

@@ -138,7 +138,7 @@ def add_tensor(writer: gguf.GGUFWriter, key: str, tensor: Tensor, matrix_type: g
     if values.ndim == 1 or name in FLOAT32_TENSORS:
         dtype = gguf.GGMLQuantizationType.F32
     elif dtype == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
-        dtype = gguf.GGMLQuantizationType.F16  # q8_0 has blocks of 32 numbers of a row
+        dtype = gguf.GGMLQuantizationType.F16  # q8_0 has blocks of 32 elements of a row
     if dtype == gguf.GGMLQuantizationType.F16 and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
         dtype = gguf.GGMLQuantizationType.F32
     name = f"blk.{layer[1]}.{name}" if layer else name

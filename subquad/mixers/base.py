@@ -107,7 +107,7 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Neutral initialization: random projections, identity convolutions, open gates, norm weights of one."""
+        """Default initialization: random projections, identity convolutions, open gates, norm weights of one."""
         for projection in self.projections().values():
             nn.init.normal_(projection.weight, std=self.spec.initializer_range)
             if projection.bias is not None:

@@ -15,7 +15,7 @@ from subquad.mixers.norms import upcast
 from subquad.mixers.options import GLAOptions
 
 GATE_LOGIT_NORMALIZER = 16.0
-"""tau of the paper: keeps decays near one for logits near zero."""
+"""tau of the paper, by which the log of the gate is divided: decays are near one for logits near zero."""
 
 
 class GLA(Mixer):

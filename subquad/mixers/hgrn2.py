@@ -3,7 +3,7 @@
     f_t = l + (1 - l) sigmoid(W x_t + b)      k_t = 1 - f_t
     S_t = Diag(f_t) S_{t-1} + k_t v_t^T       o_t = S_t^T q_t / sqrt(K)
 
-Per head: S [K, V], q, k and f [K], v [V], l a constant. As in MetaLA a channel takes up what it forgets, but f comes
+Per head: S [K, V], q, k and f [K], v [V], l a constant. As in MetaLA, k = 1 - f ties input to forgetting, but f comes
 from a full-rank projection and has the lower bound l.
 """
 

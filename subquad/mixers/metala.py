@@ -2,7 +2,7 @@
 
     k_t = 1 - exp(g_t)     S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T    o_t = S_t^T q_t / sqrt(K) + (q_t . (w * k_t)) v_t
 
-Per head: S [K, V], q, k, g and w [K], v [V]. A channel takes up what it forgets. The last term is the
+Per head: S [K, V], q, k, g and w [K], v [V]. k = 1 - exp(g) ties input to forgetting. The last term is the
 self-augmentation, with w = 0 at initialization. Initial half-lives run from 1 to 256 tokens across the channels of a
 head, because channels with equal half-lives would all hold the same average.
 """

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from subquad.utils import UserError, nearest
 
 SOFTMAX = "softmax"
-"""The control: the teacher's own attention as a mixer's name."""
+"""The control: the teacher's own attention; with copy_qkv false its projections are random."""
 ATTENTION = "attention"
 """The layer type that keeps the teacher's attention, with an optional window."""
 QK_ACTIVATIONS = ("silu", "elu1", "relu", "none")
@@ -38,8 +38,6 @@ class MixerOptions:
     """RMS norm of each head's output, with a weight per channel."""
     output_gate: str = "swish"
     """Gate on the output, computed from x: swish, sigmoid or none."""
-    half_life: float = 64.0
-    """Initial half-life of the state in tokens, for mixers with a learned decay."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -51,8 +49,6 @@ class MixerOptions:
         self.check_choice("output_gate", OUTPUT_GATES)
         if self.short_conv < 0 or self.short_conv == 1:
             raise UserError(f"short_conv: got {self.short_conv}, expected 0 (no convolution) or a width of at least 2")
-        if not 0 < self.half_life < math.inf:
-            raise UserError(f"half_life: got {self.half_life}, expected a positive, finite number of tokens")
 
     def check_choice(self, name: str, choices: Iterable[str]) -> None:
         value = getattr(self, name)
@@ -61,7 +57,7 @@ class MixerOptions:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Options from a mapping. Unknown names and invalid values are a UserError with a line for each."""
+        """Options from a mapping. Raises UserError with a line for each unknown name or invalid value."""
         if mistakes := cls.mistakes(values):
             raise UserError(*mistakes.values())
         return cls(**values)
@@ -88,7 +84,20 @@ class MixerOptions:
 
 
 @dataclass(frozen=True)
-class ExportOptions(MixerOptions):
+class DecayOptions(MixerOptions):
+    """Options of mixers with a learned decay."""
+
+    half_life: float = 64.0
+    """Initial half-life of the state in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.half_life < math.inf:
+            raise UserError(f"half_life: got {self.half_life}, expected a positive, finite number of tokens")
+
+
+@dataclass(frozen=True)
+class ExportOptions(DecayOptions):
     """Options that make a mixer equal to a layer of a published architecture (docs/serving.md). Off by default;
     `linearize(..., export_target=...)` sets them."""
 
@@ -142,7 +151,7 @@ class Mamba2Options(ExportOptions):
 
 
 @dataclass(frozen=True)
-class GLAOptions(MixerOptions):
+class GLAOptions(DecayOptions):
     source: ClassVar[str] = "Gated linear attention (arXiv 2312.06635): a decay per channel from a low-rank projection."
     decay_rank: int = 16
     """Rank of the decay's projection."""
@@ -183,13 +192,13 @@ class GatedDeltaNetOptions(DeltaNetOptions, ExportOptions):
 
 
 @dataclass(frozen=True)
-class XLSTMOptions(MixerOptions):
+class XLSTMOptions(DecayOptions):
     source: ClassVar[str] = "xLSTM's mLSTM (arXiv 2405.04517): a decay per head, exponential input gate, normalizer."
     output_gate: str = "sigmoid"
 
 
 @dataclass(frozen=True)
-class KDAOptions(DeltaNetOptions):
+class KDAOptions(DeltaNetOptions, DecayOptions):
     source: ClassVar[str] = "Kimi Delta Attention (arXiv 2510.26692): the delta rule with a decay per channel."
     output_gate: str = "sigmoid"
     half_life: float = 32.0
@@ -197,7 +206,7 @@ class KDAOptions(DeltaNetOptions):
 
 
 @dataclass(frozen=True)
-class HGRN2Options(MixerOptions):
+class HGRN2Options(DecayOptions):
     source: ClassVar[str] = "HGRN2 (arXiv 2404.07904): a decay per channel and no key projection, k = 1 - decay."
     output_gate: str = "none"
     half_life: float = 256.0

@@ -24,8 +24,8 @@ class AttentionSpec:
     window: int | None = None
     """Tokens that a query sees, itself included; None: all tokens up to itself."""
     qk_norm: str | None = None
-    """Norm of queries and keys before the rotary embedding: "rms" or "layer", over each "-head" or "-all" of them. None
-    means no norm, or an unsupported one."""
+    """Norm of queries and keys before the rotary embedding: "rms-head" or "layer-head", over the channels of each head;
+    "rms-all" or "layer-all", over all channels. None: no norm, or an unsupported one."""
     qk_norm_eps: float = 1e-6
     num_outputs: int = 2
     """Length of the tuple that the attention module returns; 0 if it returns a tensor."""

@@ -1,8 +1,8 @@
-"""Calibration: fits the mixers of a fresh student to the teacher's attention, layer by layer and without gradients.
+"""Calibration: fits the mixers of an untrained student to the teacher's attention, layer by layer, without gradients.
 
-For each layer, the activation of queries and keys and whether they keep the rotary embedding are chosen; for each head,
-the half-life and the other `CALIBRATED_PARAMS` of the mixer. The criterion is the squared error of the layer's output
-on a few thousand tokens. Then each channel of the output norm gets the least-squares scale
+A grid search chooses `qk_activation` and `rotary` for each layer; and for each head the `CALIBRATED_PARAMS` of the
+mixer: half-life, beta and, in students for export, scales before SiLU. The criterion is the squared error of the
+layer's output on a few thousand tokens. Then each channel of the output norm gets the least-squares scale
 
     w = sum n a / sum n^2
 
@@ -38,7 +38,7 @@ def calibrate(
     attention_layers: Sequence[AttentionInfo],
     calibration_ids: Tensor,
 ) -> None:
-    """Calibrates every mixer of a fresh `student` in place, on token ids `[B, T]`.
+    """Calibrates every mixer of an untrained `student` in place, on token ids `[B, T]`.
 
     The teacher runs once, and the activations of one layer are held at a time. The options that are chosen are added to
     `student.config.layer_specs`.
@@ -65,7 +65,7 @@ class Candidate:
 def calibrate_layer(
     mixer: Mixer, info: AttentionInfo, activations: LayerActivations, layer_spec: dict[str, Any]
 ) -> dict[str, Any]:
-    """Calibrates one fresh mixer in place; returns the options that were chosen, which `layer_spec` did not set."""
+    """Calibrates one untrained mixer in place; returns the options that were chosen, which `layer_spec` did not set."""
     calibrator = LayerCalibrator(mixer, info, activations)
     mixer.init_from_teacher(calibrator.target.square().mean((0, 1, 3)).sqrt(), calibrator.x)
     given = mixer.options

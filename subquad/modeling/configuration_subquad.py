@@ -89,7 +89,7 @@ class SubquadConfig(PreTrainedConfig):
         return AttentionSpec(**{name: value for name, value in self.attention_specs[index].items() if name != "path"})
 
     def check(self) -> None:
-        """UserError where no student can be built from it: what is missing or unknown, and in which layer."""
+        """Raises UserError if no student can be built from it: what is missing or unknown, and in which layer."""
         if not isinstance(self.base_config, PreTrainedConfig):
             raise UserError("base_config: missing; expected the configuration of the teacher")
         if len(self.layer_specs) != len(self.attention_specs):
@@ -117,7 +117,7 @@ def make_base_config(values: dict[str, Any]) -> PreTrainedConfig:
 def copy_specs(key: str, specs: Any) -> list[dict[str, Any]]:
     specs = [] if specs is None else specs
     if not isinstance(specs, list | tuple) or not all(isinstance(spec, Mapping) for spec in specs):
-        raise UserError(f"{key}: got {specs!r}, expected a list of mappings, one a layer")
+        raise UserError(f"{key}: got {specs!r}, expected a list of mappings, one per layer")
     return [dict(spec) for spec in specs]
 
 

@@ -46,8 +46,8 @@ def linearize(
 
     Args:
         teacher: a causal language model of `transformers` whose attention can be traced (see `discover_attention`).
-        mixer: one of `subquad.mixers.names()`, for every layer; "softmax" keeps the teacher's attention.
-        copy_qkv: copy the q, k, v and o projections. False: they start at random, those of "softmax" too.
+        mixer: one of `subquad.mixers.names()`, for every layer; "softmax" is the control: the teacher's own attention.
+        copy_qkv: copy the q, k, v and o projections. False: they are random, those of "softmax" too.
         layer_types: a mixer or attention per layer, in place of `mixer` (see `resolve_layer_types`).
         scale_ids: token ids `[B, T]` on which the scale of each head's attention output is measured, to which the
             student's output norms are set. None: 384 tokens sampled from the teacher.
@@ -72,7 +72,9 @@ def linearize(
         if attention_layers is None:
             attention_layers = discover_attention(teacher)
         elif any(teacher.get_submodule(info.path) is not info.module for info in attention_layers):
-            raise ValueError("attention_layers: got those of another model, expected discover_attention(teacher)")
+            raise ValueError(
+                "attention_layers: got layers of another model, expected those of discover_attention(teacher)"
+            )
         check_teacher(teacher)
         specs = resolve_layer_types(layer_types or {"default": {"mixer": mixer, **options}}, len(attention_layers))
         student = build_student(teacher, specs, attention_layers, export_target)
@@ -87,7 +89,7 @@ def linearize(
 
 
 def check_teacher(teacher: PreTrainedModel) -> None:
-    """UserError for a teacher whose student could not be loaded, padded or decoded with a cache."""
+    """Raises UserError if a student of `teacher` could not be loaded, padded or decoded with a cache."""
     known: Any = AutoModelForCausalLM._model_mapping.get(type(teacher.config), ())  # type: ignore[attr-defined]
     if not isinstance(teacher, known):
         raise UserError(
@@ -100,8 +102,8 @@ def check_teacher(teacher: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_student(student: SubquadForCausalLM, name: str) -> None:
-    """UserError for a base model that cannot use a student's cache: one without a cache argument, or one that caches
-    more than attention, such as the states of cross-attention."""
+    """Raises UserError if the base model cannot use a student's cache: it has no cache argument, or it caches more than
+    attention, such as the states of cross-attention."""
     tokens = random_tokens(student)[:2, :4]
     try:
         with eval_mode(student):
@@ -149,7 +151,7 @@ def init_mixers(
     limit = student.config.max_learned_positions
     if scale_ids is not None and limit is not None and scale_ids.shape[1] > limit:
         raise UserError(
-            f"scale_ids or calibration_ids: got {scale_ids.shape[1]} tokens a row, expected at most {limit}, the "
+            f"scale_ids or calibration_ids: got {scale_ids.shape[1]} tokens per row, expected at most {limit}, the "
             "number of learned positions of the teacher"
         )
     with collect_attention_stats(teacher, attention_layers) as stats:

@@ -41,7 +41,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = False
 
     def __init__(self, config: SubquadConfig, base: PreTrainedModel | None = None):
-        """Replaces the attention of `base`, a model of `config.base_config`, in place; None builds a fresh one."""
+        """Replaces the attention of `base`, a model of `config.base_config`, in place; None builds a new one."""
         config.check()
         super().__init__(config)
         fresh = base is None

@@ -44,7 +44,7 @@ def find_max_learned_positions(model: PreTrainedModel) -> int | None:
 
 @torch.no_grad()
 def check_positions_and_cache(model: PreTrainedModel) -> None:
-    """UserError for a model that ignores `position_ids`, or whose output depends on whether there is a cache.
+    """Raises UserError if `model` ignores `position_ids`, or its output depends on whether there is a cache.
 
     A model that counts positions itself (BART) would shift tokens after padding and in packed documents. In Gemma 3n,
     before transformers 5.5, layers find the keys of other layers only in a cache; attention is traced without one.

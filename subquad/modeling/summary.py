@@ -17,7 +17,7 @@ CONTEXTS = (1024, 8192, 65536)
 
 
 def read_config(directory: str | Path) -> SubquadConfig:
-    """The configuration of a saved student; UserError where there is none."""
+    """The configuration of a saved student. Raises UserError if there is none."""
     path = Path(directory).expanduser()
     if not (path / "config.json").is_file():
         raise UserError(f"{str(directory)!r} holds no config.json; expected the directory of a saved student")

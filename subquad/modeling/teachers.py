@@ -63,7 +63,7 @@ def resolve_reference(reference: str) -> Path | None:
 
 
 def check_reference(reference: str) -> None:
-    """UserError where `reference` cannot be a teacher, judged by its form and the file system alone."""
+    """Raises UserError if `reference` cannot be a teacher, judged by its form and the file system alone."""
     if reference in (NANO, SMOLLM2):
         return
     path = Path(reference).expanduser()

@@ -41,7 +41,7 @@ def _shape(x: Tensor) -> str:
 
 
 def check_tensor(name: str, x: object, like: Tensor | None = None, same_dtype: bool = False) -> None:
-    """`x` is a floating-point tensor on the device of `like` and, with `same_dtype`, of its dtype."""
+    """Raises unless `x` is a floating-point tensor on the device of `like` and, with `same_dtype`, of its dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
     if x.dtype not in DTYPES:
@@ -56,7 +56,7 @@ def check_tensor(name: str, x: object, like: Tensor | None = None, same_dtype: b
 
 
 def check_shape(name: str, x: Tensor, *expected: Sequence[int], dims: str) -> None:
-    """The shape of `x` is one of `expected`; `dims` names its dimensions in the message."""
+    """Raises ValueError unless the shape of `x` is one of `expected`; `dims` names its dimensions in the message."""
     if tuple(x.shape) not in {tuple(e) for e in expected}:
         shapes = " or ".join(str(list(e)) for e in expected)
         raise ValueError(f"{name}: got shape {_shape(x)}, expected {dims} = {shapes}")
@@ -145,7 +145,7 @@ def check_recurrence(
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> None:
-    """All arguments of `step` and `chunk`."""
+    """Raises unless all arguments of `step` and `chunk` are valid."""
     check_qk(q, k)
     check_v(q, v)
     check_log_decay(q, log_decay)
@@ -159,7 +159,7 @@ def check_recurrence(
 
 
 def check_tuple(name: str, x: object, parts: Sequence[str]) -> None:
-    """`x` is a tuple with one element for each of `parts`."""
+    """Raises unless `x` is a tuple with one element for each of `parts`."""
     expected = "(" + ", ".join(parts) + ")"
     if not isinstance(x, (tuple, list)):
         raise TypeError(f"{name}: got {type(x).__name__}, expected the tuple {expected}")

@@ -35,7 +35,7 @@ def step(
         q, k: [B, T, H, K]; bfloat16 and float16 are computed in float32.
         v: [B, T, H, V].
         log_decay: [H] (fixed), [B, T, H] (scalar) or [B, T, H, K] (per channel), at most 0; None is no decay.
-        beta: [B, T, H], the write strength of the delta rule; None is the additive update.
+        beta: [B, T, H], the step size of the delta rule; None is the additive update.
         initial_state: [B, H, K, V] in float32 (float64 for float64 inputs); None is zeros.
         scale: of the output; None is K ** -0.5.
         backend: "torch", "fla", or None to choose by device, see `fla`.
@@ -93,7 +93,7 @@ def _steps_out_of_place(
 def _steps_in_place(
     queries: Tensor, keys: Tensor, values: Tensor, decay: Tensor | None, beta: Tensor | None, S: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """The same in the memory of S, since launches and reading S bound the speed of decoding."""
+    """The same in the memory of S, since dispatch and reading S bound the speed of decoding."""
     outputs = []
     none = [None] * queries.shape[1]
     decays = none if decay is None else decay.unbind(1)

@@ -46,7 +46,7 @@ def recovered_figure(groups: Sequence[Group]) -> list[NamedFigure]:
         axes.plot(100 * mean.value, y, shapes.get(group.stages, "o"), color=color, markerfacecolor=fill)
     axes.set_yticks(range(len(mixers)), [style.mixer_label(name) for name in mixers])
     axes.set_ylim(len(mixers) - 0.5, -0.5)
-    axes.set_xlabel("recovered share, % (0: token frequencies, 100: teacher)")
+    axes.set_xlabel("recovered share, % (0: unigram model, 100: teacher)")
     axes.axvline(100, color=style.TEACHER_COLOR, linewidth=0.8)
     entries = [style.legend_line(f"stages {s}", marker=shapes.get(s, "o"), linestyle="") for s in combinations]
     if len({group.copy_qkv for group, _ in measured}) > 1:
@@ -67,7 +67,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto_figure(groups: Sequence[Group]) -> list[NamedFigure]:
-    """Held-out perplexity against decoding time per token, with the Pareto front of the groups."""
+    """Validation perplexity against decoding time per token, with the Pareto front of the groups."""
     labels, points = group_labels(groups), []
     for group in groups:
         speed, perplexity = group.mean("decode_tokens_per_second"), group.mean("perplexity")
@@ -86,7 +86,7 @@ def pareto_figure(groups: Sequence[Group]) -> list[NamedFigure]:
     steps = [points[i] for i in front]
     axes.step([p[2] for p in steps], [p[3] for p in steps], where="post", color="#999999", linewidth=0.9)
     axes.axhline(teacher, color=style.TEACHER_COLOR, linewidth=0.9)
-    axes.set(xlabel="milliseconds per decoded token, batch size 1", ylabel="held-out perplexity", yscale="log")
+    axes.set(xlabel="milliseconds per decoded token, batch size 1", ylabel="validation perplexity", yscale="log")
     style.format_log_axis(axes.yaxis, [teacher, *(point[3] for point in points)])
     entries = [
         style.legend_line(f"{number} {label}", color=style.color(mixer), marker=style.marker(mixer), linestyle="")
@@ -98,7 +98,9 @@ def pareto_figure(groups: Sequence[Group]) -> list[NamedFigure]:
         style.legend_line("teacher's perplexity", color=style.TEACHER_COLOR, linewidth=0.9),
     ]
     style.add_mixer_legend(figure, style.sort_mixers(point[1] for point in points), extra)
-    caption = "Held-out perplexity against decoding time, both measured at the end of each run. Numbered: Pareto front"
+    caption = (
+        "Validation perplexity against decoding time, both measured at the end of each run. Numbered: Pareto front"
+    )
     return [NamedFigure("pareto", caption, figure)]
 
 

@@ -35,7 +35,7 @@ def summary(groups: Sequence[Group], results: Sequence[Result]) -> list[tuple[st
     sentences = [
         (
             "Best student",
-            f"{group_labels(groups)[best.name]}. Held-out perplexity: {format_mean(perplexity)}; teacher: "
+            f"{group_labels(groups)[best.name]}. Validation perplexity: {format_mean(perplexity)}; teacher: "
             f"{teacher:.2f}. {significance(groups, best)}",
         ),
         ("Quality", _quality(best)),
@@ -75,7 +75,7 @@ def _quality(group: Group) -> str:
     assert top1 is not None
     assert kl is not None
     return (
-        f"Recovers {100 * recovered.value:.1f}% of the loss gap between token frequencies and the teacher. Its most "
+        f"Recovers {100 * recovered.value:.1f}% of the loss gap between the unigram model and the teacher. Its most "
         f"likely next token is the teacher's at {100 * top1.value:.1f}% of positions. KL divergence to the teacher: "
         f"{kl.value:.3f} nats."
     )
@@ -135,7 +135,7 @@ def report_notes(runs: Sequence[Run], groups: Sequence[Group], results: Sequence
         notes.append(f"{seeds.count(1)} of {len(seeds)} students have one seed and no interval.")
     if not results:
         notes.append(
-            "The study has no evaluation: quality is held-out perplexity alone, without long context, recall or cost "
+            "The study has no evaluation: quality is validation perplexity alone, without long context, recall or cost "
             "by length. `subquad study RECIPE --output DIR --evaluate quick` adds one."
         )
     else:

@@ -16,7 +16,7 @@ from subquad.study.runs import Run, find_runs, read_json, unrelated_runs
 from subquad.utils import UserError, run_info, write_json_atomic
 
 RESULTS, DATABASE = "results.json", "results.sqlite"
-TASK = "held-out text"
+TASK = "validation text"
 """Task of the results that every run measures at its end."""
 RUN_COLUMNS = (
     "run", "digest", "state", "teacher", "mixer", "stages", "copy_qkv", "seed", "parameters", "tokens", "seconds",

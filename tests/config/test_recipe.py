@@ -127,7 +127,7 @@ def test_float_notations(write, written, value):
         ("mixer=gla", "unknown key 'mixer'; did you mean 'student.mixer'?"),
         ("lr=1", "unknown key 'lr'; did you mean 'stages.matrix.lr' or 'stages.hidden.lr' or 'stages.end_to_end.lr'?"),
         ("checkpoint.save_step=5", "unknown key 'checkpoint.save_step'; did you mean 'checkpoint.save_steps'?"),
-        ("checkpoint.save_total_limit=0", "checkpoint.save_total_limit: got 0"),
+        ("checkpoint.save_total_limit=1", "checkpoint.save_total_limit: got 1"),
         ("evaluation.eval_tokens=0", "evaluation.eval_tokens: got 0"),
         ("seed=-1", "seed: got -1"),
         ("seed=4294967296", "seed: got 4294967296"),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_quick_evaluation_writes_results(workspace, tmp_path, capsys):
     assert cli.main(arguments(workspace, "--data", str(workspace / "items"), "--output", str(tmp_path / "out"))) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"versions", "device", "recipe", "results"} <= set(results)
-    assert results["parts"]["planned"] == results["parts"]["finished"]
+    assert results["jobs"]["planned"] == results["jobs"]["finished"]
     found = [Result.from_dict(values) for values in results["results"]]
     assert {result.model for result in found} == {"student", "teacher"}
     of_teacher = select(found, model="teacher")
@@ -95,7 +96,7 @@ def test_recall_diagnostics_and_figures(workspace, tmp_path, capsys):
     args += ["--suite", "recall,diagnostics", "--lengths", "128", "--output", str(tmp_path / "out"), "--figures"]
     assert cli.main(args) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["parts"]["failed"] == {}
+    assert results["jobs"]["failed"] == {}
     found = [Result.from_dict(values) for values in results["results"]]
     of_teacher = select(found, model="teacher", layer=None, head=None)
     assert select_one(of_teacher, metric="topk_mass_overlap").value == 1
@@ -139,7 +140,7 @@ def test_finished_jobs_are_not_computed_again(workspace, tmp_path, monkeypatch, 
     args = arguments(workspace, "--suite", "long", "--output", str(tmp_path / "out"))
     assert cli.main(args) == 130
     partial = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert partial["parts"] == {"planned": 2, "finished": 1, "failed": {}}
+    assert partial["jobs"] == {"planned": 2, "finished": 1, "failed": {}}
     monkeypatch.setattr(standard_suites.long_context, "position_losses", original)
     assert cli.main(args) == 0
     assert "1 of 2 jobs are finished already" in capsys.readouterr().out
@@ -340,3 +341,10 @@ def test_several_students_with_one_teacher(workspace, tmp_path, capsys):
     shown = capsys.readouterr().out
     for name in ("student", "other", "teacher"):
         assert name in shown
+
+
+def test_limit_without_tasks_names_what_is_left_out(caplog):
+    settings = replace(settings_for(("full",)), limit=5)
+    with caplog.at_level("WARNING", "subquad"):
+        assert "zero-shot" not in command.resolve_tasks(settings, None, None, None).suites
+    assert "--tasks" in caplog.text

@@ -45,7 +45,7 @@ def every_option() -> list[tuple[str, dict]]:
         defaults = cls.Options()
         cases.append((name, {}))
         for option, values in SHARED_OPTIONS.items():
-            cases += [(name, {option: value}) for value in values if value != getattr(defaults, option)]
+            cases += [(name, {option: value}) for value in values if getattr(defaults, option, value) != value]
         cases += [(name, options) for options in OWN_OPTIONS.get(name, ())]
     return cases
 

@@ -121,3 +121,9 @@ def test_invalid_option_of_one_mixer(name, options, message):
 def test_parameters_are_finite_for_any_positive_half_life(name, half_life):
     mixer = mixers.create(name, SPECS["plain"], half_life=half_life)
     assert all(p.isfinite().all() for p in mixer.parameters())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_half_life_is_an_option_only_of_mixers_with_a_learned_decay(name):
+    errors = mixers.OPTIONS[name].mistakes({"half_life": 8.0})
+    assert ("half_life" in errors) == (name in ("linear_attention", "retnet", "deltanet"))

@@ -104,7 +104,7 @@ def empty_outputs(inputs: ChunkInputs, spec: ChunkSpec) -> tuple[Tensor | None, 
 
 
 def _split_batch(inputs: ChunkInputs, layout: ChunkLayout, scale: float, eps: float | None) -> tuple[Tensor, Tensor]:
-    """Computes a few sequences at a time where one chunk of the whole batch would leave the cache."""
+    """Computes a few sequences at a time where one chunk of the whole batch would exceed the CPU cache."""
     H, matrices = layout.H, layout.matrices_per_segment
     size = max(1, matrices // H)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subquad.ops.engine.workspace import Workspace
 
-MIN_BMM_PRODUCTS = 400  # multiplications below which `bmm` does not call its library
+MIN_BMM_PRODUCTS = 400  # with fewer multiplications per matrix, `bmm` uses its own slower loop, not BLAS
 MAX_UNROLLED_TERMS = 2  # terms up to which adding them one by one is faster than a sum over products
 
 

@@ -1,4 +1,4 @@
-"""How a sequence is processed: chunks of C tokens, grouped into segments whose temporaries fit in the cache.
+"""How a sequence is processed: chunks of C tokens, grouped into segments whose temporaries fit in the CPU cache.
 
 A segment is n consecutive chunks of all B H heads. All its tensors are batches of m = n B H small matrices
 [m, C, ...] in the order (chunk, batch, head). Inputs are copied into the segment and converted to the computation's
@@ -16,9 +16,9 @@ from torch import Tensor
 
 DEFAULT_CHUNK = 32  # 64 is 5 to 20% slower, 16 more
 MIN_CHUNK = 16  # in shorter chunks the rounding of the state at every chunk would show in float32
-# Numbers in the temporaries of a segment, 80 matrices for heads of 64. Twice as many leave the cache (10% slower);
-# with fewer, launches dominate.
-SEGMENT_NUMBERS = 1_000_000
+# Elements in the temporaries of a segment, 80 matrices for heads of 64. Twice as many exceed the CPU cache (10%
+# slower); with fewer, dispatch dominates.
+SEGMENT_ELEMENTS = 1_000_000
 MIN_MATRICES, MAX_MATRICES = 8, 160
 
 
@@ -150,7 +150,7 @@ def chunk_length(T: int, chunk_size: int | None) -> int:
 
 def count_matrices_per_segment(C: int, K: int, V: int) -> int:
     """Each chunk matrix holds queries, keys and values with their gradients, and two states."""
-    return max(MIN_MATRICES, min(MAX_MATRICES, SEGMENT_NUMBERS // (K * V + 2 * C * (K + V))))
+    return max(MIN_MATRICES, min(MAX_MATRICES, SEGMENT_ELEMENTS // (K * V + 2 * C * (K + V))))
 
 
 class StateScan:

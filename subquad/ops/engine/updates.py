@@ -37,8 +37,10 @@ class SavedForBackward(NamedTuple):
 class StateUpdate:
     """An update with the decay, what the forward pass saves, and scratch memory of a call.
 
-    `forward` returns O [m, C, V]. `backward` returns the gradients of the states after each chunk, G [n, BH, K, V], and
-    of V [m, C, V].
+    `forward` returns O [m, C, V]; its `ends` are the states before the first token (None: zeros) and, to be filled,
+    after the last. `backward` returns the gradients of the states after each chunk, G [n, BH, K, V], and of V
+    [m, C, V]; its `d_ends` are the carry [BH, K, V] to the segment before, and the gradients of the final states and,
+    to be filled, of the initial ones.
     """
 
     def __init__(self, decay: Decay, saved: SavedForBackward, work: Workspace) -> None:
@@ -133,7 +135,7 @@ def _by_chunk(total: Tensor | None) -> tuple[Tensor, ...] | None:
 
 
 def padded_square(flat: Tensor, C: int) -> Tensor:
-    """[m, C (C + 1)] as [m, C, C]. The C unused numbers after each matrix place all diagonal blocks of one size at
+    """[m, C (C + 1)] as [m, C, C]. The C unused elements after each matrix place all diagonal blocks of one size at
     equal distances, so that those of all matrices form one batch."""
     return flat.as_strided((flat.shape[0], C, C), (C * (C + 1), C, 1), flat.storage_offset())
 

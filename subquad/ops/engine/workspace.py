@@ -1,4 +1,4 @@
-"""Reused scratch memory: a fresh allocation costs a page fault for every 4 KB."""
+"""Reused scratch memory: a new allocation costs a page fault for every 4 KB."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ class Workspace:
         return made
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
-        """Sum of x * y over the last axis; `vecdot` would write the products into fresh memory."""
+        """Sum of x * y over the last axis; `vecdot` would write the products into new memory."""
         return torch.mul(x, y, out=self("products of a dot", *x.shape)).sum(-1)
