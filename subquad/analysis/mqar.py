@@ -135,8 +135,10 @@ def build_model(mixer: str, setting: MQARSettings) -> SubquadForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
-        known = {} if mixer == mixers.SOFTMAX else mixers.OPTIONS[mixer].__dataclass_fields__
-        layer_type = {"mixer": mixer} | {name: value for name, value in SHARED_OPTIONS.items() if name in known}
+        options = mixers.OPTIONS.get(mixer)
+        layer_type = {"mixer": mixer} | {
+            name: value for name, value in SHARED_OPTIONS.items() if hasattr(options, name)
+        }
         ids = torch.arange(min(8, setting.vocabulary))[None]
         model = linearize(
             LlamaForCausalLM(config),
