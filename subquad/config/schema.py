@@ -113,8 +113,8 @@ class Student(Section):
     """True: initialize the query, key, value and output projections from the teacher's. False: at random."""
     calibration_tokens: PositiveInt | None = 2048
     """Tokens of the training text for calibration: `qk_activation`, `rotary`, half-lives, beta and output scales are
-    fitted to the teacher's attention by a grid search and least squares; null: the default initialization. Without effect
-    if `copy_qkv` is false."""
+    fitted to the teacher's attention by a grid search and least squares; null: the default initialization. Without
+    effect if `copy_qkv` is false."""
     mixer_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Options of the mixer, such as `{half_life: 64}`; `subquad mixers` lists them. Calibration keeps them as given."""
     layer_types: dict[str, Any] | None = None

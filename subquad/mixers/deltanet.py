@@ -6,18 +6,20 @@ Per head: S [K, V], q and k [K], v [V], beta a scalar. An update replaces what t
 are L2-normalized after short convolution and activation.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from subquad.mixers.base import CalibrationGrid, Mixer
 from subquad.mixers.norms import l2_norm
-from subquad.mixers.options import DeltaNetOptions
+from subquad.mixers.options import DeltaNetOptions, MixerOptions
 
 
 class DeltaNet(Mixer):
     name = "deltanet"
-    Options = DeltaNetOptions
+    Options: ClassVar[type[MixerOptions]] = DeltaNetOptions
     CALIBRATED_PARAMS: CalibrationGrid = (("beta_init", (0.03, 0.06, 0.12, 0.25, 0.5)),)
     options: DeltaNetOptions
 

@@ -21,6 +21,7 @@ from subquad.mixers.options import XLSTMOptions
 class XLSTM(Mixer):
     name = "xlstm"
     Options = XLSTMOptions
+    options: XLSTMOptions
     CALIBRATED_PARAMS = (("half_life", HALF_LIVES),)
 
     def build_gates(self) -> None:
