@@ -16,7 +16,7 @@ REQUIRED = {"tokens": 1, "lr": 1.0}
 @pytest.fixture(scope="module")
 def table():
     """The default of each documented key; None for a key without one."""
-    section = PAGE.read_text().partition("\n## Recipe\n")[2].partition("\n## ")[0]
+    section = re.split(r"\n###? ", PAGE.read_text().partition("\n## Recipe\n")[2])[0]
     rows = re.findall(r"^\| `([\w.*]+)` \| \w[\w ]*(?:, `([^`]+)`)? \|", section, re.MULTILINE)
     return {key: default or None for key, default in rows}
 
