@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 32768], help="in tokens")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--mixers", nargs="+", choices=list(mixers.REGISTRY), default=list(DEFAULT_MIXERS))
+    parser.add_argument("--mixers", nargs="+", choices=list(mixers.MIXERS), default=list(DEFAULT_MIXERS))
     parser.add_argument("--repeats", type=int, default=11, help="steps of each model")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write all results there")
     parser.add_argument("--results", type=output_file, metavar="FILE", help="write the tables there, as Markdown")

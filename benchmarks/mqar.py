@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from subquad.analysis.mqar import mqar_results
 
     results = []
-    for name in args.only or mixers.REGISTRY:
+    for name in args.only or mixers.MIXERS:
         found = mqar_results([name])
         results += [result.as_dict() for result in found]
         for acc, lr in zip(found[::2], found[1::2], strict=True):

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a row")
     parser.add_argument("--rows", type=int, default=4, help="validation rows")
     parser.add_argument("--calibrate", type=int, default=2048, help="tokens for calibration")
-    parser.add_argument("--mixers", nargs="+", default=list(mixers.REGISTRY))
+    parser.add_argument("--mixers", nargs="+", default=list(mixers.MIXERS))
     args = parser.parse_args()
     teacher, tokenizer = subquad.load_teacher(args.teacher)
     data = Data(source=args.corpus, seq_len=args.seq_len)

@@ -18,17 +18,32 @@ if TYPE_CHECKING:
     from subquad.modeling.linearize import linearize
     from subquad.modeling.modeling_subquad import SubquadForCausalLM
     from subquad.modeling.teachers import load_teacher
+    from subquad.registry import register_export_target, register_mixer, register_stage, register_suite
 
 __version__ = "0.1.0"
-__all__ = ["SubquadConfig", "SubquadForCausalLM", "linearize", "load_teacher", "ops"]
+__all__ = [
+    "SubquadConfig",
+    "SubquadForCausalLM",
+    "linearize",
+    "load_teacher",
+    "ops",
+    "register_export_target",
+    "register_mixer",
+    "register_stage",
+    "register_suite",
+]
 
 LAZY = {
     "SubquadConfig": "subquad.modeling.configuration_subquad",
     "SubquadForCausalLM": "subquad.modeling.modeling_subquad",
     "linearize": "subquad.modeling.linearize",
     "load_teacher": "subquad.modeling.teachers",
+    "register_export_target": "subquad.registry",
+    "register_mixer": "subquad.registry",
+    "register_stage": "subquad.registry",
+    "register_suite": "subquad.registry",
 }
-"""Names that need torch, with their modules; so does the package `ops`."""
+"""Names with their modules, which are imported at first use; so is the package `ops`."""
 
 
 def __getattr__(name: str) -> Any:

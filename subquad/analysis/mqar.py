@@ -73,7 +73,7 @@ class MQARSettings:
 
 
 def mqar_results(
-    names: Sequence[str] = tuple(mixers.REGISTRY),
+    names: Sequence[str] = tuple(mixers.MIXERS),
     heads: Sequence[int] = (2, 4, 8),
     setting: MQARSettings | None = None,
     rates: Sequence[float] = RATES,

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.cli.parser import AddCommand
-from subquad.modeling.export_target import TARGETS
-from subquad.utils import UserError, quiet_libraries
+from subquad.utils import UserError, nearest, quiet_libraries
 
 CALIBRATION_TOKENS = 2048
 """Tokens of text that `linearize --calibrate` reads."""
@@ -30,9 +29,7 @@ def add_commands(add: AddCommand) -> None:
         help="text source for calibration: qk_activation, rotary, half-life, beta, output scale (default: none)",
     )
     command.add_argument("--seed", type=int, default=0, help="seed of random initializations (default: 0)")
-    command.add_argument(
-        "--export", choices=list(TARGETS), help="restrict the student to layers that `subquad export` supports"
-    )
+    command.add_argument("--export", metavar="TARGET", help="restrict the student to layers of qwen3_5, bamba ...")
 
     add("mixers", run_mixers, "List the mixers with their papers and options.")
     command = add("inspect", run_inspect, "Print a student's layers, options, parameters and cache size.")
@@ -48,16 +45,19 @@ def add_commands(add: AddCommand) -> None:
 
     command = add("export", run_export, "Convert a student to a model that runs without Subquad.")
     command.add_argument("directory", metavar="DIR", help="saved student")
-    formats = [*TARGETS, "gguf"]
-    command.add_argument("--format", required=True, choices=formats, help="gguf writes a file, the others a directory")
+    text = "gguf, which writes a file, or an export target, which writes a directory: qwen3_5, bamba ..."
+    command.add_argument("--format", required=True, help=text)
     command.add_argument("--output", "-o", required=True, metavar="OUT", help="new directory or file")
     command.add_argument("--type", choices=["f32", "f16", "q8_0"], help="number format of a GGUF file (default: f16)")
 
 
 def run_linearize(args: argparse.Namespace) -> None:
     from subquad.config import Data
+    from subquad.modeling.export_target import find_target
 
     layer_types = read_layer_types(args)
+    if args.export is not None:
+        find_target(args.export)
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {args.output!r} exists and is not empty; expected a new directory")
@@ -125,9 +125,11 @@ def read_layer_types(args: argparse.Namespace) -> dict[str, Any]:
 def run_mixers(args: argparse.Namespace) -> None:
     from dataclasses import fields
 
-    from subquad.mixers.options import OPTIONS
+    from subquad.mixers.options import find_options
+    from subquad.registry import MIXERS
 
-    for name, options in OPTIONS.items():
+    for name in MIXERS:
+        options = find_options(name)
         print(f"{name}\n  {options.source}")
         print("  options: " + ", ".join(f"{field.name}={field.default}" for field in fields(options)))
     print("softmax\n  The control: the teacher's own attention; with copy_qkv false its projections are random.")
@@ -174,6 +176,10 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
+    from subquad.registry import EXPORT_TARGETS
+
+    if args.format not in ("gguf", *EXPORT_TARGETS):
+        raise UserError(f"--format: got {args.format!r}{nearest(args.format, [*EXPORT_TARGETS, 'gguf'])}")
     quiet_libraries()
     from subquad.export import export
 

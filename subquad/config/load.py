@@ -12,12 +12,18 @@ from subquad.config import yaml_tree
 from subquad.config.mistakes import describe, subsection
 from subquad.config.schema import Data, MixtureSource, Recipe, Student
 from subquad.config.yaml_tree import Node
+from subquad.registry import STAGES
 from subquad.utils import UserError
 
 
 def schema() -> dict[str, Any]:
     """The JSON schema of recipes, for editors. As in a study, any value may be a list."""
     tree = Recipe.model_json_schema()
+    stages = tree["$defs"]["Stages"]
+    stages["additionalProperties"] = False
+    for name in [name for name in STAGES if name not in stages["properties"]]:
+        stages["properties"][name] = own = STAGES[name].Options.model_json_schema()
+        tree["$defs"] |= own.pop("$defs", {})
     for section in (tree, *tree["$defs"].values()):
         for name, value in section.get("properties", {}).items():
             kept = {key: value.pop(key) for key in ("description", "default", "title") if key in value}

@@ -6,9 +6,10 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from subquad.config.schema import MixtureSource, Recipe, conflicts
+from subquad.config.schema import MixtureSource, Recipe, Stages, conflicts
 from subquad.config.section import KeyPath, Section, format_value
 from subquad.config.yaml_tree import INVALID, Node
+from subquad.registry import STAGES
 from subquad.utils import nearest
 
 _EXPECTED = {
@@ -65,7 +66,7 @@ def _explain(path: KeyPath, error: Any) -> str:
         names = re.findall(r"'([^']+)'", context["expected"])
         return f"{got} one of {', '.join(names)}{nearest(error['input'], names).partition('; expected')[0]}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{got} a mapping with the keys {', '.join(section_at(path).model_fields)}"
+        return f"{got} a mapping with the keys {', '.join(keys(section_at(path)))}"
     if kind in _EXPECTED:
         return f"{got} {_EXPECTED[kind]}"
     return f"{got} a number {error['msg'].removeprefix('Input should be ')}"
@@ -80,8 +81,15 @@ def section_at(path: Sequence[str]) -> type[Section]:
     section: type[Section] = Recipe
     for key in path:
         field = section.model_fields.get(key)
-        section = MixtureSource if field is None else subsection(field) or section
+        if field is not None:
+            section = subsection(field) or section
+        else:
+            section = STAGES[key].Options if section is Stages and key in STAGES else MixtureSource
     return section
+
+
+def keys(section: type[Section]) -> list[str]:
+    return list(STAGES if section is Stages else section.model_fields)
 
 
 def subsection(field: FieldInfo) -> type[Section] | None:
@@ -102,7 +110,7 @@ def dotted_keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[s
 def _nearest_key(path: KeyPath) -> str:
     """The end of a message about an unknown key: the same name elsewhere in the recipe, else the nearest sibling."""
     prefix = "".join(f"{key}." for key in path[:-1])
-    sibling = nearest(path[-1], section_at(path[:-1]).model_fields)
+    sibling = nearest(path[-1], keys(section_at(path[:-1])))
     elsewhere = [key for key in dotted_keys() if key.rpartition(".")[2] == path[-1]]
     if "did you mean" not in sibling and elsewhere:
         depth = min(key.count(".") for key in elsewhere)

@@ -17,9 +17,18 @@ from pydantic import (
 )
 
 from subquad.config import yaml_tree
-from subquad.config.section import Fraction, KeyPath, NonEmptyStr, Section, format_value, raise_validation_error
-from subquad.mixers.options import OPTIONS, SOFTMAX, mixer_names
-from subquad.utils import UserError, nearest
+from subquad.config.section import (
+    Fraction,
+    KeyPath,
+    NonEmptyStr,
+    Section,
+    format_value,
+    raise_validation_error,
+    read_stage,
+)
+from subquad.mixers.options import SOFTMAX, find_options
+from subquad.registry import STAGES
+from subquad.utils import UserError
 
 
 class MixtureSource(Section):
@@ -126,8 +135,8 @@ class Student(Section):
     @field_validator("mixer")
     @classmethod
     def _check_mixer(cls, name: str) -> str:
-        if name not in mixer_names():
-            raise UserError(f"unknown mixer {name!r}{nearest(name, mixer_names())}")
+        if name != SOFTMAX:
+            find_options(name)
         return name
 
     @field_validator("mixer_kwargs")
@@ -137,7 +146,7 @@ class Student(Section):
         if mixer == SOFTMAX:
             mistakes = dict.fromkeys(options, f"unknown option; {mixer} has none")
         else:
-            mistakes = OPTIONS[mixer].mistakes(options) if mixer in OPTIONS else {}
+            mistakes = {} if mixer is None else find_options(mixer).mistakes(options)
         if mistakes:
             raise_validation_error(
                 [((name,), message.removeprefix(f"{name}: "), options[name]) for name, message in mistakes.items()]
@@ -279,7 +288,9 @@ class EndToEnd(Stage):
         return kl_weight
 
 
-class Stages(Section):
+class Stages(Section, extra="allow"):
+    __pydantic_extra__: dict[str, Annotated[Any, BeforeValidator(read_stage)]]
+
     matrix: Matrix | None = None
     """Stage 1: match each layer's mixing matrix to the teacher's attention matrix; null: skip."""
     hidden: Hidden | None = None
@@ -287,9 +298,18 @@ class Stages(Section):
     end_to_end: EndToEnd | None = None
     """Stage 3: train the whole student on cross-entropy and on the teacher's distribution; null: skip."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_registered(cls, stages: Any) -> Any:
+        """Gives `read_stage` the names, and leaves out stages of other packages that are null."""
+        if not isinstance(stages, Mapping):
+            return stages
+        own, kept = cls.model_fields, {n: s for n, s in stages.items() if s is not None or n not in STAGES}
+        return {n: s for n, s in stages.items() if n in own} | {n: (n, s) for n, s in kept.items() if n not in own}
+
     @model_validator(mode="after")
     def _check_any(self) -> "Stages":
-        if self.matrix is self.hidden is self.end_to_end is None:
+        if all(stage is None for _, stage in self):
             raise UserError("got no stage, expected at least one of matrix, hidden, end_to_end")
         return self
 
@@ -325,7 +345,7 @@ class Recipe(Section):
     student: Student = Student()
     """The student's layers and their initialization. A bare name is its `mixer`."""
     stages: Stages
-    """Training stages, run in the order matrix, hidden, end_to_end; null or a missing key skips a stage."""
+    """Training stages, run in the order matrix, hidden, end_to_end, others; null or a missing key skips a stage."""
     checkpoint: Checkpoint = Checkpoint()
     """Checkpoints of unfinished runs."""
     evaluation: Evaluation = Evaluation()
@@ -375,7 +395,7 @@ def conflicts(recipe: Mapping[str, Any]) -> list[tuple[KeyPath, str]]:
     if eval_steps and save_steps and save_steps % eval_steps:
         message = f"got {save_steps}, expected a multiple of evaluation.eval_steps ({eval_steps})"
         found.append((("checkpoint", "save_steps"), message))
-    if any(value("stages", stage, "ema_decay") is not None for stage in Stages.model_fields):
+    if any(value("stages", stage, "ema_decay") is not None for stage in recipe.get("stages") or ()):
         message = "got true with the ema_decay of a stage, expected one of them: no checkpoint holds the average"
         found.append((("evaluation", "load_best_model_at_end"), message))
     return found

@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from subquad.registry import STAGES
+
 KeyPath = tuple[str, ...]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -48,3 +50,11 @@ class Section(BaseModel):
     def _read_integral_floats(cls, value: Any) -> Any:
         """Reads `1e6`, which is a float in YAML, as an integer; fields of floats convert it back."""
         return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def read_stage(named: tuple[str, Any]) -> Section:
+    """The section of a stage of another package, from its name and its value."""
+    name, value = named
+    if name not in STAGES:
+        raise PydanticCustomError("extra_forbidden", "unknown stage")
+    return STAGES[name].Options.model_validate(value)

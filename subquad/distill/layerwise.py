@@ -1,7 +1,7 @@
 """What stages 1 and 2 share: every layer learns on its own, from the teacher's input to that layer."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,9 @@ from subquad.modeling.attention.activations import LayerActivations, attention_m
 from subquad.modeling.attention.discovery import AttentionInfo, discover_attention
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
+if TYPE_CHECKING:
+    from subquad.distill.run import DistillationRun
+
 
 class LayerwiseDistillation(Objective):
     """Runs the teacher once on a batch and, as it reaches each layer, compares the student's layer on the same input.
@@ -21,10 +24,14 @@ class LayerwiseDistillation(Objective):
     attention_layers: `discover_attention(teacher)`, if the caller has it already.
     """
 
-    def __init__(self, teacher: PreTrainedModel, attention_layers: list[AttentionInfo] | None = None):
-        self.teacher = teacher
+    def __init__(self, teacher: PreTrainedModel, stage: Any, attention_layers: list[AttentionInfo] | None = None):
+        super().__init__(teacher, stage)
         self.attention_layers = attention_layers or discover_attention(teacher)
         self.hooked_modules = attention_modules(self.attention_layers)
+
+    @classmethod
+    def for_run(cls, run: "DistillationRun") -> Self:
+        return cls(run.teacher, getattr(run.recipe.stages, cls.name), attention_layers=run.attention_layers)
 
     def targets(self, batch: Batch) -> dict[str, Any]:
         doc_ids = document_ids(batch)

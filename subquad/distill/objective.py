@@ -1,14 +1,19 @@
 """What the trainer and the student's `forward` need of a stage: its parameters, its targets and its loss."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from subquad.config import Stage
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
+
+if TYPE_CHECKING:
+    from subquad.distill.run import DistillationRun
 
 Batch = dict[str, Tensor]
 """A batch of `subquad.data.PackedDataset`: `input_ids`, and where documents are masked or some tokens are ignored,
@@ -30,8 +35,21 @@ class Objective:
     `student(objective=objective, **objective.targets(batch))`. The teacher is not a submodule of the student.
     """
 
-    name: str
+    name: ClassVar[str]
     """The stage's key in the recipe."""
+    Options: ClassVar[type[Stage]] = Stage
+    """The schema of the stage's section in the recipe; not read of built-in stages."""
+    position: ClassVar[float] = 4
+    """Stages run in this order, those of equal position by name. matrix has 1, hidden 2, end_to_end 3."""
+
+    def __init__(self, teacher: PreTrainedModel, stage: Any):
+        """stage: the section of the recipe."""
+        self.teacher, self.stage = teacher, stage
+
+    @classmethod
+    def for_run(cls, run: "DistillationRun") -> Self:
+        """The objective of this stage in a run."""
+        return cls(run.teacher, getattr(run.recipe.stages, cls.name))
 
     def trained_parameters(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
         """The parameters that this stage trains."""

@@ -56,7 +56,7 @@ def distill(
         run.train_stage(name)
         with on_first_process() as first:
             if first and stage_cache is not None:
-                stage_cache.save(stage_keys(recipe)[name], name, directory)
+                stage_cache.save(stage_keys(recipe), name, directory)
     result = run.evaluate_student()
     with on_first_process() as first:
         if first:

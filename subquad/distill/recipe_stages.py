@@ -4,16 +4,23 @@ import hashlib
 import json
 import math
 
-from subquad.config import Recipe, Stage
+from subquad.config import Recipe, Stage, Stages
+from subquad.registry import STAGES
 
-STAGE_NAMES = ("matrix", "hidden", "end_to_end")
+STAGE_NAMES = tuple(Stages.model_fields)
+"""The built-in stages, in the order in which they run."""
 UNIGRAM_TOKENS = 200_000
 """Training tokens that the unigram model counts (`unigram_perplexity`)."""
 
 
 def recipe_stages(recipe: Recipe) -> dict[str, Stage]:
     """The stages that a recipe has, by name, in the order in which they run."""
-    return {name: stage for name in STAGE_NAMES if (stage := getattr(recipe.stages, name)) is not None}
+
+    def position(name: str) -> tuple[float, str]:
+        return STAGE_NAMES.index(name) + 1 if name in STAGE_NAMES else STAGES[name].position, name
+
+    stages = {name: stage for name, stage in recipe.stages if stage is not None}
+    return {name: stages[name] for name in sorted(stages, key=position)}
 
 
 def total_steps(stage: Stage, seq_len: int) -> int:

@@ -20,11 +20,7 @@ from subquad.config import Recipe
 from subquad.data import PackedDataset, RowSlice, token_rows
 from subquad.distill.documents import respects_document_boundaries
 from subquad.distill.logging_callbacks import draw_curves, read_jsonl, write_jsonl
-from subquad.distill.objective import Objective
 from subquad.distill.recipe_stages import UNIGRAM_TOKENS, epoch_tokens, recipe_stages, stage_rows, stage_tokens
-from subquad.distill.stage1_matrix_mixing import MatrixMixing
-from subquad.distill.stage2_hidden_alignment import HiddenAlignment
-from subquad.distill.stage3_end_to_end import EndToEndDistillation
 from subquad.distill.trainer import StageRun, checkpoint_step, newest_checkpoint, run_stage
 from subquad.evaluate.efficiency import decode_speed
 from subquad.evaluate.perplexity import compare, recovered_share, unigram_loss
@@ -32,11 +28,11 @@ from subquad.modeling.attention.discovery import AttentionInfo, discover_attenti
 from subquad.modeling.linearize import linearize
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.teachers import ModelAndTokenizer, load_teacher
+from subquad.registry import STAGES
 from subquad.utils import UserError, run_info, write_json_atomic
 
 logger = logging.getLogger(__name__)
 SCALE_TOKENS = 1024
-"""Training tokens on which the scales of the teacher's outputs are measured."""
 
 
 class DistillationRun:
@@ -107,6 +103,10 @@ class DistillationRun:
         count = max(1, tokens // self.recipe.data.seq_len)
         return torch.stack([self.train[i]["input_ids"] for i in range(count)])
 
+    def scale_ids(self) -> Tensor:
+        """The training tokens on which the scales of the teacher's outputs are measured, `[rows, seq_len]`."""
+        return self.training_ids(SCALE_TOKENS)
+
     # ------------------------------------------------------------------ the steps of a run
 
     def build_or_resume_student(self) -> None:
@@ -128,7 +128,7 @@ class DistillationRun:
             options.mixer,
             copy_qkv=options.copy_qkv,
             layer_types=options.layer_types,
-            scale_ids=self.training_ids(SCALE_TOKENS),
+            scale_ids=self.scale_ids(),
             calibration_ids=None if calibration_tokens is None else self.training_ids(calibration_tokens),
             seed=self.recipe.seed,
             export_target=options.export_target,
@@ -166,19 +166,7 @@ class DistillationRun:
         names = list(rows)
         offset = sum(rows[earlier] for earlier in names[: names.index(name)])
         train = self.train.take(rows[name], start=offset)
-        return StageRun(self.recipe, self.objective(name), train, self.validation_rows, self.directory)
-
-    def objective(self, name: str) -> Objective:
-        stages = self.recipe.stages
-        if name == "matrix":
-            assert stages.matrix is not None
-            return MatrixMixing(self.teacher, stages.matrix, self.attention_layers)
-        if name == "hidden":
-            assert stages.hidden is not None
-            scale_ids = self.training_ids(SCALE_TOKENS)
-            return HiddenAlignment(self.teacher, stages.hidden, scale_ids, self.attention_layers)
-        assert stages.end_to_end is not None
-        return EndToEndDistillation(self.teacher, stages.end_to_end)
+        return StageRun(self.recipe, STAGES[name].for_run(self), train, self.validation_rows, self.directory)
 
     def save_stage(self, name: str) -> None:
         """Saves the student after stage `name`, completely or not at all, and removes the stage's checkpoints."""

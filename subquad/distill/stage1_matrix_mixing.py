@@ -27,7 +27,7 @@ class MatrixMixing(LayerwiseDistillation):
     name = "matrix"
 
     def __init__(self, teacher: PreTrainedModel, stage: Matrix, attention_layers: list[AttentionInfo] | None = None):
-        super().__init__(teacher, attention_layers)
+        super().__init__(teacher, stage, attention_layers)
         self.row_chunk_size = stage.row_chunk_size
         self.hooked_modules = [(module, None) for module, _ in self.hooked_modules]
 

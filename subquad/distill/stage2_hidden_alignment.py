@@ -1,7 +1,7 @@
 """Stage 2, hidden-state alignment (MOHAWK, arXiv 2408.10189, section 3.2): each layer's output is fitted to the
 teacher's."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch.nn as nn
 from torch import Tensor
@@ -14,6 +14,9 @@ from subquad.modeling.attention.activations import LayerActivations, layer_path,
 from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.attention.scores import replace_mask
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
+
+if TYPE_CHECKING:
+    from subquad.distill.run import DistillationRun
 
 
 class HiddenAlignment(LayerwiseDistillation):
@@ -32,7 +35,7 @@ class HiddenAlignment(LayerwiseDistillation):
         scale_ids: Tensor,
         attention_layers: list[AttentionInfo] | None = None,
     ):
-        super().__init__(teacher, attention_layers)
+        super().__init__(teacher, stage, attention_layers)
         self.paths = None
         if stage.target == "decoder_layer":
             self.paths = [layer_path(attention.path) for attention in self.attention_layers]
@@ -44,6 +47,10 @@ class HiddenAlignment(LayerwiseDistillation):
 
         visit_activations(teacher, self.hooked_modules, measure, scale_ids.to(teacher.device))
         self.target_norms = [norms[index] for index in range(len(norms))]
+
+    @classmethod
+    def for_run(cls, run: "DistillationRun") -> Self:
+        return cls(run.teacher, getattr(run.recipe.stages, cls.name), run.scale_ids(), run.attention_layers)
 
     def modules(self, student: SubquadForCausalLM) -> list[nn.Module]:
         """The student's modules whose outputs are compared."""

@@ -25,7 +25,7 @@ class EndToEndDistillation(Objective):
     name = "end_to_end"
 
     def __init__(self, teacher: PreTrainedModel, stage: EndToEnd):
-        self.teacher, self.stage = teacher, stage
+        super().__init__(teacher, stage)
         self.options = LossOptions(
             stage.ce_weight, stage.kl_weight, stage.temperature, stage.divergence, stage.jsd_beta
         )

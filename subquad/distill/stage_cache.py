@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from subquad.distill.logging_callbacks import read_jsonl, write_jsonl
-from subquad.distill.recipe_stages import STAGE_NAMES
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,19 @@ class StageCache:
     def has(self, key: str) -> bool:
         return (self.directory / key).is_dir()
 
-    def save(self, key: str, name: str, run_directory: Path) -> None:
-        """Stores the finished stage `name` of a run if its key is shared, completely or not at all."""
+    def save(self, keys: dict[str, str], name: str, run_directory: Path) -> None:
+        """Stores the finished stage `name` of a run if its key is shared, completely or not at all.
+
+        keys: of the run's stages by name, in order.
+        """
+        key, stages = keys[name], list(keys)[: list(keys).index(name) + 1]
         if key not in self.shared_keys or self.has(key):
             return
         partial = self.directory / f"{key}-{os.getpid()}.part"
         shutil.rmtree(partial, ignore_errors=True)
         link_tree(run_directory / "checkpoints" / f"{name}-done", partial / "student")
         shutil.copy(run_directory / "checkpoints" / "initial.json", partial)
-        metrics, stages = read_jsonl(run_directory / "metrics.jsonl"), STAGE_NAMES[: STAGE_NAMES.index(name) + 1]
+        metrics = read_jsonl(run_directory / "metrics.jsonl")
         write_jsonl(partial / "metrics.jsonl", [record for record in metrics if record["stage"] in stages])
         try:
             partial.rename(self.directory / key)
@@ -69,7 +72,7 @@ class StageCache:
         shutil.rmtree(partial, ignore_errors=True)
         link_tree(self.directory / key / "student", partial)
         partial.rename(checkpoints / f"{name}-done")
-        for stage in STAGE_NAMES[: STAGE_NAMES.index(name) + 1]:
+        for stage in list(keys)[: list(keys).index(name) + 1]:
             shutil.rmtree(checkpoints / stage, ignore_errors=True)
 
     def prune(self, needed: Iterable[str]) -> None:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.data import RowSlice, token_rows
 from subquad.evaluate.baselines import SINKS, int8_teacher, windowed_teacher
 from subquad.evaluate.results import Result, label_results
-from subquad.evaluate.suites import Settings, load_suite
+from subquad.evaluate.suites import Settings
+from subquad.registry import SUITES
 from subquad.utils import UserError
 
 FORMAT = 2
@@ -111,7 +112,7 @@ class Evaluation:
         self.models = [*students, *([teacher] if teacher is not None else [])]
         if settings.baselines and teacher is not None:
             self.models += baseline_models(teacher, settings.baseline_window)
-        self.suites = [load_suite(name) for name in settings.suites]
+        self.suites = [SUITES[name] for name in settings.suites]
         self._cache: dict[tuple[int, Any], Any] = {}
 
     def jobs(self) -> list[EvalJob]:

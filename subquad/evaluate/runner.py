@@ -16,8 +16,9 @@ from typing import Any
 
 from subquad.evaluate.jobs import EvalJob, EvalModel, Evaluation
 from subquad.evaluate.results import Result
-from subquad.evaluate.suites import SUITES, Settings, load_suite
+from subquad.evaluate.suites import Settings
 from subquad.modeling.teachers import check_reference, load_teacher, resolve_reference
+from subquad.registry import SUITES
 from subquad.utils import UserError, run_info, write_json_atomic
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def evaluate(
                     suite.save(evaluation, cache.outcomes, directory)
     if directory is not None and figures:
         (directory / "figures").mkdir(exist_ok=True)
-        for draw in [suite.draw for suite in map(load_suite, SUITES) if suite.draw is not None]:
+        for draw in [suite.draw for suite in SUITES.values() if suite.draw is not None]:
             draw(evaluation, results, directory / "figures")
     return results, cache.failed
 

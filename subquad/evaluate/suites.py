@@ -1,9 +1,5 @@
-"""The suites of an evaluation by name, and how much each of them measures (`Settings`).
+"""A suite of an evaluation, and how much each suite measures (`Settings`). The suites are in `subquad.registry`."""
 
-Knows suites by their dotted paths only: `load_suite` imports one when it is used.
-"""
-
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,22 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from subquad.config import Data
 from subquad.evaluate.results import Result
+from subquad.registry import SUITES
 from subquad.utils import UserError, nearest
 
 if TYPE_CHECKING:
     from subquad.evaluate.jobs import EvalJob, EvalModel, Evaluation
     from subquad.evaluate.lm_eval import Task
-
-SUITES = {
-    "language": "subquad.evaluate.standard_suites.LANGUAGE",
-    "zero-shot": "subquad.evaluate.standard_suites.ZERO_SHOT",
-    "generation": "subquad.evaluate.standard_suites.GENERATION",
-    "long": "subquad.evaluate.standard_suites.LONG",
-    "efficiency": "subquad.evaluate.standard_suites.EFFICIENCY",
-    "recall": "subquad.analysis.suites.RECALL",
-    "diagnostics": "subquad.analysis.suites.DIAGNOSTICS",
-}
-"""Name to dotted path of a `Suite`, in the order in which they run. To add a suite, add an entry."""
 
 STANDARD_SUITES = ("language", "zero-shot", "generation", "long", "efficiency")
 """The suites of the presets `quick` and `full`."""
@@ -45,11 +31,6 @@ class Suite:
     """Writes more files into the output directory, from the outcomes."""
     draw: Callable[["Evaluation", Sequence[Result], Path], None] | None = None
     """Draws figures into a directory."""
-
-
-def load_suite(name: str) -> Suite:
-    module, _, attribute = SUITES[name].rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
 
 
 @dataclass(frozen=True)
@@ -122,10 +103,9 @@ def settings_for(names: Sequence[str]) -> Settings:
     Raises:
         UserError: an unknown name; `quick` together with others; no name.
     """
-    known = ("quick", "full", *SUITES)
     for name in names:
-        if name not in known:
-            raise UserError(f"suite: got {name!r}{nearest(name, known)}")
+        if name not in ("quick", "full") and name not in SUITES:
+            raise UserError(f"suite: got {name!r}{nearest(name, ['quick', 'full', *SUITES])}")
     if not names or ("quick" in names and len(names) > 1):
         raise UserError(f"suite: got {', '.join(names) or 'none'}, expected quick alone, or any of full and the suites")
     if names[0] == "quick":

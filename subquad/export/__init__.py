@@ -16,25 +16,18 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from subquad.export.bamba import BambaConverter
-from subquad.export.converter import Converter
-from subquad.export.qwen3_5 import Qwen3_5Converter
-from subquad.modeling.export_target import find_target
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.summary import config_dtype, read_config
 from subquad.modeling.teachers import load_teacher
+from subquad.registry import EXPORT_TARGETS
 from subquad.utils import UserError, nearest, needs_extra
 
-__all__ = ["CONVERTERS", "FORMATS", "convert", "export"]
-
-CONVERTERS: dict[str, Converter] = {c.target.key: c for c in (Qwen3_5Converter(), BambaConverter())}
-"""One for each of `subquad.modeling.export_target.TARGETS`."""
-FORMATS = (*CONVERTERS, "gguf")
+__all__ = ["convert", "export"]
 
 
 def convert(student: SubquadForCausalLM, target: str) -> PreTrainedModel:
     """The student as a model of the architecture `target`, such as "qwen3_5"; see `Converter.convert`."""
-    return CONVERTERS[find_target(target).key].convert(student)
+    return EXPORT_TARGETS.find(target)().convert(student)
 
 
 def export(
@@ -44,15 +37,15 @@ def export(
 
     Args:
         output: a new file for "gguf", a new directory for the other formats.
-        file_format: one of `FORMATS`.
+        file_format: "gguf", or one of `subquad.registry.EXPORT_TARGETS`.
         weight_type: of the weights in a GGUF file, one of `subquad.export.gguf.TYPES`; "f16" by default.
 
     Raises:
         UserError: no student in `directory`, an existing `output`, an unknown format or weight type.
         ExportError: a student with something that the format does not have.
     """
-    if file_format not in FORMATS:
-        raise UserError(f"format: unknown {file_format!r}{nearest(file_format, FORMATS)}")
+    if file_format not in ("gguf", *EXPORT_TARGETS):
+        raise UserError(f"format: unknown {file_format!r}{nearest(file_format, [*EXPORT_TARGETS, 'gguf'])}")
     if weight_type is not None and file_format != "gguf":
         raise UserError(f"type: got {weight_type!r}, expected none for {file_format}, which keeps the student's dtype")
     if file_format == "gguf":

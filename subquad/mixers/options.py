@@ -6,14 +6,21 @@ Imports no torch: the command line and recipes check options before any model is
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from subquad.mixers.spec import AttentionSpec
+from subquad.registry import MIXERS
 from subquad.utils import UserError, nearest
+
+if TYPE_CHECKING:
+    from subquad.mixers.base import Mixer
 
 SOFTMAX = "softmax"
 """The control: the teacher's own attention; with copy_qkv false its projections are random."""
 ATTENTION = "attention"
 """The layer type that keeps the teacher's attention, with an optional window."""
+KEPT_ATTENTION = (SOFTMAX, ATTENTION)
+"""The layer types that are no mixer of this package or another."""
 QK_ACTIVATIONS = ("silu", "elu1", "relu", "none")
 OUTPUT_GATES = ("swish", "sigmoid", "none")
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -232,16 +239,24 @@ OPTIONS: dict[str, type[MixerOptions]] = {
     "kda": KDAOptions,
     "hgrn2": HGRN2Options,
 }
-"""Options of each mixer, in display order."""
+"""Options of each built-in mixer, in display order."""
 
 
-def mixer_names() -> list[str]:
+def names() -> list[str]:
     """Names of all mixers and of the control."""
-    return [*OPTIONS, SOFTMAX]
+    return [*MIXERS, SOFTMAX]
 
 
 def find_options(name: str) -> type[MixerOptions]:
     """The options class of a mixer. An unknown name is a UserError with the nearest name."""
-    if name not in OPTIONS:
-        raise UserError(f"unknown mixer {name!r}{nearest(name, mixer_names())}")
-    return OPTIONS[name]
+    return OPTIONS[name] if name in OPTIONS else get(name).Options
+
+
+def get(name: str) -> "type[Mixer]":
+    """The class of a mixer. An unknown name is a UserError with the nearest name."""
+    return MIXERS.find(name, SOFTMAX)
+
+
+def create(name: str, spec: AttentionSpec, **options: Any) -> "Mixer":
+    """A mixer at its initialization, drawn from torch's global random generator."""
+    return get(name)(spec, **options)

@@ -82,7 +82,7 @@ class SubquadConfig(PreTrainedConfig):
     @property
     def layers_with_attention(self) -> list[bool]:
         """For each layer, whether it is attention and no mixer."""
-        return [spec["mixer"] not in mixers.OPTIONS for spec in self.layer_specs]
+        return [spec["mixer"] in mixers.KEPT_ATTENTION for spec in self.layer_specs]
 
     def attention_spec(self, index: int) -> AttentionSpec:
         """The teacher's attention in one layer."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from subquad.mixers import AttentionSpec
 from subquad.mixers.options import ATTENTION
-from subquad.utils import UserError, nearest
+from subquad.registry import EXPORT_TARGETS
+from subquad.utils import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +39,7 @@ MIXER_OPTIONS = {
 class ExportTarget:
     """An architecture that students can be exported to: which mixer and which attention its layers have.
 
-    A new target is an entry in `TARGETS` and a `subquad.export.converter.Converter`.
+    Its `subquad.export.converter.Converter` is in `subquad.registry.EXPORT_TARGETS`.
     """
 
     key: str
@@ -73,6 +74,7 @@ QWEN3_5 = ExportTarget("qwen3_5", "Qwen3.5", "gated_deltanet", MIXER_OPTIONS, ha
 BAMBA_OPTIONS = {**MIXER_OPTIONS, "discretization": "zoh"}
 BAMBA = ExportTarget("bamba", "Bamba", "mamba2", BAMBA_OPTIONS, False, scales_queries=False, biases=("a_proj",))
 TARGETS = {target.key: target for target in (QWEN3_5, BAMBA)}
+"""The built-in targets."""
 
 
 class ExportError(UserError):
@@ -86,9 +88,7 @@ class ExportError(UserError):
 
 def find_target(key: str) -> ExportTarget:
     """The target of that name; an unknown name is a UserError with the nearest one."""
-    if key not in TARGETS:
-        raise UserError(f"unknown export target {key!r}{nearest(key, TARGETS)}")
-    return TARGETS[key]
+    return TARGETS[key] if key in TARGETS else EXPORT_TARGETS.find(key).target
 
 
 def check_mixers(names: Iterable[str], target: ExportTarget) -> None:

@@ -88,12 +88,12 @@ def layer_type_mistakes(layer_type: LayerType) -> list[str]:
         return [f"got {layer_type!r}, expected a mixer's name, or a mapping with `mixer` and its options"]
     options = {} if isinstance(layer_type, str) else dict(layer_type)
     name = layer_type if isinstance(layer_type, str) else options.pop("mixer", None)
-    if isinstance(name, str) and name in mixers.OPTIONS:
-        return list(mixers.OPTIONS[name].mistakes(options).values())
     if name == ATTENTION:
         return attention_mistakes(options)
     if name == mixers.SOFTMAX:
         return [f"{option}: unknown option; {name} has none" for option in options]
+    if isinstance(name, str) and name in mixers.MIXERS:
+        return list(mixers.find_options(name).mistakes(options).values())
     return [f"unknown mixer {name!r}{nearest(name, [*mixers.names(), ATTENTION])}"]
 
 

@@ -236,7 +236,7 @@ def make_mixer_layer(
     """The layer that replaces `attention`, with the dtype and device of its parameters; a mixer is uninitialized."""
     options = dict(layer_spec)
     name = options.pop("mixer")
-    if name not in mixers.REGISTRY:
+    if name in mixers.KEPT_ATTENTION:
         return AttentionLayer(attention, spec, index, **options)
     reference = next(attention.parameters())
     with torch.device("meta"):  # its weights are initialized, copied or loaded later

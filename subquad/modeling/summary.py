@@ -58,8 +58,8 @@ def describe_layer(layer_spec: dict[str, Any], defaults: bool = False) -> str:
     """`gla (decay_rank=8)`: the mixer with the options in its spec, or, with `defaults`, with all of its options."""
     options = {name: value for name, value in layer_spec.items() if name != "mixer"}
     mixer = layer_spec["mixer"]
-    if defaults and mixer in mixers.OPTIONS:
-        options = asdict(mixers.OPTIONS[mixer].from_dict(options))
+    if defaults:
+        options = asdict(mixers.find_options(mixer).from_dict(options))
     listed = ", ".join(f"{name}={value}" for name, value in options.items())
     return f"{mixer} ({listed})" if listed else mixer
 
@@ -114,7 +114,7 @@ def summary(config: SubquadConfig) -> str:
     lines += ["", "layers", *(f"  {label.ljust(width)}  {describe_layer(spec)}" for label, spec in ranges)]
     mixer_specs: list[dict[str, Any]] = []
     for _, spec in ranges:
-        if spec["mixer"] in mixers.OPTIONS and spec not in mixer_specs:
+        if spec["mixer"] not in mixers.KEPT_ATTENTION and spec not in mixer_specs:
             mixer_specs.append(spec)
     if mixer_specs:
         lines += ["", "options", *(f"  {describe_layer(spec, defaults=True)}" for spec in mixer_specs)]

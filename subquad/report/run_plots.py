@@ -8,6 +8,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from subquad.analysis import plot_style as style
 from subquad.analysis.plot_style import NamedFigure
 from subquad.distill.logging_callbacks import read_jsonl
+from subquad.distill.recipe_stages import recipe_stages
 from subquad.study.aggregate import Group, group_labels
 from subquad.study.runs import METRICS
 
@@ -110,15 +111,16 @@ def loss_figures(groups: Sequence[Group]) -> list[NamedFigure]:
     for stages in stage_sets(groups):
         members = [group for group in groups if group.stages == stages]
         lines = {run.name: read_jsonl(run.directory / METRICS) for group in members for run in group.runs}
-        for stage in STAGE_TITLES:
+        for stage in recipe_stages(members[0].recipe):
             curves = {
                 name: [(line["tokens"], line["loss"]) for line in own if line["stage"] == stage and "loss" in line]
                 for name, own in lines.items()
             }
             if any(curves.values()):
-                title = f"stages {stages}, {STAGE_TITLES[stage]}"
-                figure = _loss_figure(members, curves, title, STAGE_LOSSES[stage])
-                caption = f"Training loss of every run with stages {stages} in {STAGE_TITLES[stage]}"
+                title = STAGE_TITLES.get(stage, f"stage {stage}")
+                loss = STAGE_LOSSES.get(stage, "loss")
+                figure = _loss_figure(members, curves, f"stages {stages}, {title}", loss)
+                caption = f"Training loss of every run with stages {stages} in {title}"
                 drawn.append(NamedFigure(f"loss-{stages.replace('+', '')}-{stage}", caption, figure))
     return drawn
 

@@ -14,7 +14,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from subquad.config import Recipe, run_name
-from subquad.study.results import stage_names
+from subquad.distill.recipe_stages import recipe_stages
 from subquad.study.runs import Run
 
 STAGE_NUMBERS = {"matrix": "1", "hidden": "2", "end_to_end": "3"}
@@ -64,8 +64,8 @@ class Group:
 
     @property
     def stages(self) -> str:
-        """The numbers of the stages: `1+2+3`."""
-        return "+".join(STAGE_NUMBERS[name] for name in stage_names(self.recipe))
+        """The numbers of the stages: `1+2+3`, and the names of those of other packages."""
+        return "+".join(STAGE_NUMBERS.get(name, name) for name in recipe_stages(self.recipe))
 
     @property
     def copy_qkv(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from subquad.analysis.mixing_matrices import MatrixPairs, unpack_pairs
 from subquad.analysis.suites import MATRICES
 from subquad.config import Recipe
-from subquad.distill.recipe_stages import STAGE_NAMES
+from subquad.distill.recipe_stages import recipe_stages
 from subquad.evaluate.results import Result
 from subquad.study.runs import Run, find_runs, read_json, unrelated_runs
 from subquad.utils import UserError, run_info, write_json_atomic
@@ -26,11 +26,6 @@ RESULT_FIELDS = tuple(field.name for field in fields(Result) if field.name != "m
 RESULT_COLUMNS = ("run", "source", *RESULT_FIELDS)
 INTEGER_COLUMNS = ("copy_qkv", "seed", "parameters", "tokens", "n", "length", "batch", "layer", "head")
 REAL_COLUMNS = ("seconds", "value", "stderr", "low", "high", "depth")
-
-
-def stage_names(recipe: Recipe) -> list[str]:
-    """The stages of a recipe, in order."""
-    return [name for name in STAGE_NAMES if getattr(recipe.stages, name) is not None]
 
 
 def run_results(runs: Iterable[Run]) -> list[dict[str, Any]]:
@@ -92,7 +87,7 @@ def run_record(run: Run) -> tuple[Any, ...]:
         "state": run.state,
         "teacher": recipe.teacher,
         "mixer": recipe.student.name,
-        "stages": ",".join(stage_names(recipe)),
+        "stages": ",".join(recipe_stages(recipe)),
         "copy_qkv": int(recipe.student.copy_qkv),
         "seed": recipe.seed,
         "parameters": result.get("parameters"),

@@ -17,8 +17,9 @@ from subquad.evaluate.jobs import EvalModel
 from subquad.evaluate.perplexity import token_sums
 from subquad.evaluate.results import Result, select, select_one
 from subquad.evaluate.runner import evaluate, load_eval_model
-from subquad.evaluate.suites import QUICK, STANDARD_SUITES, SUITES, Settings, Suite, settings_for
+from subquad.evaluate.suites import QUICK, STANDARD_SUITES, Settings, Suite, settings_for
 from subquad.evaluate.table import format_tables
+from subquad.registry import SUITES
 from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
 
@@ -307,7 +308,7 @@ EXAMPLE_SUITE = Suite(example_jobs, example_results)
 
 
 def test_suites_can_be_added(workspace, monkeypatch):
-    monkeypatch.setitem(SUITES, "size", f"{__name__}.EXAMPLE_SUITE")
+    monkeypatch.setitem(SUITES.objects, "size", EXAMPLE_SUITE)
     report = command.run([str(workspace / "student")], suites=["size"], corpus=str(workspace / "text.txt"))
     expected = subquad.load_teacher(workspace / "student")[0].num_parameters()
     assert select_one(report.results, model="student", metric="parameters").value == expected

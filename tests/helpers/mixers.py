@@ -41,7 +41,7 @@ OWN_OPTIONS: dict[str, tuple[dict, ...]] = {
 def every_option() -> list[tuple[str, dict]]:
     """Every mixer with its defaults, and with each other value of each option."""
     cases = []
-    for name, cls in mixers.REGISTRY.items():
+    for name, cls in mixers.MIXERS.items():
         defaults = cls.Options()
         cases.append((name, {}))
         for option, values in SHARED_OPTIONS.items():

@@ -10,7 +10,7 @@ from subquad import SubquadForCausalLM, mixers
 from subquad.modeling.layers import MixerLayer
 
 MIXERS_AND_SOFTMAX = mixers.names()
-MIXERS = list(mixers.REGISTRY)
+MIXERS = list(mixers.MIXERS)
 SCALE_IDS = torch.arange(3, 15)[None]
 """For tests in which the scales do not matter; the default, tokens sampled from the teacher, is slower."""
 

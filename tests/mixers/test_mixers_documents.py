@@ -6,7 +6,7 @@ import torch
 from subquad import mixers
 from tests.helpers.mixers import build, case_id, distance, draw, rotary
 
-CASES = [(name, options) for name in mixers.REGISTRY for options in ({}, {"short_conv": 4, "rotary": True})]
+CASES = [(name, options) for name in mixers.MIXERS for options in ({}, {"short_conv": 4, "rotary": True})]
 CASES += [("linear_attention", {"normalizer": True, "qk_activation": "elu1"}), ("mamba2", {"discretization": "zoh"})]
 
 # 1 or the document's id at tokens, 0 at padding

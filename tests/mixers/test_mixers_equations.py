@@ -129,7 +129,7 @@ def test_mixer_matches_its_equations(name, options):
 
 
 @pytest.mark.parametrize("gate", OUTPUT_GATES)
-@pytest.mark.parametrize("name", mixers.REGISTRY)
+@pytest.mark.parametrize("name", mixers.MIXERS)
 def test_set_output_scale_sets_the_rms_of_each_head(name, gate):
     # Projections of usual size, so that the norm's epsilon is negligible relative to the op's output.
     spec = dataclasses.replace(SPECS["plain"], initializer_range=0.3)
@@ -170,7 +170,7 @@ def test_initial_beta(name):
 
 
 @pytest.mark.parametrize("width", [2, 4])
-@pytest.mark.parametrize("name", mixers.REGISTRY)
+@pytest.mark.parametrize("name", mixers.MIXERS)
 def test_initial_short_conv_is_the_identity(name, width):
     def fresh(short_conv):
         torch.manual_seed(0)

@@ -45,7 +45,7 @@ def test_sequence_tokens_and_pieces_agree(case, dtype):
             assert distance(found, expected) < PRECISIONS[dtype], sizes
 
 
-@pytest.mark.parametrize("name", mixers.REGISTRY)
+@pytest.mark.parametrize("name", mixers.MIXERS)
 def test_forms_agree_across_chunks(name):
     mixer = build(name, short_conv=4)
     x, positions = inputs(150, torch.float32)
@@ -95,7 +95,7 @@ def test_matrix_is_independent_of_exactly_the_value_path_params(case):
     assert independent == {key for key, _ in mixer.named_parameters() if key.split(".")[0] in mixer.VALUE_PATH_PARAMS}
 
 
-@pytest.mark.parametrize("name", mixers.REGISTRY)
+@pytest.mark.parametrize("name", mixers.MIXERS)
 def test_bfloat16_is_close_to_float32(name):
     mixer = build(name, "biased")
     x, positions = inputs(40, torch.float32)
@@ -106,7 +106,7 @@ def test_bfloat16_is_close_to_float32(name):
     assert distance(found, expected) < 0.1
 
 
-@pytest.mark.parametrize("name", mixers.REGISTRY)
+@pytest.mark.parametrize("name", mixers.MIXERS)
 def test_mixers_are_causal(name):
     mixer = build(name, "biased", short_conv=4)
     x, positions = inputs(12, torch.float32)

@@ -34,8 +34,8 @@ def test_options_import_no_torch():
 
 
 def test_registry_and_options_describe_the_same_mixers():
-    assert list(mixers.REGISTRY) == list(mixers.OPTIONS)
-    assert all(mixers.REGISTRY[name].Options is options for name, options in mixers.OPTIONS.items())
+    assert list(mixers.MIXERS) == list(mixers.OPTIONS)
+    assert all(mixers.MIXERS[name].Options is options for name, options in mixers.OPTIONS.items())
     assert all("arXiv" in options.source for options in mixers.OPTIONS.values())
 
 
