@@ -66,7 +66,7 @@ class StepTimer(TrainerCallback):
 
 
 def plain_step(run: StageRun, student, groups: list[dict[str, Any]], optimizer, ids: torch.Tensor) -> None:
-    loss = student(objective=run.objective, **run.objective.targets({"input_ids": ids})).loss
+    loss = student(objective=run.objective, **run.objective.forward_kwargs({"input_ids": ids})).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], run.stage.max_grad_norm)
     optimizer.step()

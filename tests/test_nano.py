@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import subquad
-from subquad.config import EndToEnd, Hidden, Matrix
+from subquad.config import EndToEndStage, HiddenStage, MatrixStage
 from subquad.data import stdlib
 from subquad.distill.stage1_matrix_mixing import MatrixMixing
 from subquad.distill.stage2_hidden_alignment import HiddenAlignment
@@ -79,15 +79,15 @@ def test_each_stage_lowers_its_own_loss_on_validation_text(stage, mixer, nano, h
     train, valid = held_out[:16, :128], held_out[16:, :128]
     student = subquad.linearize(teacher, mixer, scale_ids=valid)
     objective = {
-        "matrix": lambda: MatrixMixing(teacher, Matrix(tokens=1, lr=1.0)),
-        "hidden": lambda: HiddenAlignment(teacher, Hidden(tokens=1, lr=1.0), valid),
-        "end_to_end": lambda: EndToEndDistillation(teacher, EndToEnd(tokens=1, lr=1.0)),
+        "matrix": lambda: MatrixMixing(teacher, MatrixStage(tokens=1, lr=1.0)),
+        "hidden": lambda: HiddenAlignment(teacher, HiddenStage(tokens=1, lr=1.0), valid),
+        "end_to_end": lambda: EndToEndDistillation(teacher, EndToEndStage(tokens=1, lr=1.0)),
     }[stage]()
     rates = {"matrix": 4e-3, "hidden": 2e-3, "end_to_end": 5e-4}
     optimizer = torch.optim.AdamW(objective.trained_parameters(student), lr=rates[stage])
 
     def loss(rows):
-        return student(objective=objective, **objective.targets({"input_ids": rows})).loss
+        return student(objective=objective, **objective.forward_kwargs({"input_ids": rows})).loss
 
     with torch.no_grad():
         fresh = loss(valid).item()

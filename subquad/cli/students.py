@@ -15,7 +15,7 @@ def add_commands(add: AddCommand) -> None:
     command = add(
         "linearize", run_linearize, "Replace a teacher's attention with mixers and save the untrained student."
     )
-    command.add_argument("teacher", metavar="TEACHER")
+    command.add_argument("teacher", metavar="TEACHER", help="nano, smollm2-135m, a directory, a .gguf file or a hub id")
     command.add_argument("--output", "-o", required=True, metavar="DIR", help="new directory")
     command.add_argument("--mixer", help="mixer of every layer, see `subquad mixers` (default: gated_deltanet)")
     command.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the mixer")
@@ -25,7 +25,7 @@ def add_commands(add: AddCommand) -> None:
     command.add_argument("--no-copy", action="store_true", help="initialize the q, k, v and o projections at random")
     command.add_argument(
         "--calibrate",
-        metavar="TEXT",
+        metavar="SOURCE",
         help="text source for calibration: qk_activation, rotary, half-life, beta, output scale (default: none)",
     )
     command.add_argument("--seed", type=int, default=0, help="seed of random initializations (default: 0)")
@@ -36,8 +36,8 @@ def add_commands(add: AddCommand) -> None:
     command.add_argument("directory", metavar="DIR", help="saved student")
 
     command = add("generate", run_generate, "Continue a text with a model.")
-    command.add_argument("model", metavar="MODEL")
-    command.add_argument("text", metavar="TEXT")
+    command.add_argument("model", metavar="MODEL", help="a student, or what TEACHER of linearize may be")
+    command.add_argument("text", metavar="TEXT", help="text to continue")
     command.add_argument("--tokens", type=int, default=64, help="maximum number of new tokens (default: 64)")
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy decoding")
     command.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")

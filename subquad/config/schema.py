@@ -253,17 +253,17 @@ class Stage(Section):
         return rows
 
 
-class Matrix(Stage):
+class MatrixStage(Stage):
     row_chunk_size: PositiveInt = 1024
     """Rows of the mixing matrices compared at once; smaller values need less memory at long `data.seq_len`."""
 
 
-class Hidden(Stage):
+class HiddenStage(Stage):
     target: Literal["mixer", "decoder_layer"] = "mixer"
     """Outputs that are compared: the mixer's with the attention's, or those of the whole decoder layers."""
 
 
-class EndToEnd(Stage):
+class EndToEndStage(Stage):
     ce_weight: NonNegativeFloat = 1.0
     """Weight of the cross-entropy of the text, a mean per token in nats."""
     kl_weight: NonNegativeFloat = 1.0
@@ -291,11 +291,11 @@ class EndToEnd(Stage):
 class Stages(Section, extra="allow"):
     __pydantic_extra__: dict[str, Annotated[Any, BeforeValidator(read_stage)]]
 
-    matrix: Matrix | None = None
+    matrix: MatrixStage | None = None
     """Stage 1: match each layer's mixing matrix to the teacher's attention matrix; null: skip."""
-    hidden: Hidden | None = None
+    hidden: HiddenStage | None = None
     """Stage 2: match each layer's output to the teacher's; null: skip."""
-    end_to_end: EndToEnd | None = None
+    end_to_end: EndToEndStage | None = None
     """Stage 3: train the whole student on cross-entropy and on the teacher's distribution; null: skip."""
 
     @model_validator(mode="before")

@@ -33,7 +33,7 @@ class LayerwiseDistillation(Objective):
     def for_run(cls, run: "DistillationRun") -> Self:
         return cls(run.teacher, getattr(run.recipe.stages, cls.name), attention_layers=run.attention_layers)
 
-    def targets(self, batch: Batch) -> dict[str, Any]:
+    def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
         doc_ids = document_ids(batch)
         positions = None if doc_ids is None else batch["position_ids"]
         return {"input_ids": batch["input_ids"], "doc_ids": doc_ids, "positions": positions}

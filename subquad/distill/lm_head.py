@@ -39,10 +39,10 @@ def read_head(model: PreTrainedModel) -> Head | None:
     """The head that follows the backbone of `model`; None if the logits are not those of a `Head`.
 
     The backbone is `model.base_model`, or that of the student's base model. Candidates come from the output embeddings
-    and the names in the configuration. A candidate is accepted by experiment. The model's forward runs with random
-    hidden states of two sizes in place of its backbone's, and must return the candidate's logits. Besides the head, no
-    parameter may influence the logits behind the backbone, not even one whose effect is zero now (a low-rank update of
-    the head, a learned scale).
+    and the names in the configuration. Each candidate is checked numerically: the model's forward runs with random
+    hidden states of two magnitudes in place of its backbone's, and must return the candidate's logits. Besides the
+    head, no parameter may influence the logits behind the backbone, not even one whose effect is zero now (a low-rank
+    update of the head, a learned scale).
     """
     causal_lm: PreTrainedModel = model.base if isinstance(model, SubquadForCausalLM) else model
     output = model.get_output_embeddings()

@@ -32,7 +32,7 @@ class Objective:
     """What a stage minimizes.
 
     The student calls it inside its own `forward`, so that data-parallel wrappers synchronize the gradients:
-    `student(objective=objective, **objective.targets(batch))`. The teacher is not a submodule of the student.
+    `student(objective=objective, **objective.forward_kwargs(batch))`. The teacher is not a submodule of the student.
     """
 
     name: ClassVar[str]
@@ -55,11 +55,14 @@ class Objective:
         """The parameters that this stage trains."""
         raise NotImplementedError
 
-    def text(self, batch: Batch) -> Batch:
-        """The batch whose loss is computed, for `count` and `targets`: that of the corpus, or another made from it."""
+    def training_batch(self, batch: Batch) -> Batch:
+        """The batch on which the loss is computed: `batch`, or one made from it (rows continued by the teacher).
+
+        `count_tokens` and `forward_kwargs` receive it.
+        """
         return batch
 
-    def targets(self, batch: Batch) -> dict[str, Any]:
+    def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
         """The keyword arguments of the student's forward: `input_ids` and what the teacher computed from them."""
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from subquad.config import Matrix
+from subquad.config import MatrixStage
 from subquad.distill.documents import document_slices
 from subquad.distill.layerwise import LayerwiseDistillation
 from subquad.distill.objective import Batch
@@ -26,7 +26,9 @@ MatrixRows = Callable[[slice], Tensor]
 class MatrixMixing(LayerwiseDistillation):
     name = "matrix"
 
-    def __init__(self, teacher: PreTrainedModel, stage: Matrix, attention_layers: list[AttentionInfo] | None = None):
+    def __init__(
+        self, teacher: PreTrainedModel, stage: MatrixStage, attention_layers: list[AttentionInfo] | None = None
+    ):
         super().__init__(teacher, stage, attention_layers)
         self.row_chunk_size = stage.row_chunk_size
         self.hooked_modules = [(module, None) for module, _ in self.hooked_modules]
@@ -34,8 +36,8 @@ class MatrixMixing(LayerwiseDistillation):
     def layer_parameters(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
         return [layer.matrix_parameters() for layer in student.mixer_layers]
 
-    def targets(self, batch: Batch) -> dict[str, Any]:
-        targets = super().targets(batch)
+    def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
+        targets = super().forward_kwargs(batch)
         return {**targets, "documents": document_slices(targets["doc_ids"], *batch["input_ids"].shape)}
 
     def layer_loss(

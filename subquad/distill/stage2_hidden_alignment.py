@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.config import Hidden
+from subquad.config import HiddenStage
 from subquad.distill.layerwise import LayerwiseDistillation
 from subquad.distill.objective import Batch
 from subquad.modeling.attention.activations import LayerActivations, layer_path, visit_activations
@@ -31,7 +31,7 @@ class HiddenAlignment(LayerwiseDistillation):
     def __init__(
         self,
         teacher: PreTrainedModel,
-        stage: Hidden,
+        stage: HiddenStage,
         scale_ids: Tensor,
         attention_layers: list[AttentionInfo] | None = None,
     ):
@@ -61,8 +61,8 @@ class HiddenAlignment(LayerwiseDistillation):
     def layer_parameters(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
         return [list(module.parameters()) for module in self.modules(student)]
 
-    def targets(self, batch: Batch) -> dict[str, Any]:
-        targets = super().targets(batch)
+    def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
+        targets = super().forward_kwargs(batch)
         doc_ids = targets["doc_ids"]
         return {**targets, "mask": None if doc_ids is None else doc_ids[:, None, None, :]}
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.config import EndToEnd
+from subquad.config import EndToEndStage
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.distill.distillation_loss import LossOptions, distillation_loss
 from subquad.distill.documents import document_ids
@@ -24,7 +24,7 @@ from subquad.modeling.modeling_subquad import SubquadForCausalLM
 class EndToEndDistillation(Objective):
     name = "end_to_end"
 
-    def __init__(self, teacher: PreTrainedModel, stage: EndToEnd):
+    def __init__(self, teacher: PreTrainedModel, stage: EndToEndStage):
         super().__init__(teacher, stage)
         self.options = LossOptions(
             stage.ce_weight, stage.kl_weight, stage.temperature, stage.divergence, stage.jsd_beta
@@ -47,11 +47,11 @@ class EndToEndDistillation(Objective):
     def count_tokens(self, batch: Batch) -> Tensor:
         return (next_labels(batch) != IGNORE_INDEX).sum()
 
-    def text(self, batch: Batch) -> Batch:
+    def training_batch(self, batch: Batch) -> Batch:
         return self.generate(batch["input_ids"]) if self.stage.data == "teacher_generated" else batch
 
     @torch.no_grad()
-    def targets(self, batch: Batch) -> dict[str, Any]:
+    def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
         positions = None if document_ids(batch) is None else batch["position_ids"]
         # not `position_ids`, which would be an argument of the student's forward itself
         targets = {"input_ids": batch["input_ids"], "next_labels": next_labels(batch), "positions": positions}

@@ -94,7 +94,7 @@ class StageTrainer(Trainer):
         """The micro-batches of a step, as the objective reads them; also sets the weight of each in the step's mean."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
         with self.autocast():
-            samples = [self.run.objective.text(batch) for batch in samples]
+            samples = [self.run.objective.training_batch(batch) for batch in samples]
         counts = torch.stack([self.run.objective.count_tokens(batch) for batch in samples]).float()
         total = counts.sum()
         if self.accelerator.num_processes > 1:
@@ -110,7 +110,7 @@ class StageTrainer(Trainer):
     def objective_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         objective = self.run.objective
         with self.autocast():
-            targets = objective.targets(batch)
+            targets = objective.forward_kwargs(batch)
             outputs = model(objective=objective, **targets)
         if not torch.isfinite(outputs.loss):
             self.raise_non_finite_loss(outputs.layer_losses, targets)
@@ -141,7 +141,7 @@ class StageTrainer(Trainer):
         labels, count = batch.get("labels", batch["input_ids"]), (next_labels(batch) != IGNORE_INDEX).sum()
         with torch.no_grad():
             with self.autocast():
-                text = self.run.objective.text(batch)
+                text = self.run.objective.training_batch(batch)
             loss = self.objective_loss(model, text)
             with self.autocast():
                 ce = model(

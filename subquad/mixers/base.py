@@ -89,9 +89,9 @@ class Mixer(nn.Module):
         """Initializes the parameters of the gates."""
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The op's inputs besides q, k and v, which are in `inputs`; may also replace q, k or v.
+        """Returns further inputs of the op, such as `log_decay`, computed from `x: [B, T, hidden]`.
 
-        Computed from `x: [B, T, hidden]`. Padding is masked afterwards.
+        `inputs` holds q, k and v; the returned dict may replace them. Padding is masked afterwards.
         """
         return {}
 

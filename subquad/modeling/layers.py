@@ -96,13 +96,13 @@ class NormedProjection(nn.Module):
 
     def __init__(self, projection: nn.Linear, head_dim: int, eps: float):
         super().__init__()
-        self.projection, self.norm = projection, HeadNorm(head_dim, eps).to(projection.weight)
+        self.projection, self.norm = projection, QKHeadNorm(head_dim, eps).to(projection.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.projection(x).unflatten(-1, (-1, len(self.norm.weight)))).flatten(-2)
 
 
-class HeadNorm(nn.Module):
+class QKHeadNorm(nn.Module):
     """RMS norm over the last axis, the channels of a head."""
 
     def __init__(self, head_dim: int, eps: float):

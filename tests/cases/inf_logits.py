@@ -1,7 +1,7 @@
 # -inf in a real head: a teacher with a bias of -inf on padded rows, in subquad's own stage 3
 from common import *
 
-from subquad.config import EndToEnd
+from subquad.config import EndToEndStage
 from subquad.distill.stage3_end_to_end import EndToEndDistillation
 
 t = tiny("phi", vocab_size=64, tie_word_embeddings=False)
@@ -12,8 +12,8 @@ ids = torch.randint(3, 61, (2, 14), generator=torch.Generator().manual_seed(3))
 
 def go():
     s = subquad.linearize(t, "gla")
-    o = EndToEndDistillation(t, EndToEnd(tokens=100, lr=1e-4))
-    out = s(objective=o, **o.targets({"input_ids": ids}))
+    o = EndToEndDistillation(t, EndToEndStage(tokens=100, lr=1e-4))
+    out = s(objective=o, **o.forward_kwargs({"input_ids": ids}))
     assert out.loss.isfinite(), float(out.loss)
 
 

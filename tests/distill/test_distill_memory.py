@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import sys, torch, subquad
 from benchmarks.common import peak_rss
-from subquad.config import EndToEnd, Matrix
+from subquad.config import EndToEndStage, MatrixStage
 from subquad.distill.stage1_matrix_mixing import MatrixMixing
 from subquad.distill.stage3_end_to_end import EndToEndDistillation
 torch.set_num_threads(2)
@@ -19,12 +19,12 @@ teacher.requires_grad_(False)
 teacher.model.layers, teacher.config.num_hidden_layers = teacher.model.layers[:layers], layers
 student = subquad.linearize(teacher, "gla")
 if stage == "matrix":
-    objective = MatrixMixing(teacher, Matrix(tokens=1, lr=1.0, row_chunk_size=128))
+    objective = MatrixMixing(teacher, MatrixStage(tokens=1, lr=1.0, row_chunk_size=128))
 else:
-    objective = EndToEndDistillation(teacher, EndToEnd(tokens=1, lr=1.0))
+    objective = EndToEndDistillation(teacher, EndToEndStage(tokens=1, lr=1.0))
 def step(length):
     ids = torch.randint(3, 4000, (1, length))
-    loss = student(objective=objective, **objective.targets({"input_ids": ids})).loss
+    loss = student(objective=objective, **objective.forward_kwargs({"input_ids": ids})).loss
     loss.backward()
     assert loss.isfinite()
     student.zero_grad()

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import subquad
 from subquad import mixers
-from subquad.config import EndToEnd, Hidden, Matrix
+from subquad.config import EndToEndStage, HiddenStage, MatrixStage
 from subquad.distill import stage1_matrix_mixing
 from subquad.distill.documents import document_slices, respects_document_boundaries
 from subquad.distill.recipe_stages import STAGE_NAMES
@@ -36,10 +36,10 @@ def teacher():
 
 def make_objective(stage, teacher, ids):
     if stage == "matrix":
-        return MatrixMixing(teacher, Matrix(tokens=1, lr=1.0))
+        return MatrixMixing(teacher, MatrixStage(tokens=1, lr=1.0))
     if stage == "hidden":
-        return HiddenAlignment(teacher, Hidden(tokens=1, lr=1.0), ids)
-    return EndToEndDistillation(teacher, EndToEnd(tokens=1, lr=1.0))
+        return HiddenAlignment(teacher, HiddenStage(tokens=1, lr=1.0), ids)
+    return EndToEndDistillation(teacher, EndToEndStage(tokens=1, lr=1.0))
 
 
 def copied_weights(model):
@@ -59,7 +59,7 @@ def test_stage_lowers_its_loss_and_trains_its_parameters_only(mixer, stage, teac
     optimizer = torch.optim.Adam(trained, lr=3e-3)
     losses = []
     for _ in range(12):
-        loss = student(objective=objective, **objective.targets({"input_ids": ids})).loss
+        loss = student(objective=objective, **objective.forward_kwargs({"input_ids": ids})).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -85,11 +85,11 @@ def test_stage_2_has_gradients_for_every_parameter_of_a_mixer(mixer, teacher):
     torch.manual_seed(2)
     ids = torch.randint(0, 64, (2, 24))
     student = subquad.linearize(teacher, mixer, scale_ids=ids).requires_grad_(True)
-    objective = HiddenAlignment(teacher, Hidden(tokens=1, lr=1.0), ids)
+    objective = HiddenAlignment(teacher, HiddenStage(tokens=1, lr=1.0), ids)
     with torch.no_grad():
         for parameter in objective.trained_parameters(student):
             parameter.add_(0.05 * torch.randn_like(parameter))
-    student(objective=objective, **objective.targets({"input_ids": ids})).loss.backward()
+    student(objective=objective, **objective.forward_kwargs({"input_ids": ids})).loss.backward()
     layers = student.mixer_layers
     assert not [n for layer in layers for n, p in layer.named_parameters() if p.grad is None or not p.grad.any()]
 
@@ -99,9 +99,9 @@ def test_layerwise_losses_of_a_softmax_copy_are_zero(teacher):
     student = subquad.linearize(teacher, "softmax").requires_grad_(True)
     for stage in ("matrix", "hidden"):
         objective = make_objective(stage, teacher, ids)
-        assert student(objective=objective, **objective.targets({"input_ids": ids})).loss.item() == pytest.approx(
-            0, abs=1e-6
-        )
+        assert student(
+            objective=objective, **objective.forward_kwargs({"input_ids": ids})
+        ).loss.item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("mixer", mixers.names())
@@ -110,9 +110,9 @@ def test_row_chunk_size_of_stage_1_has_no_effect(mixer, teacher):
     student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=ids).requires_grad_(True)
     results = []
     for row_chunk_size in (1024, 7):
-        objective = MatrixMixing(teacher, Matrix(tokens=1, lr=1.0, row_chunk_size=row_chunk_size))
+        objective = MatrixMixing(teacher, MatrixStage(tokens=1, lr=1.0, row_chunk_size=row_chunk_size))
         student.zero_grad()
-        loss = student(objective=objective, **objective.targets({"input_ids": ids})).loss
+        loss = student(objective=objective, **objective.forward_kwargs({"input_ids": ids})).loss
         loss.backward()
         results.append((loss.item(), [p.grad.clone() for p in objective.trained_parameters(student)]))
     (loss, grads), (chunked_loss, chunked_grads) = results
@@ -134,7 +134,7 @@ def test_loss_of_packed_documents_matches_separate_rows(mixer, stage, teacher):
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
         batch = {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
         with torch.no_grad():
-            return student(objective=objective, **objective.targets(batch)).loss.item(), objective.count_tokens(
+            return student(objective=objective, **objective.forward_kwargs(batch)).loss.item(), objective.count_tokens(
                 batch
             ).item()
 
@@ -164,7 +164,7 @@ def test_stage_3_of_a_student_whose_head_cannot_be_read(teacher):
 
     def loss():
         objective = make_objective("end_to_end", teacher, ids)
-        value = student(objective=objective, **objective.targets({"input_ids": ids})).loss
+        value = student(objective=objective, **objective.forward_kwargs({"input_ids": ids})).loss
         return value, objective.head_of(student)
 
     expected, head = loss()
@@ -184,7 +184,7 @@ def test_loss_of_a_batch_is_the_mean_of_its_rows(teacher):
         objective = make_objective(stage, teacher, ids)
 
         def loss(rows, objective=objective):
-            return student(objective=objective, **objective.targets({"input_ids": rows})).loss.item()
+            return student(objective=objective, **objective.forward_kwargs({"input_ids": rows})).loss.item()
 
         assert loss(ids) == pytest.approx((loss(ids[:1]) + 3 * loss(ids[1:])) / 4, rel=1e-4)
 
@@ -197,9 +197,9 @@ def test_stages_1_and_2_hold_the_activations_of_one_layer(options, teacher):
     deep, ids = LlamaForCausalLM(config).eval(), torch.randint(0, 64, (2, 24))
     student = subquad.linearize(deep, "gla", scale_ids=ids).requires_grad_(True)
     if stage == "matrix":
-        objective = MatrixMixing(deep, Matrix(tokens=1, lr=1.0))
+        objective = MatrixMixing(deep, MatrixStage(tokens=1, lr=1.0))
     else:
-        objective = HiddenAlignment(deep, Hidden(tokens=1, lr=1.0, **target), ids)
+        objective = HiddenAlignment(deep, HiddenStage(tokens=1, lr=1.0, **target), ids)
     layer_loss, alive, most = objective.layer_loss, [], []
 
     def spy(student, index, activations, *more):
@@ -208,7 +208,7 @@ def test_stages_1_and_2_hold_the_activations_of_one_layer(options, teacher):
         return layer_loss(student, index, activations, *more)
 
     objective.layer_loss = spy
-    student(objective=objective, **objective.targets({"input_ids": ids})).loss.backward()
+    student(objective=objective, **objective.forward_kwargs({"input_ids": ids})).loss.backward()
     assert len(most) == 6
     assert max(most) <= 2
 
@@ -228,7 +228,7 @@ def test_documents_are_located_once_a_batch(teacher, monkeypatch):
     batch = {"input_ids": torch.randint(0, 64, (2, 24)), "position_ids": torch.arange(12).repeat(2, 2)}
     student = subquad.linearize(teacher, "gla", scale_ids=batch["input_ids"])
     objective = make_objective("matrix", teacher, batch["input_ids"])
-    student(objective=objective, **objective.targets(batch)).loss.backward()
+    student(objective=objective, **objective.forward_kwargs(batch)).loss.backward()
     assert len(calls) == 1
 
 
@@ -242,10 +242,10 @@ def ending_teacher(teacher):
 
 def test_text_that_the_teacher_generates_can_end(ending_teacher):
     ids = torch.randint(0, 64, (16, 24), generator=torch.Generator().manual_seed(0))
-    stage = EndToEnd(tokens=1, lr=1.0, data="teacher_generated", prompt_fraction=0.25)
+    stage = EndToEndStage(tokens=1, lr=1.0, data="teacher_generated", prompt_fraction=0.25)
     objective = EndToEndDistillation(ending_teacher, stage)
     torch.manual_seed(0)
-    batch = objective.text({"input_ids": ids})
+    batch = objective.training_batch({"input_ids": ids})
     found, labels = batch["input_ids"], batch["labels"]
     assert found.shape == ids.shape
     assert torch.equal(found[:, :6], ids[:, :6])  # the prompt may hold ends
@@ -261,5 +261,5 @@ def test_text_that_the_teacher_generates_can_end(ending_teacher):
     losses = []
     for padding in (5, 40):
         text = {**batch, "input_ids": found.where(labels != -100, padding)}
-        losses.append(student(objective=objective, **objective.targets(text)).loss.item())
+        losses.append(student(objective=objective, **objective.forward_kwargs(text)).loss.item())
     assert losses[0] == losses[1]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from subquad.config import Hidden, load_recipe
+from subquad.config import HiddenStage, load_recipe
 from subquad.distill import trainer
 from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
@@ -100,7 +100,7 @@ def test_batch_size_must_be_a_multiple_of_the_processes():
 
 
 def hidden_stage(**values):
-    return Hidden(tokens=1, lr=1.0, **values)
+    return HiddenStage(tokens=1, lr=1.0, **values)
 
 
 @pytest.mark.parametrize("stage", STAGE_NAMES)
@@ -237,7 +237,7 @@ def test_options_of_stage_3(option, recipe_path, tmp_path):
 def test_micro_batches_are_weighted_by_the_text_that_the_teacher_generates(recipe_path, tmp_path, monkeypatch):
     counts, weights = [], []
 
-    def text(self, batch):
+    def training_batch(self, batch):
         end = 4 + 3 * len(counts)
         counts.append(end - 1)
         labels = batch["input_ids"].clone()
@@ -250,7 +250,7 @@ def test_micro_batches_are_weighted_by_the_text_that_the_teacher_generates(recip
         weights.append(self.loss_weights[0])
         return compute_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(EndToEndDistillation, "text", text, raising=False)
+    monkeypatch.setattr(EndToEndDistillation, "training_batch", training_batch)
     monkeypatch.setattr(trainer.StageTrainer, "compute_loss", spy)
     changes = ["data=teacher_generated", "micro_batch_size=1", "tokens=128"]
     train(recipe_path, tmp_path / "out", *only("end_to_end", *changes))
