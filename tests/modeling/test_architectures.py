@@ -247,7 +247,7 @@ def test_more_tokens_than_learned_positions_are_refused(model_type, tmp_path):
 def test_linearize_stays_within_few_learned_positions():
     teacher = build_teacher("gpt2", n_positions=20)
     assert subquad.linearize(teacher, "gla").config.max_learned_positions == 20
-    with pytest.raises(UserError, match="scale_ids or calibration_ids: got 21 tokens a row, expected at most 20"):
+    with pytest.raises(UserError, match="scale_ids or calibration_ids: got 21 tokens per row"):
         subquad.linearize(teacher, "gla", scale_ids=torch.ones(1, 21, dtype=torch.long))
 
 
