@@ -192,7 +192,7 @@ def test_validation_cross_entropy_hides_no_nan(ignored, ce, expected):
     stub = types.SimpleNamespace(
         _prepare_inputs=lambda batch: batch,
         objective_loss=lambda model, batch: torch.tensor(0.0),
-        run=types.SimpleNamespace(objective=types.SimpleNamespace(text=lambda batch: batch)),
+        run=types.SimpleNamespace(objective=types.SimpleNamespace(training_batch=lambda batch: batch)),
         autocast=contextlib.nullcontext,
         validation_ce=torch.zeros(2, dtype=torch.float64),
     )
