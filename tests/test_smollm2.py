@@ -22,7 +22,7 @@ def teacher():
     try:
         fetch_smollm2()
     except UserError as error:
-        pytest.skip(f"SmolLM2 is not to be had here: {error}")
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
     return subquad.load_teacher("smollm2-135m")
 
 
