@@ -115,7 +115,6 @@ class Data(Section):
 
 class Student(Section):
     SHORTHAND = "mixer"
-
     mixer: NonEmptyStr = "gated_deltanet"
     """The mixer that replaces attention in every layer; `subquad mixers` lists them."""
     copy_qkv: bool = True
