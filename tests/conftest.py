@@ -1,14 +1,14 @@
 """What every test shares: no Triton kernels bound without a GPU, one thread, and tiny random teachers."""
 
-# ruff: noqa: E402
-
 import sys
 
-# With fla importable, transformers binds its kernels at import, and they fail at the first call without a GPU.
-sys.modules["fla"] = None  # type: ignore[assignment]
+import torch
+
+# Without a GPU, transformers binds the kernels of fla at import where it can, and they fail at the first call.
+if not torch.cuda.is_available():
+    sys.modules["fla"] = None  # type: ignore[assignment]
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from tests.helpers.teachers import SIZES, tiny_teacher

@@ -154,7 +154,8 @@ class ConvTiles:
 
     def __iter__(self) -> Iterator[ConvTile]:
         B, _, D = self.x.shape
-        size = max(32, 2 * self.state.shape[1], TILE_ELEMENTS // max(1, B * D))
+        elements = TILE_ELEMENTS if self.x.device.type == "cpu" else self.x.numel()
+        size = max(32, 2 * self.state.shape[1], elements // max(1, B * D))
         for document, (start, end) in enumerate(itertools.pairwise(self.bounds.bounds)):
             states = slice(document, document + 1) if self.bounds.packed else slice(0, B)
             # An empty document has one empty tile, which returns its state unchanged.

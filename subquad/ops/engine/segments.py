@@ -20,6 +20,7 @@ MIN_CHUNK = 16  # in shorter chunks the rounding of the state at every chunk wou
 # slower); with fewer, dispatch dominates.
 SEGMENT_ELEMENTS = 1_000_000
 MIN_MATRICES, MAX_MATRICES = 8, 160
+DEVICE_FACTOR = 32  # an accelerator has no such cache, and a launch costs more
 
 
 class Segment(NamedTuple):
@@ -119,7 +120,7 @@ class VarlenPadding:
         B, T, H, K = q.shape
         self.positions: Tensor | None = None
         C = chunk_length(T, chunk_size)
-        matrices = count_matrices_per_segment(C, K, v.shape[-1])
+        matrices = count_matrices_per_segment(C, K, v.shape[-1]) * (1 if q.device.type == "cpu" else DEVICE_FACTOR)
         if cu_seqlens is None:
             self.layout = ChunkLayout(B, T, H, C, matrices)
             return
