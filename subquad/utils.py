@@ -46,10 +46,14 @@ def nearest(name: object, valid: Iterable[str]) -> str:
 
 @contextmanager
 def needs_extra(what: str, extra: str) -> Iterator[None]:
-    """For the imports in its block: UserError that names the extra of this package where a module is missing."""
+    """For the imports in its block: UserError that names the extra of this package where a module is missing.
+
+    A directory of a module's name, which Python imports as an empty package, counts as missing."""
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        if error.path is not None:  # the module was found and is broken
+            raise
         raise UserError(f'{what} needs {error.name}, which is missing; pip install "subquad[{extra}]"') from None
 
 

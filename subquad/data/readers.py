@@ -5,8 +5,6 @@ Any problem with a file is a `UserError` with the file's name and the position i
 
 import contextlib
 import gzip
-import importlib
-import importlib.util
 import io
 import json
 import lzma
@@ -18,7 +16,7 @@ from typing import IO, Any
 
 from subquad.data.chat import Conversation, replace_surrogates
 from subquad.data.sources import Source, suffix
-from subquad.utils import UserError
+from subquad.utils import UserError, needs_extra
 
 DOC_SEPARATOR = b"<|endoftext|>"
 PASSAGE_CHARACTERS = 20_000
@@ -45,14 +43,6 @@ def read(source: Source) -> Iterator[Document]:
             yield from _passages(path)
         else:
             yield "".join(_lines(path))
-
-
-def require(module: str, package: str, label: str) -> Any:
-    """Imports an optional package. UserError with the install command if it is missing."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:  # a directory of that name has no origin
-        raise UserError(f'{label}: needs the package {package}: `pip install "subquad[data]"`')
-    return importlib.import_module(module)
 
 
 # ---------------------------------------------------------------------- text
@@ -133,7 +123,8 @@ def _document(value: Any, source: Source, location: str) -> Document:
 
 
 def _parquet_rows(path: Path, source: Source) -> Iterator[Document]:
-    parquet = require("pyarrow.parquet", "pyarrow", str(path))
+    with needs_extra(str(path), "data"):
+        from pyarrow.parquet import ParquetFile
     number = 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(_damage_as_user_error(path, lambda: f"after row {number}"))
@@ -143,7 +134,7 @@ def _parquet_rows(path: Path, source: Source) -> Iterator[Document]:
             while chunk := file.read(CHUNK_BYTES):
                 uncompressed.write(chunk)
             file = uncompressed
-        table = parquet.ParquetFile(file)
+        table = ParquetFile(file)
         names = table.schema_arrow.names
         if source.column not in names:
             raise UserError(f"{path}: got the columns {names}, expected the column {source.column!r}")
@@ -158,9 +149,10 @@ def _parquet_rows(path: Path, source: Source) -> Iterator[Document]:
 
 
 def _hub_rows(source: Source) -> Iterator[Document]:
-    datasets = require("datasets", "datasets", source.label)
+    with needs_extra(source.label, "data"):
+        from datasets import load_dataset
     try:
-        rows = datasets.load_dataset(source.name, source.subset, split=source.split, streaming=source.streaming)
+        rows = load_dataset(source.name, source.subset, split=source.split, streaming=source.streaming)
         for number, record in enumerate(rows, start=1):
             if source.column not in record:
                 raise UserError(
@@ -211,11 +203,13 @@ class _Zstandard(io.RawIOBase):
     package's own reader takes for the end of the file."""
 
     def __init__(self, path: Path):
-        if importlib.util.find_spec("compression") is not None:  # Python 3.14
-            zstd = importlib.import_module("compression.zstd")
+        try:
+            from compression import zstd  # type: ignore[import-not-found, unused-ignore]  # Python 3.14
+
             self._new, self._error = zstd.ZstdDecompressor, zstd.ZstdError
-        else:
-            zstandard = require("zstandard", "zstandard", str(path))
+        except ModuleNotFoundError:
+            with needs_extra(str(path), "data"):
+                import zstandard
             self._new, self._error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
         self._file = path.open("rb")
         self._frame: Any = None

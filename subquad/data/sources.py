@@ -1,7 +1,6 @@
 """Sources of text: resolves the name in a recipe to files or to a dataset on the Hugging Face hub. Reads no text."""
 
 import hashlib
-import importlib.util
 import os
 import re
 import sys
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from subquad.config import Data, MixtureSource
 from subquad.data import stdlib
-from subquad.utils import UserError, nearest
+from subquad.utils import UserError, nearest, needs_extra
 
 STDLIB = "python-stdlib"
 TABLE_SUFFIXES = (".jsonl", ".parquet")
@@ -88,13 +87,10 @@ def resolve(name: str, key: str = "data.source", **settings: Any) -> Source:
         or name.startswith(".")
     ):
         raise UserError(f"{label}: no such file or directory{_nearest_file(path)}")
-    library = importlib.util.find_spec("datasets")
-    if library is None or library.origin is None:  # a directory of that name has no origin
-        close = nearest(name, [STDLIB])
-        hint = close if "did you mean" in close else f"; expected '{STDLIB}', a file, a directory or a hub id"
-        raise UserError(
-            f'{label}: no such file or directory, and hub datasets need `pip install "subquad[data]"`{hint}'
-        )
+    close = nearest(name, [STDLIB])
+    hint = close if "did you mean" in close else f"; expected '{STDLIB}', a file, a directory or a hub id."
+    with needs_extra(f"{label}: no such file or directory{hint} A dataset of the hub", "data"):
+        from datasets import load_dataset  # noqa: F401 (a directory of that name has none)
     return Source(name, "hub", key=key, **settings)
 
 

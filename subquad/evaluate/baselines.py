@@ -1,14 +1,13 @@
 """Cheap alternatives to a student, as baselines: the teacher in int8, and the teacher with a sliding window."""
 
 import copy
-import importlib.util
 
 import torch.nn as nn
 from transformers import PreTrainedModel
 
 from subquad.modeling.linearize import linearize
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.utils import UserError
+from subquad.utils import needs_extra
 
 SINKS = 4
 
@@ -19,10 +18,8 @@ def int8_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UserError: torchao is not installed.
     """
-    if importlib.util.find_spec("torchao") is None:
-        raise UserError("the teacher in int8 needs torchao; pip install 'subquad[eval]'")
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+    with needs_extra("the teacher in int8", "eval"):
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
     quantized = copy.deepcopy(teacher)
     head = quantized.get_output_embeddings()
     if head is not None:  # a tied head must not quantize the embedding

@@ -7,7 +7,6 @@ four formats (`FORMATS`), from which an lm-eval task with the usual prompt and m
 import functools
 import gzip
 import hashlib
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.evaluate.results import Result
 from subquad.evaluate.task_scores import TaskScores
-from subquad.utils import UserError, cache_dir, eval_mode, nearest, write_text_atomic
+from subquad.utils import UserError, cache_dir, eval_mode, nearest, needs_extra, write_text_atomic
 
 HUB_TASKS = (
     "lambada_openai",
@@ -210,8 +209,8 @@ def find_tasks(names: Sequence[str] | None, data: Path | None, include: Path | N
     Raises:
         UserError: a name that is neither a file in `data` nor a task of lm-eval; lm-eval is not installed.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("zero-shot tasks need lm-eval; pip install 'subquad[eval]'")
+    with needs_extra("suite zero-shot", "eval"):
+        import lm_eval  # noqa: F401
     local = {} if data is None else local_tasks(data)
     if names is None:
         return list(local.values()) if local else [Task(name) for name in HUB_TASKS]

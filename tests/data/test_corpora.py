@@ -182,11 +182,12 @@ def test_missing_sources_name_the_nearest_file(monkeypatch):
     assert "no such file or directory" in error_of("/no/such/folder/at/all")
     write("empty/picture.png", b"")
     assert error_of("empty").startswith("data.source 'empty': no text in this directory; expected files .txt, .jsonl,")
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    message = error_of("python-stdlb")
-    assert message.startswith("data.source 'python-stdlb': no such file or directory")
-    assert message.endswith("`pip install \"subquad[data]\"`; did you mean 'python-stdlib'?")
-    assert "`pip install \"subquad[data]\"`; expected 'python-stdlib', a file," in error_of("owner/name")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    missing = 'A dataset of the hub needs datasets, which is missing; pip install "subquad[data]"'
+    expected = f"data.source 'python-stdlb': no such file or directory; did you mean 'python-stdlib'? {missing}"
+    assert error_of("python-stdlb") == expected
+    expected = f"; expected 'python-stdlib', a file, a directory or a hub id. {missing}"
+    assert error_of("owner/name") == f"data.source 'owner/name': no such file or directory{expected}"
 
 
 def test_errors_are_raised_at_the_call():
@@ -265,5 +266,6 @@ def test_hub_data_set_by_subset_split_and_column():
 def test_a_directory_named_datasets_is_not_the_library(here, monkeypatch):
     write("site2/datasets/a.txt", PROSE)
     monkeypatch.setattr(sys, "path", [str(here / "site2")])
-    monkeypatch.delitem(sys.modules, "datasets", raising=False)
-    assert '`pip install "subquad[data]"`' in error_of("owner/name")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # so that what is imported here is removed afterwards
+    monkeypatch.delitem(sys.modules, "datasets")
+    assert 'needs datasets, which is missing; pip install "subquad[data]"' in error_of("owner/name")
