@@ -4,8 +4,14 @@ import sys
 
 import torch
 
-# Without a GPU, transformers binds the kernels of fla at import where it can, and they fail at the first call.
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # Trying all configurations of a kernel takes minutes; the first one serves a test.
+    from triton.runtime.autotuner import Autotuner
+
+    prune_configs = Autotuner.prune_configs
+    Autotuner.prune_configs = lambda self, kwargs: prune_configs(self, kwargs)[:1]  # type: ignore[method-assign]
+else:
+    # Where fla can be imported, transformers binds its kernels at import, and they fail at the first call.
     sys.modules["fla"] = None  # type: ignore[assignment]
 
 import pytest
