@@ -5,20 +5,22 @@ No weight is written to. Parts are replaced within a context and restored on exi
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.analysis.half_life import mean_log_decays
-from subquad.analysis.layer_access import LayerAccess
+from subquad.analysis.diagnostics import mean_log_decays
+from subquad.analysis.layer_access import LayerAccess, Sums, entries_replaced, sums_by_layer
+from subquad.evaluate.perplexity import token_sums
 from subquad.evaluate.results import Result
 from subquad.mixers import Mixer
 from subquad.mixers.gate_init import inverse_logsigmoid
+from subquad.modeling.attention.activations import LayerActivations
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.utils import UserError, eval_mode
 
@@ -28,20 +30,11 @@ Score = Callable[[PreTrainedModel, Tensor], float]
 BYPASS_SHARE = 0.9
 """Share of the score that a hybrid keeps without its mixers, above which a warning is logged."""
 
-_ABSENT = object()
 
-
-# ---------------------------------------------------------------------- scores
-
-
-@torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: Tensor) -> float:
     """The mean next-token loss on `rows: [N, T]` of token ids, in nats."""
-    total = 0.0
-    for ids in rows.to(model.device).split(max(1, 4096 // rows.shape[1])):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        total += F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    return total / rows[:, 1:].numel()
+    tokens, loss, *_ = token_sums(model, None, rows.split(max(1, 4096 // rows.shape[1]))).sum(0).tolist()
+    return loss / tokens
 
 
 def ablation_results(
@@ -68,23 +61,20 @@ def ablation_results(
         metric: the name of the score.
     """
     access = LayerAccess(model)
+    found: list[tuple[str, int | None, float]] = []
     with eval_mode(model):
-        intact = score(model, rows)
-        with zero_output(access.mixing_modules):
-            nothing = score(model, rows)
-        found: list[tuple[str, int | None, float]] = [("intact", None, intact)]
         for name, layer, ablation in available_ablations(access, rows, window):
             with ablation:
                 found.append((name, layer, score(model, rows)))
-        found.append(("without_mixing", None, nothing))
-    fields: dict[str, Any] = {"n": rows.numel(), "length": rows.shape[1]}
+    intact, nothing = found[0][-1], found[-1][-1]
     results = []
     for name, layer, value in found:
-        results.append(Result(name, metric, value, layer=layer, **fields))
+        make = partial(Result, name, layer=layer, n=rows.numel(), length=rows.shape[1])
+        results.append(make(metric, value))
         if intact == nothing:
             continue
         share = (value - nothing) / (intact - nothing)
-        results.append(Result(name, "share", share, layer=layer, **fields))
+        results.append(make("share", share))
         if name == "without_mixers" and share > BYPASS_SHARE:
             logger.warning(
                 "the hybrid bypasses its mixers: without them it keeps %.0f%% of what mixing contributes "
@@ -94,30 +84,30 @@ def ablation_results(
     return results
 
 
-def available_ablations(access: LayerAccess, rows: Tensor, window: int) -> Iterator[tuple[str, int | None, Any]]:
-    """The ablations of a model: name, layer if it is of one layer, context manager."""
+def available_ablations(
+    access: LayerAccess, rows: Tensor, window: int
+) -> Iterator[tuple[str, int | None, AbstractContextManager]]:
+    """The ablations of a model: name, layer if it is of one layer, context. The first removes nothing, the last all."""
+    yield "intact", None, ExitStack()
     for index, module in enumerate(access.mixing_modules):
         yield "without_layer", index, zero_output([module])
-    if access.root is access.model:  # a transformer
-        return
-    mixer_layers = [layer for layer in access.mixer_layers if isinstance(layer, MixerLayer)]
-    attention_layers = [layer for layer in access.mixer_layers if isinstance(layer, AttentionLayer)]
-    mixers = [layer.mixer for layer in mixer_layers]
-    if mixer_layers and attention_layers:
-        yield "without_mixers", None, zero_output(mixer_layers)
-        yield "without_attention", None, zero_output(attention_layers)
-    wide = [layer for layer in attention_layers if layer.window is None or layer.window > window]
-    if wide:
-        yield f"window_{window}", None, limited_window(wide, window)
-    if any(mixer.conv_weights() for mixer in mixers):
-        yield "without_short_conv", None, without_short_conv(mixers)
-    if any(mixer.options.output_gate != "none" for mixer in mixers):
-        yield "frozen_gate", None, frozen_gates(access.model, rows)
-    if any(mean is not None for mean in mean_log_decays(access.model, rows[:1])):
-        yield "frozen_decay", None, frozen_decays(access.model, rows)
-
-
-# ---------------------------------------------------------------------- ablations
+    if access.root is not access.model:  # a student
+        attention_layers = [layer for layer in access.mixer_layers if isinstance(layer, AttentionLayer)]
+        mixer_layers = [layer for layer in access.mixer_layers if isinstance(layer, MixerLayer)]
+        mixers = [layer.mixer for layer in mixer_layers]
+        if mixers and attention_layers:
+            yield "without_mixers", None, zero_output(mixer_layers)
+            yield "without_attention", None, zero_output(attention_layers)
+        wide = [layer for layer in attention_layers if layer.window is None or layer.window > window]
+        if wide:
+            yield f"window_{window}", None, limited_window(wide, window)
+        if any(mixer.conv_weights() for mixer in mixers):
+            yield "without_short_conv", None, without_short_conv(mixers)
+        if any(mixer.options.output_gate != "none" for mixer in mixers):
+            yield "frozen_gate", None, frozen_gates(access.model, rows)
+        if any(mean is not None for mean in mean_log_decays(access.model, rows[:1])):
+            yield "frozen_decay", None, frozen_decays(access.model, rows)
+    yield "without_mixing", None, zero_output(access.mixing_modules)
 
 
 @contextmanager
@@ -129,12 +119,10 @@ def zero_output(modules: Iterable[nn.Module]) -> Iterator[None]:
             return torch.zeros_like(output[0]), *output[1:]
         return torch.zeros_like(output)
 
-    hooks = [module.register_forward_hook(hook) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 @contextmanager
@@ -142,59 +130,48 @@ def limited_window(layers: Iterable[AttentionLayer], window: int) -> Iterator[No
     """Limits attention to the last `window` tokens, itself included, and its sinks."""
     if window < 1:
         raise UserError(f"window: got {window}, expected at least 1 token")
-    before = [(layer, layer.window) for layer in layers]
-    try:
-        for layer, own in before:
-            layer.window = window if own is None else min(own, window)
+    with ExitStack() as stack:
+        for layer in layers:
+            limit = window if layer.window is None else min(layer.window, window)
+            stack.enter_context(entries_replaced(layer.__dict__, {"window": limit}))
         yield
-    finally:
-        for layer, own in before:
-            layer.window = own
 
 
 @contextmanager
 def without_short_conv(mixers: Iterable[Mixer]) -> Iterator[None]:
     """Replaces the weights of short convolutions by the identity."""
-    weights = [(mixer, name, weight) for mixer in mixers for name, weight in mixer.conv_weights().items()]
-    try:
-        for mixer, name, weight in weights:
-            identity = torch.zeros_like(weight)
-            identity[:, -1] = 1.0
-            mixer._parameters[f"{name}_conv"] = nn.Parameter(identity, requires_grad=False)
+    with ExitStack() as stack:
+        for mixer in mixers:
+            for name, weight in mixer.conv_weights().items():
+                identity = torch.zeros_like(weight)
+                identity[:, -1] = 1.0
+                new = {f"{name}_conv": nn.Parameter(identity, requires_grad=False)}
+                stack.enter_context(entries_replaced(mixer._parameters, new))
         yield
-    finally:
-        for mixer, name, weight in weights:
-            mixer._parameters[f"{name}_conv"] = weight
 
 
 @contextmanager
 def frozen_gates(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
     """Replaces each output gate of a student by its mean over all tokens of `rows: [N, T]`, per channel."""
-    means = mean_gates(model, rows)
-    with ExitStack() as stack:
-        for mixer, mean in means:
-            stack.enter_context(method_replaced(mixer, "output_gate", _constant_gate(mean)))
-        yield
-
-
-@torch.no_grad()
-def mean_gates(model: PreTrainedModel, rows: Tensor) -> list[tuple[Mixer, Tensor]]:
-    """The mixers of a student that have an output gate, each with the gate's mean over all tokens, `[H, V]`."""
     access = LayerAccess(model)
-    sums: dict[int, Tensor] = {}
-    with eval_mode(model):
-        for ids in rows.split(1):
-            for index, recorded in enumerate(access.record(access.mixing_modules, ids)):
-                layer = access.mixer_layers[index]
-                gate = layer.mixer.output_gate(recorded.hidden_states) if isinstance(layer, MixerLayer) else None
-                if gate is not None:
-                    sums[index] = sums.get(index, 0.0) + gate.double().sum((0, 1))
-    means = []
-    for index, total in sums.items():
-        layer = access.mixer_layers[index]
-        assert isinstance(layer, MixerLayer)
-        means.append((layer.mixer, (total / rows.numel()).to(layer.mixer.o_proj.weight.dtype)))
-    return means
+    mixers = [layer.mixer if isinstance(layer, MixerLayer) else None for layer in access.mixer_layers]
+
+    def measure(index: int, recorded: LayerActivations) -> Iterator[Sums]:
+        mixer = mixers[index]
+        gate = None if mixer is None else mixer.output_gate(recorded.hidden_states)
+        if gate is not None:
+            yield {"gate": gate.double().sum((0, 1))}
+
+    def constant(mean: Tensor, x: Tensor) -> Tensor:
+        return mean.expand(*x.shape[:2], -1, -1)
+
+    sums = sums_by_layer(rows, measure, (access, access.mixing_modules))
+    with ExitStack() as stack:
+        for mixer, total in zip(mixers, sums, strict=True):
+            if mixer is not None and total:
+                mean = (total["gate"] / rows.numel()).to(mixer.o_proj.weight.dtype)
+                stack.enter_context(entries_replaced(mixer.__dict__, {"output_gate": partial(constant, mean)}))
+        yield
 
 
 @contextmanager
@@ -203,37 +180,17 @@ def frozen_decays(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
 
     Where the written key depends on the decay (MetaLA, HGRN2), the key keeps its own value.
     """
-    means = mean_log_decays(model, rows)
-    with ExitStack() as stack:
-        for layer, mean in zip(LayerAccess(model).mixer_layers, means, strict=True):
-            if isinstance(layer, MixerLayer) and mean is not None:
-                stack.enter_context(method_replaced(layer.mixer, "gates", _constant_decay(layer.mixer.gates, mean)))
-        yield
 
-
-def _constant_gate(mean: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: mean.expand(*x.shape[:2], -1, -1)
-
-
-def _constant_decay(gates: Callable[..., dict[str, Tensor]], mean: Tensor) -> Callable[..., dict[str, Tensor]]:
-    def constant(x: Tensor, op_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def constant(gates: Callable, mean: Tensor, x: Tensor, op_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         values = gates(x, op_inputs)
         name = "forget_gate" if "forget_gate" in values else "log_decay"
         value = inverse_logsigmoid(mean) if name == "forget_gate" else mean
         return {**values, name: value.to(values[name].dtype).expand_as(values[name])}
 
-    return constant
-
-
-@contextmanager
-def method_replaced(module: nn.Module, name: str, method: Callable) -> Iterator[None]:
-    """Replaces `module.name` by `method`."""
-    before = module.__dict__.get(name, _ABSENT)
-    module.__dict__[name] = method
-    try:
+    means = mean_log_decays(model, rows)
+    with ExitStack() as stack:
+        for layer, mean in zip(LayerAccess(model).mixer_layers, means, strict=True):
+            if isinstance(layer, MixerLayer) and mean is not None:
+                new = {"gates": partial(constant, layer.mixer.gates, mean)}
+                stack.enter_context(entries_replaced(layer.mixer.__dict__, new))
         yield
-    finally:
-        if before is _ABSENT:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before

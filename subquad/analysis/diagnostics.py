@@ -5,110 +5,85 @@ Matrices are computed in chunks of rows, one layer and one text at a time, so th
 docs/analysis.md defines the metrics.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import math
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.analysis.half_life import half_lives
-from subquad.analysis.hidden_states import hidden_state_results
-from subquad.analysis.layer_access import LayerAccess, layer_access_pair
-from subquad.analysis.layer_errors import layer_error_results
-from subquad.analysis.mixing_matrices import (
-    MatrixComparison,
-    MatrixPairs,
-    MatrixStats,
-    distance_bins,
-    normalized_abs_rows,
+from subquad.analysis.layer_access import (
+    LayerAccess,
+    Sums,
+    layer_access_pair,
+    layer_results,
+    run_on,
+    sums_by_layer,
 )
+from subquad.analysis.mixing_matrices import (
+    MatrixPairs,
+    chance_overlap,
+    comparison_statistics,
+    comparison_sums,
+    matrix_statistics,
+    matrix_sums,
+    normalized_abs_rows,
+    state_statistics,
+    state_sums,
+)
+from subquad.evaluate.perplexity import prediction_sums
 from subquad.evaluate.results import Result
+from subquad.mixers.norms import upcast
 from subquad.modeling.attention.activations import LayerActivations
+from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.utils import UserError, eval_mode
 
 CHUNK_ENTRIES = 2**22
 """Entries of a chunk of matrix rows over all heads: 34 MB in float64, of which a few exist at a time."""
 SAMPLE_TOKENS = 96
 """Size of sample matrices; entries of larger ones are too small to be seen."""
+MAX_HALF_LIFE = 2.0**30
+"""Tokens; the half-life of decays that are 1 up to rounding."""
 
 
 def diagnostics_results(
-    model: PreTrainedModel,
-    rows: Tensor,
-    teacher: PreTrainedModel | None = None,
-    top: int = 8,
-    row_chunk_size: int | None = None,
+    model: PreTrainedModel, rows: Tensor, teacher: PreTrainedModel | None = None, top: int = 8
 ) -> list[Result]:
     """All diagnostics of a student or transformer on texts `rows: [N, T]` of token ids without padding.
 
-    With a teacher also those that compare both. top, row_chunk_size: see `comparison_results`.
+    With a teacher also those that compare both. top: see `comparison_results`.
 
     Raises:
         UserError: attention that cannot be discovered; layers that do not correspond; texts that are too short.
     """
-    results = matrix_results(model, rows, row_chunk_size) + half_life_results(model, rows)
+    results = matrix_results(model, rows) + half_life_results(model, rows)
     if teacher is not None:
-        results += comparison_results(model, teacher, rows, top, row_chunk_size)
-        results += hidden_state_results(model, teacher, rows) + layer_error_results(model, teacher, rows)
+        results += comparison_results(model, teacher, rows, top) + hidden_state_results(model, teacher, rows)
+        results += output_error_results(model, teacher, rows) + swap_results(model, teacher, rows)
     return results
 
 
-@torch.no_grad()
-def matrix_results(model: PreTrainedModel, rows: Tensor, row_chunk_size: int | None = None) -> list[Result]:
-    """`entropy` (nats), `memory_length` (tokens) and `mass_0`, `mass_1`, `mass_2_3` ... (by distance) of each head, and
-    `diversity` of each layer. Results without head are means over heads, those without layer means over all."""
+# ---------------------------------------------------------------------- mixing matrices
+
+
+def matrix_results(model: PreTrainedModel, rows: Tensor) -> list[Result]:
+    """`entropy`, `memory_length` and `mass_...` of each head, and `diversity` of each layer (`matrix_statistics`)."""
     access = LayerAccess(model)
-    T = rows.shape[1]
-    heads = [layer.spec.num_heads for layer in access.mixer_layers]
-    stats = [MatrixStats(H, T, model.device) for H in heads]
-    with eval_mode(model):
-        for ids in rows.split(1):
-            for index, recorded in enumerate(access.record(access.mixing_modules, ids)):
-                for first, M in row_chunks(matrix_rows(access, index, recorded), heads[index], T, row_chunk_size):
-                    stats[index].add(M, first)
-    results = results_by_head("entropy", [s.entropy() for s in stats], T, rows.numel())
-    results += results_by_head("memory_length", [s.memory_length() for s in stats], T, rows.numel())
-    masses = [s.mass() for s in stats]
-    for low, high in distance_bins(T):
-        name = f"mass_{low}" if low == high else f"mass_{low}_{high}"
-        results += results_by_head(name, [mass[:, low : high + 1].sum(-1) for mass in masses], T, rows.numel())
-    diversity = [(index, value) for index, s in enumerate(stats) if (value := s.diversity()) is not None]
-    if diversity:
-        make = partial(Result, task="matrices", metric="diversity", length=T, n=rows.numel())
-        results.append(make(value=sum(value for _, value in diversity) / len(diversity)))
-        results += [make(value=value, layer=index) for index, value in diversity]
-    return results
+
+    def measure(index: int, recorded: LayerActivations) -> Iterator[Sums]:
+        for first, M in matrix_chunks(access.mixer_layers[index], recorded):
+            yield matrix_sums(M, first)
+
+    sums = sums_by_layer(rows, measure, (access, access.mixing_modules))
+    return layer_results("matrices", [matrix_statistics(layer) for layer in sums], rows.numel(), rows.shape[1])
 
 
-def half_life_results(model: PreTrainedModel, rows: Tensor) -> list[Result]:
-    """`half_life` (tokens): the median over the channels of each head; without head the median over a layer's heads;
-    without layer over all heads. Empty without decays."""
-    layers = [(i, h.view(len(h), -1).median(-1).values) for i, h in enumerate(half_lives(model, rows)) if h is not None]
-    make = partial(Result, task="decays", metric="half_life", n=rows.numel())
-    if not layers:
-        return []
-    results = [make(value=torch.cat([values for _, values in layers]).median().item())]
-    for index, values in layers:
-        results.append(make(value=values.median().item(), layer=index))
-        results += [make(value=value, layer=index, head=h) for h, value in enumerate(values.tolist())]
-    return results
+def comparison_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor, top: int = 8) -> list[Result]:
+    """`topk_mass_overlap`, `frobenius` and `row_cosine` (`comparison_statistics`) between the student's mixing matrix
+    and the teacher's attention, both on the teacher's input to the layer, and `topk_mass_overlap_chance`.
 
-
-@torch.no_grad()
-def comparison_results(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    rows: Tensor,
-    top: int = 8,
-    row_chunk_size: int | None = None,
-) -> list[Result]:
-    """`topk_mass_overlap`, `topk_mass_overlap_chance`, `frobenius` and `row_cosine` (see `MatrixComparison`) between
-    the student's mixing matrix and the teacher's attention, both on the teacher's input to the layer.
-
-    Args:
-        top: k of the top-k overlap.
-        row_chunk_size: rows of a matrix in memory at a time; default: about `CHUNK_ENTRIES` entries.
+    top: k of the top-k overlap.
 
     Raises:
         UserError: layers or heads that do not correspond; texts of at most `top` tokens.
@@ -116,71 +91,157 @@ def comparison_results(
     T = rows.shape[1]
     if not 0 < top < T:
         raise UserError(f"top: got {top} for texts of {T} tokens, expected 1 to {T - 1}")
-    student_layers, teacher_layers = layer_access_pair(student, teacher)
-    heads = [layer.spec.num_heads for layer in student_layers.mixer_layers]
-    layers = [MatrixComparison(H, top, student.device) for H in heads]
-    with eval_mode(student), eval_mode(teacher):
-        for ids in rows.split(1):
-            for index, recorded in enumerate(teacher_layers.record(teacher_layers.mixing_modules, ids)):
-                A = matrix_rows(teacher_layers, index, recorded)
-                student_rows = matrix_rows(student_layers, index, recorded)
-                for first, M in row_chunks(student_rows, heads[index], T, row_chunk_size):
-                    layers[index].add(M, A(slice(first, first + M.shape[1])), first)
-    n = rows.numel()
-    results = results_by_head("topk_mass_overlap", [c.topk_mass_overlap() for c in layers], T, n)
-    chance = layers[0].chance_overlap()
-    results.append(Result(task="matrices", metric="topk_mass_overlap_chance", value=chance, n=n, length=T))
-    results += results_by_head("frobenius", [c.frobenius() for c in layers], T, n)
-    return results + results_by_head("row_cosine", [c.row_cosine() for c in layers], T, n)
+    ours, theirs = layer_access_pair(student, teacher)
+
+    def measure(index: int, recorded: LayerActivations) -> Iterator[Sums]:
+        chunks = (matrix_chunks(access.mixer_layers[index], recorded) for access in (ours, theirs))
+        for (first, M), (_, A) in zip(*chunks, strict=True):
+            yield comparison_sums(M, A, first, top)
+
+    with eval_mode(student):
+        sums = sums_by_layer(rows, measure, (theirs, theirs.mixing_modules))
+    results = layer_results("matrices", [comparison_statistics(layer) for layer in sums], rows.numel(), T)
+    chance = chance_overlap(T, top)
+    return [*results, Result("matrices", "topk_mass_overlap_chance", chance, n=rows.numel(), length=T)]
 
 
-def matrix_rows(access: LayerAccess, index: int, recorded: LayerActivations) -> Callable[[slice], Tensor]:
-    """A function that computes a slice of rows, `[H, rows, T]`, of the mixing matrix of layer `index` on the recorded
-    inputs of one text."""
-    rows_of = access.mixer_layers[index].matrix_rows(*recorded.args, **recorded.kwargs)
-    return lambda rows: rows_of(rows)[0]
-
-
-def row_chunks(
-    matrix: Callable[[slice], Tensor], heads: int, T: int, row_chunk_size: int | None = None
-) -> Iterator[tuple[int, Tensor]]:
-    """All rows of a matrix in chunks `[H, rows, T]`, each with the index of its first row."""
-    size = row_chunk_size or max(16, CHUNK_ENTRIES // (heads * T))
+def matrix_chunks(layer: MixerLayer | AttentionLayer, recorded: LayerActivations) -> Iterator[tuple[int, Tensor]]:
+    """The mixing matrix of a layer on the recorded inputs of one text, in chunks of rows `[H, rows, T]`, each with the
+    index of its first row."""
+    T = recorded.hidden_states.shape[1]
+    size = max(1, CHUNK_ENTRIES // (layer.spec.num_heads * T))
+    matrix_rows = layer.matrix_rows(*recorded.args, **recorded.kwargs)
     for first in range(0, T, size):
-        yield first, matrix(slice(first, min(first + size, T)))
+        yield first, matrix_rows(slice(first, min(first + size, T)))[0]
 
 
 @torch.no_grad()
-def matrix_pair(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """The student's mixing matrix and the teacher's attention in one layer, `[H, T, T]` each, on the teacher's input.
-
-    ids: `[T]`. layer: negative layers count from the last.
-    """
-    pair = layer_access_pair(student, teacher)
-    teacher_layers = pair[1]
-    if not -len(teacher_layers) <= layer < len(teacher_layers):
-        raise UserError(f"layer: got {layer}, expected {-len(teacher_layers)} to {len(teacher_layers) - 1}")
-    with eval_mode(student), eval_mode(teacher):
-        recorded = teacher_layers.record([teacher_layers.mixing_modules[layer]], ids.view(1, -1))[0]
-        return tuple(matrix_rows(access, layer, recorded)(slice(None)) for access in pair)  # type: ignore[return-value]
-
-
 def sample_matrix_pairs(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> MatrixPairs:
-    """Matrices to look at: the first head of the first, a middle and the last layer on the first `SAMPLE_TOKENS` tokens
-    of `rows: [N, T]`. The choice is the same for all students of a teacher."""
-    last = len(LayerAccess(student)) - 1
+    """Matrices to look at, on the teacher's input: the first head of the first, a middle and the last layer on the
+    first `SAMPLE_TOKENS` tokens of `rows: [N, T]`. The choice is the same for all students of a teacher."""
+    ours, theirs = layer_access_pair(student, teacher)
+    last = len(theirs.paths) - 1
     pairs = {}
-    for layer in sorted({0, last // 2, last}):
-        M, A = matrix_pair(student, teacher, rows[0, :SAMPLE_TOKENS], layer)
-        pairs[layer, 0] = normalized_abs_rows(M[0]).cpu(), normalized_abs_rows(A[0]).cpu()
+    with eval_mode(student), eval_mode(teacher):
+        recorded = theirs.record(theirs.mixing_modules, rows[:1, :SAMPLE_TOKENS])
+        for index in sorted({0, last // 2, last}):
+            args, kwargs = recorded[index].args, recorded[index].kwargs
+            M, A = (access.mixer_layers[index].matrix(*args, **kwargs)[0, 0] for access in (ours, theirs))
+            pairs[index, 0] = normalized_abs_rows(M).cpu(), normalized_abs_rows(A).cpu()
     return pairs
 
 
-def results_by_head(metric: str, values: Sequence[Tensor], length: int, n: int) -> list[Result]:
-    """Results from `[H]` per layer: the mean over all (no layer, no head), then each layer's mean and its heads."""
-    make = partial(Result, task="matrices", metric=metric, length=length, n=n)
-    results = [make(value=torch.stack([v.double().mean() for v in values]).mean().item())]
-    for index, layer in enumerate(values):
-        results.append(make(value=layer.double().mean().item(), layer=index))
-        results += [make(value=value, layer=index, head=h) for h, value in enumerate(layer.tolist())]
-    return results
+# ---------------------------------------------------------------------- decays
+
+
+def find_log_decay(op_inputs: dict[str, Tensor]) -> Tensor | None:
+    """The log decay among an op's inputs, per head `[B, T, H]` or per channel `[B, T, H, K]`; None if it has none."""
+    if "forget_gate" in op_inputs:
+        return F.logsigmoid(upcast(op_inputs["forget_gate"]))
+    return op_inputs.get("log_decay")
+
+
+def mean_log_decays(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]:
+    """The mean log decay of each layer over all tokens of `rows: [N, T]`: `[H]` or `[H, K]`, float64; None for mixers
+    without a decay (linear attention, DeltaNet) and attention."""
+    access = LayerAccess(model)
+
+    def measure(index: int, recorded: LayerActivations) -> Iterator[Sums]:
+        layer = access.mixer_layers[index]
+        if isinstance(layer, MixerLayer):
+            x, positions = recorded.hidden_states, recorded.kwargs.get("position_embeddings")
+            log_decay = find_log_decay(layer.mixer.op_inputs(x, positions, None, None)[0])
+            if log_decay is not None:
+                yield {"log_decay": log_decay.double().sum((0, 1))}
+
+    sums = sums_by_layer(rows, measure, (access, access.mixing_modules))
+    return [layer["log_decay"] / rows.numel() if layer else None for layer in sums]
+
+
+def half_lives(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]:
+    """Half-lives in tokens of each layer on texts `rows: [N, T]`: `[H]`, or `[H, K]` for decays per channel.
+
+    n tokens after a write, its share of the state is exp(sum of g) with g <= 0 the log decays. The half-life is log 2
+    over the mean of -g.
+    """
+    return [
+        None if mean is None else (-math.log(2) / mean.clamp_max(-math.log(2) / MAX_HALF_LIFE))
+        for mean in mean_log_decays(model, rows)
+    ]
+
+
+def half_life_results(model: PreTrainedModel, rows: Tensor) -> list[Result]:
+    """`half_life` (tokens): the median over the channels of each head; without head the median over a layer's heads;
+    without layer over all heads. Empty without decays."""
+    layers = [
+        {} if layer is None else {"half_life": layer.view(len(layer), -1).median(-1).values}
+        for layer in half_lives(model, rows)
+    ]
+    return layer_results("decays", layers, rows.numel(), average=torch.median)
+
+
+# ---------------------------------------------------------------------- hidden states and layer errors
+
+
+def hidden_state_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Result]:
+    """`cka` and `cosine` (`state_statistics`) of the outputs of each decoder layer on texts `rows: [N, T]`, and their
+    means over layers. Each model runs by itself.
+
+    The first token of each text is left out, because its state is often large enough to dominate (arXiv 2402.17762).
+
+    Raises:
+        UserError: models whose layers do not correspond; texts of one token.
+    """
+    if rows.shape[1] < 2:
+        raise UserError(f"rows: got texts of {rows.shape[1]} token, expected at least 2 (the first is left out)")
+
+    def measure(_index: int, a: LayerActivations, b: LayerActivations) -> Iterator[Sums]:
+        yield state_sums(a.output[0, 1:], b.output[0, 1:].to(student.device))
+
+    pair = layer_access_pair(student, teacher)
+    sums = sums_by_layer(rows, measure, *((access, access.decoder_layers) for access in pair))
+    return layer_results("states", [state_statistics(layer) for layer in sums], rows[:, 1:].numel(), rows.shape[1])
+
+
+def output_error_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Result]:
+    """|student - teacher|^2 / |teacher|^2 of each layer's outputs on the teacher's inputs, summed over all tokens.
+
+    `mixer_error`: of the mixer against the attention; a mixer whose output is zero has 1.
+    `layer_error`: of the whole decoder layer, with residual stream and MLP.
+
+    The errors do not sum to the student's: in the student, a layer's input contains the errors of those before it.
+    """
+    ours, theirs = layer_access_pair(student, teacher)
+
+    def measure(index: int, attention: LayerActivations, layer: LayerActivations) -> Iterator[Sums]:
+        with ours.installed():
+            for metric, module, recorded in (
+                ("mixer_error", ours.mixing_modules[index], attention),
+                ("layer_error", ours.decoder_layers[index], layer),
+            ):
+                target = recorded.output.double()
+                error = (run_on(module, recorded).double() - target).square().sum()
+                yield {metric: error.cpu(), f"{metric} power": target.square().sum().cpu()}
+
+    with eval_mode(student):
+        sums = sums_by_layer(rows, measure, (theirs, theirs.mixing_modules), (theirs, theirs.decoder_layers))
+    errors = [{metric: s[metric] / s[f"{metric} power"] for metric in ("mixer_error", "layer_error")} for s in sums]
+    return layer_results("layer errors", errors, rows.numel(), rows.shape[1])
+
+
+@torch.no_grad()
+def swap_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Result]:
+    """The effect of replacing one decoder layer of the teacher by the student's, for each layer, in nats per token:
+    `swap_kl`, the KL divergence from the teacher's next-token distribution, and `swap_loss`, the increase in loss."""
+    ours, theirs = layer_access_pair(student, teacher)
+    totals = torch.zeros(len(ours.paths), 2, dtype=torch.float64)
+    with eval_mode(student), eval_mode(teacher):
+        for ids in rows.to(teacher.device).split(1):
+            unchanged = teacher(input_ids=ids, use_cache=False).logits[0, :-1]
+            for index, total in enumerate(totals):
+                with ours.installed(), theirs.with_layer(index, ours):
+                    swapped = teacher(input_ids=ids, use_cache=False).logits[0, :-1]
+                _, loss, _, teacher_loss, kl, _, _ = prediction_sums(swapped, unchanged, ids[0, 1:])
+                total += torch.stack([kl, loss - teacher_loss])
+    layers = [{"swap_kl": kl, "swap_loss": loss} for kl, loss in totals / rows[:, 1:].numel()]
+    return layer_results("layer errors", layers, rows.numel(), rows.shape[1])

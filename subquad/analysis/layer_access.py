@@ -1,21 +1,40 @@
-"""Access to the layers of a loaded model, teacher or student alike: mixing modules, decoder layers, their activations,
-and layers of one model in the place of another's.
+"""Access to the layers of a loaded model, teacher or student alike: their inputs and outputs, sums over texts and the
+results from these, and layers of one model in the place of another's.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subquad.evaluate.results import Result
 from subquad.modeling.attention.activations import LayerActivations, capture_activations, layer_path
 from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.attention.scores import replace_mask
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.utils import UserError
+from subquad.utils import UserError, eval_mode
+
+Sums = dict[str, Any]
+"""Tensors and numbers by name that can be added."""
+
+
+@contextmanager
+def entries_replaced(entries: dict[str, Any], new: Mapping[str, Any]) -> Iterator[None]:
+    """Replaces entries of a dict: attributes, parameters or submodules of a module."""
+    before = {name: entries[name] for name in new if name in entries}
+    entries.update(new)
+    try:
+        yield
+    finally:
+        for name in new.keys() - before.keys():
+            del entries[name]
+        entries.update(before)
 
 
 class LayerAccess:
@@ -31,19 +50,14 @@ class LayerAccess:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.root: nn.Module = model
-        self.paths: list[str]
         self.mixer_layers: Sequence[MixerLayer | AttentionLayer]
         if isinstance(model, SubquadForCausalLM):
-            self.root = model.base
+            self.root, self.mixer_layers = model.base, model.mixer_layers
             self.paths = [spec["path"] for spec in model.config.attention_specs]
-            self.mixer_layers = model.mixer_layers
         else:
             attention = discover_attention(model)
-            self.paths = [info.path for info in attention]
             self.mixer_layers = [AttentionLayer(info.module, info.spec, info.index) for info in attention]
-
-    def __len__(self) -> int:
-        return len(self.paths)
+            self.paths = [info.path for info in attention]
 
     @property
     def mixing_modules(self) -> list[nn.Module]:
@@ -54,46 +68,35 @@ class LayerAccess:
     def decoder_layers(self) -> list[nn.Module]:
         return [self.root.get_submodule(layer_path(path)) for path in self.paths]
 
-    def forward(self, input_ids: Tensor) -> None:
-        """Runs all layers on `input_ids: [B, T]` without padding."""
-        ids = input_ids.to(self.model.device)
-        if isinstance(self.model, SubquadForCausalLM):
-            self.model.last_hidden_state(ids)
-        else:
-            self.model.base_model(input_ids=ids, use_cache=False)
-
     @torch.no_grad()
     def record(self, modules: Sequence[nn.Module], input_ids: Tensor) -> list[LayerActivations]:
-        """The inputs and outputs of `modules` in one forward pass."""
+        """The inputs and outputs of `modules` in one forward pass on `input_ids: [B, T]` without padding."""
         recorded: dict[int, LayerActivations] = {}
+        ids = input_ids.to(self.model.device)
         with capture_activations([(module, None) for module in modules], recorded.__setitem__):
-            self.forward(input_ids)
+            if isinstance(self.model, SubquadForCausalLM):
+                self.model.last_hidden_state(ids)
+            else:
+                self.model.base_model(input_ids=ids, use_cache=False)
         return [recorded[index] for index in range(len(modules))]
+
+    def _replaced(self, path: str, module: nn.Module) -> AbstractContextManager:
+        parent, _, name = path.rpartition(".")
+        return entries_replaced(self.root.get_submodule(parent)._modules, {name: module})
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Puts `mixer_layers` into the model, and ignores attention masks: no padding, one document."""
-        before = self.mixing_modules
-        hooks = [layer.register_forward_pre_hook(_without_mask, with_kwargs=True) for layer in self.decoder_layers]
-        try:
-            for path, layer in zip(self.paths, self.mixer_layers, strict=True):
-                self.root.set_submodule(path, layer)
+        with ExitStack() as stack:
+            for layer in self.decoder_layers:
+                stack.enter_context(layer.register_forward_pre_hook(_without_mask, with_kwargs=True))
+            for path, mixer_layer in zip(self.paths, self.mixer_layers, strict=True):
+                stack.enter_context(self._replaced(path, mixer_layer))
             yield
-        finally:
-            for path, module in zip(self.paths, before, strict=True):
-                self.root.set_submodule(path, module)
-            for hook in hooks:
-                hook.remove()
 
-    @contextmanager
-    def with_layer(self, index: int, other: "LayerAccess") -> Iterator[None]:
+    def with_layer(self, index: int, other: "LayerAccess") -> AbstractContextManager:
         """Replaces decoder layer `index` by that of `other`, which must be `installed`."""
-        path, layer = layer_path(self.paths[index]), self.decoder_layers[index]
-        try:
-            self.root.set_submodule(path, other.decoder_layers[index])
-            yield
-        finally:
-            self.root.set_submodule(path, layer)
+        return self._replaced(layer_path(self.paths[index]), other.decoder_layers[index])
 
 
 def _without_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -102,20 +105,61 @@ def _without_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
 
 def run_on(module: nn.Module, recorded: LayerActivations) -> Tensor:
     """The output of `module`, a mixer layer or an installed decoder layer, on the recorded inputs of another module."""
-    args, kwargs = replace_mask(module, recorded.args, recorded.kwargs, None)
+    args, kwargs = _without_mask(module, recorded.args, recorded.kwargs)
     output = module(*args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 
 def layer_access_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[LayerAccess, LayerAccess]:
     """Access to both models. Raises UserError if their numbers of layers, heads or channels differ."""
-    pair = LayerAccess(student), LayerAccess(teacher)
-    if len(pair[0]) != len(pair[1]):
-        raise UserError(f"layers: the student has {len(pair[0])}, the teacher {len(pair[1])}; expected equally many")
-    for index, (a, b) in enumerate(zip(pair[0].mixer_layers, pair[1].mixer_layers, strict=True)):
+    ours, theirs = (LayerAccess(model).mixer_layers for model in (student, teacher))
+    if len(ours) != len(theirs):
+        raise UserError(f"layers: the student has {len(ours)}, the teacher {len(theirs)}; expected equally many")
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if (a.spec.num_heads, a.spec.hidden_size) != (b.spec.num_heads, b.spec.hidden_size):
             raise UserError(
                 f"layer {index}: the student has {a.spec.num_heads} heads and hidden size {a.spec.hidden_size}, the "
                 f"teacher {b.spec.num_heads} and {b.spec.hidden_size}; expected a student of this teacher"
             )
-    return pair
+    return LayerAccess(student), LayerAccess(teacher)
+
+
+@torch.no_grad()
+def sums_by_layer(
+    rows: Tensor, measure: Callable[..., Iterable[Sums]], *recorded: tuple[LayerAccess, Sequence[nn.Module]]
+) -> list[Sums]:
+    """For each layer the sums of what `measure` yields on all texts `rows: [N, T]`, one text at a time.
+
+    measure: is called with the number of a layer and its activations in each of `recorded`: one module per layer.
+    """
+    totals: list[Sums] = [{} for _ in recorded[0][1]]
+    with ExitStack() as stack:
+        for access, _ in recorded:
+            stack.enter_context(eval_mode(access.model))
+        for ids in rows.split(1):
+            by_layer = zip(*(access.record(modules, ids) for access, modules in recorded), strict=True)
+            for index, (total, activations) in enumerate(zip(totals, by_layer, strict=True)):
+                for sums in measure(index, *activations):
+                    total |= {name: total.get(name, 0) + value for name, value in sums.items()}
+    return totals
+
+
+def layer_results(
+    task: str,
+    layers: Sequence[Mapping[str, Tensor]],
+    n: int,
+    length: int | None = None,
+    average: Callable[[Tensor], Tensor] = torch.mean,
+) -> list[Result]:
+    """The results of metrics by layer, each `[H]` or one number: the average over all layers (a result without layer),
+    then each layer's average (without head) and its heads. Layers may lack a metric."""
+    results = []
+    for metric in dict.fromkeys(name for layer in layers for name in layer):
+        make = partial(Result, task, metric, n=n, length=length)
+        values = {index: layer[metric].double() for index, layer in enumerate(layers) if metric in layer}
+        results.append(make(average(torch.cat([value.flatten() for value in values.values()])).item()))
+        for index, value in values.items():
+            results.append(make(average(value).item(), layer=index))
+            heads = value.tolist() if value.dim() else []
+            results += [make(of_head, layer=index, head=head) for head, of_head in enumerate(heads)]
+    return results

@@ -14,8 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.analysis.diagnostics import sample_matrix_pairs
-from subquad.analysis.half_life import half_lives
+from subquad.analysis.diagnostics import half_lives, sample_matrix_pairs
 from subquad.analysis.mixing_matrices import MatrixPairs, normalized_abs_rows
 from subquad.analysis.plot_style import MIXER_STYLES, color, format_tick, save_figure
 from subquad.analysis.recall_tasks import TASKS

@@ -16,7 +16,7 @@ from subquad.analysis.ablations import (
     without_short_conv,
     zero_output,
 )
-from subquad.analysis.half_life import find_log_decay, mean_log_decays
+from subquad.analysis.diagnostics import find_log_decay, mean_log_decays
 from subquad.analysis.layer_access import LayerAccess
 from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError

@@ -9,21 +9,23 @@ import pytest
 import torch
 
 import subquad
+from subquad.analysis import diagnostics
 from subquad.analysis.diagnostics import (
     comparison_results,
     diagnostics_results,
     half_life_results,
-    matrix_pair,
+    half_lives,
+    hidden_state_results,
     matrix_results,
+    output_error_results,
+    sample_matrix_pairs,
+    swap_results,
 )
-from subquad.analysis.half_life import half_lives
-from subquad.analysis.hidden_states import hidden_state_results
 from subquad.analysis.layer_access import LayerAccess, layer_access_pair
-from subquad.analysis.layer_errors import layer_error_results, output_error_results, swap_results
 from subquad.evaluate.perplexity import compare
 from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError
-from tests.helpers.known_models import PREVIOUS, UNIFORM, known_heads, previous_and_uniform
+from tests.helpers.known_models import PREVIOUS, UNIFORM, known_heads, previous_and_uniform, previous_matrix
 
 TEXT = torch.arange(3, 15)[None]
 T = 24
@@ -60,13 +62,14 @@ def test_statistics_of_known_heads(known_model, rows):
     assert {row.n for row in found} == {2 * T}
 
 
-def test_matrix_pair_returns_the_matrices(known_model, rows):
+def test_sample_matrices_are_those_of_the_first_head(known_model, rows):
     student = subquad.linearize(known_model, "retnet", scale_ids=TEXT)
-    M, A = matrix_pair(student, known_model, rows[0], 1)
-    torch.testing.assert_close(A, known_heads(T), atol=1e-5, rtol=1e-5)
-    assert M.shape == A.shape
-    with pytest.raises(UserError, match="layer: got 2"):
-        matrix_pair(student, known_model, rows[0], 2)
+    pairs = sample_matrix_pairs(student, known_model, rows)
+    assert list(pairs) == [(0, 0), (1, 0)]
+    for M, A in pairs.values():
+        torch.testing.assert_close(A, previous_matrix(T), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(M.sum(-1), torch.ones(T))
+        assert not torch.allclose(M, A, atol=0.1)
 
 
 LAYER_TYPES = {
@@ -86,11 +89,10 @@ def test_model_compared_with_itself(make_teacher, rows, family, side):
     assert {row.value for row in select(found, metric="topk_mass_overlap")} == {1}
     assert {row.value for row in select(found, metric="frobenius")} == {0}
     assert {row.value for row in select(found, metric="cka")} == {1}
-    for metric, value in (("row_cosine", 1), ("cosine", 1), ("mixer_error", 0), ("layer_error", 0), ("swap_kl", 0)):
-        assert [row.value for row in select(found, metric=metric)] == pytest.approx(
-            [value] * len(select(found, metric=metric)), abs=1e-6
-        )
-        assert select(found, metric=metric)
+    for metric, expected in (("row_cosine", 1), ("cosine", 1), ("mixer_error", 0), ("layer_error", 0), ("swap_kl", 0)):
+        values = [row.value for row in select(found, metric=metric)]
+        assert values
+        assert values == pytest.approx([expected] * len(values), abs=1e-6)
 
 
 @pytest.mark.parametrize("family", LAYER_TYPES)
@@ -110,13 +112,14 @@ def test_student_differs_from_its_teacher(make_teacher, rows, family):
 
 
 @pytest.mark.parametrize("mixer", ["gla", "deltanet", "gated_deltanet", "mamba2", "xlstm", "metala"])
-def test_row_chunks_do_not_change_results(make_teacher, mixer):
+def test_row_chunks_do_not_change_results(make_teacher, mixer, monkeypatch):
     teacher = make_teacher("qwen2")
     student = subquad.linearize(teacher, mixer, scale_ids=TEXT)
     ids = torch.randint(3, 61, (1, 75), generator=torch.Generator().manual_seed(1))
     whole = comparison_results(student, teacher, ids) + matrix_results(student, ids)
     for size in (1, 7, 64):
-        parts = comparison_results(student, teacher, ids, row_chunk_size=size) + matrix_results(student, ids, size)
+        monkeypatch.setattr(diagnostics, "CHUNK_ENTRIES", size * student.mixer_layers[0].spec.num_heads * 75)
+        parts = comparison_results(student, teacher, ids) + matrix_results(student, ids)
         assert [(r.metric, r.layer, r.head) for r in parts] == [(r.metric, r.layer, r.head) for r in whole]
         assert [r.value for r in parts] == pytest.approx([r.value for r in whole], rel=2e-4, abs=2e-4)
 
@@ -151,12 +154,8 @@ def test_copied_projections_increase_overlap_and_cka():
 def test_half_life_equals_the_option(teacher, rows, mixer):
     student = subquad.linearize(teacher, mixer, half_life=12.0, scale_ids=TEXT)
     if mixer != "xlstm":  # its gate is not exactly constant
-        torch.testing.assert_close(
-            half_lives(student, rows)[1].float(),
-            torch.full_like(half_lives(student, rows)[1].float(), 12.0),
-            rtol=1e-4,
-            atol=0,
-        )
+        layer = half_lives(student, rows)[1]
+        torch.testing.assert_close(layer, torch.full_like(layer, 12), rtol=1e-4, atol=0)
     found = half_life_results(student, rows)
     assert select_one(found, layer=0, head=2).value == pytest.approx(12, rel=1e-4)
     assert select_one(found, layer=None).value == pytest.approx(12, rel=1e-4)
@@ -200,7 +199,7 @@ def test_no_half_life_without_decay(teacher, rows):
 
 def test_only_the_replaced_layer_has_an_error(teacher, rows):
     student = subquad.linearize(teacher, layer_types={"default": "attention", "1": "gla"}, scale_ids=TEXT)
-    found = layer_error_results(student, teacher, rows)
+    found = output_error_results(student, teacher, rows) + swap_results(student, teacher, rows)
     for metric in ("mixer_error", "layer_error", "swap_kl"):
         assert abs(select_one(found, metric=metric, layer=0).value) < 1e-6
         assert select_one(found, metric=metric, layer=1).value > 1e-2
