@@ -4,10 +4,10 @@ A single seed has no interval. No group is significantly best while its interval
 """
 
 import functools
-import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,7 @@ def group_by_seed(runs: Iterable[Run]) -> list[Group]:
     """Groups the runs whose recipes differ only in their seed."""
     by_recipe: dict[str, list[Run]] = {}
     for run in runs:
-        tree = run.recipe.model_dump(mode="json")
-        by_recipe.setdefault(json.dumps({**tree, "seed": None}, sort_keys=True), []).append(run)
+        by_recipe.setdefault(run.recipe.model_copy(update={"seed": 0}).digest(), []).append(run)
     recipes = [own[0].recipe.model_copy(update={"seed": 0}) for own in by_recipe.values()]
     return [
         Group(run_name(recipe, recipes), tuple(own)) for recipe, own in zip(recipes, by_recipe.values(), strict=True)
@@ -108,27 +107,21 @@ def group_labels(groups: Sequence[Group]) -> dict[str, str]:
         if len({other.copy_qkv for other in same_mixer}) > 1:
             parts.append("copied" if group.copy_qkv else "not copied")
         labels[group.name] = " ".join(parts)
-    for group in groups:
-        same_label = [other for other in groups if labels[other.name] == labels[group.name]]
-        if len(same_label) > 1:
-            labels.update({other.name: other.name for other in same_label})
-    return labels
+    counts = Counter(labels.values())
+    return {name: label if counts[label] == 1 else name for name, label in labels.items()}
 
 
 def best_group(groups: Sequence[Group], metric: str, lower_is_better: bool) -> Group | None:
     """The group with the best mean; None if no group has measured the metric."""
-    measured = [(mean.value, group) for group in groups if (mean := group.mean(metric)) is not None]
-    if not measured:
-        return None
-    choose: Callable[..., Any] = min if lower_is_better else max
-    return choose(measured, key=lambda pair: pair[0])[1]
+    values = {group.name: mean.value for group in groups if (mean := group.mean(metric)) is not None}
+    measured = [group for group in groups if group.name in values]
+    return min(measured, key=lambda group: values[group.name] * (1 if lower_is_better else -1), default=None)
 
 
 def significant_best(groups: Sequence[Group], metric: str, lower_is_better: bool) -> Group | None:
     """The best group if its interval is disjoint from those of all other groups, else None."""
     best = best_group(groups, metric, lower_is_better)
-    if best is None:
-        return None
-    mean = best.mean(metric)
-    others = [other for group in groups if group is not best and (other := group.mean(metric)) is not None]
-    return best if mean is not None and others and all(mean.intervals_disjoint(other) for other in others) else None
+    means = [(group, mean) for group in groups if (mean := group.mean(metric)) is not None]
+    own = next((mean for group, mean in means if group is best), None)
+    others = [mean for group, mean in means if group is not best]
+    return best if own is not None and others and all(own.intervals_disjoint(other) for other in others) else None

@@ -3,6 +3,7 @@
 Imports no torch at module level: a worker process starts its watchdog before it loads the heavy libraries.
 """
 
+import functools
 import logging
 import os
 import signal
@@ -12,8 +13,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
-from subquad.study.lock import StudyLock
-from subquad.study.runs import ERROR, Run
+from subquad.study.runs import Run, acquire
 from subquad.utils import quiet_libraries
 
 if TYPE_CHECKING:
@@ -23,41 +23,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class TeacherCache:
-    """Keeps the teacher that was used last in memory."""
+@functools.lru_cache(maxsize=1)
+def teacher_in_memory(reference: str) -> "ModelAndTokenizer":
+    """A process executes many runs and loads their teacher once."""
+    from subquad.modeling.teachers import load_teacher
 
-    def __init__(self) -> None:
-        self.loaded: dict[str, ModelAndTokenizer] = {}
-
-    def __getitem__(self, reference: str) -> "ModelAndTokenizer":
-        from subquad.modeling.teachers import load_teacher
-
-        if reference not in self.loaded:
-            self.loaded.clear()
-            self.loaded[reference] = load_teacher(reference)
-        return self.loaded[reference]
+    return load_teacher(reference)
 
 
-worker_teachers = TeacherCache()
-"""Of a worker process, which executes many runs."""
-
-
-def execute_run(run: Run, stage_cache: "StageCache", teachers: TeacherCache = worker_teachers) -> None:
+def execute_run(run: Run, stage_cache: "StageCache") -> None:
     """Runs to the end. An exception is written to `error.json` in the run's directory and not raised."""
     from subquad.distill.pipeline import distill
 
-    (run.directory / ERROR).unlink(missing_ok=True)
+    run.start()
     try:
-        distill(run.recipe, run.directory, teachers[run.recipe.teacher], stage_cache)
+        distill(run.recipe, run.directory, teacher_in_memory(run.recipe.teacher), stage_cache)
     except Exception as error:
         run.fail(type(error).__name__, str(error), traceback.format_exc())
         logger.warning("%s failed: %s", run.name, run.error_line())
 
 
-def start_worker(lock: StudyLock, parent: Connection, threads: int, variables: Mapping[str, str]) -> None:
+def execute_in_worker(run: Run, stage_cache: "StageCache") -> None:
+    """Waits for the worker of a killed study that is still executing the run: it may need seconds to exit."""
+    with acquire(run.directory.with_name(f".{run.name}.lock")):
+        execute_run(run, stage_cache)
+
+
+def start_worker(parent: Connection, threads: int, variables: Mapping[str, str]) -> None:
     """Prepares a worker process, which ends when the other end of `parent` closes.
 
-    lock: held as long as this process lives. variables: set in its environment.
+    variables: set in its environment.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its workers
     threading.Thread(target=exit_at_end_of, args=(parent,), daemon=True).start()

@@ -6,6 +6,7 @@ The state of the study is read from its directory. Running it again executes onl
 unfinished.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,30 +14,25 @@ from typing import Any
 
 from subquad.config import Recipe
 from subquad.data import check_data
-from subquad.distill.recipe_stages import stage_keys, stage_tokens
+from subquad.distill.recipe_stages import stage_keys
 from subquad.distill.stage_cache import StageCache
+from subquad.evaluate import command
+from subquad.evaluate.results import Result
+from subquad.evaluate.suites import settings_for
 from subquad.modeling.teachers import check_reference
-from subquad.study.eta import (
-    RemainingWork,
-    Speeds,
-    format_count,
-    format_duration,
-    measured_speeds,
-    remaining_seconds,
-    remaining_work,
-)
-from subquad.study.evaluation import check_suites, evaluate_study
-from subquad.study.local_engine import run_in_processes, run_sequentially
-from subquad.study.lock import StudyLock
-from subquad.study.progress import INTERVAL, ProgressReporter
-from subquad.study.results import run_results, write_results
-from subquad.study.runs import Run, all_runs, find_runs
-from subquad.study.scheduler import Scheduler
-from subquad.utils import UserError, nearest
+from subquad.study.engines import Scheduler, run_in_processes, run_sequentially
+from subquad.study.progress import remaining_table, repeated, run_outcome, status_line
+from subquad.study.ray_engine import import_ray, run_on_cluster
+from subquad.study.results import RESULTS, run_results, write_results
+from subquad.study.runs import Run, all_runs, find_runs, study_lock
+from subquad.utils import UserError, nearest, write_json_atomic
 
+logger = logging.getLogger(__name__)
 ENGINES = ("local", "ray")
 STAGE_CACHE = ".stages"
 """Directory of shared stages below the output."""
+INTERVAL = 30.0
+"""Seconds between status lines."""
 
 
 def run_study(
@@ -70,19 +66,24 @@ def run_study(
     output = Path(output)
     check(recipes, jobs, engine, suites)
     runs = find_runs(recipes, output)
-    with StudyLock(output) as lock:
+    with study_lock(output):
         stage_cache = shared_stages(runs, output)
-        scheduler = Scheduler((run for run in runs if run.state != "finished"), stage_cache)
-        progress = ProgressReporter(runs, stage_cache, lambda: running_runs(scheduler, engine), log, jobs, interval)
 
-        def on_change() -> None:
-            if progress.log_ended_runs():
-                write_results(output, runs)
+        def on_end(run: Run) -> None:
+            ended = len(runs) - len(scheduler.waiting) - len(scheduler.running)
+            log(f"[{ended}/{len(runs)}] {run_outcome(run)}")
+            write_results(output, runs)
 
+        scheduler = Scheduler(runs, stage_cache, on_end)
         write_results(output, runs)
         stage_cache.prune(needed_stage_keys(runs))
-        with progress.periodic_status():
-            run_all(scheduler, jobs, engine, lock, on_change)
+        with repeated(log, lambda: status_line(runs, list(scheduler.running), stage_cache, jobs), interval):
+            if engine == "ray":
+                run_on_cluster(scheduler, jobs)
+            elif jobs == 1:
+                run_sequentially(scheduler)
+            else:
+                run_in_processes(scheduler, jobs)
         stage_cache.prune(needed_stage_keys(runs))
         if suites:
             for name, reason in evaluate_study(runs, output, suites).items():
@@ -98,31 +99,38 @@ def check(recipes: Sequence[Recipe], jobs: int, engine: str, suites: Sequence[st
     if engine not in ENGINES:
         raise UserError(f"engine: got {engine!r}{nearest(engine, ENGINES)}")
     if engine == "ray":
-        from subquad.study.ray_engine import import_ray
-
         import_ray()
     if suites:
-        check_suites(suites)
+        settings_for(suites)
     for recipe in recipes:
         check_reference(recipe.teacher)
         check_data(recipe.data)
 
 
-def run_all(scheduler: Scheduler, jobs: int, engine: str, lock: StudyLock, on_change: Callable[[], None]) -> None:
-    if engine == "ray":
-        from subquad.study.ray_engine import run_on_cluster
+def evaluate_study(runs: Sequence[Run], output: Path, suites: Sequence[str]) -> dict[str, str]:
+    """Evaluates the finished students against their teacher, as `subquad eval` does, into `output`/evaluation, or with
+    several teachers or corpora into one directory for each.
 
-        run_on_cluster(scheduler, jobs, on_change)
-    elif jobs == 1:
-        run_sequentially(scheduler, on_change)
-    else:
-        run_in_processes(scheduler, jobs, lock, on_change)
-
-
-def running_runs(scheduler: Scheduler, engine: str) -> list[Run]:
-    """The runs that are being executed; of those submitted to Ray, the ones that Ray has started."""
-    runs = list(scheduler.running)
-    return [run for run in runs if run.state == "unfinished"] if engine == "ray" else runs
+    Existing results are reused. One student is in memory at a time. Returns the failed parts: name and reason.
+    """
+    by_teacher: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.state == "finished":
+            by_teacher.setdefault(f"{run.recipe.teacher} {run.recipe.data.model_dump_json()}", []).append(run)
+    failed = {}
+    for number, group in enumerate(by_teacher.values(), 1):
+        directory = output / ("evaluation" if number == 1 else f"evaluation-{number}")
+        teacher = group[0].recipe.teacher
+        logger.info("evaluating %d students against %s", len(group), teacher)
+        results: dict[tuple, Result] = {}
+        for run in group:  # the results of the teacher are cached, so it is evaluated once
+            report = command.run([str(run.directory)], teacher=teacher, suites=suites, output=str(directory))
+            failed.update(report.failed)
+            for result in report.results:
+                results.setdefault(result.key, result)
+            records = [result.as_dict() for result in results.values()]
+            write_json_atomic(directory / RESULTS, {**report.header, "results": records})
+    return failed
 
 
 def shared_stages(runs: Sequence[Run], output: Path) -> StageCache:
@@ -136,30 +144,6 @@ def needed_stage_keys(runs: Iterable[Run]) -> set[str]:
 
 def describe_remaining_work(recipes: Sequence[Recipe], output: str | os.PathLike, jobs: int = 1) -> str:
     """A table of the runs with their remaining tokens and estimated time. Changes nothing (`--dry-run`)."""
-    runs = find_runs(recipes, Path(output))
-    remaining = remaining_work(runs, shared_stages(runs, Path(output)))
-    speeds = measured_speeds(all_runs(Path(output)))
-    cells = [["run", "state", "tokens", "left", "expected"]]
-    for work in remaining:
-        seconds = work.seconds(speeds)
-        total, left = sum(stage_tokens(work.run.recipe).values()), sum(work.tokens.values())
-        time = "" if not left else "unknown" if seconds is None else format_duration(seconds)
-        cells.append([work.run.name, work.run.state, format_count(total), format_count(left) if left else "", time])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    to_do = sum(work.run.state != "finished" for work in remaining)
-    tokens = format_count(sum(sum(work.tokens.values()) for work in remaining))
-    summary = f"{len(runs)} runs, {to_do} to do, {tokens} tokens; {describe_time(remaining, speeds, jobs)}"
-    return "\n".join([*lines, "", summary])
-
-
-def describe_time(remaining: Sequence[RemainingWork], speeds: Speeds, jobs: int) -> str:
-    """The estimated time and the measurements behind it."""
-    seconds = remaining_seconds(remaining, speeds, jobs)
-    if seconds is None:
-        return "time unknown: no run in this directory has measured the speed of every stage"
-    if not seconds:
-        return "no training left"
-    guessed = any((work.run.recipe.student.name, stage) not in speeds for work in remaining for stage in work.tokens)
-    source = ", for some mixers at that of others" if guessed else ""
-    return f"about {format_duration(seconds)} of training at the speed measured in this directory{source}"
+    output = Path(output)
+    runs = find_runs(recipes, output)
+    return remaining_table(runs, all_runs(output), shared_stages(runs, output), jobs)

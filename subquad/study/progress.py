@@ -1,91 +1,144 @@
-"""Reports the progress of a study, one line at a time, from the files of its runs. Works the same for every engine."""
+"""Progress and remaining time of a study, read from the files of its runs. The same for every engine."""
 
 import contextlib
+import math
+import statistics
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
 
-from subquad.distill.recipe_stages import stage_tokens
+from tqdm import tqdm
+
+from subquad.distill.logging_callbacks import read_jsonl
+from subquad.distill.recipe_stages import stage_keys, stage_tokens
 from subquad.distill.stage_cache import StageCache
-from subquad.study.eta import (
-    format_count,
-    format_duration,
-    measured_speeds,
-    remaining_seconds,
-    remaining_work,
-    training_metrics,
-)
-from subquad.study.runs import Run
+from subquad.evaluate.table import text_table
+from subquad.study.runs import METRICS, Run
 
-INTERVAL = 30.0
-"""Seconds between status lines."""
 MAX_RUNS_SHOWN = 4
 """Running runs that a status line describes."""
 
 
-class ProgressReporter:
-    """Passes lines about the runs of a study to `log`. Runs that were finished before are only counted.
+class Remaining(NamedTuple):
+    """What a run has yet to train, without the stages that another run trains for it."""
 
-    running: returns the runs that are being executed.
+    tokens: int
+    seconds: float
+    """Estimated; infinite if the speed of a stage is unknown."""
+    guessed: bool
+    """Whether a speed is that of other mixers."""
+
+
+def training_metrics(run: Run) -> dict[str, dict[str, Any]]:
+    """The last line of the run's `metrics.jsonl` that reports a training step of each stage."""
+    lines = read_jsonl(run.directory / METRICS)
+    return {line["stage"]: line for line in lines if line.get("tokens_per_second")}
+
+
+def remaining_training(runs: Sequence[Run], measured: Sequence[Run], stage_cache: StageCache) -> list[Remaining]:
+    """The remaining work of each run, at the median speed of its mixer in the runs `measured`, or that of the others.
+
+    A shared stage counts for the first run that needs it.
     """
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for run in measured:
+        for stage, line in training_metrics(run).items():
+            values[stage, run.recipe.student.name].append(line["tokens_per_second"])
+    speeds = {key: statistics.median(own) for key, own in values.items()}
+    remaining, counted = [], set()
+    for run in runs:
+        left: dict[str, int] = {}
+        done, keys = training_metrics(run), stage_keys(run.recipe)
+        for stage, total in stage_tokens(run.recipe).items() if run.state != "finished" else ():
+            if keys[stage] not in counted and not stage_cache.has(keys[stage]):
+                left[stage] = max(0, total - (done[stage]["tokens"] if stage in done else 0))
+                counted |= {keys[stage]} & stage_cache.shared_keys
+        left = {stage: tokens for stage, tokens in left.items() if tokens}
+        seconds = 0.0
+        for stage, tokens in left.items():
+            others = [speed for (name, _), speed in speeds.items() if name == stage]
+            speed = speeds.get((stage, run.recipe.student.name)) or (statistics.median(others) if others else 0)
+            seconds += tokens / speed if speed else math.inf
+        guessed = any((stage, run.recipe.student.name) not in speeds for stage in left)
+        remaining.append(Remaining(sum(left.values()), seconds, guessed))
+    return remaining
 
-    def __init__(
-        self,
-        runs: Sequence[Run],
-        stage_cache: StageCache,
-        running: Callable[[], list[Run]],
-        log: Callable[[str], None],
-        jobs: int = 1,
-        interval: float = INTERVAL,
-    ):
-        self.runs, self.stage_cache, self.running, self.log = list(runs), stage_cache, running, log
-        self.jobs, self.interval = jobs, interval
-        self.ended = {run.name for run in runs if run.state == "finished"}
-        self.failed_before = {run.name for run in runs if run.state == "failed"}
 
-    @contextlib.contextmanager
-    def periodic_status(self) -> Iterator[None]:
-        """Logs a status line every `interval` seconds, from a thread."""
-        stop = threading.Event()
+def study_seconds(remaining: Sequence[Remaining], jobs: int) -> float:
+    """Estimated time to train all runs, `jobs` at a time; infinite if a speed is unknown."""
+    return max([sum(run.seconds for run in remaining) / jobs, *(run.seconds for run in remaining)], default=0.0)
 
-        def loop() -> None:
-            while not stop.wait(self.interval):
-                self.log(self.status_line())
 
-        thread = threading.Thread(target=loop, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+def format_time(seconds: float) -> str:
+    """`0:14:03`, `4 days, 4:48:00`; `unknown` if infinite."""
+    return "unknown" if math.isinf(seconds) else str(timedelta(seconds=round(seconds)))
 
-    def log_ended_runs(self) -> bool:
-        """Logs the runs that have ended since the last call; returns whether there are any."""
-        before = len(self.ended)
-        running = {run.name for run in self.running()}
-        self.failed_before -= running
-        for run in self.runs:
-            if run.name in self.ended or run.name in running or run.name in self.failed_before:
-                continue
-            if run.state in ("finished", "failed"):
-                self.ended.add(run.name)
-                self.log(f"[{len(self.ended)}/{len(self.runs)}] {run_outcome(run)}")
-        return len(self.ended) > before
 
-    def status_line(self) -> str:
-        """`3 of 12 done, 1 failed, 2 running (...); about 14 min of training left`"""
-        running = self.running()
-        names = {run.name for run in running}
-        states = [run.state for run in self.runs if run.name not in names]
-        parts = [f"{states.count('finished')} of {len(self.runs)} done"]
-        if states.count("failed"):
-            parts.append(f"{states.count('failed')} failed")
-        shown = "; ".join(run_progress(run) for run in running[:MAX_RUNS_SHOWN])
-        more = f"; and {len(running) - MAX_RUNS_SHOWN} more" if len(running) > MAX_RUNS_SHOWN else ""
-        parts.append(f"{len(running)} running" + (f" ({shown}{more})" if running else ""))
-        pending = [run for run in self.runs if run.name in names or run.state in ("new", "unfinished")]
-        seconds = remaining_seconds(remaining_work(pending, self.stage_cache), measured_speeds(self.runs), self.jobs)
-        return ", ".join(parts) + ("" if seconds is None else f"; about {format_duration(seconds)} of training left")
+def remaining_table(runs: Sequence[Run], measured: Sequence[Run], stage_cache: StageCache, jobs: int) -> str:
+    """A table of the runs with their remaining tokens and estimated time, at the speeds of the runs `measured`."""
+    remaining = remaining_training(runs, measured, stage_cache)
+    cells = [["run", "state", "tokens", "left", "expected"]]
+    for run, (tokens, seconds, _) in zip(runs, remaining, strict=True):
+        left = [tqdm.format_sizeof(tokens), format_time(seconds)] if tokens else ["", ""]
+        cells.append([run.name, run.state, tqdm.format_sizeof(sum(stage_tokens(run.recipe).values())), *left])
+    seconds = study_seconds(remaining, jobs)
+    if math.isinf(seconds):
+        time = "time unknown: no run in this directory has measured the speed of every stage"
+    elif not seconds:
+        time = "no training left"
+    else:
+        source = ", for some mixers at that of others" if any(run.guessed for run in remaining) else ""
+        time = f"about {format_time(seconds)} of training at the speed measured in this directory{source}"
+    to_do = sum(run.state != "finished" for run in runs)
+    tokens_left = tqdm.format_sizeof(sum(run.tokens for run in remaining))
+    return f"{text_table(cells)}\n\n{len(runs)} runs, {to_do} to do, {tokens_left} tokens; {time}"
+
+
+@contextlib.contextmanager
+def repeated(log: Callable[[str], None], line: Callable[[], str], interval: float) -> Iterator[None]:
+    """Logs `line()` every `interval` seconds, from a thread."""
+    stop = threading.Event()
+
+    def loop() -> None:
+        while not stop.wait(interval):
+            log(line())
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def status_line(runs: Sequence[Run], started: Sequence[Run], stage_cache: StageCache, jobs: int) -> str:
+    """`3 of 12 done, 1 failed, 2 running (...); about 0:14:03 of training left`
+
+    started: the runs that an engine has accepted; Ray executes some of them later.
+    """
+    running = [run for run in started if run.state == "unfinished"]
+    states = [run.state for run in runs]
+    parts = [f"{states.count('finished')} of {len(runs)} done"]
+    if states.count("failed"):
+        parts.append(f"{states.count('failed')} failed")
+    shown = [run_progress(run) for run in running[:MAX_RUNS_SHOWN]] + ["..."] * (len(running) > MAX_RUNS_SHOWN)
+    parts.append(f"{len(running)} running" + (f" ({'; '.join(shown)})" if running else ""))
+    pending = [run for run, state in zip(runs, states, strict=True) if state in ("new", "unfinished")]
+    seconds = study_seconds(remaining_training(pending, runs, stage_cache), jobs)
+    return ", ".join(parts) + ("" if math.isinf(seconds) else f"; about {format_time(seconds)} of training left")
+
+
+def run_progress(run: Run) -> str:
+    """`gla hidden 62%: loss 0.301, 812 tok/s`"""
+    metrics = training_metrics(run)
+    if not metrics:
+        return f"{run.name} starting"
+    stage, last = list(metrics.items())[-1]
+    share, speed = last["tokens"] / stage_tokens(run.recipe)[stage], tqdm.format_sizeof(last["tokens_per_second"])
+    return f"{run.name} {stage} {share:.0%}: loss {last['loss']:.3g}, {speed} tok/s"
 
 
 def run_outcome(run: Run) -> str:
@@ -96,17 +149,4 @@ def run_outcome(run: Run) -> str:
     return (
         f"{run.name}: perplexity {result['perplexity']:.2f} (teacher {result['teacher_perplexity']:.2f}), recovered "
         f"{result['recovered_share']:.1%}, {result['seconds']:.0f} s"
-    )
-
-
-def run_progress(run: Run) -> str:
-    """`gla hidden 62%: loss 0.301, 812 tok/s`"""
-    metrics = training_metrics(run)
-    if not metrics:
-        return f"{run.name} starting"
-    last = metrics[-1]
-    total = stage_tokens(run.recipe).get(last["stage"], 0)
-    share = f" {last['tokens'] / total:.0%}" if total else ""
-    return (
-        f"{run.name} {last['stage']}{share}: loss {last['loss']:.3g}, {format_count(last['tokens_per_second'])} tok/s"
     )

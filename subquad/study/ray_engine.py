@@ -6,14 +6,14 @@ directory.
 
 import importlib
 import os
-from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from subquad.distill.stage_cache import StageCache
+from subquad.study.engines import MAX_WORKER_EXITS, Scheduler
 from subquad.study.execute import execute_run
 from subquad.study.runs import Run
-from subquad.study.scheduler import MAX_WORKER_EXITS, Scheduler
 from subquad.utils import UserError, needs_extra, quiet_libraries
 
 FORWARDED_VARIABLES = ("SUBQUAD_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
@@ -24,19 +24,6 @@ def import_ray() -> Any:
     """Raises UserError if Ray is not installed."""
     with needs_extra("engine ray", "cluster"):
         return importlib.import_module("ray")
-
-
-def connect(ray: Any) -> None:
-    """Connects to the cluster at `RAY_ADDRESS`; if unset, starts a cluster on this machine."""
-    if not ray.is_initialized():
-        try:
-            ray.init(logging_level="ERROR", log_to_driver=False)
-        except ConnectionError as error:
-            address = os.environ.get("RAY_ADDRESS", "this machine")
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"RAY_ADDRESS: got {address}, expected the address of a running cluster ({reason})"
-            ) from None
 
 
 def resources_per_run(nodes: list[dict[str, Any]], jobs: int) -> dict[str, float]:
@@ -50,48 +37,42 @@ def resources_per_run(nodes: list[dict[str, Any]], jobs: int) -> dict[str, float
     return {"num_cpus": max(1, int(min(resources["CPU"] for resources in alive) // jobs))}
 
 
-def run_on_cluster(scheduler: Scheduler, jobs: int, on_change: Callable[[], None]) -> None:
-    """Submits every run that is not blocked to Ray. `jobs`: runs at once on a machine."""
+def run_on_cluster(scheduler: Scheduler, jobs: int) -> None:
+    """Submits every run that is not blocked to the cluster at `RAY_ADDRESS`; if unset, to one started on this machine.
+
+    jobs: runs at once on a machine.
+    """
     ray = import_ray()
-    connect(ray)
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False, ignore_reinit_error=True)
+    except ConnectionError as error:
+        address, reason = os.environ.get("RAY_ADDRESS", "this machine"), str(error).partition("\n")[0]
+        raise UserError(f"RAY_ADDRESS: got {address}, expected the address of a running cluster ({reason})") from None
     resources = resources_per_run(ray.nodes(), jobs)
-    remote = ray.remote(max_retries=MAX_WORKER_EXITS - 1, **resources)(execute_remotely)
     variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
-    context = (scheduler.stage_cache, Path.cwd(), variables, int(resources["num_cpus"]))
-    submitted: dict[Any, Run] = {}
+    remote = ray.remote(max_retries=MAX_WORKER_EXITS - 1, runtime_env={"env_vars": variables}, **resources)(
+        execute_remotely
+    )
+    submitted: dict[str, Any] = {}
+
+    def submit(_: int, run: Run) -> Future[None]:
+        submitted[run.name] = remote.remote(run, scheduler.stage_cache, Path.cwd(), int(resources["num_cpus"]))
+        return submitted[run.name].future()
+
     try:
-        while scheduler:
-            while (run := scheduler.next()) is not None:
-                submitted[remote.remote(run, *context)] = run
-                on_change()
-            # Ray announces the end of runs but not of shared stages, so blocked runs are checked every second.
-            ended, _ = ray.wait(list(submitted), timeout=1.0)
-            for reference in ended:
-                end_run(ray, scheduler, submitted.pop(reference), reference)
-                on_change()
+        scheduler.run_all(submit, len(scheduler.waiting))
     finally:
-        for reference in submitted:
-            ray.cancel(reference, force=True)
+        for run in scheduler.running:
+            ray.cancel(submitted[run.name], force=True)
 
 
-def end_run(ray: Any, scheduler: Scheduler, run: Run, reference: Any) -> None:
-    try:
-        ray.get(reference)
-    except Exception as error:  # raised by Ray: retries are exhausted, or the task could not start
-        run.fail(type(error).__name__, str(error))
-    scheduler.end(run)
-
-
-def execute_remotely(
-    run: Run, stage_cache: StageCache, directory: Path, variables: dict[str, str], threads: int
-) -> None:
+def execute_remotely(run: Run, stage_cache: StageCache, directory: Path, threads: int) -> None:
     """Executes a run in a Ray worker on any machine. `directory`: working directory of the study."""
     import torch
 
     output = directory / run.directory.parent
     if not directory.is_dir() or not output.is_dir():
         raise UserError(f"this machine cannot read {directory} and {output}; expected directories on a shared disk")
-    os.environ.update(variables)
     os.chdir(directory)
     quiet_libraries()
     if not torch.cuda.is_available():

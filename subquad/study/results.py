@@ -3,7 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from subquad.utils import UserError, run_info, write_json_atomic
 RESULTS, DATABASE = "results.json", "results.sqlite"
 TASK = "validation text"
 """Task of the results that every run measures at its end."""
-RUN_COLUMNS = (
-    "run", "digest", "state", "teacher", "mixer", "stages", "copy_qkv", "seed", "parameters", "tokens", "seconds",
-    "device", "commit_hash", "versions", "recipe", "error",
-)  # fmt: skip
-RESULT_FIELDS = tuple(field.name for field in fields(Result) if field.name != "model")
-RESULT_COLUMNS = ("run", "source", *RESULT_FIELDS)
-INTEGER_COLUMNS = ("copy_qkv", "seed", "parameters", "tokens", "n", "length", "batch", "layer", "head")
-REAL_COLUMNS = ("seconds", "value", "stderr", "low", "high", "depth")
+SCHEMA = """
+CREATE TABLE runs (
+    run TEXT PRIMARY KEY, digest TEXT, state TEXT, teacher TEXT, mixer TEXT, stages TEXT, copy_qkv INTEGER,
+    seed INTEGER, parameters INTEGER, tokens INTEGER, seconds REAL, device TEXT, commit_hash TEXT, versions TEXT,
+    recipe TEXT, error TEXT
+);
+CREATE TABLE results (
+    run TEXT, source TEXT, task TEXT, metric TEXT, value REAL, stderr REAL, low REAL, high REAL, n INTEGER,
+    length INTEGER, batch INTEGER, depth REAL, layer INTEGER, head INTEGER, teacher TEXT
+);
+"""
 
 
 def run_results(runs: Iterable[Run]) -> list[dict[str, Any]]:
@@ -38,50 +41,37 @@ def run_results(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 def write_results(output: Path, runs: Sequence[Run]) -> None:
     """Writes both files, each atomically."""
-    states = [{"run": run.name, "state": run.state, "error": full_error(run)} for run in runs]
+    states = [{"run": run.name, "state": run.state, "error": run.error_text()} for run in runs]
     recipes = [run.recipe.model_dump(mode="json") for run in runs]
     content = {**run_info(), "recipes": recipes, "runs": states, "results": run_results(runs)}
     write_json_atomic(output / RESULTS, content)
     write_database(output / DATABASE, runs, evaluation_results(output))
 
 
-def full_error(run: Run) -> str | None:
-    """The type and the complete message of a failed run."""
-    error = run.error()
-    return None if error is None else f"{error['type']}: {error['message']}"
-
-
 def write_database(path: Path, runs: Sequence[Run], evaluated: Sequence[Result]) -> None:
     """Writes the tables `runs`, one row for each run, and `results`, one row for each measured number."""
     unrelated = unrelated_runs(path.parent, runs)
-    records = [record for run in runs for record in result_records(run)]
+    measured = [row for run in runs for row in result_rows(run)]
     for result in evaluated:
         if result.model not in unrelated:
-            records.append((result.model, "evaluation", *(getattr(result, name) for name in RESULT_FIELDS)))
+            values = asdict(result)
+            measured.append({"run": values.pop("model"), "source": "evaluation", **values})
     partial = path.with_name(path.name + ".part")
     partial.unlink(missing_ok=True)
     with sqlite3.connect(partial) as database:
-        database.execute(f"CREATE TABLE runs ({_declare(RUN_COLUMNS)}, PRIMARY KEY (run))")
-        database.execute(f"CREATE TABLE results ({_declare(RESULT_COLUMNS)})")
-        database.executemany(_insert("runs", RUN_COLUMNS), [run_record(run) for run in runs])
-        database.executemany(_insert("results", RESULT_COLUMNS), records)
+        database.executescript(SCHEMA)
+        for table, rows in (("runs", map(run_row, runs)), ("results", measured)):
+            for row in rows:
+                columns, places = ", ".join(row), ", ".join("?" * len(row))
+                database.execute(f"INSERT INTO {table} ({columns}) VALUES ({places})", tuple(row.values()))
     database.close()
     partial.replace(path)
 
 
-def _declare(columns: Sequence[str]) -> str:
-    types = dict.fromkeys(INTEGER_COLUMNS, "INTEGER") | dict.fromkeys(REAL_COLUMNS, "REAL")
-    return ", ".join(f"{name} {types.get(name, 'TEXT')}" for name in columns)
-
-
-def _insert(table: str, columns: Sequence[str]) -> str:
-    return f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})"
-
-
-def run_record(run: Run) -> tuple[Any, ...]:
-    """The row of a run in the table `runs`."""
+def run_row(run: Run) -> dict[str, Any]:
+    """The row of a run in the table `runs`, by column."""
     recipe, info, result = run.recipe, run.info() or {}, run.result() or {}
-    values = {
+    return {
         "run": run.name,
         "digest": recipe.digest(),
         "state": run.state,
@@ -90,26 +80,24 @@ def run_record(run: Run) -> tuple[Any, ...]:
         "stages": ",".join(recipe_stages(recipe)),
         "copy_qkv": int(recipe.student.copy_qkv),
         "seed": recipe.seed,
-        "parameters": result.get("parameters"),
-        "tokens": result.get("tokens"),
-        "seconds": result.get("seconds"),
+        **{name: result.get(name) for name in ("parameters", "tokens", "seconds")},
         "device": info.get("device"),
         "commit_hash": info.get("commit"),
         "versions": json.dumps(info.get("versions")) if info else None,
         "recipe": json.dumps(recipe.model_dump(mode="json")),
-        "error": full_error(run),
+        "error": run.error_text(),
     }
-    return tuple(values[name] for name in RUN_COLUMNS)
 
 
-def result_records(run: Run) -> list[tuple[Any, ...]]:
-    """The rows of the table `results` that a finished run measured itself."""
-    records = []
-    for metric, value in (run.result() or {}).items():
-        if metric not in RUN_COLUMNS and isinstance(value, int | float) and not isinstance(value, bool):
-            values = {"task": TASK, "teacher": run.recipe.teacher, "metric": metric, "value": float(value)}
-            records.append((run.name, "run", *(values.get(name) for name in RESULT_FIELDS)))
-    return records
+def result_rows(run: Run) -> list[dict[str, Any]]:
+    """The rows of the table `results` that a finished run measured itself: the numbers that `runs` does not have."""
+    common = {"run": run.name, "source": "run", "task": TASK, "teacher": run.recipe.teacher}
+    in_runs = run_row(run)
+    return [
+        {**common, "metric": metric, "value": float(value)}
+        for metric, value in (run.result() or {}).items()
+        if metric not in in_runs and isinstance(value, int | float) and not isinstance(value, bool)
+    ]
 
 
 # ---------------------------------------------------------------------- reading
@@ -129,8 +117,7 @@ def saved_matrices(output: Path) -> dict[str, MatrixPairs]:
     """The saved mixing matrices of student and teacher, by the name of the run."""
     matrices = {}
     for path in sorted(output.glob(f"evaluation*/{MATRICES}/*.json")):
-        content = read_json(path)
-        if content is not None:
+        if (content := read_json(path)) is not None:
             matrices[path.stem] = unpack_pairs(content["heads"])
     return matrices
 

@@ -1,19 +1,28 @@
 """The runs of a study as directories. A run is identified by the `recipe.yaml` in its directory, not by its name.
 
-Reads directories; trains nothing.
+Reads and locks directories; trains nothing.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from subquad.config import Recipe, load_recipe, run_name
 from subquad.utils import UserError, write_json_atomic, write_text_atomic
 
+logger = logging.getLogger(__name__)
 State = Literal["finished", "failed", "unfinished", "new"]
 RECIPE, RESULT, ERROR, METRICS = "recipe.yaml", "result.json", "error.json", "metrics.jsonl"
+LOCK_TIMEOUT = 5.0
+"""Seconds to wait for a killed study to exit."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +58,25 @@ class Run:
         """`type`, `message` and `traceback` of a failed run."""
         return None if self.state == "finished" else read_json(self.directory / ERROR)
 
-    def error_line(self) -> str | None:
-        """The type and the first line of the message of a failed run."""
+    def error_text(self) -> str | None:
+        """The type and the message of a failed run."""
         error = self.error()
-        return None if error is None else f"{error['type']}: {str(error['message']).partition(chr(10))[0]}"
+        return None if error is None else f"{error['type']}: {error['message']}"
 
-    def fail(self, error_type: str, message: str, traceback: str = "") -> None:
-        """Writes `error.json` to the run's directory."""
+    def error_line(self) -> str:
+        """The type and the first line of the message of a failed run."""
+        return (self.error_text() or "").partition("\n")[0]
+
+    def start(self) -> None:
+        """Makes the state `unfinished`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if not (self.directory / RECIPE).exists():
             write_text_atomic(self.directory / RECIPE, self.recipe.to_yaml())
+        (self.directory / ERROR).unlink(missing_ok=True)
+
+    def fail(self, error_type: str, message: str, traceback: str = "") -> None:
+        """Writes `error.json` to the run's directory."""
+        self.start()
         write_json_atomic(self.directory / ERROR, {"type": error_type, "message": message, "traceback": traceback})
 
 
@@ -95,22 +113,51 @@ def find_runs(recipes: Sequence[Recipe], output: Path) -> list[Run]:
     return runs
 
 
-def run_directories(output: Path) -> set[str]:
-    """Names of all run directories below `output`, including those of recipes that the study no longer contains."""
-    return {path.parent.name for path in output.glob(f"*/{RECIPE}")}
-
-
 def all_runs(output: Path) -> list[Run]:
     """The runs of all run directories below `output` whose recipe this version can read."""
     runs = []
-    for name in sorted(run_directories(output)):
-        try:
-            runs.append(Run(load_recipe(output / name / RECIPE), output / name))
-        except UserError:
-            continue
+    for path in sorted(output.glob(f"*/{RECIPE}")):
+        with contextlib.suppress(UserError):
+            runs.append(Run(load_recipe(path), path.parent))
     return runs
 
 
 def unrelated_runs(output: Path, runs: Sequence[Run]) -> set[str]:
-    """Names of run directories below `output` that do not belong to `runs`."""
-    return run_directories(output) - {run.name for run in runs}
+    """Names of run directories below `output` that do not belong to `runs`, of recipes that the study had before."""
+    return {path.parent.name for path in output.glob(f"*/{RECIPE}")} - {run.name for run in runs}
+
+
+# ---------------------------------------------------------------------- locks
+
+
+@contextlib.contextmanager
+def study_lock(directory: Path) -> Iterator[None]:
+    """Allows one study at a time in `directory`.
+
+    Raises:
+        UserError: another study is running there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    owner = directory / ".owner"
+    try:
+        held = acquire(directory / ".lock", LOCK_TIMEOUT)
+    except Timeout:
+        process = owner.read_text().strip() if owner.exists() else "unknown"
+        raise UserError(
+            f"output: another study (process {process}) is running in {str(directory)!r}; wait until it ends, or use "
+            "another directory"
+        ) from None
+    with held:
+        owner.write_text(f"{os.getpid()}\n")
+        yield
+
+
+def acquire(path: Path, timeout: float = -1) -> AbstractContextManager[object]:
+    """Locks `path` until the end of a `with` block; Timeout if another process keeps it for `timeout` seconds."""
+    try:
+        return FileLock(path).acquire(timeout)
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        logger.warning("this file system has no locks (%s); make sure that only one study uses this directory", error)
+        return contextlib.nullcontext()

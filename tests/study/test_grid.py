@@ -20,10 +20,9 @@ from subquad.distill.stage_cache import StageCache
 from subquad.evaluate import command
 from subquad.evaluate.runner import ResultCache
 from subquad.modeling import teachers
-from subquad.study import local_engine, lock
+from subquad.study import engines, runs
 from subquad.study.grid import describe_remaining_work, run_study
-from subquad.study.lock import StudyLock
-from subquad.study.runs import find_runs
+from subquad.study.runs import find_runs, study_lock
 from subquad.study.table import format_study
 from subquad.utils import UserError
 
@@ -202,8 +201,8 @@ def test_dry_run_lists_tokens_and_does_not_invent_a_time(study_recipe, tmp_path,
     out = capsys.readouterr().out
     assert not (tmp_path / "s").exists()
     # Both runs need matrix (512 tokens) and hidden (768 tokens), which are trained once.
-    assert "2 runs, 2 to do, 2k tokens; time unknown" in out
-    assert [line.split()[-2:] for line in out.splitlines()[1:3]] == [["1k", "unknown"], ["192", "unknown"]]
+    assert "2 runs, 2 to do, 1.60k tokens; time unknown" in out
+    assert [line.split()[-2:] for line in out.splitlines()[2:4]] == [["1.41k", "unknown"], ["192", "unknown"]]
     recipes = load_study(study_recipe, [TWO_LAST_STAGES])
     run_study(recipes[:1], tmp_path / "s")
     description = describe_remaining_work(recipes, tmp_path / "s")
@@ -243,25 +242,25 @@ def test_every_run_reports_to_tensorboard(study_recipe, tmp_path):
 HOLD_LOCK = """
 import sys, time
 from pathlib import Path
-from subquad.study.lock import StudyLock
-with StudyLock(Path(sys.argv[1])):
+from subquad.study.runs import study_lock
+with study_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
 
 
 def test_a_locked_directory_is_refused_until_its_owner_is_killed(study_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "TIMEOUT", 0.3)
+    monkeypatch.setattr(runs, "LOCK_TIMEOUT", 0.3)
     owner = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert owner.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"process {owner.pid}"):
             run_study(load_study(study_recipe), tmp_path)
-        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", ".owner"]
     finally:
         owner.kill()
         owner.wait()
-    with StudyLock(tmp_path):
+    with study_lock(tmp_path):
         pass
 
 
@@ -283,7 +282,7 @@ def test_an_interrupted_study_continues(study_recipe, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(local_engine, "execute_run", interrupt)
+        patch.setattr(engines, "execute_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_study(recipes, tmp_path)
     assert "no run is finished yet" in format_study(find_runs(recipes, tmp_path))

@@ -2,17 +2,18 @@
 
 import multiprocessing
 import os
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from subquad.config import load_study
-from subquad.study import local_engine
+from subquad.study import engines
+from subquad.study.engines import MAX_WORKER_EXITS, Scheduler
 from subquad.study.grid import run_study, shared_stages
 from subquad.study.ray_engine import resources_per_run
 from subquad.study.runs import find_runs
-from subquad.study.scheduler import MAX_WORKER_EXITS, Scheduler
 from subquad.utils import UserError
 
 TWO_LAST_STAGES = "stages.end_to_end=[{tokens: 128, lr: 1e-3, batch_size: 2}, {tokens: 192, lr: 1e-3, batch_size: 2}]"
@@ -40,7 +41,7 @@ def test_a_run_fails_after_repeated_worker_exits(study_recipe, tmp_path):
     scheduler = Scheduler([run], shared_stages([run], tmp_path))
     for _ in range(MAX_WORKER_EXITS):
         assert scheduler.next() is run
-        scheduler.on_worker_exit(run, "by signal 9")
+        scheduler.end(run, BrokenProcessPool("by signal 9"))
     assert not scheduler
     assert run.state == "failed"
     assert "by signal 9" in run.error()["message"]
@@ -49,9 +50,9 @@ def test_a_run_fails_after_repeated_worker_exits(study_recipe, tmp_path):
 def test_cores_are_divided_among_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert [local_engine.threads_per_worker(jobs) for jobs in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert [engines.threads_per_worker(jobs) for jobs in (1, 2, 3, 16)] == [8, 4, 2, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert local_engine.threads_per_worker(2) == 2
+    assert engines.threads_per_worker(2) == 2
 
 
 def test_resources_of_a_run_on_a_cluster():
@@ -75,7 +76,7 @@ def test_parallel_runs_with_a_killed_worker_match_sequential_runs(study_recipe, 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     expected = run_study(recipes, tmp_path / "sequential")
     workers, killed = set(), []
-    wait = local_engine.wait
+    wait = engines.wait
 
     def killing_wait(futures, timeout=None, **options):
         workers.update(multiprocessing.active_children())
@@ -84,7 +85,7 @@ def test_parallel_runs_with_a_killed_worker_match_sequential_runs(study_recipe, 
             killed[0].kill()
         return wait(futures, 0.05, **options)
 
-    monkeypatch.setattr(local_engine, "wait", killing_wait)
+    monkeypatch.setattr(engines, "wait", killing_wait)
     results = run_study(recipes, tmp_path / "parallel", jobs=2)
     assert killed
     assert len(workers) == 3
