@@ -21,7 +21,7 @@ from subquad.ops.checks import any_requires_grad
 
 BACKENDS = ("auto", "torch", "fla")
 BACKEND_VARIABLE = "SUBQUAD_BACKEND"
-MAX_HEAD_SIZE = 256  # of fla's chunk kernels
+MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 256  # of fla's chunk kernels
 
 logger = logging.getLogger("subquad.ops")
 
@@ -57,11 +57,20 @@ def unsupported_reason(op: str, q: Tensor, v: Tensor, beta: Tensor | None, gradi
         return "fla does not compute in float64"
     if q.shape[1] == 0:
         return "fla does not support empty sequences"
-    if op == "chunk" and max(q.shape[-1], v.shape[-1]) > MAX_HEAD_SIZE:
-        return f"fla's chunk kernels support heads of at most {MAX_HEAD_SIZE}"
+    if op == "chunk" and not all(MIN_HEAD_SIZE <= x.shape[-1] <= MAX_HEAD_SIZE for x in (q, v)):
+        return f"fla's chunk kernels support heads of {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE}"
     if op == "step" and beta is not None and gradients:
         return "fla's token-by-token delta-rule kernels have no backward pass"
     return None
+
+
+@functools.lru_cache
+def refuses_scalar_decay() -> bool:
+    """Whether `fla` refuses the backward pass of a decay per head, which Triton 3.4 to 3.7.0 compiles wrongly for
+    Hopper; its own replacement needs tilelang."""
+    utils = importlib.import_module("fla.utils")
+    wrong = utils.IS_NVIDIA_HOPPER and utils.TRITON_ABOVE_3_4_0 and not utils.TRITON_ABOVE_3_7_1
+    return wrong and importlib.util.find_spec("tilelang") is None
 
 
 @functools.lru_cache
@@ -85,6 +94,8 @@ def run_kernel(
     if (reason := unsupported_reason(op, q, v, beta, gradients)) is not None:
         warn_once(op, reason)
         return None
+    if op == "chunk" and gradients and (log_decay is not None or beta is not None) and refuses_scalar_decay():
+        log_decay = _per_channel(log_decay, k)
     family, decay_name = _kernel(log_decay, beta, op)
     arguments: dict = {"scale": scale, "initial_state": initial_state, "output_final_state": True}
     if log_decay is not None:
@@ -101,6 +112,13 @@ def run_kernel(
     kernel = getattr(importlib.import_module(f"fla.ops.{family}"), f"{prefix}_{family}")
     o, state = kernel(q.contiguous(), k.contiguous(), v.contiguous(), **arguments)
     return o.to(q.dtype), state
+
+
+def _per_channel(log_decay: Tensor | None, k: Tensor) -> Tensor:
+    """The same decay in every channel, [B, T, H, K]."""
+    if log_decay is None:
+        return torch.zeros_like(k, dtype=torch.float32)
+    return log_decay if log_decay.dim() == 4 else log_decay.expand(k.shape[:3]).unsqueeze(-1).expand(k.shape)
 
 
 def _kernel(log_decay: Tensor | None, beta: Tensor | None, op: str) -> tuple[str, str]:

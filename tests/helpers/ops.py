@@ -56,7 +56,7 @@ def differentiate(op, case, dtype=torch.float64, seed=1, **kwargs):
     args = {n: None if x is None else x.to(dtype).detach().requires_grad_() for n, x in case.items()}
     outputs = flatten(op(**args, **kwargs))
     gen = torch.Generator().manual_seed(seed)
-    cotangents = [rounded(torch.randn(o.shape, dtype=torch.float64, generator=gen)).to(o.dtype) for o in outputs]
+    cotangents = [rounded(torch.randn(o.shape, dtype=torch.float64, generator=gen)).to(o) for o in outputs]
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     given = {n: x for n, x in args.items() if x is not None}
     grads = torch.autograd.grad([o for o, _ in pairs], list(given.values()), [c for _, c in pairs], allow_unused=True)

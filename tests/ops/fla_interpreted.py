@@ -31,7 +31,7 @@ def first_configuration(self, *args, **kwargs):
     return self.fn.run(*args, **(kwargs | self.configs[0].all_kwargs()))
 
 
-def main(decay, delta, op, packed):
+def main(decay, delta, op, packed, refused):
     with tempfile.TemporaryDirectory() as folder:
         copy_of_fla(folder)
         import torch
@@ -39,8 +39,10 @@ def main(decay, delta, op, packed):
 
         autotuner.Autotuner.run = first_configuration
         from subquad import ops
+        from subquad.ops import fla
         from tests.helpers.ops import definition, differentiate, draw, errors
 
+        fla.refuses_scalar_decay = lambda: refused
         case = draw((decay, delta), T=40 if op == "step" else 96, H=2, K=32, V=32)
         if decay != "none":
             gen = torch.Generator().manual_seed(4)
@@ -64,5 +66,5 @@ def main(decay, delta, op, packed):
 
 
 if __name__ == "__main__":
-    decay, delta, op, packed = sys.argv[1:]
-    main(decay, delta == "delta", op, packed == "packed")
+    decay, delta, op, packed, *refused = sys.argv[1:]
+    main(decay, delta == "delta", op, packed == "packed", bool(refused))

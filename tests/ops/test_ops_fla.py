@@ -53,6 +53,14 @@ def test_chunk_kernels_in_the_interpreter(variant, packed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[0] != "channel"], ids=str)
+def test_per_channel_kernels_replace_those_of_a_decay_per_head(variant):
+    """Where `fla` refuses the latter."""
+    worst = interpreted_errors(variant[0], "delta" if variant[1] else "additive", "chunk", "batch", "refused")
+    assert max(worst.values()) < 1e-5, worst
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=VARIANT_IDS)
 def test_step_kernels_in_the_interpreter(variant):
     worst = interpreted_errors(variant[0], "delta" if variant[1] else "additive", "step", "batch")
@@ -149,12 +157,13 @@ def test_unsupported_calls_fall_back_with_one_log_line(monkeypatch, caplog):
     ("op", "change", "reason"),
     [
         ("chunk", {"q": torch.zeros(1, 4, 2, 300)}, "256"),
-        ("chunk", {"q": torch.zeros(1, 0, 2, 8)}, "empty"),
+        ("chunk", {"v": torch.zeros(1, 4, 2, 8)}, "16"),
+        ("chunk", {"q": torch.zeros(1, 0, 2, 16)}, "empty"),
         ("step", {"gradients": True}, "backward"),
     ],
-    ids=["wide", "empty", "gradients"],
+    ids=["wide", "narrow", "empty", "gradients"],
 )
 def test_unsupported_reasons(op, change, reason):
-    arguments = {"q": torch.zeros(1, 4, 2, 8), "v": torch.zeros(1, 4, 2, 8), "gradients": False}
+    arguments = {"q": torch.zeros(1, 4, 2, 16), "v": torch.zeros(1, 4, 2, 16), "gradients": False}
     assert reason in fla.unsupported_reason(op, beta=torch.zeros(1, 4, 2), **arguments | change)
     assert fla.unsupported_reason("chunk", beta=None, **arguments) is None
