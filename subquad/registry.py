@@ -5,7 +5,7 @@ Imports no torch: built-in objects are dotted paths, imported when they are used
 
 import functools
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from subquad.utils import UserError, nearest, quiet_imports
@@ -105,16 +105,16 @@ SUITES = Registry(
     "suite",
     "subquad.suites",
     {
-        "language": "subquad.evaluate.standard_suites.LANGUAGE",
-        "zero-shot": "subquad.evaluate.standard_suites.ZERO_SHOT",
-        "generation": "subquad.evaluate.standard_suites.GENERATION",
-        "long": "subquad.evaluate.standard_suites.LONG",
-        "efficiency": "subquad.evaluate.standard_suites.EFFICIENCY",
-        "recall": "subquad.analysis.suites.RECALL",
-        "diagnostics": "subquad.analysis.suites.DIAGNOSTICS",
+        "language": "subquad.evaluate.suites.language_suite",
+        "zero-shot": "subquad.evaluate.suites.zero_shot_suite",
+        "generation": "subquad.evaluate.suites.generation_suite",
+        "long": "subquad.evaluate.suites.long_suite",
+        "efficiency": "subquad.evaluate.suites.efficiency_suite",
+        "recall": "subquad.analysis.suites.recall_suite",
+        "diagnostics": "subquad.analysis.suites.diagnostics_suite",
     },
 )
-"""Each a `subquad.evaluate.suites.Suite`, in the order in which they run."""
+"""Functions of an evaluation and a model (`subquad.evaluate.suites`), in the order in which they run."""
 
 
 def register_mixer(mixer: C) -> C:
@@ -135,6 +135,6 @@ def register_export_target(converter: C) -> C:
     return converter
 
 
-def register_suite(name: str, suite: Any) -> None:
-    """Adds a `subquad.evaluate.suites.Suite`."""
+def register_suite(name: str, suite: Callable[..., Any]) -> None:
+    """Adds a suite, a function of an evaluation and a model (`subquad.evaluate.suites`)."""
     SUITES.register(name, suite)

@@ -1,84 +1,79 @@
 """The suites that explain a student's scores: recall and diagnostics."""
 
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from subquad.analysis.ablations import ablation_results
 from subquad.analysis.diagnostics import diagnostics_results, sample_matrix_pairs
 from subquad.analysis.mixing_matrices import pack_pairs
 from subquad.analysis.recall import recall_results
-from subquad.evaluate.jobs import EvalJob, EvalModel, Evaluation
-from subquad.evaluate.results import Result
-from subquad.evaluate.standard_suites import Outcomes, stored_results
-from subquad.evaluate.suites import Suite
+from subquad.evaluate.results import Result, label_results
+from subquad.evaluate.runner import EvalModel, Evaluation
 from subquad.utils import write_json_atomic
 
 MATRICES = "matrices"
-"""The jobs whose outcomes are packed matrices, and the directory of their files."""
+"""The directory of packed mixing matrices, one file for each student."""
 
 
-def recall_jobs(e: Evaluation) -> list[EvalJob]:
+def recall_suite(e: Evaluation, model: EvalModel) -> list[Result]:
     s = e.settings
 
-    def ask(model: EvalModel) -> list[dict[str, Any]]:
+    def ask() -> list[Result]:
         haystack = e.validation_ids(model, 4 * max(s.recall_lengths)).flatten()
-        options: dict[str, Any] = {"lengths": s.recall_lengths, "items": s.recall_items}
-        return [result.as_dict() for result in recall_results(model.model, model.tokenizer, haystack, **options)]
+        return recall_results(model.model, model.tokenizer, haystack, lengths=s.recall_lengths, items=s.recall_items)
 
-    dependencies = (e.text_key, s.recall_lengths, s.recall_items)
-    return [e.job("recall", model, dependencies, partial(ask, model)) for model in e.models]
+    results = e.results("recall", model, (e.text_key, s.recall_lengths, s.recall_items), ask)
+    if e.figures is not None:
+        from subquad.analysis import plots
 
-
-def draw_recall(e: Evaluation, results: Sequence[Result], directory: Path) -> None:
-    from subquad.analysis import plots
-
-    plots.draw_recall(results, directory)
+        plots.draw_recall(label_results(model.name, None, results), e.figures)
+    return results
 
 
-def diagnostics_jobs(e: Evaluation) -> list[EvalJob]:
+def diagnostics_suite(e: Evaluation, model: EvalModel) -> list[Result]:
     """Each model against the teacher; the teacher against itself gives the values of a perfect student."""
-    s, teacher = e.settings, e.teacher
+    results = diagnose(e, model)
+    if model in e.students and e.teacher is not None:
+        save_matrices(e, model, e.teacher)
+    if e.figures is not None:
+        from subquad.analysis import plots
 
-    def diagnose(model: EvalModel) -> list[dict[str, Any]]:
-        ids = e.diagnostic_ids(model)
-        results = diagnostics_results(model.model, ids, None if teacher is None else teacher.model)
-        return [result.as_dict() for result in results + ablation_results(model.model, ids)]
-
-    def matrices(model: EvalModel, teacher: EvalModel) -> list[dict[str, Any]]:
-        return pack_pairs(sample_matrix_pairs(model.model, teacher.model, e.diagnostic_ids(model)))
-
-    dependencies = (e.text_key, s.diag_rows, s.diag_tokens)
-    jobs = [e.job("diagnostics", model, dependencies, partial(diagnose, model), teacher) for model in e.models]
-    if teacher is None:
-        return jobs
-    return jobs + [
-        e.job(MATRICES, model, dependencies, partial(matrices, model, teacher), teacher) for model in e.students
-    ]
+        if model in e.students:
+            teacher = None if e.teacher is None else e.teacher.model
+            plots.draw_student(model.name, model.model, teacher, diagnostic_ids(e, model), e.figures)
+        if model is e.models[-1]:
+            every = [result for one in e.models for result in label_results(one.name, None, diagnose(e, one))]
+            plots.draw_cka(every, e.figures)
+    return results
 
 
-def save_matrices(e: Evaluation, outcomes: Outcomes, directory: Path) -> None:
-    for model in e.students:
-        heads = outcomes.get(f"{MATRICES}: {model.name}")
-        if heads is not None:
-            (directory / MATRICES).mkdir(exist_ok=True)
-            write_json_atomic(directory / MATRICES / f"{model.name.replace('/', '-')}.json", {"heads": heads})
+def diagnostic_ids(e: Evaluation, model: EvalModel) -> Tensor:
+    """The texts for diagnostics, `[diag_rows, at most diag_tokens]`."""
+    s = e.settings
+    return e.validation_ids(model, s.diag_rows * s.text.seq_len)[: s.diag_rows, : s.diag_tokens]
 
 
-def draw_diagnostics(e: Evaluation, results: Sequence[Result], directory: Path) -> None:
-    from subquad.analysis import plots
+def diagnose(e: Evaluation, model: EvalModel) -> list[Result]:
+    def measure() -> list[Result]:
+        ids = diagnostic_ids(e, model)
+        found = diagnostics_results(model.model, ids, None if e.teacher is None else e.teacher.model)
+        return found + ablation_results(model.model, ids)
 
-    teacher, ids = None if e.teacher is None else e.teacher.model, e.diagnostic_ids(e.students[0])
-    for model in e.students:
-        plots.draw_student(model.name, model.model, teacher, ids, directory)
-    plots.draw_cka(results, directory)
+    return e.results(
+        "diagnostics", model, (e.teacher, e.text_key, e.settings.diag_rows, e.settings.diag_tokens), measure
+    )
 
 
-RECALL = Suite(recall_jobs, lambda e, model, outcomes: stored_results("recall", model, outcomes), draw=draw_recall)
-DIAGNOSTICS = Suite(
-    diagnostics_jobs,
-    lambda e, model, outcomes: stored_results("diagnostics", model, outcomes),
-    save=save_matrices,
-    draw=draw_diagnostics,
-)
+def save_matrices(e: Evaluation, model: EvalModel, teacher: EvalModel) -> None:
+    if e.output is None:
+        return
+    dependencies = (teacher, e.text_key, e.settings.diag_rows, e.settings.diag_tokens)
+
+    def measure() -> list[dict[str, Any]]:
+        return pack_pairs(sample_matrix_pairs(model.model, teacher.model, diagnostic_ids(e, model)))
+
+    heads = e.outcome(MATRICES, model, dependencies, measure)
+    if heads is not None:
+        (e.output / MATRICES).mkdir(exist_ok=True)
+        write_json_atomic(e.output / MATRICES / f"{model.name.replace('/', '-')}.json", {"heads": heads})

@@ -10,11 +10,10 @@ import yaml
 
 from subquad.config import Data, Recipe, load_recipe
 from subquad.data import check_data
-from subquad.evaluate.jobs import EvalModel
 from subquad.evaluate.lm_eval import find_tasks
 from subquad.evaluate.long_context import check_lengths
 from subquad.evaluate.results import Result
-from subquad.evaluate.runner import evaluate, load_eval_model
+from subquad.evaluate.runner import EvalModel, evaluate, load_eval_model
 from subquad.evaluate.suites import Settings, settings_for
 from subquad.evaluate.table import format_tables
 from subquad.modeling.teachers import check_reference

@@ -3,12 +3,11 @@
 Linearized models lose more in generation than likelihoods show (arXiv 2603.26556).
 """
 
-import string
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import mean
@@ -56,8 +55,8 @@ def repetition_results(task: str, written: Tensor) -> list[Result]:
     shares = repeated_ngram_share(written)
     length = written.shape[1]
     return [
-        mean(shares).result(task, "repetition", length=length),
-        mean((shares > DEGENERATE_SHARE).double()).result(task, "degenerate_rate", length=length),
+        mean(task, "repetition", shares, length=length),
+        mean(task, "degenerate_rate", (shares > DEGENERATE_SHARE).double(), length=length),
     ]
 
 
@@ -65,55 +64,7 @@ def agreement_results(task: str, written: Tensor, reference: Tensor, lengths: Se
     """Continuations `[N, T]` against the teacher's of the same prompts: `common_prefix` (mean tokens before the first
     difference) and `same_continuation` (share of rows equal over the first 16, 64, 256 tokens)."""
     same = common_prefix(written, reference)
-    results = [mean(same).result(task, "common_prefix", length=written.shape[1])]
+    results = [mean(task, "common_prefix", same, length=written.shape[1])]
     return results + [
-        mean((same >= n).double()).result(task, "same_continuation", length=n) for n in lengths if n <= written.shape[1]
+        mean(task, "same_continuation", (same >= n).double(), length=n) for n in lengths if n <= written.shape[1]
     ]
-
-
-# ---------------------------------------------------------------------- last words
-
-
-def last_words(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    contexts: Sequence[str],
-    tokens: int = 8,
-    batch_size: int = 16,
-) -> list[str]:
-    """The first word that a model generates greedily after each context, without surrounding punctuation."""
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    encoded = [tokenizer(text).input_ids for text in contexts]
-    longest_first = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    words: dict[int, str] = {}
-    with eval_mode(model):
-        for start in range(0, len(encoded), batch_size):
-            batch = longest_first[start : start + batch_size]
-            width = len(encoded[batch[0]])
-            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in batch], device=model.device)
-            mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch])
-            out = model.generate(  # type: ignore[operator]
-                ids,
-                attention_mask=mask.to(model.device),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=pad,
-            )
-            for i, row in zip(batch, out[:, width:].tolist(), strict=True):
-                words[i] = first_word(str(tokenizer.decode(row, skip_special_tokens=True)))
-    return [words[i] for i in range(len(encoded))]
-
-
-def first_word(text: str) -> str:
-    """The first word of a text without surrounding punctuation: `first_word(' "Signs," he') == "Signs"`."""
-    pieces = text.split()
-    return pieces[0].strip(string.punctuation + "“”‘’—…") if pieces else ""
-
-
-def last_word_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[tuple[str, str]]
-) -> Tensor:
-    """1 for each item (context, word) whose word the model generates, else 0: `[n]`, float64."""
-    written = last_words(model, tokenizer, [context for context, _ in items])
-    expected = [first_word(word) for _, word in items]
-    return torch.tensor([float(a == b) for a, b in zip(written, expected, strict=True)], dtype=torch.float64)

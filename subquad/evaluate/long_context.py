@@ -108,8 +108,7 @@ def _perplexity(task: str, metric: str, losses: Tensor, length: int) -> Result:
     """The units of the bootstrap are pieces of up to 256 tokens."""
     pieces = [piece for row in losses for piece in row.double().split(256)]
     sums = torch.stack([torch.stack([piece.sum(), torch.tensor(float(len(piece))).double()]) for piece in pieces])
-    found = estimate(sums, lambda s: (s[..., 0] / s[..., 1]).exp(), losses.numel())
-    return found.result(task, metric, length=length)
+    return estimate(task, metric, sums, lambda s: (s[..., 0] / s[..., 1]).exp(), losses.numel(), length=length)
 
 
 def check_lengths(lengths: Sequence[int]) -> None:

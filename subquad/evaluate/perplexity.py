@@ -142,7 +142,7 @@ def language_results(task: str, sums: Tensor, unigram: float | None = None) -> l
                 s[..., 1] / s[..., 0], s[..., 3] / s[..., 0], unigram
             )
     count = int(sums[:, 0].sum())
-    return [estimate(sums, statistic, count).result(task, metric) for metric, statistic in statistics.items()]
+    return [estimate(task, metric, sums, statistic, count) for metric, statistic in statistics.items()]
 
 
 def unigram_loss(train: Iterable[Tensor], validation: Iterable[Batch], vocabulary: int) -> float:

@@ -1,27 +1,77 @@
-"""Runs an evaluation job by job. Finished jobs are stored, so that an interrupted evaluation continues.
+"""Runs the suites of an evaluation. Finished jobs are stored, so that an interrupted evaluation continues.
 
     results, failed = evaluate([EvalModel("gla", student, tokenizer)], EvalModel("nano", teacher, tokenizer), QUICK)
 
 An output directory holds `jobs/` (one file per finished job, named by a hash of everything that its outcome depends
-on) and `results.json` (a header and the results of all finished jobs), written at the end and on interruption. With
-diagnostics and a teacher it also holds `matrices/` (one file per student, read by `mixing_matrices.unpack_pairs`).
+on) and `results.json` (a header and all results), written at the end and on interruption.
 """
 
+import functools
+import hashlib
+import importlib.metadata
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from subquad.evaluate.jobs import EvalJob, EvalModel, Evaluation
-from subquad.evaluate.results import Result
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from subquad.data import token_rows
+from subquad.data.packing import PackedDataset
+from subquad.evaluate.baselines import SINKS, int8_teacher, windowed_teacher
+from subquad.evaluate.results import Result, label_results
 from subquad.evaluate.suites import Settings
-from subquad.modeling.teachers import check_reference, load_teacher, resolve_reference
+from subquad.modeling.teachers import load_teacher, resolve_reference
 from subquad.registry import SUITES
 from subquad.utils import UserError, run_info, write_json_atomic
 
 logger = logging.getLogger(__name__)
+FORMAT = 2
+"""Version of what stored outcomes mean; a higher one makes older outcomes invalid."""
+LIBRARIES = ("subquad", "torch", "transformers", "lm-eval")
+"""Libraries whose other versions may measure other numbers."""
+
+
+@functools.cache
+def versions() -> tuple[Any, ...]:
+    """`FORMAT` and the installed versions of `LIBRARIES`; None for one that is not installed."""
+    return FORMAT, *(
+        importlib.metadata.version(name) if any(importlib.metadata.distributions(name=name)) else None
+        for name in LIBRARIES
+    )
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """A model to evaluate.
+
+    identity: two models with equal identity have equal results; for files their sizes and modification times. Without
+    one, a hash of the model's configuration, weights and vocabulary is taken when outcomes are stored.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: tuple[Any, ...] = ()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value, union-attr]
+
+    @functools.cached_property
+    def key(self) -> str:
+        """What stored outcomes know the model by."""
+        if self.identity:
+            return json.dumps(self.identity, default=str)
+        digest = hashlib.sha256(self.model.config.to_json_string().encode())
+        digest.update(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode())
+        torch.save(self.model.state_dict(), SimpleNamespace(write=digest.update, flush=digest.digest))
+        return digest.hexdigest()
 
 
 def load_eval_model(reference: str, name: str | None = None) -> EvalModel:
@@ -35,49 +85,125 @@ def load_eval_model(reference: str, name: str | None = None) -> EvalModel:
     Raises:
         UserError: there is no such model.
     """
-    check_reference(reference)
-    path = resolve_reference(reference)
+    path, given = resolve_reference(reference), Path(reference).expanduser()
     model, tokenizer = load_teacher(reference)
     files = [] if path is None else [path] if path.is_file() else sorted(path.iterdir())
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if _defines_model(file)]
-    given = Path(reference).expanduser()
-    return EvalModel(
-        name or (given.resolve().name if given.exists() else reference), model, tokenizer, (reference, *stats)
-    )
+    identity = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+        if file.suffix in (".safetensors", ".gguf") or file.name in ("config.json", "tokenizer.json")
+    ]
+    name = name or (given.resolve().name if given.exists() else reference)
+    return EvalModel(name, model, tokenizer, (reference, *identity))
 
 
-def _defines_model(file: Path) -> bool:
-    return file.suffix in (".safetensors", ".gguf") or file.name in ("config.json", "tokenizer.json")
+class Evaluation:
+    """What a suite measures, and where it stores what it has measured.
 
+    Args:
+        output: a directory; jobs whose outcome it holds are not computed again. None: nothing is written.
+        figures: whether suites that have figures draw them into `output`/figures.
 
-@dataclass
-class ResultCache:
-    """Outcomes of jobs by name, stored in a directory (None: in memory only)."""
+    Attributes:
+        models: the students, the teacher and, with `settings.baselines`, the baseline models.
+        failed: the error messages of failed jobs by job name.
 
-    directory: Path | None
-    outcomes: dict[str, Any] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+    Raises:
+        UserError: models that cannot be compared (`check_models`).
+    """
 
-    def load(self, job: EvalJob) -> bool:
-        """Reads a job's outcome from the directory. Returns False if there is none."""
-        if self.directory is None:
-            return False
+    def __init__(
+        self,
+        students: Sequence[EvalModel],
+        teacher: EvalModel | None,
+        settings: Settings,
+        output: str | Path | None = None,
+        figures: bool = False,
+    ):
+        check_models(students, teacher)
+        self.students, self.teacher, self.settings = list(students), teacher, settings
+        self.output = None if output is None else Path(output)
+        self.figures = self.output / "figures" if self.output is not None and figures else None
+        self.models = list(students)
+        if teacher is not None:
+            self.models += [
+                teacher,
+                *(baseline_models(teacher, settings.baseline_window) if settings.baselines else []),
+            ]
+        self.outcomes: dict[str, Any] = {}
+        self.failed: dict[str, str] = {}
+        self._cache: dict[tuple[int, Any], Any] = {}
+
+    def outcome(self, name: str, model: EvalModel, dependencies: Sequence[Any], compute: Callable[[], Any]) -> Any:
+        """The outcome of the job `name: model`: `compute()`, which is JSON, once; None if it raises UserError.
+
+        dependencies: everything besides model, name and versions of libraries that the outcome depends on, other models
+            too.
+        """
+        job = f"{name}: {model.name}"
+        if job in self.outcomes or job in self.failed:
+            return self.outcomes.get(job)
+        file = None if self.output is None else self.output / "jobs" / f"{job_key(job, model, *dependencies)}.json"
+        if file is not None and file.exists():
+            logger.info("%s: finished already", job)
+            self.outcomes[job] = json.loads(file.read_text())["outcome"]
+            return self.outcomes[job]
+        logger.info("%s", job)
         try:
-            self.outcomes[job.name] = json.loads((self.directory / f"{job.key}.json").read_text())["outcome"]
-        except (OSError, ValueError, KeyError):
-            return False
-        return True
-
-    def run(self, job: EvalJob) -> None:
-        """Computes and stores a job's outcome. If it raises UserError, `failed` keeps the message."""
-        try:
-            outcome = self.outcomes[job.name] = job.compute()
+            self.outcomes[job] = compute()
         except UserError as error:
-            self.failed[job.name] = str(error)
-            return
-        if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(self.directory / f"{job.key}.json", {"job": job.name, "outcome": outcome})
+            self.failed[job] = str(error)
+            logger.warning("%s failed: %s", job, error)
+            return None
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(file, {"job": job, "outcome": self.outcomes[job]})
+        return self.outcomes[job]
+
+    def results(
+        self, name: str, model: EvalModel, dependencies: Sequence[Any], compute: Callable[[], Iterable[Result]]
+    ) -> list[Result]:
+        """As `outcome`, of results; none if the job fails."""
+        outcome = self.outcome(name, model, dependencies, lambda: [result.as_dict() for result in compute()])
+        return [Result.from_dict(result) for result in outcome or ()]
+
+    @property
+    def text_key(self) -> dict[str, Any]:
+        """The validation text as a job's dependency."""
+        return self.settings.text.model_dump(mode="json", exclude_defaults=True)
+
+    @property
+    def text_name(self) -> str:
+        """The file name of the validation text: the `task` of results measured on it."""
+        source = self.settings.text.validation or self.settings.text.source
+        return Path(source).name if isinstance(source, str) else " + ".join(Path(name).name for name in source)
+
+    def cached(self, model: EvalModel, name: Any, read: Callable[[], Any]) -> Any:
+        """`read()`, called once per name and tokenizer."""
+        key = (id(model.tokenizer), name)
+        if key not in self._cache:
+            self._cache[key] = read()
+        return self._cache[key]
+
+    def validation_rows(self, model: EvalModel, tokens: int | None = None) -> PackedDataset:
+        """Rows of the validation text with about `tokens` tokens in all (default: `settings.tokens`)."""
+        s, limit = self.settings, tokens or self.settings.tokens
+        return self.cached(model, limit, lambda: token_rows(s.text, model.tokenizer, "validation", limit=limit))
+
+    def validation_ids(self, model: EvalModel, tokens: int) -> Tensor:
+        """The token ids of these rows, `[rows, text.seq_len]`."""
+        rows = self.validation_rows(model, tokens)
+        return torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
+
+
+def job_key(job: str, *dependencies: Any) -> str:
+    """The name of a job's file: a hash of name, versions and dependencies."""
+
+    def describe(value: Any) -> str:
+        return value.key if isinstance(value, EvalModel) else str(value)
+
+    text = json.dumps([job, versions(), *dependencies], sort_keys=True, default=describe)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def evaluate(
@@ -91,9 +217,8 @@ def evaluate(
     """Evaluates models, compared with their teacher if there is one.
 
     Args:
-        output: a directory; jobs whose outcome it holds are not computed again. None: nothing is written.
+        output, figures: as of `Evaluation`; figures are SVG and PNG.
         recipe: written into the header of `results.json`.
-        figures: draw the figures of every suite that has some into `output`/figures, as SVG and PNG.
 
     Returns:
         All results, and the error messages of failed jobs by job name.
@@ -101,38 +226,48 @@ def evaluate(
     Raises:
         UserError: models that cannot be compared; raised before anything is measured.
     """
-    evaluation = Evaluation(models, teacher, settings)
-    directory = None if output is None else Path(output)
-    cache = ResultCache(None if directory is None else directory / "jobs")
-    jobs = evaluation.jobs()
-    todo = [job for job in jobs if not cache.load(job)]
-    if len(todo) < len(jobs):
-        logger.info("%d of %d jobs are finished already", len(jobs) - len(todo), len(jobs))
+    evaluation = Evaluation(models, teacher, settings, output, figures)
+    if evaluation.figures is not None:
+        evaluation.figures.mkdir(parents=True, exist_ok=True)
+    by_model: dict[str, list[Result]] = {model.name: [] for model in evaluation.models}
+    complete = False
     try:
-        for number, job in enumerate(todo, 1):
-            logger.info("[%d/%d] %s", number, len(todo), job.name)
-            cache.run(job)
-            if job.name in cache.failed:
-                logger.warning("%s failed: %s", job.name, cache.failed[job.name])
-    finally:  # once, not after each job: every interval is a bootstrap
-        results = evaluation.results(cache.outcomes)
-        if directory is not None:
-            _write_results(directory, results, cache, recipe, len(jobs))
-            for suite in evaluation.suites:
-                if suite.save is not None:
-                    suite.save(evaluation, cache.outcomes, directory)
-    if directory is not None and figures:
-        (directory / "figures").mkdir(exist_ok=True)
-        for draw in [suite.draw for suite in SUITES.values() if suite.draw is not None]:
-            draw(evaluation, results, directory / "figures")
-    return results, cache.failed
+        for suite in settings.suites:
+            for model in evaluation.models:
+                by_model[model.name] += SUITES[suite](evaluation, model)
+        complete = True
+    finally:
+        reference = None if teacher is None else teacher.name
+        results = [result for name, own in by_model.items() for result in label_results(name, reference, own)]
+        if evaluation.output is not None:
+            jobs = {"complete": complete, "finished": len(evaluation.outcomes), "failed": evaluation.failed}
+            found = [result.as_dict() for result in results]
+            evaluation.output.mkdir(parents=True, exist_ok=True)
+            path = evaluation.output / "results.json"
+            write_json_atomic(path, {**run_info(), "recipe": recipe, "jobs": jobs, "results": found})
+    return results, evaluation.failed
 
 
-def _write_results(directory: Path, results: Sequence[Result], cache: ResultCache, recipe: Any, planned: int) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    header = {
-        **run_info(),
-        "recipe": recipe,
-        "jobs": {"planned": planned, "finished": len(cache.outcomes), "failed": cache.failed},
-    }
-    write_json_atomic(directory / "results.json", {**header, "results": [result.as_dict() for result in results]})
+def check_models(models: Sequence[EvalModel], teacher: EvalModel | None) -> None:
+    """Raises UserError for two models of one name, or a model whose vocabulary differs from the teacher's."""
+    names = [model.name for model in [*models, *([] if teacher is None else [teacher])]]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"models: got {name!r} twice, expected different names")
+    for model in models:
+        if teacher is not None and (
+            model.vocab_size != teacher.vocab_size or model.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
+        ):
+            raise UserError(
+                f"teacher: {teacher.name!r} and {model.name!r} have different vocabularies ({teacher.vocab_size} and "
+                f"{model.vocab_size} tokens); expected the teacher that {model.name!r} was made from"
+            )
+
+
+def baseline_models(teacher: EvalModel, window: int) -> list[EvalModel]:
+    """The teacher in int8, and with sliding-window attention of `window` tokens."""
+    windowed = windowed_teacher(teacher.model, window)
+    return [
+        replace(teacher, name=f"{teacher.name}, int8", model=int8_teacher(teacher.model)),
+        replace(teacher, name=f"{teacher.name}, window {window}+{SINKS}", model=windowed),
+    ]

@@ -1,36 +1,39 @@
-"""A suite of an evaluation, and how much each suite measures (`Settings`). The suites are in `subquad.registry`."""
+"""How much an evaluation measures (`Settings`), and the suites of its presets.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+A suite is a function of an `Evaluation` and one of its models that returns the model's results, without the fields
+`model` and `teacher`. It measures in `Evaluation.outcome` or `results`, which store what they compute.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.utils.data import DataLoader
+
 from subquad.config import Data
+from subquad.data import token_rows
+from subquad.evaluate import generation, long_context
+from subquad.evaluate.efficiency import TASK, efficiency_results
+from subquad.evaluate.lm_eval import Task, TaskResult, zero_shot
+from subquad.evaluate.perplexity import language_results, token_sums, unigram_loss
 from subquad.evaluate.results import Result
+from subquad.evaluate.statistics import mean
+from subquad.evaluate.task_scores import TaskScores, accuracy_results, summary_results
 from subquad.registry import SUITES
 from subquad.utils import UserError, nearest
 
 if TYPE_CHECKING:
-    from subquad.evaluate.jobs import EvalJob, EvalModel, Evaluation
-    from subquad.evaluate.lm_eval import Task
+    from subquad.evaluate.runner import EvalModel, Evaluation
 
+logger = logging.getLogger(__name__)
+UNIGRAM_TOKENS = 200_000
 STANDARD_SUITES = ("language", "zero-shot", "generation", "long", "efficiency")
 """The suites of the presets `quick` and `full`."""
 
 CONTEXT_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A group of measurements."""
-
-    jobs: Callable[["Evaluation"], list["EvalJob"]]
-    results: Callable[["Evaluation", "EvalModel", Mapping[str, Any]], list[Result]]
-    """The results of one model from the outcomes of finished jobs, by job name; none for jobs that are not finished."""
-    save: Callable[["Evaluation", Mapping[str, Any], Path], None] | None = None
-    """Writes more files into the output directory, from the outcomes."""
-    draw: Callable[["Evaluation", Sequence[Result], Path], None] | None = None
-    """Draws figures into a directory."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Settings:
     """The validation text, read in rows of `text.seq_len` tokens."""
     tokens: int = 131_072
     """Validation tokens for perplexity and KL."""
-    tasks: tuple["Task", ...] = ()
+    tasks: tuple[Task, ...] = ()
     include: Path | None = None
     """Directory of task definitions for lm-eval (its `--include_path`)."""
     limit: int | None = None
@@ -112,3 +115,110 @@ def settings_for(names: Sequence[str]) -> Settings:
         return QUICK
     wanted = {*names, *(STANDARD_SUITES if "full" in names else ())}
     return replace(Settings(), suites=tuple(name for name in SUITES if name in wanted), baselines="full" in names)
+
+
+# ---------------------------------------------------------------------- suites
+
+
+def language_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
+    def sums() -> list[list[float]]:
+        batches = DataLoader(e.validation_rows(model), batch_size=4)
+        return token_sums(
+            model.model, None if e.teacher is None else e.teacher.model, batches, model.tokenizer
+        ).tolist()
+
+    def unigram() -> float:
+        train = token_rows(e.settings.text, model.tokenizer, "train", limit=UNIGRAM_TOKENS)
+        validation = DataLoader(e.validation_rows(model), batch_size=4)
+        return unigram_loss((row["input_ids"] for row in train), validation, model.vocab_size)
+
+    text = (e.text_key, e.settings.tokens)
+    found = e.outcome("language", model, (e.teacher, *text), sums)
+    if found is None:
+        return []
+    baseline = None if e.teacher is None else e.outcome("unigram", e.teacher, text, unigram)
+    return language_results(e.text_name, torch.tensor(found, dtype=torch.float64), baseline)
+
+
+def task_scores(
+    e: "Evaluation", model: "EvalModel | None", suite: str, task: Task, limit: int | None
+) -> TaskResult | None:
+    """The result of a task; None without a model, or if the task fails."""
+    if model is None:
+        return None
+    options: dict[str, Any] = {"batch_size": e.settings.batch_size, "include": e.settings.include}
+    outcome = e.outcome(
+        f"{suite} {task.name}",
+        model,
+        (task.key, limit),
+        lambda: asdict(zero_shot(model.model, model.tokenizer, task, limit=limit, **options)),
+    )
+    return None if outcome is None else TaskResult.from_dict(outcome)
+
+
+def zero_shot_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
+    results: list[Result] = []
+    scores: dict[str, TaskScores] = {}
+    for task in e.settings.tasks:
+        found, reference = (task_scores(e, m, "zero-shot", task, e.settings.limit) for m in (model, e.teacher))
+        if found is not None:
+            results += [*found.results, Result(task.name, "chance", found.chance, n=len(found.scores))]
+            if reference is not None and found.scores:
+                own, others = (torch.tensor(one.scores, dtype=torch.float64) for one in (found, reference))
+                scores[task.name] = TaskScores(own, others, found.chance)
+    for name, pair in scores.items():
+        results += accuracy_results(name, pair)
+    return results + summary_results(scores)
+
+
+def generation_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
+    s = e.settings
+
+    def written(one: "EvalModel") -> torch.Tensor | None:
+        def compute() -> list[list[int]]:
+            prompts = e.validation_ids(one, s.prompts * s.text.seq_len)[: s.prompts, : s.prompt_tokens]
+            return generation.continuations(one.model, prompts, s.generated_tokens).tolist()
+
+        outcome = e.outcome("continuations", one, (e.text_key, s.prompts, s.prompt_tokens, s.generated_tokens), compute)
+        return None if outcome is None else torch.tensor(outcome)
+
+    results = []
+    own, reference = written(model), None if e.teacher is None else written(e.teacher)
+    if own is not None:
+        results += generation.repetition_results(e.text_name, own)
+        if reference is not None:
+            results += generation.agreement_results(e.text_name, own, reference)
+    for task in s.tasks:
+        if task.generated is not None:
+            found = task_scores(e, model, "generation", task.generated, s.lastword_items)
+            results += [] if found is None else [mean(task.name, "acc_generated", torch.tensor(found.scores))]
+    return results
+
+
+def long_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
+    s = e.settings
+
+    def read() -> list[Result]:
+        lengths = long_context.supported_lengths(model.model, s.lengths)
+        if not lengths:
+            logger.info("%s: skipped, supports fewer than %d positions", model.name, min(s.lengths))
+            return []
+        arguments = (s.text, model.tokenizer, max(s.lengths), s.documents)
+        documents = e.cached(model, "documents", lambda: long_context.long_documents(*arguments))
+        losses = long_context.position_losses(model.model, documents[:, : max(lengths)], label=model.name)
+        return long_context.context_results(e.text_name, losses, lengths)
+
+    return e.results("long context", model, (e.text_key, s.lengths, s.documents), read)
+
+
+def efficiency_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
+    """One job for all models, which run interleaved."""
+    s = e.settings
+    options = (s.cost_lengths, s.batches, s.repeats, s.max_prefill_seconds)
+
+    def measure() -> dict[str, list[dict[str, Any]]]:
+        found = efficiency_results({one.name: one.model for one in e.models}, *options)
+        return {name: [result.as_dict() for result in results] for name, results in found.items()}
+
+    outcome = e.outcome(TASK, e.models[0], ([(one.name, one) for one in e.models], *options), measure)
+    return [Result.from_dict(result) for result in outcome[model.name]] if outcome else []

@@ -11,13 +11,12 @@ import torch
 import subquad
 from subquad import cli
 from subquad.analysis.mixing_matrices import unpack_pairs
-from subquad.evaluate import command, jobs, standard_suites
+from subquad.evaluate import command, runner, suites
 from subquad.evaluate.baselines import int8_teacher
-from subquad.evaluate.jobs import EvalModel
 from subquad.evaluate.perplexity import token_sums
 from subquad.evaluate.results import Result, select, select_one
-from subquad.evaluate.runner import evaluate, load_eval_model
-from subquad.evaluate.suites import QUICK, STANDARD_SUITES, Settings, Suite, settings_for
+from subquad.evaluate.runner import EvalModel, Evaluation, evaluate, load_eval_model
+from subquad.evaluate.suites import QUICK, STANDARD_SUITES, Settings, settings_for
 from subquad.evaluate.table import format_tables
 from subquad.registry import SUITES
 from subquad.utils import UserError
@@ -55,7 +54,7 @@ def test_quick_evaluation_writes_results(workspace, tmp_path, capsys):
     assert cli.main(arguments(workspace, "--data", str(workspace / "items"), "--output", str(tmp_path / "out"))) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"versions", "device", "recipe", "results"} <= set(results)
-    assert results["jobs"]["planned"] == results["jobs"]["finished"]
+    assert results["jobs"]["complete"]
     found = [Result.from_dict(values) for values in results["results"]]
     assert {result.model for result in found} == {"student", "teacher"}
     of_teacher = select(found, model="teacher")
@@ -129,7 +128,7 @@ def test_json_is_the_only_output(workspace, capsys):
 def test_finished_jobs_are_not_computed_again(workspace, tmp_path, monkeypatch, capsys):
     """After an interruption in the second job, the first is reused, and the results equal those of one run."""
     calls = []
-    original = standard_suites.long_context.position_losses
+    original = suites.long_context.position_losses
 
     def interrupted(model, ids, **kwargs):
         calls.append(len(ids))
@@ -137,72 +136,69 @@ def test_finished_jobs_are_not_computed_again(workspace, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return original(model, ids, **kwargs)
 
-    monkeypatch.setattr(standard_suites.long_context, "position_losses", interrupted)
+    monkeypatch.setattr(suites.long_context, "position_losses", interrupted)
     args = arguments(workspace, "--suite", "long", "--output", str(tmp_path / "out"))
     assert cli.main(args) == 130
     partial = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert partial["jobs"] == {"planned": 2, "finished": 1, "failed": {}}
-    monkeypatch.setattr(standard_suites.long_context, "position_losses", original)
+    assert partial["jobs"] == {"complete": False, "finished": 1, "failed": {}}
+    monkeypatch.setattr(suites.long_context, "position_losses", original)
     assert cli.main(args) == 0
-    assert "1 of 2 jobs are finished already" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "long context: student: finished already" in shown
+    assert "long context: teacher: finished already" not in shown
     whole = arguments(workspace, "--suite", "long", "--output", str(tmp_path / "whole"))
     assert cli.main(whole) == 0
     results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("out", "whole")]
     assert results[0] == results[1]
 
 
+def few_tokens(workspace):
+    text = command.validation_text(str(workspace / "text.txt"), None).model_copy(update={"seq_len": 32})
+    return Settings(suites=("language",), tokens=64, text=text)
+
+
+def perplexity(model, settings, output):
+    results, _ = evaluate([model], None, settings, output)
+    return select_one(results, metric="perplexity").value
+
+
 def test_changed_model_is_evaluated_again(workspace, tmp_path):
-    settings = QUICK.__class__(suites=("language",), tokens=64)
     teacher, tokenizer = subquad.load_teacher(workspace / "teacher")
-    from dataclasses import replace
-
-    settings = replace(
-        settings, text=command.validation_text(str(workspace / "text.txt"), None).model_copy(update={"seq_len": 32})
-    )
-
-    def perplexity(identity, model):
-        eval_model = EvalModel("it", model, tokenizer, (identity,))
-        results, _ = evaluate([eval_model], None, settings, tmp_path / "out")
-        return select_one(results, metric="perplexity").value
-
-    first = perplexity("a", teacher)
-    other = subquad.linearize(teacher, "gla")
-    assert perplexity("a", other) == first  # the stored outcome
-    assert perplexity("b", other) != first
+    other, settings = subquad.linearize(teacher, "gla"), few_tokens(workspace)
+    first = perplexity(EvalModel("it", teacher, tokenizer, ("a",)), settings, tmp_path)
+    assert perplexity(EvalModel("it", other, tokenizer, ("a",)), settings, tmp_path) == first  # the stored outcome
+    assert perplexity(EvalModel("it", other, tokenizer, ("b",)), settings, tmp_path) != first
 
 
 def test_models_in_memory_are_known_by_their_content(workspace, tmp_path, monkeypatch):
     teacher, tokenizer = subquad.load_teacher(workspace / "teacher")
-    text = command.validation_text(str(workspace / "text.txt"), None).model_copy(update={"seq_len": 32})
-    settings = Settings(suites=("language",), tokens=64, text=text)
-    measured = []
-    monkeypatch.setattr(standard_suites, "token_sums", lambda *args: measured.append(args[0]) or token_sums(*args))
+    settings, measured = few_tokens(workspace), []
+    monkeypatch.setattr(suites, "token_sums", lambda *args: measured.append(args[0]) or token_sums(*args))
 
-    def perplexity(model):
-        results, _ = evaluate([EvalModel("it", model, tokenizer)], None, settings, tmp_path / "out")
-        return select_one(results, metric="perplexity").value
+    def measure(model):
+        return perplexity(EvalModel("it", model, tokenizer), settings, tmp_path)
 
-    first = perplexity(teacher)
+    first = measure(teacher)
     other = copy.deepcopy(teacher)
-    assert perplexity(other) == first
+    assert measure(other) == first
     assert len(measured) == 1  # equal content: the stored outcome
     with torch.no_grad():
         other.get_output_embeddings().weight[0, 0] += 1
-    assert perplexity(other) != first
-    assert perplexity(int8_teacher(teacher)) != first
+    assert measure(other) != first
+    assert measure(int8_teacher(teacher)) != first
     assert len(measured) == 3
-    for name, value in (("FORMAT", jobs.FORMAT + 1), ("LIBRARIES", ("lm-eval", "torch"))):
-        monkeypatch.setattr(jobs, name, value)
-        jobs.versions.cache_clear()
-        assert perplexity(teacher) == first
-    jobs.versions.cache_clear()
+    for name, value in (("FORMAT", runner.FORMAT + 1), ("LIBRARIES", ("lm-eval", "torch"))):
+        monkeypatch.setattr(runner, name, value)
+        runner.versions.cache_clear()
+        assert measure(teacher) == first
+    runner.versions.cache_clear()
     assert len(measured) == 5
 
 
 def test_rows_of_two_tokenizers_in_memory_are_not_mixed_up(workspace):
     teacher, tokenizer = subquad.load_teacher(workspace / "teacher")
     other = copy.deepcopy(tokenizer)
-    evaluation = jobs.Evaluation([EvalModel("it", teacher, tokenizer)], None, Settings(suites=()))
+    evaluation = Evaluation([EvalModel("it", teacher, tokenizer)], None, Settings(suites=()))
     assert evaluation.cached(EvalModel("a", teacher, tokenizer), "rows", lambda: 1) == 1
     assert evaluation.cached(EvalModel("b", teacher, other), "rows", lambda: 2) == 2
 
@@ -267,7 +263,7 @@ def test_failed_job_leaves_the_others(workspace, monkeypatch):
     def broken(*args, **kwargs):
         raise UserError("no hub here")
 
-    monkeypatch.setattr(standard_suites, "zero_shot", broken)
+    monkeypatch.setattr(suites, "zero_shot", broken)
     report = command.run(
         [str(workspace / "student")],
         suites=["language", "zero-shot"],
@@ -296,19 +292,12 @@ def test_suites():
         settings_for(["quick", "long"])
 
 
-def example_jobs(evaluation):
-    return [evaluation.job("parameters", m, (), lambda m=m: m.model.num_parameters()) for m in evaluation.models]
-
-
-def example_results(evaluation, model, outcomes):
-    return [Result("size", "parameters", outcomes[f"parameters: {model.name}"])]
-
-
-EXAMPLE_SUITE = Suite(example_jobs, example_results)
+def count_parameters(evaluation, model):
+    return [Result("size", "parameters", evaluation.outcome("parameters", model, (), model.model.num_parameters))]
 
 
 def test_suites_can_be_added(workspace, monkeypatch):
-    monkeypatch.setitem(SUITES.objects, "size", EXAMPLE_SUITE)
+    monkeypatch.setitem(SUITES.objects, "size", count_parameters)
     report = command.run([str(workspace / "student")], suites=["size"], corpus=str(workspace / "text.txt"))
     expected = subquad.load_teacher(workspace / "student")[0].num_parameters()
     assert select_one(report.results, model="student", metric="parameters").value == expected

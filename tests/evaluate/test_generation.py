@@ -8,8 +8,6 @@ from subquad.evaluate.generation import (
     agreement_results,
     common_prefix,
     continuations,
-    first_word,
-    last_word_scores,
     repeated_ngram_share,
     repetition_results,
 )
@@ -48,30 +46,3 @@ def test_repetition_and_degenerate_rate():
     assert repeated_ngram_share(straight[:, :3]).item() == 0
     results = repetition_results("text", torch.cat([circle, straight]))
     assert select_one(results, metric="degenerate_rate").value == 0.5
-
-
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [(' "Signs," he said', "Signs"), ("signs", "signs"), ("  ", ""), ("it's so", "it's"), ("—no", "no")],
-)
-def test_first_word(text, word):
-    assert first_word(text) == word
-
-
-def test_last_words_of_padded_batches_equal_single_rows():
-    model, tokenizer = subquad.load_teacher("nano")
-    student = subquad.linearize(model, "gla").eval()
-    contexts = [
-        "def main(argv=None):\n    ",
-        "import",
-        "class Foo(object):\n    def __init__(self, x):\n        self.x =",
-    ]
-    for used in (model, student):
-        alone = []
-        for text in contexts:
-            ids = tokenizer(text, return_tensors="pt").input_ids
-            out = used.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)
-            alone.append(first_word(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
-        assert last_word_scores(used, tokenizer, list(zip(contexts, alone, strict=True))).tolist() == [1, 1, 1]
-        wrong = [(text, word + "x") for text, word in zip(contexts, alone, strict=True)]
-        assert last_word_scores(used, tokenizer, wrong).tolist() == [0, 0, 0]

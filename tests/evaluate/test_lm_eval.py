@@ -2,16 +2,18 @@
 
 import gzip
 import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 import subquad
-from subquad.evaluate import lm_eval as harness
-from subquad.evaluate.lm_eval import FORMATS, Task, evenly_spaced, find_tasks, item_format, local_tasks, zero_shot
+from subquad.evaluate.lm_eval import FIRST_WORD, FORMATS, HUB_TASKS, Task, evenly_spaced, find_tasks, zero_shot
 from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError
 
@@ -48,15 +50,24 @@ def nano():
     return subquad.load_teacher("nano")
 
 
-def test_formats_are_found_from_the_items(data):
-    tasks = local_tasks(data)
-    assert {name: task.keys[0] for name, task in tasks.items()} == {
-        "questions": "query",
-        "endings": "context_options",
-        "words": "context",
-        "pairs": "sentence_good",
-    }
-    assert [name for name, task in tasks.items() if task.is_last_word] == ["words"]
+@pytest.fixture(scope="module")
+def tasks(data):
+    return {task.name: task for task in find_tasks(None, data)}
+
+
+def test_items_become_task_definitions(tasks, data, tmp_path):
+    assert sorted(tasks) == sorted(ITEMS)
+    for name, task in tasks.items():
+        definition = yaml.safe_load((task.directory / f"{name}.yaml").read_text())
+        assert definition["dataset_path"] == "json"
+        written = Path(definition["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()
+        keys = next(keys for keys in FORMATS if set(keys) <= set(ITEMS[name][0]))
+        for item, line in zip(ITEMS[name], written, strict=True):
+            assert {key: json.loads(line)[key] for key in keys} == {key: item[key] for key in keys}
+    assert [name for name, task in tasks.items() if task.generated] == ["words"]
+    assert find_tasks(None, data) == list(tasks.values())
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(ITEMS["pairs"][0]) + "\n")
+    assert find_tasks(["pairs"], tmp_path)[0].key != tasks["pairs"].key
 
 
 def log_likelihood(model, tokenizer, context, continuation):
@@ -69,9 +80,9 @@ def log_likelihood(model, tokenizer, context, continuation):
 
 
 @pytest.mark.parametrize("name", list(ITEMS))
-def test_scores_equal_direct_computation(data, nano, name):
+def test_scores_equal_direct_computation(tasks, nano, name):
     model, tokenizer = nano
-    result = zero_shot(model, tokenizer, local_tasks(data)[name], batch_size=3)
+    result = zero_shot(model, tokenizer, tasks[name], batch_size=3)
     expected = []
     for item in ITEMS[name]:
         if name == "questions":
@@ -88,45 +99,75 @@ def test_scores_equal_direct_computation(data, nano, name):
             n = len(tokenizer(item["context"]).input_ids)
             guessed = model(ids).logits[0, n - 1 : -1].argmax(-1)
             expected.append(torch.equal(guessed, ids[0, n:]))
-    assert result.scores.tolist() == [float(x) for x in expected]
+    assert result.scores == [float(x) for x in expected]
     assert select_one(result.results, metric="acc").value == pytest.approx(sum(expected) / len(expected))
     assert result.chance == {"questions": pytest.approx(1 / 3), "words": 0}.get(name, 0.5)
 
 
 def test_evenly_spaced():
     assert evenly_spaced(9, 3) == [0, 3, 6]
-    assert evenly_spaced(9, 20) == list(range(9))
+    assert evenly_spaced(9, 20) == evenly_spaced(9, None) == list(range(9))
 
 
 @pytest.mark.parametrize("kind", ["file", "task of lm-eval", "group of lm-eval"])
-def test_limited_items_are_evenly_spaced(data, nano, kind, tmp_path):
-    """Of a file as of lm-eval's own tasks: the same items."""
-    local = local_tasks(data)["questions"]
-    whole = zero_shot(*nano, local)
-    task = local
+def test_limited_items_are_evenly_spaced(tasks, nano, kind, tmp_path):
+    """Of a file as of other definitions: the same items."""
+    task = tasks["questions"]
+    expected = torch.tensor(zero_shot(*nano, task).scores)[[0, 3, 6]]
     if kind != "file":
-        harness.task_manager.cache_clear()
         names = ["own_task", "own_other"]
+        definition = yaml.safe_load((task.directory / "questions.yaml").read_text())
         for name in names:
-            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**local.to_lm_eval(), "task": name}))
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**definition, "task": name}))
         (tmp_path / "own_group.yaml").write_text(yaml.safe_dump({"group": "own_group", "task": names}))
         task = Task("own_task" if kind == "task of lm-eval" else "own_group")
     limited = zero_shot(*nano, task, limit=3, include=tmp_path)
-    expected = whole.scores[[0, 3, 6]]
     if kind != "group of lm-eval":
-        assert limited.scores.tolist() == expected.tolist()
+        assert limited.scores == expected.tolist()
     for result in select(limited.results, metric="acc"):
         assert result.value == pytest.approx(expected.mean().item())
         assert result.n in (3, None)
 
 
-def test_batch_size_does_not_change_scores(data, nano):
+def test_batch_size_does_not_change_scores(tasks, nano):
     model, tokenizer = nano
     student = subquad.linearize(model, "gated_deltanet").eval()
-    task = local_tasks(data)["endings"]
-    alone, batched = (zero_shot(student, tokenizer, task, batch_size=n) for n in (1, 8))
-    assert alone.scores.tolist() == batched.scores.tolist()
+    alone, batched = (zero_shot(student, tokenizer, tasks["endings"], batch_size=n) for n in (1, 8))
+    assert alone.scores == batched.scores
     assert [result.value for result in alone.results] == pytest.approx([r.value for r in batched.results])
+
+
+def test_first_word():
+    words = {
+        ' "Signs," he said': "Signs",
+        "signs": "signs",
+        "  ": "",
+        "": "",
+        "it's so": "it's",
+        "—no": "no",
+        "...": "",
+    }
+    assert {text: re.findall(FIRST_WORD, text) for text in words} == {text: [word] for text, word in words.items()}
+
+
+def test_generated_words_of_padded_batches_equal_single_rows(tmp_path, nano):
+    model, tokenizer = nano
+    contexts = [
+        "def main(argv=None):\n    ",
+        "import",
+        "class Foo(object):\n    def __init__(self, x):\n        self.x =",
+    ]
+    for used in (model, subquad.linearize(model, "gla").eval()):
+        items = []
+        for text in contexts:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            out = used.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)
+            written = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            word = re.findall(FIRST_WORD, written)[0]
+            items += [{"context": text, "continuation": end} for end in (word, word + "x")]
+        (tmp_path / "words.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+        (task,) = find_tasks(None, tmp_path)
+        assert zero_shot(used, tokenizer, task.generated).scores == [1, 0] * len(contexts)
 
 
 def test_unknown_tasks_are_refused_with_the_nearest_name(data):
@@ -134,28 +175,32 @@ def test_unknown_tasks_are_refused_with_the_nearest_name(data):
         find_tasks(["question"], data)
     with pytest.raises(UserError, match="did you mean 'arc_easy'"):
         find_tasks(["arc_eazy"], None)
-    assert find_tasks(["words", "piqa"], data) == [local_tasks(data)["words"], Task("piqa")]
-    assert [task.name for task in find_tasks(None, None)] == list(harness.HUB_TASKS)
-    assert len(find_tasks(None, data)) == 4
+    assert [task.name for task in find_tasks(["words", "piqa"], data)] == ["words", "piqa"]
+    assert find_tasks(None, None) == [Task(name) for name in HUB_TASKS]
 
 
-def test_errors_name_the_file_and_line(tmp_path):
+FIRST = b'{"context": "a", "continuation": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("other.txt", b"", r"holds no NAME\.jsonl"),
+        ("odd.jsonl", b'{"question": "?"}\n', r"odd\.jsonl: .*query"),
+        ("odd.jsonl", b"[1]\n", r"odd\.jsonl: .*query"),
+        ("odd.jsonl", b"\n", r"odd\.jsonl: got no items"),
+        ("odd.jsonl", FIRST + b'{"context": \n', r"odd\.jsonl: line 2 is not JSON"),
+        ("odd.jsonl", FIRST + b'{"context": "c"}\n', r"odd\.jsonl: line 2 has no continuation"),
+        ("odd.jsonl", b"\xff\n", r"odd\.jsonl: cannot be read"),
+        ("cut.jsonl.gz", gzip.compress(FIRST * 1000)[:40], r"cut\.jsonl\.gz: cannot be read"),
+    ],
+)
+def test_errors_name_the_file_and_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        find_tasks(None, tmp_path)
     with pytest.raises(UserError, match=r"data: .*missing"):
-        local_tasks(tmp_path / "missing")
-    with pytest.raises(UserError, match=r"holds no NAME\.jsonl"):
-        local_tasks(tmp_path)
-    (tmp_path / "odd.jsonl").write_text('{"question": "?"}\n')
-    with pytest.raises(UserError, match=r"odd\.jsonl: .*query"):
-        local_tasks(tmp_path)
-    (tmp_path / "odd.jsonl").write_text('{"context": "a", "continuation": "b"}\n{"context": \n')
-    with pytest.raises(UserError, match=r"odd\.jsonl: line 2"):
-        local_tasks(tmp_path)["odd"].items()
-    (tmp_path / "odd.jsonl").write_text('{"context": "a", "continuation": "b"}\n{"context": "c"}\n')
-    with pytest.raises(UserError, match=r"odd\.jsonl: item 2 has no continuation"):
-        local_tasks(tmp_path)["odd"].items()
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"context": "a"}\n' * 1000)[:40])
-    with pytest.raises(UserError, match=r"cut\.jsonl\.gz"):
-        item_format(tmp_path / "cut.jsonl.gz")
+        find_tasks(None, tmp_path / "missing")
 
 
 COMMAND_LINE = """
@@ -169,13 +214,12 @@ cli_evaluate()
 
 @pytest.mark.slow
 @pytest.mark.sample
-def test_scores_equal_the_lm_eval_command_line(tmp_path, data, nano):
+def test_scores_equal_the_lm_eval_command_line(tmp_path, tasks, nano):
     """`lm_eval --model hf` on a transformer and on a student, which `import subquad` registers."""
     model, tokenizer = nano
     student = subquad.linearize(model, "gla")
-    tasks = local_tasks(data)
     for name, task in tasks.items():
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task.to_lm_eval()))
+        shutil.copy(task.directory / f"{name}.yaml", tmp_path)
     for used in (model, student):
         used.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
@@ -198,10 +242,3 @@ def test_scores_equal_the_lm_eval_command_line(tmp_path, data, nano):
         for name, task in tasks.items():
             for result in zero_shot(*loaded, task, batch_size=1).results:  # no padding, as batches differ
                 assert result.value == expected[name][f"{result.metric},none"], (name, result)
-
-
-@pytest.mark.parametrize("keys", list(FORMATS))
-def test_each_format_is_recognized(keys, tmp_path):
-    file = tmp_path / "some.jsonl"
-    file.write_text(json.dumps(dict.fromkeys(keys, "x")) + "\n")
-    assert item_format(file) == keys

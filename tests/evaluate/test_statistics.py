@@ -7,21 +7,12 @@ import torch
 
 from subquad.evaluate.results import Result, label_results, select, select_one
 from subquad.evaluate.statistics import estimate, mean
-from subquad.evaluate.task_scores import (
-    TaskScores,
-    accuracy_ratio,
-    accuracy_ratio_above_chance,
-    accuracy_results,
-    difference,
-    mean_accuracy_ratio,
-    summary_results,
-    win_and_tie_rate,
-)
+from subquad.evaluate.task_scores import TaskScores, accuracy_results, summary_results
 
 
 def test_standard_error_of_a_mean():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).double() * 3 + 2
-    found = mean(values)
+    found = mean("text", "loss", values)
     assert found.value == pytest.approx(values.mean().item())
     assert found.stderr == pytest.approx(values.std().item() / 20, rel=0.1)
     assert found.low == pytest.approx(found.value - 1.96 * found.stderr, abs=0.3 * found.stderr)
@@ -31,22 +22,22 @@ def test_standard_error_of_a_mean():
 
 def test_intervals_are_reproducible():
     values = torch.rand(50)
-    assert mean(values) == mean(values)
+    assert mean("text", "loss", values) == mean("text", "loss", values)
 
 
 def test_units_are_drawn_as_a_whole():
     """Ten rows of a hundred equal tokens have the error of ten numbers."""
     rows = torch.randn(10, generator=torch.Generator().manual_seed(1)).double()
     sums = torch.stack([100 * rows, torch.full((10,), 100.0).double()], 1)
-    found = estimate(sums, lambda s: s[..., 0] / s[..., 1], n=1000)
+    found = estimate("text", "loss", sums, lambda s: s[..., 0] / s[..., 1], n=1000)
     assert found.stderr == pytest.approx(rows.std().item() / math.sqrt(10), rel=0.2)
     assert found.n == 1000
 
 
 def test_one_unit_has_no_interval_and_none_is_refused():
-    assert math.isnan(mean(torch.tensor([3.0])).stderr)
+    assert math.isnan(mean("text", "loss", torch.tensor([3.0])).stderr)
     with pytest.raises(ValueError, match="at least one unit"):
-        mean(torch.empty(0))
+        mean("text", "loss", torch.empty(0))
 
 
 @pytest.fixture
@@ -57,10 +48,9 @@ def scores():
 
 
 def test_accuracy_ratios(scores):
-    assert accuracy_ratio(scores).value == pytest.approx(0.65 / 0.8)
-    assert accuracy_ratio_above_chance(scores).value == pytest.approx(0.15 / 0.3)
-    assert difference(scores).value == pytest.approx(-0.15)
-    assert scores.teacher_above_chance
+    found = {result.metric: result.value for result in accuracy_results("task", scores)}
+    expected = {"accuracy_ratio": 0.65 / 0.8, "accuracy_ratio_above_chance": 0.15 / 0.3, "difference": -0.15}
+    assert found == pytest.approx({**expected, "teacher_above_chance": 1})
 
 
 def test_model_compared_with_itself(scores):
@@ -77,29 +67,28 @@ def test_paired_intervals_are_narrow():
     teacher = torch.tensor([1.0, 0.0] * 200)
     student = teacher.clone()
     student[0] = 0
-    paired = difference(TaskScores(student, teacher, 0.0)).stderr
-    unpaired = difference(TaskScores(student.roll(1), teacher, 0.0)).stderr
+    pairs = TaskScores(student, teacher, 0.0), TaskScores(student.roll(1), teacher, 0.0)
+    paired, unpaired = (select_one(accuracy_results("task", pair), metric="difference").stderr for pair in pairs)
     assert paired < unpaired / 10
 
 
 def test_mean_excludes_tasks_with_the_teacher_at_chance(scores):
     guessing = torch.tensor([1.0, 0.0] * 50)
-    tasks = {"known": scores, "unknown": TaskScores(1 - guessing, guessing, 0.5)}
-    found = mean_accuracy_ratio(tasks)
+    unknown = TaskScores(1 - guessing, guessing, 0.5)
+    results = summary_results({"known": scores, "unknown": unknown})
+    found = select_one(results, metric="accuracy_ratio_above_chance")
     assert found.n == 1
     assert found.value == pytest.approx(0.5)
-    assert mean_accuracy_ratio({"unknown": tasks["unknown"]}) is None
-    results = summary_results(tasks)
-    assert select_one(results, metric="accuracy_ratio_above_chance").value == pytest.approx(0.5)
-    assert select_one(results, metric="win_and_tie@0").value == 0.5
+    assert found.low < 0.5 < found.high
     assert select_one(results, metric="win_and_tie@0").n == 2
+    assert not select(summary_results({"unknown": unknown}), metric="accuracy_ratio_above_chance")
 
 
 def test_win_and_tie_rate_at_tolerances():
-    pairs = [(0.5, 0.5), (0.96, 1.0), (0.2, 0.4), (0.6, 0.5)]
-    assert win_and_tie_rate(pairs, 0.0) == 0.5
-    assert win_and_tie_rate(pairs, 0.05) == 0.75
-    assert win_and_tie_rate(pairs, 0.5) == 1.0
+    means = [(0.5, 0.5), (0.96, 1.0), (0.2, 0.4), (0.6, 0.5)]
+    tasks = {str(pair): TaskScores(*(torch.full((2,), mean) for mean in pair), 0.0) for pair in means}
+    rates = {result.metric: result.value for result in summary_results(tasks) if "@" in result.metric}
+    assert rates == {f"win_and_tie@{t}": 0.5 if t < 0.05 else 0.75 for t in (0, 0.01, 0.02, 0.05, 0.1)}
 
 
 def test_results_round_trip_through_dicts():

@@ -18,7 +18,7 @@ from subquad.distill.recipe_stages import STAGE_NAMES, stage_keys
 from subquad.distill.run import DistillationRun
 from subquad.distill.stage_cache import StageCache
 from subquad.evaluate import command
-from subquad.evaluate.runner import ResultCache
+from subquad.evaluate.runner import Evaluation
 from subquad.modeling import teachers
 from subquad.study import engines, runs
 from subquad.study.grid import describe_remaining_work, run_study
@@ -174,18 +174,17 @@ def test_evaluation_results_are_in_the_database(study_recipe, tmp_path, capsys):
 
 def test_students_are_evaluated_one_at_a_time_and_the_teacher_once(study_recipe, tmp_path, monkeypatch):
     model_counts, computed = [], []
-    evaluate, compute = command.run, ResultCache.run
+    evaluate, outcome = command.run, Evaluation.outcome
 
     def count_models(models, **rest):
         model_counts.append(len(models))
         return evaluate(models, **rest)
 
-    def record_job(self, job):
-        computed.append(job.name)
-        compute(self, job)
+    def record_job(self, name, model, dependencies, compute):
+        return outcome(self, name, model, dependencies, lambda: computed.append((name, model.name)) or compute())
 
     monkeypatch.setattr(command, "run", count_models)
-    monkeypatch.setattr(ResultCache, "run", record_job)
+    monkeypatch.setattr(Evaluation, "outcome", record_job)
     recipes = load_study(study_recipe, [*SHORT, "seed=[0,1]"])
     run_study(recipes, tmp_path, suites=["language"])
     assert model_counts == [1, 1]
