@@ -72,6 +72,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)  # type: ignore[arg-type]
 
 
+@contextmanager
+def as_user_error(failure: str) -> Iterator[None]:
+    """UserError, `failure` and the first line of the error, where its block fails. A UserError and a lack of memory
+    are raised as they are."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{failure}: {lines[0]}") from error
+
+
 # ---------------------------------------------------------------------- run info
 
 

@@ -126,7 +126,8 @@ def sample_matrix_pairs(student: PreTrainedModel, teacher: PreTrainedModel, rows
         recorded = theirs.record(theirs.mixing_modules, rows[:1, :SAMPLE_TOKENS])
         for index in sorted({0, last // 2, last}):
             args, kwargs = recorded[index].args, recorded[index].kwargs
-            M, A = (access.mixer_layers[index].matrix(*args, **kwargs)[0, 0] for access in (ours, theirs))
+            matrices = (access.mixer_layers[index].matrix_rows(*args, **kwargs) for access in (ours, theirs))
+            M, A = (rows(slice(None))[0, 0] for rows in matrices)
             pairs[index, 0] = normalized_abs_rows(M).cpu(), normalized_abs_rows(A).cpu()
     return pairs
 

@@ -68,7 +68,7 @@ def run_linearize(args: argparse.Namespace) -> None:
 
     from subquad.data import check_data, token_rows
     from subquad.modeling.linearize import linearize
-    from subquad.modeling.model_card import write_model_card
+    from subquad.modeling.summary import model_card
     from subquad.modeling.teachers import check_reference, load_teacher
 
     check_reference(args.teacher)
@@ -91,7 +91,7 @@ def run_linearize(args: argparse.Namespace) -> None:
     student.save_pretrained(output)
     tokenizer.save_pretrained(output)
     name = Path(args.teacher).name if Path(args.teacher).expanduser().exists() else args.teacher
-    write_model_card(output, student.config, name)  # type: ignore[arg-type]
+    (output / "README.md").write_text(model_card(student.config, name), encoding="utf-8")  # type: ignore[arg-type]
     kind = args.mixer or ("hybrid" if args.layer_types else "gated_deltanet")
     print(f"{kind} student of {args.teacher}: {student.num_parameters():,} parameters, in {args.output}")
 

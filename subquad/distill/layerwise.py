@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from subquad.distill.documents import document_ids
 from subquad.distill.objective import Batch, Objective, StageOutput
-from subquad.modeling.attention.activations import LayerActivations, attention_modules, visit_activations
-from subquad.modeling.attention.discovery import AttentionInfo, discover_attention
+from subquad.modeling.attention.activations import LayerActivations, visit_activations
+from subquad.modeling.attention.discovery import AttentionInfo, attention_modules, discover_attention
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 if TYPE_CHECKING:

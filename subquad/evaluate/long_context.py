@@ -17,9 +17,9 @@ from subquad.config import Data
 from subquad.data import token_rows
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import estimate
+from subquad.modeling.attention.tracing import find_max_learned_positions
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.modeling.positions import find_max_learned_positions
 from subquad.utils import UserError, eval_mode
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.mixers import AttentionSpec
-from subquad.modeling.attention.discovery import AttentionInfo, random_tokens, read_attention
-from subquad.modeling.attention.tracing import AttentionCall, trace_attention
+from subquad.modeling.attention.discovery import AttentionInfo, read_attention
+from subquad.modeling.attention.tracing import AttentionCall, random_tokens, trace_attention
 from subquad.modeling.decoder_weights import DecoderWeights, has_bias, read_decoder
 from subquad.modeling.export_target import ExportError, ExportTarget, unsupported_attention
 from subquad.modeling.layers import AttentionLayer, MixerLayer
@@ -262,7 +262,11 @@ def require_one_size(sizes: list[Any], what: str) -> Any:
 def rope_parameters(base_config: Any, kept: AttentionTraces, head_dim: int) -> dict[str, Any]:
     """The teacher's `rope_parameters`, or default ones if no layer keeps attention, with `partial_rotary_factor`."""
     rope = getattr(base_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10_000.0}
-    rotated = {int(call.position_embeddings[0].shape[-1]) for _, call in kept.values() if call.position_embeddings}
+    rotated = {
+        int(call.forward.position_embeddings[0].shape[-1])
+        for _, call in kept.values()
+        if call.forward.position_embeddings
+    }
     rotated = rotated or {head_dim}
     if any(isinstance(value, dict) for value in rope.values()) or len(rotated) != 1:
         raise ExportError("its layers have different rotary embeddings")

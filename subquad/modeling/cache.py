@@ -5,23 +5,22 @@ linear attention without a convolution for an empty one. So these classes count 
 tuple of tensors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 CACHE_ARGUMENT = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """The name in `transformers` of the cache that a model takes and returns: "cache" since 5.24."""
 
 
-class RecurrentCacheLayer(CacheLayerMixin):
+class RecurrentCacheLayer(DynamicLayer):
     """The states of one mixer, tensors with the batch as first axis, and the number of tokens that they summarize."""
 
-    is_compileable = False
-    is_sliding = False
+    is_croppable = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,10 +28,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
         self.num_tokens = 0
 
     def update_states(self, states: tuple[Tensor, ...], new_tokens: int) -> None:
-        self.states, self.num_tokens, self.is_initialized = states, self.num_tokens + new_tokens, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Does nothing: the mixer makes its states."""
+        self.states, self.num_tokens = states, self.num_tokens + new_tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise TypeError("this layer of the cache is of a recurrent mixer and holds no keys and values")
@@ -40,24 +36,12 @@ class RecurrentCacheLayer(CacheLayerMixin):
     def get_seq_length(self, *args: Any) -> int:
         return self.num_tokens
 
-    def get_mask_sizes(self, query_length: Any, *args: Any) -> tuple[int, int]:
-        return self.num_tokens + int(query_length), 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
-
     def reset(self) -> None:
-        self.states, self.num_tokens, self.is_initialized = None, 0, False
+        self.states, self.num_tokens = None, 0
 
     def _map_states(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.states is not None:
             self.states = tuple(function(s) for s in self.states)
-
-    def offload(self) -> None:
-        self._map_states(lambda s: s.to("cpu", non_blocking=True))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_states(lambda s: s.index_select(0, beam_idx.to(s.device)))
@@ -84,17 +68,13 @@ class SlidingWindowCacheLayer(RecurrentCacheLayer):
         self.positions: Tensor | None = None
         """Positions `[B, T]` of the tokens of the next `update`; the layer sets them before attention runs."""
 
-    def kept_positions(self) -> Tensor | None:
-        return None if self.states is None else self.states[2]
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Returns the kept and the new keys and values; then drops those that no later query can see."""
         assert self.positions is not None
         keys, values, positions = key_states, value_states, self.positions
         if self.states is not None:
-            keys = torch.cat((self.states[0], keys), dim=2)
-            values = torch.cat((self.states[1], values), dim=2)
-            positions = torch.cat((self.states[2], positions), dim=1)
+            joined = zip(self.states, (keys, values, positions), (2, 2, 1), strict=True)
+            keys, values, positions = (torch.cat((old, new), dim) for old, new, dim in joined)
         self.update_states(self._visible_later(keys, values, positions), key_states.shape[2])
         self.positions = None
         return keys, values
@@ -119,17 +99,11 @@ class SubquadCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, layers: Sequence[RecurrentCacheLayer | DynamicLayer]):
-        super().__init__(layers=list(layers))
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.layers[layer_idx].get_seq_length()  # type: ignore[union-attr]
 
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
-        total = 0
         layers: list[Any] = self.layers
-        for layer in layers:
-            tensors = layer.states if isinstance(layer, RecurrentCacheLayer) else (layer.keys, layer.values)
-            total += sum(t.numel() * t.element_size() for t in tensors or () if isinstance(t, torch.Tensor))
-        return total
+        tensors = (t for layer in layers for t in getattr(layer, "states", None) or (layer.keys, layer.values))
+        return sum(t.nbytes for t in tensors if isinstance(t, Tensor))

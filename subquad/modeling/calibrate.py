@@ -12,7 +12,8 @@ candidates are compared at this scale too. (Calibration before training: arXiv 2
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from transformers import PreTrainedModel
 
 from subquad.mixers import Mixer
 from subquad.mixers.norms import head_norm
-from subquad.modeling.attention.activations import LayerActivations, attention_modules, capture_activations
-from subquad.modeling.attention.discovery import AttentionInfo
+from subquad.modeling.attention.activations import LayerActivations, visit_activations
+from subquad.modeling.attention.discovery import AttentionInfo, attention_modules
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
@@ -49,17 +50,7 @@ def calibrate(
         if isinstance(layer, MixerLayer):
             layer_spec.update(calibrate_layer(layer.mixer, attention_layers[index], activations, layer_spec))
 
-    with capture_activations(attention_modules(attention_layers), calibrate_one):
-        teacher.base_model(input_ids=calibration_ids.to(teacher.device), use_cache=False)
-
-
-@dataclass
-class Candidate:
-    """Settings of one layer: its options, the values `[H]` of its calibrated parameters, and each head's error."""
-
-    options: dict[str, Any]
-    params: dict[str, Tensor]
-    errors: Tensor
+    visit_activations(teacher, attention_modules(attention_layers), calibrate_one, calibration_ids)
 
 
 def calibrate_layer(
@@ -68,35 +59,32 @@ def calibrate_layer(
     """Calibrates one untrained mixer in place; returns the options that were chosen, which `layer_spec` did not set."""
     calibrator = LayerCalibrator(mixer, info, activations)
     mixer.init_from_teacher(calibrator.target.square().mean((0, 1, 3)).sqrt(), calibrator.x)
-    given = mixer.options
-    candidates = []
+    given, candidates = mixer.options, []
     for options in option_candidates(mixer, activations, layer_spec):
         mixer.options = replace(given, **options)
-        candidates.append(calibrator.search(Candidate(options, {}, calibrator.errors_and_scale()[0])))
-    best = min(candidates, key=lambda c: c.errors.sum().item())
-    mixer.options = replace(given, **best.options)
+        candidates.append((options, *calibrator.search({})))
+    chosen, params, _ = min(candidates, key=lambda candidate: candidate[2].sum().item())
+    mixer.options = replace(given, **chosen)
     if len(mixer.CALIBRATED_PARAMS) > 1:  # the best value of one depends on the others
-        best = calibrator.search(best)
-    calibrator.apply(best.params)
+        params, _ = calibrator.search(params)
+    calibrator.apply(params)
     if mixer.options.output_norm:
         mixer.set_output_scale(calibrator.errors_and_scale()[1])
-    return best.options
+    return chosen
 
 
 def option_candidates(
     mixer: Mixer, activations: LayerActivations, layer_spec: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Every valid combination of the `SEARCHED_OPTIONS` that `layer_spec` does not set."""
-    names = [name for name in SEARCHED_OPTIONS if name not in layer_spec]
-    if mixer.spec.rotary is None or activations.kwargs.get("position_embeddings") is None:
-        names = [name for name in names if name != "rotary"]
-    for values in itertools.product(*(SEARCHED_OPTIONS[name] for name in names)):
-        options = dict(zip(names, values, strict=True))
-        try:
+    searched = {name: values for name, values in SEARCHED_OPTIONS.items() if name not in layer_spec}
+    if mixer.spec.rotary is None or activations.position_embeddings is None:
+        searched.pop("rotary", None)
+    for values in itertools.product(*searched.values()):
+        options = dict(zip(searched, values, strict=True))
+        with suppress(UserError):  # some options exclude each other
             replace(mixer.options, **options)
-        except UserError:  # some options exclude each other
-            continue
-        yield options
+            yield options
 
 
 class LayerCalibrator:
@@ -104,7 +92,7 @@ class LayerCalibrator:
 
     def __init__(self, mixer: Mixer, info: AttentionInfo, activations: LayerActivations):
         self.mixer = mixer
-        self.x, self.position_embeddings = activations.hidden_states, activations.kwargs.get("position_embeddings")
+        self.x, self.position_embeddings = activations.hidden_states, activations.position_embeddings
         H, V = mixer.spec.num_heads, mixer.spec.value_dim
         assert activations.head_outputs is not None
         self.target = activations.head_outputs.float().unflatten(-1, (H, V))
@@ -135,16 +123,17 @@ class LayerCalibrator:
         for name, values in params.items():
             getattr(self.mixer, f"set_{name}")(values)
 
-    def search(self, start: Candidate) -> Candidate:
-        """Tries all values of each calibrated parameter, one parameter at a time; each head keeps its best value."""
-        best = Candidate(start.options, dict(start.params), start.errors)
+    def search(self, params: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """From `params`, tries all values of each calibrated parameter, one parameter at a time. Returns the values
+        `[H]` that are best for each head, and each head's error."""
+        errors, _ = self.errors_and_scale()
         for name, values in self.mixer.CALIBRATED_PARAMS:
-            self.apply(best.params)
-            errors, chosen = torch.full_like(best.errors, torch.inf), self.mixer.per_head(values[0])
+            self.apply(params)
+            errors, chosen = torch.full_like(errors, torch.inf), self.mixer.per_head(values[0])
             for value in values:
                 self.apply({name: self.mixer.per_head(value)})
                 new_errors, _ = self.errors_and_scale()
                 chosen = torch.where(new_errors < errors, value, chosen)
                 errors = torch.minimum(errors, new_errors)
-            best.params[name], best.errors = chosen, errors
-        return best
+            params = {**params, name: chosen}
+        return params, errors

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from subquad import mixers
 from subquad.mixers import AttentionSpec
-from subquad.modeling.layer_types import resolve_layer_type
+from subquad.modeling.layer_types import check_layer_type
 from subquad.utils import UserError
 
 DELEGATED = (
@@ -55,7 +55,14 @@ class SubquadConfig(PreTrainedConfig):
         use_cache: bool = True,
         **kwargs: Any,
     ):
-        self.base_config = make_base_config(base_config) if isinstance(base_config, dict) else base_config
+        if isinstance(base_config, dict):
+            model_type = base_config.get("model_type")
+            if model_type not in CONFIG_MAPPING:
+                raise UserError(
+                    f"base_config: unknown model_type {model_type!r} in transformers {transformers.__version__}"
+                )
+            base_config = AutoConfig.for_model(**base_config)
+        self.base_config = base_config
         self.layer_specs = copy_specs("layer_specs", layer_specs)
         self.attention_specs = copy_specs("attention_specs", attention_specs)
         self.max_learned_positions = max_learned_positions
@@ -93,25 +100,16 @@ class SubquadConfig(PreTrainedConfig):
         if not isinstance(self.base_config, PreTrainedConfig):
             raise UserError("base_config: missing; expected the configuration of the teacher")
         if len(self.layer_specs) != len(self.attention_specs):
-            raise UserError(
-                f"layer_specs: got {len(self.layer_specs)} layers, expected {len(self.attention_specs)}, as many as "
-                "attention_specs"
-            )
-        known = {f.name: f.default is MISSING for f in fields(AttentionSpec)} | {"path": True}
-        for index, (layer_spec, attention_spec) in enumerate(zip(self.layer_specs, self.attention_specs, strict=True)):
-            resolve_layer_type(layer_spec, f"layer_specs: {index}")
-            missing = [name for name, required in known.items() if required and name not in attention_spec]
-            unknown = [name for name in attention_spec if name not in known]
-            if missing or unknown:
-                wrong = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
-                raise UserError(f"attention_specs: {index}: {wrong}; expected {', '.join(known)}")
-
-
-def make_base_config(values: dict[str, Any]) -> PreTrainedConfig:
-    model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise UserError(f"base_config: unknown model_type {model_type!r} in transformers {transformers.__version__}")
-    return AutoConfig.for_model(**values)
+            got, expected = len(self.layer_specs), len(self.attention_specs)
+            raise UserError(f"layer_specs: got {got} layers, expected {expected}, as many as attention_specs")
+        required = {f.name: f.default is MISSING for f in fields(AttentionSpec)} | {"path": True}
+        for index, layer_spec in enumerate(self.layer_specs):
+            check_layer_type(layer_spec, f"layer_specs: {index}")
+            spec = self.attention_specs[index]
+            problems = [f"missing {name}" for name in required if required[name] and name not in spec]
+            problems += [f"unknown {name}" for name in spec if name not in required]
+            if problems:
+                raise UserError(f"attention_specs: {index}: {', '.join(problems)}; expected {', '.join(required)}")
 
 
 def copy_specs(key: str, specs: Any) -> list[dict[str, Any]]:

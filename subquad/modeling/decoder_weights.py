@@ -5,10 +5,8 @@ SiLU-gated MLP to the residual stream, and a linear head after a last norm. Cons
 measured and folded into the weights that follow them. Anything else raises an `ExportError` that names it.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -16,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.modeling.attention.activations import layer_path
-from subquad.modeling.attention.discovery import random_tokens
-from subquad.modeling.attention.norms import norm_epsilon
-from subquad.modeling.attention.tracing import hidden_states_of, same_values
+from subquad.modeling.attention.activations import layer_path, record_modules
+from subquad.modeling.attention.discovery import norm_epsilon
+from subquad.modeling.attention.tracing import random_tokens, same_values
 from subquad.modeling.export_target import ExportError
 from subquad.utils import eval_mode
 
@@ -27,8 +24,7 @@ TOLERANCE = 1e-4
 """Relative error up to which two computations count as the same in float32."""
 
 
-@dataclass(frozen=True)
-class DecoderLayerWeights:
+class DecoderLayerWeights(NamedTuple):
     """The weights of one layer without its attention: norms `[hidden]`, the factor on the output of attention, and the
     MLP's matrices, `[intermediate, hidden]` and `[hidden, intermediate]`."""
 
@@ -40,8 +36,7 @@ class DecoderLayerWeights:
     down: Tensor
 
 
-@dataclass(frozen=True)
-class DecoderWeights:
+class DecoderWeights(NamedTuple):
     """The weights of a decoder without its attention: embedding and head `[vocabulary, hidden]` (None if tied), layers,
     the last norm `[hidden]`, and the epsilon of all norms."""
 
@@ -52,10 +47,6 @@ class DecoderWeights:
     eps: float
 
 
-ModuleIO = dict[nn.Module, tuple[Tensor, Tensor]]
-"""Input and output of each module."""
-
-
 @torch.no_grad()
 def read_decoder(model: PreTrainedModel, paths: Sequence[str]) -> DecoderWeights:
     """The weights of `model`; `paths` are those of its attention modules, or of the mixers in their place, by layer.
@@ -63,34 +54,15 @@ def read_decoder(model: PreTrainedModel, paths: Sequence[str]) -> DecoderWeights
     Raises:
         ExportError: `model` has a part that Llama's architecture does not have.
     """
-    with eval_mode(model), record_io(model) as io:
+    with eval_mode(model), record_modules(model.modules()) as recorded:
         logits = model(input_ids=random_tokens(model), use_cache=False).logits
-    return DecoderReader(model, io).read([model.get_submodule(path) for path in paths], paths, logits)
-
-
-@contextmanager
-def record_io(model: nn.Module) -> Iterator[ModuleIO]:
-    """Records input and output of each module of `model` that maps one tensor of hidden states to another."""
-    io: ModuleIO = {}
-
-    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        y = output[0] if isinstance(output, tuple) else output
-        x = hidden_states_of(args, kwargs) if args or "hidden_states" in kwargs else None
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            io[module] = x, y
-
-    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in model.modules()]
-    try:
-        yield io
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return DecoderReader(model, {module: found.tensors for module, found in recorded.items()}).read(paths, logits)
 
 
 class DecoderReader:
     """Identifies the parts of one model by their recorded inputs and outputs."""
 
-    def __init__(self, model: PreTrainedModel, io: ModuleIO):
+    def __init__(self, model: PreTrainedModel, io: dict[nn.Module, tuple[Tensor, Tensor]]):
         self.model, self.io = model, io
         config = getattr(model.config, "base_config", model.config).get_text_config()
         values = vars(config).values()
@@ -99,30 +71,28 @@ class DecoderReader:
         self.activation = getattr(config, "hidden_act", None)
         self.eps: set[float] = set()
 
-    def read(self, attentions: Sequence[nn.Module], paths: Sequence[str], logits: Tensor) -> DecoderWeights:
+    def read(self, paths: Sequence[str], logits: Tensor) -> DecoderWeights:
         layers = [self.model.get_submodule(layer_path(path)) for path in paths]
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        attentions = map(self.model.get_submodule, paths)
         layer_weights = [self.read_layer(i, *pair) for i, pair in enumerate(zip(layers, attentions, strict=True))]
         if head not in self.io or embedding not in self.io:
             raise ExportError("its embeddings or its head are not used as modules")
-        first, last = self.io[layers[0]][0], self.io[layers[-1]][1]
-        embedding_factor = self.require_factor(
-            first, self.io[embedding][1], first, "its first layer's input is not a multiple of its embeddings"
-        )
-        norm = self.find_norm(last, "after the last layer")
-        head_input, head_output = self.io[head]
         if has_bias(head):
             raise ExportError("its head has a bias")
-        head_factor = self.require_factor(
-            head_input, self.io[norm][1], head_input, "its head's input is not a multiple of the last norm's output"
+        norm, norm_weight = self.find_norm(self.io[layers[-1]][1], "after the last layer")
+        head_input, head_output = self.io[head]
+        embedding_factor = self.require_factor(
+            self.io[layers[0]][0], self.io[embedding][1], "its first layer's input is not a multiple of its embeddings"
         )
-        head_factor *= self.require_factor(
-            logits, head_output, logits, "its logits are not a multiple of its head's output (such as a soft cap)"
+        head_factor = self.require_factor(
+            head_input, self.io[norm][1], "its head's input is not a multiple of the last norm's output"
+        ) * self.require_factor(
+            logits, head_output, "its logits are not a multiple of its head's output (such as a soft cap)"
         )
         weight: Tensor = embedding.weight.detach()  # type: ignore[union-attr, operator, assignment]
         head_weight: Tensor = head.weight.detach()  # type: ignore[union-attr, operator, assignment]
         tied = embedding_factor == head_factor == 1.0 and head_weight.data_ptr() == weight.data_ptr()
-        norm_weight = self.norm_weight(norm, "the last norm")
         if len(self.eps) != 1:
             raise ExportError(f"its norms have different epsilons ({', '.join(map(str, sorted(self.eps)))})")
         head_weights = None if tied else head_weight * head_factor
@@ -134,30 +104,30 @@ class DecoderReader:
             raise ExportError(f"{name} or its attention does not map hidden states to hidden states")
         x, y = self.io[layer]
         attention_input, attention_output = self.io[attention]
-        norm = self.find_norm(x, f"in {name}")
+        norm, norm_weight = self.find_norm(x, f"in {name}")
         if not same_values(self.io[norm][1], attention_input):
             raise ExportError(f"the attention of {name} does not take the norm of the layer's input")
-        inside = set(attention.modules())
-        for module in layer.modules():
-            residual, normed = self.io.get(module, (None, None))
-            if module in inside or module is norm or residual is None or normed is None or residual.shape != x.shape:
+        outside = set(layer.modules()) - {norm, *attention.modules()}
+        for module, (residual, normed) in self.io.items():
+            if module not in outside or not residual.shape == normed.shape == x.shape:
                 continue
             factor = self.find_factor(residual - x, attention_output, residual)
-            if factor and normed.shape == x.shape and self.effective_weight(module) is not None:
-                return self.read_mlp(name, layer, module, y, (self.norm_weight(norm, name), factor))
+            mlp_norm = self.norm_weight(module) if factor else None
+            if factor and mlp_norm is not None:
+                return DecoderLayerWeights(norm_weight, factor, mlp_norm, *self.read_mlp(name, layer, module, y))
         raise ExportError(
             f"{name} has more between its attention and its MLP than a residual sum and a norm (such as a norm after "
             "attention, or MLP and attention in parallel)"
         )
 
-    def read_mlp(
-        self, name: str, layer: nn.Module, norm: nn.Module, y: Tensor, norm_and_factor: tuple[Tensor, float]
-    ) -> DecoderLayerWeights:
-        """The weights of `layer` with output `y`, whose MLP takes the output of `norm`."""
+    def read_mlp(self, name: str, layer: nn.Module, norm: nn.Module, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and down of the MLP that takes the output of `norm`, in a layer with output `y`."""
         residual, x = self.io[norm]
         linears = [m for m in layer.modules() if isinstance(m, nn.Linear) and m in self.io]
         projections = [m for m in linears if same_values(self.io[m][0], x)]
-        halves = [(*half,) for m in projections for half in self.gate_and_up(m, len(projections) == 1)]
+        halves = [(m.weight.detach(), self.io[m][1]) for m in projections]
+        if len(halves) == 1 and len(halves[0][0]) % 2 == 0:  # gate and up in one projection
+            halves = list(zip(halves[0][0].chunk(2), halves[0][1].chunk(2, dim=-1), strict=True))
         for down in linears:
             down_input, down_output = self.io[down]
             factor = None if down_output.shape != y.shape else self.find_factor(y - residual, down_output, y)
@@ -167,48 +137,33 @@ class DecoderReader:
                 if g.shape == down_input.shape and all_close(F.silu(g) * u, down_input):
                     if any(has_bias(part) for part in (*projections, down)):
                         raise ExportError(f"the MLP of {name} has biases")
-                    down_weight = down.weight.detach() * factor
-                    return DecoderLayerWeights(*norm_and_factor, self.norm_weight(norm, name), gate, up, down_weight)
+                    return gate, up, down.weight.detach() * factor
         known = self.activation in (None, "silu", "swish")
         activation = "" if known else f" (hidden_act is {self.activation!r})"
         raise ExportError(f"the MLP of {name} is not down(silu(gate x) * up x){activation}, or a norm follows it")
 
-    def gate_and_up(self, projection: nn.Linear, fused: bool) -> list[tuple[Tensor, Tensor]]:
-        """Weight and output of a projection of the MLP's input; if it is fused, those of its two halves."""
-        weight, output = projection.weight.detach(), self.io[projection][1]
-        if not fused or len(weight) % 2:
-            return [(weight, output)]
-        return list(zip(weight.chunk(2), output.chunk(2, dim=-1), strict=True))
-
-    def find_norm(self, x: Tensor, where: str) -> nn.Module:
-        """The RMS norm whose input is `x`."""
+    def find_norm(self, x: Tensor, where: str) -> tuple[nn.Module, Tensor]:
+        """The RMS norm whose input is `x`, and its weight."""
         for module, (norm_input, output) in self.io.items():
-            if (
-                norm_input.shape == output.shape
-                and same_values(norm_input, x)
-                and self.effective_weight(module) is not None
-            ):
-                return module
+            if norm_input.shape == output.shape and same_values(norm_input, x):
+                weight = self.norm_weight(module)
+                if weight is not None:
+                    return module, weight
         raise ExportError(f"there is no RMS norm {where}")
 
-    def effective_weight(self, module: nn.Module) -> Tensor | None:
-        """The factor of each channel in an RMS norm (Gemma's store it minus one); None if `module` is not one."""
+    def norm_weight(self, module: nn.Module) -> Tensor | None:
+        """The factor of each channel in an RMS norm (Gemma's store it minus one), whose epsilon is noted; None if
+        `module` is not one."""
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 1 or has_bias(module):
             return None
-        x, y = self.io[module]
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm_epsilon(module))
+        eps, (x, y) = norm_epsilon(module), self.io[module]
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
         for candidate in (weight.detach(), weight.detach() + 1):
             if all_close(normed * candidate.float(), y):
+                self.eps.add(eps)
                 return candidate
         return None
-
-    def norm_weight(self, module: nn.Module, name: str) -> Tensor:
-        weight = self.effective_weight(module)
-        if weight is None:
-            raise ExportError(f"the norm of {name} is not an RMS norm")
-        self.eps.add(norm_epsilon(module))
-        return weight
 
     def find_factor(self, target: Tensor, source: Tensor, magnitude: Tensor) -> float | None:
         """c with `target` = c `source`; None if there is none. If a number of the configuration is c up to rounding,
@@ -226,8 +181,8 @@ class DecoderReader:
         nearest = min(self.known_factors, key=lambda known: abs(known - c))
         return nearest if abs(nearest - c) < tolerance * abs(nearest) else c
 
-    def require_factor(self, target: Tensor, source: Tensor, magnitude: Tensor, reason: str) -> float:
-        c = self.find_factor(target, source, magnitude)
+    def require_factor(self, target: Tensor, source: Tensor, reason: str) -> float:
+        c = self.find_factor(target, source, target)
         if c is None:
             raise ExportError(reason)
         return c

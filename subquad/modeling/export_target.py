@@ -59,10 +59,8 @@ class ExportTarget:
     @property
     def supported_layers(self) -> str:
         """The end of an error message."""
-        return (
-            f"supported layers: {self.mixer} made by linearize(..., export_target='{self.key}'), and layers that keep "
-            "the teacher's full attention"
-        )
+        made = f"{self.mixer} made by linearize(..., export_target='{self.key}')"
+        return f"supported layers: {made}, and layers that keep the teacher's full attention"
 
     def mixer_norm_eps(self, eps: float, spec: AttentionSpec) -> float:
         """The epsilon of a student's mixer norm, if the target's norms have `eps`: without scaled queries the norm's
@@ -73,8 +71,7 @@ class ExportTarget:
 QWEN3_5 = ExportTarget("qwen3_5", "Qwen3.5", "gated_deltanet", MIXER_OPTIONS, has_qk_norm=True)
 BAMBA_OPTIONS = {**MIXER_OPTIONS, "discretization": "zoh"}
 BAMBA = ExportTarget("bamba", "Bamba", "mamba2", BAMBA_OPTIONS, False, scales_queries=False, biases=("a_proj",))
-TARGETS = {target.key: target for target in (QWEN3_5, BAMBA)}
-"""The built-in targets."""
+TARGETS = {"qwen3_5": QWEN3_5, "bamba": BAMBA}
 
 
 class ExportError(UserError):
@@ -99,12 +96,10 @@ def check_mixers(names: Iterable[str], target: ExportTarget) -> None:
 
 
 def restrict_to_target(
-    layer_specs: list[dict[str, Any]],
-    attention_layers: Sequence["AttentionInfo"],
-    teacher: "PreTrainedModel",
-    target: str,
-) -> tuple[list[dict[str, Any]], float]:
-    """The layer specs with the options that `target` requires, and the epsilon for `set_norm_eps`.
+    base: "PreTrainedModel", layer_specs: list[dict[str, Any]], attention_layers: Sequence["AttentionInfo"], target: str
+) -> list[dict[str, Any]]:
+    """The layer specs with the options that `target` requires; sets the epsilon of all norms of `base`, a copy of the
+    teacher, and `rms_norm_eps` in its configuration.
 
     Raises:
         UserError: unknown target, or a mixer or option that it does not have.
@@ -115,34 +110,29 @@ def restrict_to_target(
     found = find_target(target)
     check_mixers((spec["mixer"] for spec in layer_specs), found)
     try:
-        eps = read_decoder(teacher, [info.path for info in attention_layers]).eps
+        eps = read_decoder(base, [info.path for info in attention_layers]).eps
+        if hasattr(base.config, "rms_norm_eps"):
+            eps = min(eps, NORM_EPS)
+        pairs = zip(layer_specs, attention_layers, strict=True)
+        restricted = [restrict_layer(spec, f"layer {info.index}", info.spec, eps, found) for spec, info in pairs]
     except ExportError as error:
         raise ExportError(error.reason, found, "this teacher") from None
-    if hasattr(teacher.config, "rms_norm_eps"):
-        eps = min(eps, NORM_EPS)
-    restricted = [
-        restrict_mixer(spec, f"layer {info.index}", info.spec, eps, found)
-        if spec["mixer"] == found.mixer
-        else restrict_attention(spec, f"layer {info.index}", info.spec, eps, found)
-        for spec, info in zip(layer_specs, attention_layers, strict=True)
-    ]
-    return restricted, eps
+    if getattr(base.config, "rms_norm_eps", eps) != eps:
+        base.config.rms_norm_eps = eps  # type: ignore[assignment]
+        for module in base.modules():
+            for name in ("variance_epsilon", "eps"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, eps)
+    return restricted
 
 
-def set_norm_eps(base: "PreTrainedModel", eps: float) -> None:
-    """Sets the epsilon of every norm of `base`, and `rms_norm_eps` in its configuration."""
-    if getattr(base.config, "rms_norm_eps", eps) == eps:
-        return
-    base.config.rms_norm_eps = eps  # type: ignore[assignment]
-    for module in base.modules():
-        for name in ("variance_epsilon", "eps"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, eps)
-
-
-def restrict_mixer(
+def restrict_layer(
     layer_spec: dict[str, Any], name: str, spec: AttentionSpec, eps: float, target: ExportTarget
 ) -> dict[str, Any]:
+    if layer_spec["mixer"] != target.mixer:
+        if problem := unsupported_attention(layer_spec, spec, target):
+            raise ExportError(f"{name}: {problem}")
+        return {**layer_spec, "qk_norm": eps} if target.has_qk_norm and spec.qk_norm is None else layer_spec
     required = {**target.mixer_options, "norm_eps": target.mixer_norm_eps(eps, spec)}
     for option, value in required.items():
         if layer_spec.get(option, value) != value:
@@ -153,27 +143,17 @@ def restrict_mixer(
     return {**layer_spec, **required}
 
 
-def restrict_attention(
-    layer_spec: dict[str, Any], name: str, spec: AttentionSpec, eps: float, target: ExportTarget
-) -> dict[str, Any]:
-    problem = unsupported_attention(layer_spec, spec, target)
-    if problem is not None:
-        raise ExportError(f"{name}: {problem}", target, "this teacher")
-    return layer_spec if not target.has_qk_norm or spec.qk_norm is not None else {**layer_spec, "qk_norm": eps}
-
-
 def unsupported_attention(layer_spec: dict[str, Any], spec: AttentionSpec, target: ExportTarget) -> str | None:
     """What the target's attention does not have, of an attention with these specs; None if it has all."""
-    if layer_spec.get("window") is not None or spec.window is not None:
-        return "its attention has a sliding window"
-    if spec.qkv_bias or spec.output_bias:
-        return "its attention has projections with biases"
-    if not target.has_qk_norm and (spec.qk_norm is not None or layer_spec.get("qk_norm") is not None):
-        return "its attention has a norm of queries and keys"
-    if spec.qk_norm not in (None, "rms-head"):
-        return f"its norm of queries and keys is {spec.qk_norm!r}, expected 'rms-head'"
-    if spec.rotary != "half":
-        return f"its rotary embedding is {spec.rotary!r}, expected 'half'"
-    if spec.value_dim != spec.head_dim:
-        return f"its values have {spec.value_dim} channels per head and its keys {spec.head_dim}, expected the same"
-    return None
+    has_qk_norm = spec.qk_norm is not None or layer_spec.get("qk_norm") is not None
+    problems = {
+        "has a sliding window": layer_spec.get("window") is not None or spec.window is not None,
+        "has projections with biases": spec.qkv_bias or spec.output_bias,
+        "has a norm of queries and keys": has_qk_norm and not target.has_qk_norm,
+        f"has a norm of queries and keys {spec.qk_norm!r}, expected 'rms-head'": spec.qk_norm not in (None, "rms-head"),
+        f"has a rotary embedding {spec.rotary!r}, expected 'half'": spec.rotary != "half",
+        f"has values of {spec.value_dim} channels per head and keys of {spec.head_dim}, expected the same": (
+            spec.value_dim != spec.head_dim
+        ),
+    }
+    return next((f"its attention {problem}" for problem, is_found in problems.items() if is_found), None)

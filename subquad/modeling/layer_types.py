@@ -9,7 +9,8 @@ from subquad.mixers import ATTENTION
 from subquad.utils import UserError, nearest
 
 LAYER_NUMBERS = re.compile(r"\s*\d+(-\d+)?\s*(,\s*\d+(-\d+)?\s*)*")
-EXPECTED_NUMBERS = "layer numbers like '0,8,16' or '2-5', or 'default'"
+LEAST_TOKENS = {"window": 1, "sinks": 0}
+"""Options of attention that are numbers of tokens, with their smallest values."""
 
 LayerType = str | Mapping[str, Any]
 """A mixer's name, "attention", or a mapping of `mixer` to the name and of its options to their values."""
@@ -32,37 +33,28 @@ def resolve_layer_types(layer_types: Mapping[str, LayerType], num_layers: int) -
         raise UserError(
             f"layer_types: got {layer_types!r}, expected a mapping like {{'default': 'gla', '0,8': 'attention'}}"
         )
-    specs: dict[int, dict[str, Any]] = {}
-    for key, layer_type in layer_types.items():
-        if key == "default":
-            continue
-        for index in parse_layer_numbers(str(key), num_layers):
+    if mistakes := find_mistakes(layer_types):
+        raise UserError(*(f"layer_types: {key}: {message}" for key, message in mistakes))
+    specs: dict[int, LayerType] = {}
+    for key in layer_types:
+        for index in [] if key == "default" else layer_numbers(str(key)):
+            if index >= num_layers:
+                expected = f"expected layers from 0 to {num_layers - 1}"
+                raise UserError(f"layer_types: {key}: there is no layer {index}; {expected}")
             if index in specs:
                 raise UserError(f"layer_types: {key}: layer {index} is listed twice")
-            specs[index] = resolve_layer_type(layer_type, f"layer_types: {key}")
-    if "default" in layer_types:
-        default = resolve_layer_type(layer_types["default"], "layer_types: default")
-        specs = {index: specs.get(index, default) for index in range(num_layers)}
+            specs[index] = layer_types[key]
     missing = [str(index) for index in range(num_layers) if index not in specs]
-    if missing:
+    if missing and "default" not in layer_types:
         raise UserError(f"layer_types: layer {', '.join(missing)} is missing; list it, or add a 'default'")
-    return [dict(specs[index]) for index in range(num_layers)]
+    chosen = [specs[index] if index in specs else layer_types["default"] for index in range(num_layers)]
+    return [{"mixer": spec} if isinstance(spec, str) else dict(spec) for spec in chosen]
 
 
-def parse_layer_numbers(text: str, num_layers: int) -> list[int]:
+def layer_numbers(text: str) -> list[int]:
     """The layers in `"0,8,16"` or `"2-5"`; both ends of a range are included."""
-    if not LAYER_NUMBERS.fullmatch(text):
-        raise UserError(f"layer_types: got {text!r}, expected {EXPECTED_NUMBERS}")
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        numbers += range(int(first), int(last if dash else first) + 1)
-    outside = [str(index) for index in numbers if index >= num_layers]
-    if outside:
-        raise UserError(
-            f"layer_types: {text}: there is no layer {', '.join(outside)}; expected layers from 0 to {num_layers - 1}"
-        )
-    return numbers
+    ranges = (part.partition("-") for part in text.split(","))
+    return [index for first, dash, last in ranges for index in range(int(first), int(last if dash else first) + 1)]
 
 
 def find_mistakes(layer_types: Mapping[str, LayerType]) -> list[tuple[str, str]]:
@@ -70,24 +62,23 @@ def find_mistakes(layer_types: Mapping[str, LayerType]) -> list[tuple[str, str]]
     found = []
     for key, layer_type in layer_types.items():
         if key != "default" and not LAYER_NUMBERS.fullmatch(str(key)):
-            found.append((key, f"got {key!r}, expected {EXPECTED_NUMBERS}"))
+            found.append((key, f"got {key!r}, expected layer numbers like '0,8,16' or '2-5', or 'default'"))
         found += [(key, message) for message in layer_type_mistakes(layer_type)]
     return found
 
 
-def resolve_layer_type(layer_type: LayerType, key: str) -> dict[str, Any]:
-    """The `layer_spec` of one layer type; UserError with a line, beginning with `key`, for each mistake."""
+def check_layer_type(layer_type: LayerType, key: str) -> None:
+    """Raises UserError with a line, beginning with `key`, for each mistake."""
     if mistakes := layer_type_mistakes(layer_type):
         raise UserError(*(f"{key}: {message}" for message in mistakes))
-    return {"mixer": layer_type} if isinstance(layer_type, str) else dict(layer_type)
 
 
 def layer_type_mistakes(layer_type: LayerType) -> list[str]:
     """A message for an unknown mixer, and for each option that is unknown or has a wrong value."""
     if not isinstance(layer_type, str | Mapping):
         return [f"got {layer_type!r}, expected a mixer's name, or a mapping with `mixer` and its options"]
-    options = {} if isinstance(layer_type, str) else dict(layer_type)
-    name = layer_type if isinstance(layer_type, str) else options.pop("mixer", None)
+    options = {"mixer": layer_type} if isinstance(layer_type, str) else dict(layer_type)
+    name = options.pop("mixer", None)
     if name == ATTENTION:
         return attention_mistakes(options)
     if name == mixers.SOFTMAX:
@@ -99,18 +90,17 @@ def layer_type_mistakes(layer_type: LayerType) -> list[str]:
 
 def attention_mistakes(options: Mapping[str, Any]) -> list[str]:
     """A message for each unknown option of attention, each wrong value, and for sinks without a window."""
-    known = ("window", "sinks", "qk_norm")
     mistakes = []
     for name, value in options.items():
-        if name not in known:
-            mistakes.append(f"unknown option {name!r} of attention{nearest(name, known)}")
-        elif name == "qk_norm":
+        if name == "qk_norm":
             if not isinstance(value, float) or not 0 < value < 1:
                 mistakes.append(f"qk_norm: got {value!r}, expected the norm's epsilon, such as 1.0e-6")
+        elif name in LEAST_TOKENS:
+            if type(value) is not int or value < LEAST_TOKENS[name]:
+                expected = f"expected a whole number of tokens, at least {LEAST_TOKENS[name]}"
+                mistakes.append(f"{name}: got {value!r}, {expected}")
         else:
-            least = 1 if name == "window" else 0
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                mistakes.append(f"{name}: got {value!r}, expected a whole number of tokens, at least {least}")
+            mistakes.append(f"unknown option {name!r} of attention{nearest(name, [*LEAST_TOKENS, 'qk_norm'])}")
     if options.get("sinks") and "window" not in options:
         mistakes.append(f"sinks: got {options['sinks']!r} without a window, expected both")
     return mistakes

@@ -14,38 +14,24 @@ from transformers.cache_utils import DynamicLayer
 
 from subquad.mixers import AttentionSpec, Mixer
 from subquad.mixers.norms import head_norm
+from subquad.modeling.attention.activations import hidden_states_of
 from subquad.modeling.attention.scores import attention_probabilities
-from subquad.modeling.attention.tracing import hidden_states_of
 from subquad.modeling.cache import CACHE_ARGUMENT, RecurrentCacheLayer, SlidingWindowCacheLayer, SubquadCache
 from subquad.modeling.masks import additive_mask, doc_ids_and_positions, new_documents
 from subquad.utils import UserError
 
 
-class TokenMixerLayer(nn.Module):
-    """Base of both: `spec` is the attention that is replaced, `index` the layer's number."""
-
-    def __init__(self, spec: AttentionSpec, index: int):
-        super().__init__()
-        self.spec, self.index = spec, index
-
-    def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
-        raise NotImplementedError
-
-    def matrix(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The mixing matrix `[B, H, T, T]` for the arguments of `forward`, where each row is one document."""
-        return self.matrix_rows(*args, **kwargs)(slice(None))
-
-    def find_cache(self, args: tuple, kwargs: dict[str, Any]) -> SubquadCache | None:
-        """The cache among the arguments, by its type: its name differs between architectures."""
-        return next((value for value in (*args, *kwargs.values()) if isinstance(value, SubquadCache)), None)
+def find_cache(args: tuple, kwargs: dict[str, Any]) -> SubquadCache | None:
+    """The cache among the arguments, by its type: its name differs between architectures."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, SubquadCache)), None)
 
 
-class MixerLayer(TokenMixerLayer):
-    """A mixer whose state is in the model's cache."""
+class MixerLayer(nn.Module):
+    """A mixer whose state is in the model's cache; `spec` is the attention that it replaces, in layer `index`."""
 
     def __init__(self, mixer: Mixer, index: int):
-        super().__init__(mixer.spec, index)
-        self.mixer = mixer
+        super().__init__()
+        self.mixer, self.spec, self.index = mixer, mixer.spec, index
 
     def new_cache_layer(self) -> RecurrentCacheLayer:
         return RecurrentCacheLayer()
@@ -54,7 +40,7 @@ class MixerLayer(TokenMixerLayer):
         x = hidden_states_of(args, kwargs)
         T = x.shape[1]
         doc_ids = None if attention_mask is None else new_documents(attention_mask, T)
-        cache = self.find_cache(args, kwargs)
+        cache = find_cache(args, kwargs)
         cache_layer = None if cache is None else cache.layers[self.index]
         if cache_layer is not None and not isinstance(cache_layer, RecurrentCacheLayer):
             raise TypeError(
@@ -68,8 +54,8 @@ class MixerLayer(TokenMixerLayer):
         return (y, *[None] * (self.spec.num_outputs - 1)) if self.spec.num_outputs else y
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
-        """Returns a function that gives rows of the mixing matrix, `[B, H, rows, T]`, for the arguments of `forward`.
-        The inputs of the op are computed once, here."""
+        """Returns a function that gives rows of the mixing matrix, `[B, H, rows, T]`, for the arguments of `forward`,
+        where each row of the batch is one document. The inputs of the op are computed once, here."""
         x = hidden_states_of(args, kwargs)
         op_inputs, _ = self.mixer.op_inputs(x, kwargs.get("position_embeddings"), None, None)
         return lambda rows: self.mixer.mixing_matrix(op_inputs, rows)
@@ -81,9 +67,8 @@ class MixerLayer(TokenMixerLayer):
 
     def matrix_parameters(self) -> list[nn.Parameter]:
         """Parameters on which the mixing matrix depends."""
-        return [
-            p for name, p in self.mixer.named_parameters() if name.split(".")[0] not in self.mixer.VALUE_PATH_PARAMS
-        ]
+        outside = self.mixer.VALUE_PATH_PARAMS
+        return [p for name, p in self.mixer.named_parameters() if name.split(".")[0] not in outside]
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """Parameters that a teacher's attention has too."""
@@ -91,8 +76,7 @@ class MixerLayer(TokenMixerLayer):
 
 
 class NormedProjection(nn.Module):
-    """A projection of queries or keys, followed by an RMS norm of each head. The norm's weight `[K]` is shared by the
-    heads, as in Qwen3."""
+    """A projection of queries or keys, followed by an RMS norm of each head."""
 
     def __init__(self, projection: nn.Linear, head_dim: int, eps: float):
         super().__init__()
@@ -103,7 +87,7 @@ class NormedProjection(nn.Module):
 
 
 class QKHeadNorm(nn.Module):
-    """RMS norm over the last axis, the channels of a head."""
+    """RMS norm over the last axis, the channels of a head; its weight `[K]` is shared by the heads, as in Qwen3."""
 
     def __init__(self, head_dim: int, eps: float):
         super().__init__()
@@ -113,13 +97,11 @@ class QKHeadNorm(nn.Module):
         return head_norm(x, self.weight, self.eps)
 
 
-class AttentionLayer(TokenMixerLayer):
+class AttentionLayer(nn.Module):
     """The teacher's attention module, kept; it gets the mask that it expects, built from the student's own.
 
     Args:
-        attention: the module.
-        spec: what it is.
-        index: the layer's number.
+        attention: the module in layer `index`, which `spec` describes.
         window: tokens that a query sees, itself included; the teacher's own window where that is smaller.
         sinks: first tokens of each document that a query sees in addition (arXiv 2309.17453).
         qk_norm: epsilon of an RMS norm of queries and keys, added to an attention that has none.
@@ -136,10 +118,9 @@ class AttentionLayer(TokenMixerLayer):
         sinks: int = 0,
         qk_norm: float | None = None,
     ):
-        super().__init__(spec, index)
-        self.attention = attention
+        super().__init__()
+        self.attention, self.spec, self.index, self.sinks = attention, spec, index, sinks
         self.window = min((w for w in (window, spec.window) if w is not None), default=None)
-        self.sinks = sinks
         if qk_norm is not None:
             self.add_qk_norms(qk_norm)
 
@@ -164,7 +145,7 @@ class AttentionLayer(TokenMixerLayer):
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         x = hidden_states_of(args, kwargs)
         T = x.shape[1]
-        cache = self.find_cache(args, kwargs)
+        cache = find_cache(args, kwargs)
         cache_layer: Any = None if cache is None else cache.layers[self.index]
         past_tokens = 0 if cache_layer is None else cache_layer.get_seq_length()
         if attention_mask is not None and not attention_mask.shape[-1]:
@@ -172,10 +153,11 @@ class AttentionLayer(TokenMixerLayer):
         doc_ids, positions = doc_ids_and_positions(attention_mask, len(x), past_tokens + T, x.device)
         keys = doc_ids, positions
         if isinstance(cache_layer, SlidingWindowCacheLayer):
-            cache_layer.positions, kept = positions[:, past_tokens:], cache_layer.kept_positions()
-            if kept is not None:
-                doc_ids = torch.cat((kept >= 0, doc_ids[:, past_tokens:]), dim=1)
-                keys = doc_ids, torch.cat((kept, positions[:, past_tokens:]), dim=1)
+            cache_layer.positions = new_positions = positions[:, past_tokens:]
+            if cache_layer.states is not None:
+                kept = cache_layer.states[2]
+                new_docs = doc_ids[:, past_tokens:]
+                keys = torch.cat((kept >= 0, new_docs), dim=1), torch.cat((kept, new_positions), dim=1)
         mask = None
         # Without a mask every implementation of the teacher is causal, except the eager one.
         eager = getattr(getattr(self.attention, "config", None), "_attn_implementation", "eager") == "eager"
@@ -186,8 +168,7 @@ class AttentionLayer(TokenMixerLayer):
         return self.attention(*args, attention_mask=mask, **kwargs)
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
-        """Returns a function that gives rows of the attention probabilities, `[B, H, rows, T]`, for the arguments of
-        `forward`."""
+        """As of a mixer: of the attention probabilities."""
         return lambda rows: attention_probabilities(self.attention, self.window, self.sinks, args, kwargs, rows)
 
     def matrix_parameters(self) -> list[nn.Parameter]:

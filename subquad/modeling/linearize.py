@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,17 +13,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from subquad import mixers
 from subquad.mixers import Mixer
-from subquad.modeling.attention.activations import AttentionStats, collect_attention_stats
-from subquad.modeling.attention.discovery import AttentionInfo, discover_attention, random_tokens
+from subquad.modeling.attention.activations import LayerActivations, capture_activations
+from subquad.modeling.attention.discovery import AttentionInfo, attention_modules, discover_attention
+from subquad.modeling.attention.tracing import cannot_linearize, find_max_learned_positions, random_tokens
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.calibrate import calibrate
-from subquad.modeling.export_target import restrict_to_target, set_norm_eps
-from subquad.modeling.layer_types import LayerType, resolve_layer_type, resolve_layer_types
-from subquad.modeling.layers import AttentionLayer, MixerLayer
-from subquad.modeling.modeling_subquad import SubquadForCausalLM, make_config
-from subquad.modeling.positions import check_positions_and_cache, find_max_learned_positions
-from subquad.utils import UserError, eval_mode, is_out_of_memory
+from subquad.modeling.configuration_subquad import SubquadConfig
+from subquad.modeling.export_target import restrict_to_target
+from subquad.modeling.layer_types import LayerType, check_layer_type, resolve_layer_types
+from subquad.modeling.layers import MixerLayer
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.modeling.teachers import remove_quantizer
+from subquad.utils import UserError, as_user_error, eval_mode
 
+MAX_INPUT_TOKENS = 1024
+"""Tokens of each layer's input from which a mixer is initialized."""
 _global_generator = threading.RLock()
 """Held while `linearize` seeds and uses the global random generator, which all threads share."""
 
@@ -64,56 +69,71 @@ def linearize(
         ValueError: `attention_layers` of another model.
     """
     if layer_types is None:
-        resolve_layer_type({"mixer": mixer, **options}, "mixer")
+        check_layer_type({"mixer": mixer, **options}, "mixer")
+        layer_types = {"default": {"mixer": mixer, **options}}
     elif options:
         raise UserError(f"options: got {', '.join(options)} with layer_types; expected them in layer_types")
-    with _global_generator, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    devices = range(torch.cuda.device_count())
+    with _global_generator, torch.random.fork_rng(devices=devices), eval_mode(teacher):
         torch.manual_seed(seed)
         if attention_layers is None:
             attention_layers = discover_attention(teacher)
         elif any(teacher.get_submodule(info.path) is not info.module for info in attention_layers):
-            raise ValueError(
-                "attention_layers: got layers of another model, expected those of discover_attention(teacher)"
-            )
+            message = "got layers of another model, expected those of discover_attention(teacher)"
+            raise ValueError(f"attention_layers: {message}")
         check_teacher(teacher)
-        specs = resolve_layer_types(layer_types or {"default": {"mixer": mixer, **options}}, len(attention_layers))
+        specs = resolve_layer_types(layer_types, len(attention_layers))
         student = build_student(teacher, specs, attention_layers, export_target)
         if calibration_ids is not None:
             scale_ids = calibration_ids[:1]  # calibration sets the scales again
         init_mixers(student, teacher, attention_layers, copy_qkv, scale_ids)
         if calibration_ids is not None:
-            with eval_mode(teacher):
-                calibrate(student, teacher, attention_layers, calibration_ids)
+            calibrate(student, teacher, attention_layers, calibration_ids)
         check_student(student, type(teacher).__name__)
     return student.requires_grad_(True).train(teacher.training)
 
 
-def check_teacher(teacher: PreTrainedModel) -> None:
-    """Raises UserError if a student of `teacher` could not be loaded, padded or decoded with a cache."""
-    known: Any = AutoModelForCausalLM._model_mapping.get(type(teacher.config), ())  # type: ignore[attr-defined]
-    if not isinstance(teacher, known):
-        raise UserError(
-            f"{type(teacher).__name__} cannot be linearized: AutoModelForCausalLM does not build it from a "
-            f"{type(teacher.config).__name__}, so that a saved student could not be loaded"
+@torch.no_grad()
+def check_teacher(model: PreTrainedModel) -> None:
+    """Raises UserError if a student of `model` could not be loaded, padded or decoded with a cache.
+
+    A model that counts positions itself (BART) would shift tokens after padding and in packed documents. In Gemma 3n,
+    before transformers 5.5, layers find the keys of other layers only in a cache; attention is traced without one.
+
+    The text is a row of one repeated token: attention gives the same at each position, so that any difference between
+    positions comes from the position encoding.
+    """
+    name, config = type(model).__name__, type(model.config)
+    known: Any = AutoModelForCausalLM._model_mapping.get(config, ())  # type: ignore[attr-defined]
+    if not isinstance(model, known):
+        reason = f"does not build it from a {config.__name__}, so that a saved student could not be loaded"
+        raise cannot_linearize(name, f"AutoModelForCausalLM {reason}")
+    tokens = random_tokens(model)[:1, :1].expand(1, 4)
+    zeros = {"position_ids": torch.zeros_like(tokens)}
+    default, zero_positions, cached = (
+        model.base_model(input_ids=tokens, use_cache=use_cache, **positions)[0].float()
+        for use_cache, positions in ((False, {}), (False, zeros), (True, {}))
+    )
+    rms = float(default.square().mean().sqrt())
+    if torch.equal(default, zero_positions) and float((default - default[:, :1]).abs().max()) > 1e-3 * rms:
+        reason = "it ignores position_ids, so that padding and packed documents would shift the positions of its tokens"
+        raise cannot_linearize(name, reason)
+    if float((default - cached).square().mean().sqrt()) > 3e-2 * rms:
+        reason = (
+            "its output with a cache differs from that without, as where layers have no keys and values of their own"
         )
-    with eval_mode(teacher):
-        check_positions_and_cache(teacher)
+        raise cannot_linearize(name, reason)
 
 
 @torch.no_grad()
 def check_student(student: SubquadForCausalLM, name: str) -> None:
     """Raises UserError if the base model cannot use a student's cache: it has no cache argument, or it caches more than
     attention, such as the states of cross-attention."""
-    tokens = random_tokens(student)[:2, :4]
-    try:
-        with eval_mode(student):
-            out = student(input_ids=tokens[:, :3], use_cache=True)
-            student(input_ids=tokens[:, 3:], use_cache=True, **{CACHE_ARGUMENT: out[CACHE_ARGUMENT]})
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{name} cannot be linearized: its student cannot decode with a cache: {reason[0]}") from error
+    first, rest = random_tokens(student)[:2, :4].split(3, dim=1)
+    failure = f"{name} cannot be linearized: its student cannot decode with a cache"
+    with as_user_error(failure), eval_mode(student):
+        cache = student(input_ids=first, use_cache=True)[CACHE_ARGUMENT]
+        student(input_ids=rest, use_cache=True, **{CACHE_ARGUMENT: cache})
 
 
 def build_student(
@@ -123,15 +143,17 @@ def build_student(
     export_target: str | None,
 ) -> SubquadForCausalLM:
     """A copy of `teacher` with its attention replaced; the mixers are uninitialized."""
-    base = copy.deepcopy(teacher)
+    base = remove_quantizer(copy.deepcopy(teacher))
     if export_target is not None:
-        layer_specs, eps = restrict_to_target(layer_specs, attention_layers, teacher, export_target)
-        set_norm_eps(base, eps)
-    for attribute in ("hf_quantizer", "quantization_method"):  # of a model read from GGUF: they forbid save_pretrained
-        if hasattr(base, attribute):
-            delattr(base, attribute)
-    base.is_quantized = False  # type: ignore[assignment]
-    config = make_config(base.config, layer_specs, attention_layers, find_max_learned_positions(teacher))
+        layer_specs = restrict_to_target(base, layer_specs, attention_layers, export_target)
+    config = SubquadConfig(
+        base_config=base.config,
+        layer_specs=layer_specs,
+        attention_specs=[{"path": info.path, **asdict(info.spec)} for info in attention_layers],
+        max_learned_positions=find_max_learned_positions(teacher),
+        architectures=["SubquadForCausalLM"],
+        dtype=base.config.dtype,
+    )
     student = SubquadForCausalLM(config, base)
     if teacher.generation_config is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -139,6 +161,7 @@ def build_student(
     return student
 
 
+@torch.no_grad()
 def init_mixers(
     student: SubquadForCausalLM,
     teacher: PreTrainedModel,
@@ -146,37 +169,52 @@ def init_mixers(
     copy_qkv: bool,
     scale_ids: Tensor | None,
 ) -> None:
-    """Initializes all layers from the teacher's weights and from its attention on `scale_ids: [B, T]`, or on text that
-    the teacher samples."""
+    """Initializes all mixers, and the norms added to an attention that is kept, from the teacher's weights and from its
+    attention on `scale_ids: [B, T]`, or on text that the teacher samples."""
     limit = student.config.max_learned_positions
     if scale_ids is not None and limit is not None and scale_ids.shape[1] > limit:
         raise UserError(
             f"scale_ids or calibration_ids: got {scale_ids.shape[1]} tokens per row, expected at most {limit}, the "
             "number of learned positions of the teacher"
         )
-    with collect_attention_stats(teacher, attention_layers) as stats:
+    measured = measure_attention(teacher, attention_layers, scale_ids, length=min(24, limit or 24))
+    for info, layer, (rms, inputs) in zip(attention_layers, student.mixer_layers, measured, strict=True):
+        if isinstance(layer, MixerLayer):
+            layer.mixer.reset_parameters()
+            layer.mixer.init_from_teacher(rms, inputs)
+            if copy_qkv:
+                copy_projections(info, layer.mixer)
+            continue
+        for name, norm in layer.added_qk_norms().items():
+            weight, _ = info.projection_weights(name)
+            norm.fill_(F.linear(inputs.float(), weight.float()).square().mean().sqrt().item())
+        if not copy_qkv and student.config.layer_specs[layer.index]["mixer"] == mixers.SOFTMAX:
+            layer.attention.apply(student.base._init_weights)
+
+
+def measure_attention(
+    teacher: PreTrainedModel, attention_layers: list[AttentionInfo], scale_ids: Tensor | None, length: int
+) -> list[tuple[Tensor, Tensor]]:
+    """For each layer, on `scale_ids: [B, T]` or on sampled rows of `length` tokens: the root mean square of each head's
+    output, float32 `[H]`, and inputs of the attention, `[tokens, hidden]`, at most `MAX_INPUT_TOKENS`."""
+    mean_squares: list[list[Tensor]] = [[] for _ in attention_layers]
+    inputs: list[list[Tensor]] = [[] for _ in attention_layers]
+
+    def add(index: int, activations: LayerActivations) -> None:
+        spec = attention_layers[index].spec
+        assert activations.head_outputs is not None
+        heads = activations.head_outputs.float().reshape(-1, spec.num_heads, spec.value_dim)
+        mean_squares[index].append(heads.square().mean(-1))
+        if sum(map(len, inputs[index])) < MAX_INPUT_TOKENS:
+            inputs[index].append(activations.hidden_states.reshape(-1, spec.hidden_size))
+
+    with capture_activations(attention_modules(attention_layers), add):
         if scale_ids is None:  # measured while it samples, so that it does not read the text again
-            sample_tokens(teacher, length=min(24, limit or 24))
+            sample_tokens(teacher, length=length)
         else:
             teacher.base_model(input_ids=scale_ids.to(teacher.device), use_cache=False)
-    for info, layer, layer_stats in zip(attention_layers, student.mixer_layers, stats, strict=True):
-        init_mixer(info, layer, layer_stats, copy_qkv)
-        if not copy_qkv and student.config.layer_specs[layer.index]["mixer"] == mixers.SOFTMAX:
-            layer.attention.apply(student.base._init_weights)  # type: ignore[union-attr]
-
-
-@torch.no_grad()
-def init_mixer(info: AttentionInfo, layer: MixerLayer | AttentionLayer, stats: AttentionStats, copy_qkv: bool) -> None:
-    """Initializes what replaces one attention: a mixer, or the norms added to an attention that is kept."""
-    if isinstance(layer, MixerLayer):
-        layer.mixer.reset_parameters()
-        layer.mixer.init_from_teacher(stats.output_rms(), stats.input_tokens())
-        if copy_qkv:
-            copy_projections(info, layer.mixer)
-        return
-    for name, norm in layer.added_qk_norms().items():
-        weight, _ = info.projection_weights(name)
-        norm.fill_(F.linear(stats.input_tokens().float(), weight.float()).square().mean().sqrt().item())
+    pairs = zip(mean_squares, inputs, strict=True)
+    return [(torch.cat(squares).mean(0).sqrt(), torch.cat(x)[:MAX_INPUT_TOKENS]) for squares, x in pairs]
 
 
 @torch.no_grad()
@@ -201,7 +239,7 @@ def sample_tokens(teacher: PreTrainedModel, rows: int = 16, length: int = 24, se
     generator = torch.Generator().manual_seed(seed)
     vocab_size: int = teacher.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     tokens = torch.randint(vocab_size, (rows, 1), generator=generator).to(teacher.device)
-    cache, new = None, tokens
+    new, cache = tokens, None
     with eval_mode(teacher):
         while tokens.shape[1] < length:
             out = teacher(input_ids=new, use_cache=True, **{CACHE_ARGUMENT: cache})

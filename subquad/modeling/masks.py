@@ -61,16 +61,14 @@ def additive_mask(
 
 
 def prepare_mask_and_positions(
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    B: int,
-    T: int,
-    past_tokens: int,
-    device: torch.device,
+    tokens: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_tokens: int = 0,
     cu_seqlens: Tensor | None = None,
     max_positions: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The student's mask and explicit positions `[B, T]`, from the arguments of `forward`.
+    """The student's mask and explicit positions `[B, T]`, from the arguments of `forward`; `tokens: [B, T, ...]`.
 
     Without past tokens, a position of 0 that is not the first of its row starts a new document. Values of tensors are
     read at most once, all together, since reading waits for the device.
@@ -78,37 +76,32 @@ def prepare_mask_and_positions(
     Raises:
         ValueError: wrong shapes or boundaries, or a position that is not below `max_positions`.
     """
-    facts: dict[str, Tensor] = {}
+    (B, T), device = tokens.shape[:2], tokens.device
     checks_positions = max_positions is not None and (position_ids is not None or past_tokens + T > max_positions)
-    starts = None
-    if past_tokens == 0 and position_ids is not None:
-        starts = position_ids.expand(B, T)[:, 1:] == 0
-    mask = None
+    facts: dict[str, Tensor] = {}
+    mask = starts = None
     if attention_mask is not None:
         mask = check_attention_mask(attention_mask, B, T, past_tokens).bool()
         facts["padded"], facts["padded_now"] = ~mask.all(), ~mask[:, -T:].all()
-        if starts is not None:  # neither padding nor the first token after it starts another document
+    if past_tokens == 0 and position_ids is not None:
+        starts = position_ids.expand(B, T)[:, 1:] == 0
+        if mask is not None:  # neither padding nor the first token after it starts another document
             starts = starts & mask[:, 1:] & (mask[:, :-1].cumsum(1) > 0)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(device)
         facts["first_offset"], facts["last_offset"] = cu_seqlens[0], cu_seqlens[-1]
-        bounds = torch.zeros(B, T + 1, dtype=torch.bool, device=device)
-        bounds[:, cu_seqlens.clamp(0, T).long()] = True
-        starts = bounds[:, 1:T] if starts is None else starts | bounds[:, 1:T]
-        if position_ids is None:
-            tokens = torch.arange(T, device=device)
-            position_ids = tokens - tokens.where(bounds[:, :T], 0).cummax(1).values
-    if position_ids is None and mask is not None:
-        position_ids = (mask.cumsum(1) - 1).clamp_min(0)[:, -T:]
-    elif position_ids is None:
-        position_ids = torch.arange(past_tokens, past_tokens + T, device=device)
+        bounds, positions = read_offsets(cu_seqlens, B, T)
+        starts = bounds[:, 1:] if starts is None else starts | bounds[:, 1:]
+        position_ids = positions if position_ids is None else position_ids
+    if position_ids is None:
+        unpadded = torch.arange(past_tokens, past_tokens + T, device=device)
+        position_ids = unpadded if mask is None else (mask.cumsum(1) - 1).clamp_min(0)[:, -T:]
     position_ids = position_ids.expand(B, T)
     if starts is not None:
         facts["documents"] = starts.any()
     if checks_positions:
         facts["last_position"] = position_ids.max()
-    values = torch.stack([x.long() for x in facts.values()]).tolist() if facts else []
-    known = dict(zip(facts, values, strict=True))
+    known = dict(zip(facts, torch.stack([x.long() for x in facts.values()]).tolist(), strict=True)) if facts else {}
     if cu_seqlens is not None and (B, past_tokens, known["first_offset"], known["last_offset"]) != (1, 0, 0, T):
         raise ValueError(
             f"cu_seq_lens_q: got {cu_seqlens.tolist()} for {B} rows of {T} tokens after {past_tokens}; expected one "
@@ -119,16 +112,22 @@ def prepare_mask_and_positions(
             f"position_ids: got {known['last_position']}, expected less than {max_positions}, the teacher's number of "
             f"learned positions; use at most {max_positions} tokens a row, prompt and continuation together"
         )
-    padded = mask is not None and known["padded"]
-    if known.get("documents"):
-        doc_ids = torch.ones_like(position_ids)
-        doc_ids[:, 1:] += starts.cumsum(1)  # type: ignore[union-attr]
-        mask = doc_ids.masked_fill(~mask, 0) if padded else doc_ids  # type: ignore[operator]
-    elif not padded:
+    if starts is not None and known["documents"]:
+        doc_ids = F.pad(starts.cumsum(1), (1, 0)) + 1
+        mask = doc_ids if mask is None else doc_ids.masked_fill(~mask, 0)
+    elif mask is None or not known["padded"]:
         mask = torch.empty(B, 0, dtype=torch.bool, device=device)
     elif T == 1 and not known["padded_now"]:
-        mask = mask.to(torch.uint8)  # type: ignore[union-attr]
-    return mask[:, None, None, :], position_ids  # type: ignore[index]
+        mask = mask.to(torch.uint8)
+    return mask[:, None, None, :], position_ids
+
+
+def read_offsets(cu_seqlens: Tensor, B: int, T: int) -> tuple[Tensor, Tensor]:
+    """Whether a document starts at each token, and each token's position in its document, `[B, T]`."""
+    starts = torch.zeros(B, T + 1, dtype=torch.bool, device=cu_seqlens.device)
+    starts[:, cu_seqlens.clamp(0, T).long()] = True
+    indices = torch.arange(T, device=cu_seqlens.device)
+    return starts[:, :T], indices - indices.where(starts[:, :T], 0).cummax(1).values
 
 
 def check_attention_mask(attention_mask: Tensor, B: int, T: int, past_tokens: int) -> Tensor:

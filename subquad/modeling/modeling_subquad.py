@@ -4,21 +4,19 @@ One class serves every architecture and every mixer. It holds a model of the tea
 modules are replaced as the configuration says. Embeddings, MLPs, norms and head are the teacher's.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from subquad import mixers
 from subquad.mixers import AttentionSpec, Mixer
-from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
 from subquad.modeling.configuration_subquad import SubquadConfig
 from subquad.modeling.layers import AttentionLayer, MixerLayer
@@ -45,17 +43,13 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         config.check()
         super().__init__(config)
         fresh = base is None
-        if base is None:
-            base = AutoModelForCausalLM.from_config(config.base_config)
-        else:
-            for module in base.modules():
-                module._is_hf_initialized = True  # type: ignore[assignment]  # `post_init` must not draw its weights again
+        base = AutoModelForCausalLM.from_config(config.base_config) if base is None else base
+        for module in () if fresh else base.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]  # `post_init` must not draw its weights again
         self.mixer_layers: list[MixerLayer | AttentionLayer] = []
         """What replaces attention, one entry a layer."""
-        for index, (attention_spec, layer_spec) in enumerate(
-            zip(config.attention_specs, config.layer_specs, strict=True)
-        ):
-            path = attention_spec["path"]
+        for index, layer_spec in enumerate(config.layer_specs):
+            path = config.attention_specs[index]["path"]
             try:
                 attention = base.get_submodule(path)
             except AttributeError as error:
@@ -81,8 +75,8 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError(f"the weights of this student cannot be read (damaged or truncated): {error}") from error
         model, info = loaded
         shapes = [f"{key} {list(got)} for {list(expected)}" for key, got, expected in info["mismatched_keys"]]
-        keys = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "wrong shape": shapes}
-        wrong = [f"{problem}: {_first_keys(names)}" for problem, names in keys.items() if names]
+        problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "wrong shape": shapes}
+        wrong = [f"{problem}: {_first_keys(keys)}" for problem, keys in problems.items() if keys]
         if wrong:
             raise UserError(f"the weights do not match config.json; {'; '.join(wrong)}")
         return (model, info) if output_loading_info else model
@@ -161,17 +155,17 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
 
     def last_hidden_state(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """The input of the output head, `[B, T, hidden]`; without padding and cache."""
-        inputs = self._base_inputs(input_ids, None, None, position_ids, None, None)
+        inputs = self._base_inputs(input_ids, position_ids=position_ids)
         return self.base.base_model(use_cache=False, **inputs).last_hidden_state
 
     def _base_inputs(
         self,
         input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: SubquadCache | None,
-        cu_seqlens: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: SubquadCache | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> dict[str, Any]:
         """The arguments of the base model: the student's own mask and cache, and explicit positions."""
         tokens = input_ids if input_ids is not None else inputs_embeds
@@ -179,27 +173,14 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("input_ids: missing; expected input_ids or inputs_embeds")
         if cache is not None and not isinstance(cache, SubquadCache):
             raise TypeError(f"{CACHE_ARGUMENT}: got {type(cache).__name__}, expected student.new_cache()")
-        B, T = tokens.shape[:2]
         past_tokens = 0 if cache is None else cache.get_seq_length()
         mask, position_ids = prepare_mask_and_positions(
-            attention_mask,
-            position_ids,
-            B,
-            T,
-            past_tokens,
-            tokens.device,
-            cu_seqlens,
-            self.config.max_learned_positions,
+            tokens, attention_mask, position_ids, past_tokens, cu_seqlens, self.config.max_learned_positions
         )
         if mask.shape[-1] and not any(self.config.layers_with_attention):
-            mask = mask[..., -T:]
-        return {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": mask,
-            "position_ids": position_ids,
-            CACHE_ARGUMENT: cache,
-        }
+            mask = mask[..., -tokens.shape[1] :]
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, CACHE_ARGUMENT: cache}
+        return {**inputs, "attention_mask": mask, "position_ids": position_ids}
 
     # ------------------------------------------------------------------ cache and generation
 
@@ -210,8 +191,8 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            chosen = generation_config.cache_implementation
+        chosen = generation_config.cache_implementation
+        if chosen not in (None, "dynamic"):
             raise ValueError(f"cache_implementation: got {chosen!r}, expected None; a student makes its own cache")
         if generation_config.use_cache is not False and model_kwargs.get(CACHE_ARGUMENT) is None:
             model_kwargs[CACHE_ARGUMENT] = self.new_cache()
@@ -224,10 +205,9 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
 
-def _first_keys(keys: Iterable[str], limit: int = 6) -> str:
-    ordered = sorted(keys)
-    more = len(ordered) - limit
-    return ", ".join(ordered[:limit]) + (f" and {more} more" if more > 0 else "")
+def _first_keys(keys: Collection[str], limit: int = 6) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(sorted(keys)[:limit]) + more
 
 
 def make_mixer_layer(
@@ -242,25 +222,6 @@ def make_mixer_layer(
     with torch.device("meta"):  # its weights are initialized, copied or loaded later
         mixer = mixers.create(name, spec, **options)
     return MixerLayer(mixer.to(reference.dtype).to_empty(device=reference.device), index)
-
-
-def make_config(
-    base_config: PreTrainedConfig,
-    layer_specs: list[dict[str, Any]],
-    attention_layers: Sequence[AttentionInfo],
-    max_learned_positions: int | None = None,
-) -> SubquadConfig:
-    """The student's configuration; removes the quantization of `base_config` in place."""
-    if hasattr(base_config, "quantization_config"):
-        del base_config.quantization_config
-    return SubquadConfig(
-        base_config=base_config,
-        layer_specs=layer_specs,
-        attention_specs=[{"path": info.path, **asdict(info.spec)} for info in attention_layers],
-        max_learned_positions=max_learned_positions,
-        architectures=["SubquadForCausalLM"],
-        dtype=base_config.dtype,
-    )
 
 
 AutoModelForCausalLM.register(SubquadConfig, SubquadForCausalLM)

@@ -1,16 +1,19 @@
-"""Describes a student from its configuration alone: layers, options, parameters and cache size (`subquad inspect`)."""
+"""Describes a student from its configuration alone: the text of `subquad inspect`, and the model card."""
 
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig
 
+import subquad
 from subquad import mixers
-from subquad.modeling.layers import MixerLayer
+from subquad.modeling.layers import AttentionLayer
 from subquad.modeling.modeling_subquad import SubquadConfig, SubquadForCausalLM
-from subquad.utils import UserError
+from subquad.utils import UserError, as_user_error
 
 CONTEXTS = (1024, 8192, 65536)
 """Numbers of tokens for which cache sizes are shown."""
@@ -21,10 +24,8 @@ def read_config(directory: str | Path) -> SubquadConfig:
     path = Path(directory).expanduser()
     if not (path / "config.json").is_file():
         raise UserError(f"{str(directory)!r} holds no config.json; expected the directory of a saved student")
-    try:
+    with as_user_error(f"{str(directory)!r}: config.json cannot be read"):
         config = AutoConfig.from_pretrained(path)
-    except Exception as error:
-        raise UserError(f"{str(directory)!r}: config.json cannot be read: {error}") from error
     if not isinstance(config, SubquadConfig):
         raise UserError(f"{str(directory)!r} is a {config.model_type} model; expected a student (model_type subquad)")
     return config
@@ -45,19 +46,17 @@ def config_dtype(config: SubquadConfig) -> torch.dtype:
 
 def layer_ranges(config: SubquadConfig) -> list[tuple[str, dict[str, Any]]]:
     """The layer specs, runs of equal ones merged: `[("0-3", layer_spec), ("4", layer_spec)]`."""
-    ranges: list[tuple[int, int, dict[str, Any]]] = []
-    for index, layer_spec in enumerate(config.layer_specs):
-        if ranges and ranges[-1][2] == layer_spec:
-            ranges[-1] = ranges[-1][0], index, layer_spec
-        else:
-            ranges.append((index, index, layer_spec))
-    return [(str(first) if first == last else f"{first}-{last}", spec) for first, last, spec in ranges]
+    ranges = []
+    for layer_spec, group in groupby(range(len(config.layer_specs)), config.layer_specs.__getitem__):
+        first, *others = group
+        ranges.append((f"{first}-{others[-1]}" if others else str(first), layer_spec))
+    return ranges
 
 
 def describe_layer(layer_spec: dict[str, Any], defaults: bool = False) -> str:
     """`gla (decay_rank=8)`: the mixer with the options in its spec, or, with `defaults`, with all of its options."""
-    options = {name: value for name, value in layer_spec.items() if name != "mixer"}
-    mixer = layer_spec["mixer"]
+    options = dict(layer_spec)
+    mixer = options.pop("mixer")
     if defaults:
         options = asdict(mixers.find_options(mixer).from_dict(options))
     listed = ", ".join(f"{name}={value}" for name, value in options.items())
@@ -65,31 +64,24 @@ def describe_layer(layer_spec: dict[str, Any], defaults: bool = False) -> str:
 
 
 @torch.no_grad()
-def student_cache_bytes(student: SubquadForCausalLM, context: int) -> int:
-    """Bytes of the cache of `student`, a meta model, after one sequence of `context` tokens."""
-    total = 0
+def cache_bytes(student: SubquadForCausalLM, context: int) -> tuple[int, int]:
+    """Bytes of the cache of `student`, a meta model, and of its teacher's, after one sequence of `context` tokens; both
+    in the student's dtype."""
+
+    def kv_bytes(spec: mixers.AttentionSpec, window: int | None, sinks: int = 0) -> int:
+        # The next token brings its own keys and values, so that a window of W tokens needs W - 1 from the cache.
+        tokens = context if window is None else min(context, sinks + window - 1)
+        return tokens * spec.num_kv_heads * (spec.head_dim + spec.value_dim) * student.dtype.itemsize
+
+    own = teacher = 0
     for layer in student.mixer_layers:
-        if isinstance(layer, MixerLayer):
-            x = torch.empty(1, 1, layer.spec.hidden_size, dtype=student.dtype, device="meta")
-            _, states = layer.mixer(x)
-            total += sum(state.numel() * state.element_size() for state in states)
+        teacher += kv_bytes(layer.spec, layer.spec.window)
+        if isinstance(layer, AttentionLayer):
+            own += kv_bytes(layer.spec, layer.window, layer.sinks)
         else:
-            total += kv_cache_bytes(layer.spec, student.dtype, context, layer.window, layer.sinks)
-    return total
-
-
-def teacher_cache_bytes(config: SubquadConfig, context: int) -> int:
-    """Bytes of the teacher's key/value cache after one sequence of `context` tokens, in the student's dtype."""
-    specs = [config.attention_spec(index) for index in range(len(config.attention_specs))]
-    return sum(kv_cache_bytes(spec, config_dtype(config), context, spec.window) for spec in specs)
-
-
-def kv_cache_bytes(
-    spec: mixers.AttentionSpec, dtype: torch.dtype, context: int, window: int | None, sinks: int = 0
-) -> int:
-    # The next token brings its own keys and values, so that a window of W tokens needs W - 1 from the cache.
-    tokens = context if window is None else min(context, sinks + window - 1)
-    return tokens * spec.num_kv_heads * (spec.head_dim + spec.value_dim) * dtype.itemsize
+            x = torch.empty(1, 1, layer.spec.hidden_size, dtype=student.dtype, device="meta")
+            own += sum(state.nbytes for state in layer.mixer(x)[1])
+    return own, teacher
 
 
 def format_bytes(size: float) -> str:
@@ -112,19 +104,34 @@ def summary(config: SubquadConfig) -> str:
     ranges = layer_ranges(config)
     width = max(len(label) for label, _ in ranges)
     lines += ["", "layers", *(f"  {label.ljust(width)}  {describe_layer(spec)}" for label, spec in ranges)]
-    mixer_specs: list[dict[str, Any]] = []
-    for _, spec in ranges:
-        if spec["mixer"] not in mixers.KEPT_ATTENTION and spec not in mixer_specs:
-            mixer_specs.append(spec)
-    if mixer_specs:
-        lines += ["", "options", *(f"  {describe_layer(spec, defaults=True)}" for spec in mixer_specs)]
-    own = [student_cache_bytes(student, context) for context in CONTEXTS]
-    teacher = [teacher_cache_bytes(config, context) for context in CONTEXTS]
+    with_mixers = [spec for _, spec in ranges if spec["mixer"] not in mixers.KEPT_ATTENTION]
+    if with_mixers:  # each once
+        lines += ["", "options", *dict.fromkeys(f"  {describe_layer(spec, defaults=True)}" for spec in with_mixers)]
+    sizes = [cache_bytes(student, context) for context in CONTEXTS]
     table = [
         ["cache of a sequence of", *(f"{context // 1024}k" for context in CONTEXTS), "tokens"],
-        ["  student", *(format_bytes(size) for size in own)],
-        ["  teacher", *(format_bytes(size) for size in teacher)],
-        ["  ratio", *(f"{b / a:,.{0 if b > 9.5 * a else 1}f}" for a, b in zip(own, teacher, strict=True))],
+        ["  student", *(format_bytes(own) for own, _ in sizes)],
+        ["  teacher", *(format_bytes(teacher) for _, teacher in sizes)],
+        ["  ratio", *(f"{teacher / own:,.{0 if teacher > 9.5 * own else 1}f}" for own, teacher in sizes)],
     ]
     lines += ["", *("".join([label.ljust(29), *(c.rjust(10) for c in cells)]).rstrip() for label, *cells in table)]
     return "\n".join(lines)
+
+
+def model_card(config: SubquadConfig, teacher: str) -> str:
+    """Markdown with the metadata of a hub's model card, for an untrained student.
+
+    teacher: what the student was made from: a hub id, or the name of a directory or a file.
+    """
+    student, positions = meta_model(config), config.max_learned_positions
+    sizes = [(f"{n:,}", *map(format_bytes, cache_bytes(student, n))) for n in CONTEXTS]
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    return template.format(
+        teacher=teacher,
+        parameters=student.num_parameters(),
+        model_type=config.base_config.model_type,  # type: ignore[union-attr]
+        limit=f"\nIt has {positions:,} learned positions and cannot read longer sequences.\n" if positions else "",
+        layers="\n".join(f"| {label} | {describe_layer(spec)} |" for label, spec in layer_ranges(config)),
+        caches="\n".join(f"| {' | '.join(cells)} |" for cells in sizes),
+        **{package.__name__: package.__version__ for package in (subquad, transformers, torch)},
+    )

@@ -1,9 +1,11 @@
 """Students of tiny random teachers, with random gates."""
 
 import hashlib
+import itertools
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import subquad
 from subquad import SubquadForCausalLM, mixers
@@ -45,6 +47,53 @@ def checksum(model) -> str:
 def logits(model, ids: Tensor, **kwargs) -> Tensor:
     with torch.no_grad():
         return model(input_ids=ids, **kwargs).logits
+
+
+def in_pieces(model, ids: Tensor, sizes: list[int]) -> Tensor:
+    """The logits of `ids`, read `sizes` tokens at a time with a cache, which counts them."""
+    cache = model.new_cache()
+    pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split(sizes, dim=1)]
+    assert cache.get_seq_length() == ids.shape[1]
+    return torch.cat(pieces, 1)
+
+
+def reloaded(model, path, **options) -> PreTrainedModel:
+    """`model`, saved in `path` and loaded."""
+    model.save_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def check_padding(model, ids: Tensor, mask: Tensor, sizes: list[int]) -> None:
+    """The logits of each row's real tokens are those of the row without padding: with the mask alone, with positions,
+    and where `ids` are read `sizes` tokens at a time with a cache."""
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    ones_at_padding = positions.masked_fill(mask == 0, 1)
+    pieces = list(zip(itertools.accumulate(sizes), ids.split(sizes, 1), positions.split(sizes, 1), strict=True))
+    variants = {name: [] for name in ("pieces", "pieces with positions")}
+    for (name, found), cache in zip(variants.items(), (model.new_cache(), model.new_cache()), strict=True):
+        for end, piece, own in pieces:
+            given = {} if name == "pieces" else {"position_ids": own}
+            found.append(logits(model, piece, attention_mask=mask[:, :end], past_key_values=cache, **given))
+    for name, given in (("mask", None), ("positions", positions), ("ones at padding", ones_at_padding)):
+        variants[name] = [logits(model, ids, attention_mask=mask, position_ids=given)]
+    for row, real in enumerate(mask.bool()):
+        alone = logits(model, ids[row : row + 1, real])[0]
+        for name, found in variants.items():
+            assert all_close(torch.cat(found, 1)[row, real], alone), name
+
+
+def check_gradient_checkpointing(model, ids: Tensor, tolerance: float) -> None:
+    """The gradients with checkpointing are those without."""
+    gradients = []
+    for checkpointing in (False, True):
+        model.train().zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.base.modules())
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()])
+    for expected, found in zip(*gradients, strict=True):
+        assert all_close(found, expected, tolerance)
 
 
 def all_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> bool:

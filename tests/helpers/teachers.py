@@ -1,6 +1,7 @@
 """Tiny random teachers."""
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -8,14 +9,15 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-from subquad.modeling.attention.activations import attention_modules, visit_activations
-from subquad.modeling.attention.discovery import AttentionInfo
+from subquad.modeling.attention.activations import visit_activations
+from subquad.modeling.attention.discovery import AttentionInfo, attention_modules
 
 SIZES = {
     "vocab_size": 61,
@@ -56,6 +58,18 @@ def tiny_teacher(name: str = "plain", seed: int = 0, **changes) -> PreTrainedMod
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
+
+
+WORDS = sorted(pre_tokenizers.ByteLevel.alphabet())
+"""The vocabulary of `byte_tokenizer`."""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(WORDS)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = {"eos_token": WORDS[0], "pad_token": WORDS[0]}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
 
 
 def randomize_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,12 +5,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 
 import subquad
-from subquad.modeling.attention.discovery import discover_attention, random_tokens
-from subquad.modeling.attention.tracing import trace_attention
-from subquad.modeling.positions import find_max_learned_positions
+from subquad.modeling.attention.discovery import discover_attention
+from subquad.modeling.attention.tracing import find_max_learned_positions, random_tokens, trace_attention
 from subquad.utils import UserError
 from tests.helpers.architectures import (
     ARCHITECTURES,
@@ -21,7 +19,16 @@ from tests.helpers.architectures import (
     cached_student,
     cached_teacher,
 )
-from tests.helpers.students import MIXERS, SCALE_IDS, all_close, logits, make_student
+from tests.helpers.students import (
+    MIXERS,
+    SCALE_IDS,
+    all_close,
+    check_gradient_checkpointing,
+    in_pieces,
+    logits,
+    make_student,
+    reloaded,
+)
 from tests.helpers.teachers import layer_activations
 
 each_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -92,11 +99,7 @@ def test_copied_projections_have_the_teachers_outputs(model_type, ids):
 @each_architecture
 def test_cached_decoding_equals_the_full_forward(model_type, layer_types, ids):
     model = cached_student(model_type, layer_types)
-    full = logits(model, ids, use_cache=False)
-    cache = model.new_cache()
-    pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split([5, 1, 1, 1, 4, 1, 1, 3], dim=1)]
-    assert all_close(torch.cat(pieces, 1), full)
-    assert cache.get_seq_length() == 17
+    assert all_close(in_pieces(model, ids, [5, 1, 1, 1, 4, 1, 1, 3]), logits(model, ids, use_cache=False))
 
 
 @each_layer_types
@@ -117,10 +120,8 @@ def test_padded_rows_and_packed_documents_match_separate_forwards(model_type, la
 
 @each_architecture
 def test_greedy_and_beam_search(model_type, ids):
-    model, settings = (
-        cached_student(model_type, "hybrid"),
-        {"eos_token_id": None, "pad_token_id": 0, "do_sample": False},
-    )
+    model = cached_student(model_type, "hybrid")
+    settings = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
     padded, mask = ids[:2, :9].clone(), torch.ones(2, 9, dtype=torch.long)
     padded[0, :4], mask[0, :4] = 0, 0
     found = model.generate(padded, attention_mask=mask, max_new_tokens=6, **settings)
@@ -136,36 +137,24 @@ def test_greedy_and_beam_search(model_type, ids):
 @each_architecture
 def test_saved_and_loaded_student_has_the_same_weights(model_type, layer_types, ids, tmp_path):
     model = cached_student(model_type, layer_types)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = reloaded(model, tmp_path)
     assert loaded.config.layer_specs == model.config.layer_specs
     expected = model.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     for key, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[key]), key
         tensor.data = tensor.data.clone()  # alignment in the mapped file changes which kernel runs
-    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    assert tied == (
-        cached_teacher(model_type).get_output_embeddings().weight
-        is cached_teacher(model_type).get_input_embeddings().weight
+    tied, expected = (
+        m.get_output_embeddings().weight is m.get_input_embeddings().weight
+        for m in (loaded, cached_teacher(model_type))
     )
+    assert tied == expected
     assert all_close(logits(loaded, ids), logits(model, ids), 1e-5)
 
 
 @each_architecture
 def test_gradient_checkpointing_gives_the_same_gradients(model_type, ids):
-    model = make_student(cached_teacher(model_type), layer_types=LAYER_TYPES["hybrid"])
-
-    def gradients():
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        return [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
-
-    model.train()
-    expected = gradients()
-    model.gradient_checkpointing_enable()
-    for found, wanted in zip(gradients(), expected, strict=True):
-        assert all_close(found, wanted, 1e-5)
+    check_gradient_checkpointing(make_student(cached_teacher(model_type), layer_types=LAYER_TYPES["hybrid"]), ids, 1e-5)
 
 
 class AssertNoQuadraticTensor(TorchDispatchMode):
@@ -195,10 +184,8 @@ def run_long(model):
 @torch.no_grad()
 @each_architecture
 def test_student_allocates_no_quadratic_tensor(model_type):
-    teacher = build_teacher(
-        model_type,
-        **{"n_positions" if model_type in ("gpt2", "gpt_bigcode", "gptj") else "max_position_embeddings": LONG},
-    )
+    key = "n_positions" if model_type in ("gpt2", "gpt_bigcode", "gptj") else "max_position_embeddings"
+    teacher = build_teacher(model_type, **{key: LONG})
     assert run_long(subquad.linearize(teacher, "retnet", scale_ids=SCALE_IDS)).isfinite().all()
 
 
@@ -218,16 +205,14 @@ def test_quadratic_tensor_of_softmax_is_detected():
 
 @each_architecture
 def test_number_of_learned_positions(model_type):
-    assert find_max_learned_positions(cached_teacher(model_type)) == (64 if model_type in LEARNED_POSITIONS else None)
-    assert cached_student(model_type, "retnet").config.max_learned_positions == (
-        64 if model_type in LEARNED_POSITIONS else None
-    )
+    expected = 64 if model_type in LEARNED_POSITIONS else None
+    assert find_max_learned_positions(cached_teacher(model_type)) == expected
+    assert cached_student(model_type, "retnet").config.max_learned_positions == expected
 
 
 @pytest.mark.parametrize("model_type", LEARNED_POSITIONS)
 def test_more_tokens_than_learned_positions_are_refused(model_type, tmp_path):
-    cached_student(model_type, "retnet").save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = reloaded(cached_student(model_type, "retnet"), tmp_path)
     long = torch.randint(3, 61, (2, 70), generator=torch.Generator().manual_seed(1))
     assert logits(model, long[:, :64]).shape == (2, 64, 61)
     message = r"position_ids: got \d+, expected less than 64"
@@ -269,11 +254,10 @@ NORMED = {
 def test_kept_qk_norms_have_the_teachers_outputs(model_type):
     teacher = build_teacher(model_type)
     kept = subquad.linearize(teacher, "retnet", qk_norm=True, rotary=False, qk_activation="none", scale_ids=SCALE_IDS)
-    for info, call, layer in zip(
-        discover_attention(teacher), trace_attention(teacher, random_tokens(teacher)), kept.mixer_layers, strict=True
-    ):
+    calls = trace_attention(teacher, random_tokens(teacher))
+    for info, call, layer in zip(discover_attention(teacher), calls, kept.mixer_layers, strict=True):
         assert info.spec.qk_norm == NORMED[model_type]
-        core, _ = layer.mixer.op_inputs(call.hidden_states, None, None, None)
+        core, _ = layer.mixer.op_inputs(call.forward.hidden_states, None, None, None)
         groups = info.spec.num_heads // info.spec.num_kv_heads
         # a rotary embedding does not change the first token
         for part, values, repeats in (("q", call.query, 1), ("k", call.key, groups)):
@@ -286,11 +270,8 @@ def test_student_with_kept_qk_norms_decodes_and_loads(model_type, ids, tmp_path)
     layer_types = {"default": {"mixer": "gated_deltanet", "qk_norm": True}, "1": {"mixer": "retnet", "qk_norm": True}}
     model = make_student(cached_teacher(model_type), layer_types=layer_types)
     full = logits(model, ids, use_cache=False)
-    cache = model.new_cache()
-    pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split([5, 1, 11], 1)]
-    assert all_close(torch.cat(pieces, 1), full)
-    model.save_pretrained(tmp_path)
-    assert all_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), full, 1e-5)
+    assert all_close(in_pieces(model, ids, [5, 1, 11]), full)
+    assert all_close(logits(reloaded(model, tmp_path), ids), full, 1e-5)
 
 
 def test_keeping_missing_qk_norms_is_refused():

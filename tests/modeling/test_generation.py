@@ -2,20 +2,31 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers import DynamicCache, GenerationConfig, pipeline
 
 from subquad.modeling.cache import RecurrentCacheLayer, SubquadCache
-from tests.helpers.students import MIXERS, MIXERS_AND_SOFTMAX, logits, make_student
+from tests.helpers.students import (
+    MIXERS,
+    MIXERS_AND_SOFTMAX,
+    check_gradient_checkpointing,
+    check_padding,
+    in_pieces,
+    logits,
+    make_student,
+)
+from tests.helpers.teachers import byte_tokenizer
 
 CASES = [(mixer, {}) for mixer in MIXERS_AND_SOFTMAX] + [
     ("gla", {"short_conv": 4, "rotary": True}),
     ("linear_attention", {"normalizer": True, "qk_activation": "elu1"}),
     ("mamba2", {"discretization": "zoh"}),
 ]
+
+GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture(params=CASES, ids=["-".join([m, *o]) for m, o in CASES])
@@ -32,24 +43,20 @@ def layers_with_attention(student):
 def test_cached_decoding_equals_the_full_forward(student, ids):
     full = logits(student, ids, use_cache=False)
     cache, found = None, []
-    for t in range(ids.shape[1]):
+    for token in ids.split(1, dim=1):
         with torch.no_grad():
-            out = student(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            out = student(input_ids=token, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        assert cache.get_seq_length() == t + 1
         found.append(out.logits)
-    assert torch.allclose(torch.cat(found, 1), full, atol=1e-4)
-    # several tokens at a time
-    cache = student.new_cache()
-    pieces = [logits(student, piece, past_key_values=cache) for piece in ids.split([4, 1, 6], dim=1)]
-    assert torch.allclose(torch.cat(pieces, 1), full, atol=1e-4)
+        assert cache.get_seq_length() == len(found)
+    for logits_of_pieces in (torch.cat(found, 1), in_pieces(student, ids, [4, 1, 6])):
+        assert torch.allclose(logits_of_pieces, full, atol=1e-4)
 
 
 def test_greedy_search_with_cache_equals_without(student, ids):
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    cached = student.generate(ids, **settings)
+    cached = student.generate(ids, max_new_tokens=12, **GREEDY)
     assert cached.shape == (3, 23)
-    assert torch.equal(cached, student.generate(ids, use_cache=False, **settings))
+    assert torch.equal(cached, student.generate(ids, use_cache=False, max_new_tokens=12, **GREEDY))
     expected = ids
     for _ in range(12):
         expected = torch.cat([expected, logits(student, expected)[:, -1:].argmax(-1)], 1)
@@ -79,31 +86,18 @@ def left_padded(ids, lengths):
 def test_left_padded_generation_matches_unpadded_rows(student, ids):
     lengths = [11, 4, 1]
     padded, mask = left_padded(ids, lengths)
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    together = student.generate(padded, attention_mask=mask, **settings)[:, 11:]
+    together = student.generate(padded, attention_mask=mask, max_new_tokens=8, **GREEDY)[:, 11:]
     for row, length in enumerate(lengths):
-        alone = student.generate(ids[row : row + 1, 11 - length :], **settings)[0, length:]
+        alone = student.generate(ids[row : row + 1, 11 - length :], max_new_tokens=8, **GREEDY)[0, length:]
         assert torch.equal(together[row], alone)
 
 
-@pytest.mark.parametrize("given", ["mask", "mask and positions"])
 @pytest.mark.parametrize("where", ["left", "right", "middle"])
-def test_padding_matches_unpadded_rows_and_continues(student, ids, where, given):
-    mask = torch.ones_like(ids)
+def test_padding_matches_unpadded_rows_and_continues(student, ids, where):
+    mask = torch.ones(3, 14, dtype=torch.long)
     for row, n in enumerate([0, 3, 6]):
         mask[row, {"left": slice(0, n), "right": slice(11 - n, 11), "middle": slice(3, 3 + n)}[where]] = 0
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    extra = {"position_ids": positions} if given == "mask and positions" else {}
-    cache = student.new_cache()
-    found = logits(student, ids, attention_mask=mask, past_key_values=cache, **extra)
-    more = torch.arange(9).view(3, 3) + 20
-    longer = torch.cat([mask, torch.ones_like(more)], 1)
-    extra = {"position_ids": longer.cumsum(1)[:, -3:] - 1} if extra else {}
-    found = torch.cat([found, logits(student, more, attention_mask=longer, past_key_values=cache, **extra)], 1)
-    for row in range(3):
-        real = longer[row].bool()
-        alone = logits(student, torch.cat([ids, more], 1)[row : row + 1, real])
-        assert torch.allclose(found[row, real], alone[0], atol=1e-4)
+    check_padding(student, torch.cat([ids, torch.arange(9).view(3, 3) + 20], 1), mask, [11, 3])
 
 
 def test_mask_of_ones_equals_no_mask(student, ids):
@@ -147,7 +141,7 @@ def test_packed_documents_with_right_padding(student, ids):
 
 
 def test_generation_continues_from_a_returned_cache(student, ids):
-    settings = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    settings = {**GREEDY, "return_dict_in_generate": True}
     first = student.generate(ids, max_new_tokens=5, **settings)
     turn = torch.cat([first.sequences, torch.full((3, 4), 17)], 1)
     second = student.generate(turn, max_new_tokens=5, past_key_values=first.past_key_values, **settings)
@@ -177,17 +171,14 @@ def test_cache_copy_reorder_select_repeat_and_reset(student, ids):
     following = torch.tensor([[7], [8], [9]])
     expected = logits(student, following, past_key_values=cache)
     assert torch.equal(logits(student, following, past_key_values=copy.deepcopy(kept)), expected)
-    rows = torch.tensor([2, 0, 0])
-    reordered = copy.deepcopy(kept)
-    reordered.reorder_cache(rows)
-    assert torch.allclose(logits(student, following[rows], past_key_values=reordered), expected[rows], atol=1e-5)
-    selected = copy.deepcopy(kept)
-    selected.batch_select_indices(torch.tensor([1]))
-    assert torch.allclose(logits(student, following[1:2], past_key_values=selected), expected[1:2], atol=1e-5)
-    repeated = copy.deepcopy(kept)
-    repeated.batch_repeat_interleave(2)
-    twice = logits(student, following.repeat_interleave(2, 0), past_key_values=repeated)
-    assert torch.allclose(twice, expected.repeat_interleave(2, 0), atol=1e-5)
+    for change, argument, rows in (
+        ("reorder_cache", torch.tensor([2, 0, 0]), [2, 0, 0]),
+        ("batch_select_indices", torch.tensor([1]), [1]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+    ):
+        changed = copy.deepcopy(kept)
+        getattr(changed, change)(argument)
+        assert torch.allclose(logits(student, following[rows], past_key_values=changed), expected[rows], atol=1e-5)
     if not layers_with_attention(student):
         kept.reset()
         assert kept.get_seq_length() == 0
@@ -196,17 +187,7 @@ def test_cache_copy_reorder_select_repeat_and_reset(student, ids):
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(student, ids):
-    def gradients():
-        student.zero_grad()
-        student(input_ids=ids, labels=ids).loss.backward()
-        return [p.grad.clone() for p in student.parameters()]
-
-    student.train()
-    plain = gradients()
-    student.gradient_checkpointing_enable()
-    assert student.base.model.layers[0].gradient_checkpointing
-    for found, expected in zip(gradients(), plain, strict=True):
-        assert torch.allclose(found, expected, atol=1e-6)
+    check_gradient_checkpointing(student, ids, 1e-6)
 
 
 def test_inputs_embeds(student, ids):
@@ -224,10 +205,9 @@ def test_training_makes_no_cache(student, ids):
 @pytest.mark.parametrize("mixer", ["gla", "softmax"])
 def test_dynamic_cache_is_refused(teacher, ids, mixer):
     student = make_student(teacher, mixer)
-    with pytest.raises(TypeError, match=r"(cache|past_key_values): got DynamicCache"):
-        student(input_ids=ids, past_key_values=DynamicCache())
-    with pytest.raises(TypeError, match=r"(cache|past_key_values): got DynamicCache"):
-        student.generate(ids, past_key_values=DynamicCache(), max_new_tokens=2)
+    for run in (student, partial(student.generate, max_new_tokens=2)):
+        with pytest.raises(TypeError, match=r"(cache|past_key_values): got DynamicCache"):
+            run(input_ids=ids, past_key_values=DynamicCache())
 
 
 def test_cache_of_other_layer_types_is_refused(teacher, ids):
@@ -261,14 +241,9 @@ def test_assisted_generation_is_refused(teacher, ids, mixer):
 @pytest.mark.parametrize("layers", [{"default": "gla"}, {"default": "gla", "1": "attention"}], ids=["gla", "hybrid"])
 def test_pipeline_equals_generate(make_teacher, layers):
     student = make_student(make_teacher(vocab_size=256), layer_types=layers)
-    words = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=words[0], pad_token=words[0])
-    tokenizer.padding_side = "left"
+    tokenizer = byte_tokenizer()
     write = pipeline("text-generation", model=student, tokenizer=tokenizer)
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = {"max_new_tokens": 6, "pad_token_id": 0, **GREEDY}
     texts = ["def f(x):", "x", "class A"]
     found = [row[0]["generated_text"] for row in write(texts, batch_size=3, **settings)]
     for text, generated in zip(texts, found, strict=True):
@@ -284,7 +259,7 @@ def test_chunked_prefill_equals_whole_prompt(teacher, ids, layers):
     layers = layers if isinstance(layers, dict) else {"default": layers}
     student = make_student(teacher, layer_types=layers)
     padded, mask = left_padded(ids, [11, 4, 7])
-    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    settings = {"attention_mask": mask, "max_new_tokens": 6, **GREEDY}
     whole = student.generate(padded, **settings)
     for size in (1, 4, 11, 20):
         assert torch.equal(student.generate(padded, prefill_chunk_size=size, **settings), whole), size
@@ -307,10 +282,9 @@ def test_hybrid_cache_counts_tokens_in_both_kinds_of_layer(teacher, ids):
     student = make_student(teacher, layer_types={"0": "gla", "1": "attention"})
     cache = student.new_cache()
     assert isinstance(cache.layers[0], RecurrentCacheLayer)
-    pieces = [logits(student, piece, past_key_values=cache) for piece in ids.split([4, 1, 6], dim=1)]
-    assert torch.allclose(torch.cat(pieces, 1), logits(student, ids), atol=1e-4)
+    assert torch.allclose(logits(student, ids, past_key_values=cache), logits(student, ids), atol=1e-4)
     assert cache.get_seq_length(0) == cache.get_seq_length(1) == 11
+    assert torch.allclose(in_pieces(student, ids, [4, 1, 6]), logits(student, ids), atol=1e-4)
     padded, mask = left_padded(ids, [11, 4, 1])
-    found = student.generate(padded, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None)
-    alone = student.generate(ids[1:2, 7:], max_new_tokens=4, do_sample=False, eos_token_id=None)
-    assert torch.equal(found[1, 11:], alone[0, 4:])
+    found = student.generate(padded, attention_mask=mask, max_new_tokens=4, **GREEDY)
+    assert torch.equal(found[1, 11:], student.generate(ids[1:2, 7:], max_new_tokens=4, **GREEDY)[0, 4:])

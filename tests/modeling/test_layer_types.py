@@ -47,8 +47,8 @@ def test_layer_types_are_resolved_to_one_spec_a_layer(given, expected):
         ({"0-3": "gla", "2": "attention"}, "layer_types: 2: layer 2 is listed twice"),
         ({"0-1": "gla"}, "layer_types: layer 2, 3 is missing"),
         ({"default": "gla", "4": "attention"}, "layer_types: 4: there is no layer 4"),
-        ({"default": "gla", "-1": "attention"}, "layer_types: got '-1'"),
-        ({"default": "gla", "first": "attention"}, "layer_types: got 'first'"),
+        ({"default": "gla", "-1": "attention"}, "layer_types: -1: got '-1'"),
+        ({"default": "gla", "first": "attention"}, "layer_types: first: got 'first'"),
     ],
 )
 def test_invalid_layer_types_are_refused(given, message):

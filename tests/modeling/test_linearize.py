@@ -8,33 +8,24 @@ from transformers import AutoModelForCausalLM
 
 import subquad
 from subquad import SubquadForCausalLM, mixers
+from subquad.modeling.attention.activations import record_modules
 from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.linearize import sample_tokens
 from subquad.utils import UserError
-from tests.helpers.students import MIXERS, MIXERS_AND_SOFTMAX, SCALE_IDS, checksum, logits
+from tests.helpers.students import MIXERS, MIXERS_AND_SOFTMAX, SCALE_IDS, checksum, logits, reloaded
 
 FAMILIES = ["plain", "wide-biased-tied", "mistral", "qwen2", "qwen3"]
 
 
 def attention_inputs(teacher, ids):
     """For each layer: the input `x` of its attention, the outputs of its q, k and v projections, and its heads."""
-    seen = [{} for _ in teacher.model.layers]
-    hooks = []
-    for found, layer in zip(seen, teacher.model.layers, strict=True):
-        attention = layer.self_attn
-        for part in ("q", "k", "v"):
-
-            def record(module, args, out, found=found, part=part):
-                found["x"], found[part] = args[0], out
-
-            hooks.append(getattr(attention, f"{part}_proj").register_forward_hook(record))
-        hooks.append(
-            attention.o_proj.register_forward_pre_hook(lambda module, args, found=found: found.update(heads=args[0]))
-        )
-    logits(teacher, ids)
-    for hook in hooks:
-        hook.remove()
+    with record_modules(teacher.modules()) as recorded:
+        logits(teacher, ids)
+    seen = []
+    for layer in teacher.model.layers:
+        q, k, v, o = (recorded[getattr(layer.self_attn, f"{part}_proj")] for part in "qkvo")
+        seen.append({"x": q.args[0], "q": q.output, "k": k.output, "v": v.output, "heads": o.args[0]})
     return seen
 
 
@@ -172,8 +163,7 @@ def test_seed_determines_the_student_and_leaves_the_global_state(teacher, mixer)
 def test_softmax_without_copy_qkv_is_random(make_teacher, tmp_path, loaded):
     teacher = make_teacher("wide-biased-tied")
     if loaded:  # `transformers` does not initialize weights that it has loaded
-        teacher.save_pretrained(tmp_path)
-        teacher = AutoModelForCausalLM.from_pretrained(tmp_path)
+        teacher = reloaded(teacher, tmp_path)
     student = subquad.linearize(teacher, "softmax", copy_qkv=False)
     for layer, mixer_layer in zip(teacher.model.layers, student.mixer_layers, strict=True):
         for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -232,9 +222,7 @@ def test_teacher_with_a_quantizer_linearizes_and_saves(make_teacher, ids, tmp_pa
     teacher.quantization_method = "gguf"
     teacher.is_quantized = True
     teacher.config.quantization_config = Quantizer.quantization_config
-    student = subquad.linearize(teacher, "gla", scale_ids=ids)
-    student.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = reloaded(subquad.linearize(teacher, "gla", scale_ids=ids), tmp_path)
     assert torch.equal(logits(loaded, ids), expected)
     assert teacher.is_quantized
     assert hasattr(teacher.config, "quantization_config")

@@ -52,29 +52,23 @@ def peak(family: str, mixer: str, how: str, T: int) -> int:
     return int(run.stdout.split()[-1])
 
 
-def check(family: str, mixer: str, how: str) -> None:
+CASES = [
+    (family, mixer, how)
+    for family, how in (("llama", "uncached"), ("llama", "padded"), ("mistral", "cached"))
+    for mixer in MIXERS
+]
+WINDOWS = [
+    pytest.param("gemma2", "gla", "padded", marks=pytest.mark.sample),
+    ("gemma3_text", "xlstm", "uncached"),
+    ("mistral", "gated_deltanet", "padded"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "mixer", "how"), [*CASES, *WINDOWS])
+def test_peak_memory_is_linear_in_length(family, mixer, how):
     short, long = peak(family, mixer, how, SHORT), peak(family, mixer, how, LONG)
     at = ", ".join(f"{n / 2**20:.0f} MiB at {T:,}" for n, T in ((short, SHORT), (long, LONG)))
     print(f"{family} {mixer} {how}: {at}: {long / short:.2f}")
     assert long <= 2.2 * short
     assert short > 16 * 2**20  # a smaller peak would be noise
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize(("family", "how"), [("llama", "uncached"), ("llama", "padded"), ("mistral", "cached")])
-def test_peak_memory_is_linear_in_length(family, how, mixer):
-    check(family, mixer, how)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "mixer", "how"),
-    [
-        pytest.param("gemma2", "gla", "padded", marks=pytest.mark.sample),
-        ("gemma3_text", "xlstm", "uncached"),
-        ("mistral", "gated_deltanet", "padded"),
-    ],
-)
-def test_peak_memory_with_windows_is_linear_in_length(family, mixer, how):
-    check(family, mixer, how)

@@ -6,18 +6,16 @@ import pytest
 import torch
 
 import subquad
-from subquad.modeling.model_card import model_card
-from subquad.modeling.summary import (
-    layer_ranges,
-    meta_model,
-    read_config,
-    student_cache_bytes,
-    summary,
-    teacher_cache_bytes,
-)
+from subquad.modeling.cache import SlidingWindowCacheLayer
+from subquad.modeling.summary import cache_bytes, layer_ranges, meta_model, model_card, read_config, summary
 from subquad.utils import UserError
 from tests.helpers.architectures import LAYER_TYPES, cached_student, cached_teacher
 from tests.helpers.students import MIXERS_AND_SOFTMAX, logits, make_student
+
+
+def kv_bytes(teacher, ids):
+    """Bytes of the keys and values that `transformers` caches."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in teacher(ids, use_cache=True).past_key_values.layers)
 
 
 @pytest.mark.parametrize("mixer", MIXERS_AND_SOFTMAX)
@@ -27,35 +25,25 @@ def test_cache_bytes_and_parameters_match_a_real_student(make_teacher, ids, mixe
     cache = model.new_cache()
     logits(model, ids[:1], past_key_values=cache)
     meta = meta_model(model.config)
-    assert student_cache_bytes(meta, 11) == cache.nbytes()
+    assert cache_bytes(meta, 11) == (cache.nbytes(), kv_bytes(teacher, ids[:1]))
     assert meta.num_parameters() == model.num_parameters()
-    teacher_cache = teacher(ids[:1], use_cache=True).past_key_values
-    assert teacher_cache_bytes(model.config, 11) == sum(
-        4 * (x.keys.numel() + x.values.numel()) for x in teacher_cache.layers
-    )
 
 
 @pytest.mark.parametrize("layer_types", LAYER_TYPES)
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_bigcode", "gpt_oss"])
 def test_cache_bytes_with_windows_and_grouped_heads(name, layer_types):
-    model = cached_student(name, layer_types)
-    ids = torch.randint(3, 61, (1, 21))
+    model, ids = cached_student(name, layer_types), torch.randint(3, 61, (1, 21))
     cache = model.new_cache()
     logits(model, ids, past_key_values=cache)
-    position_bytes = sum(
-        layer.states[2].nbytes for layer in cache.layers if type(layer).__name__ == "SlidingWindowCacheLayer"
-    )
-    assert student_cache_bytes(meta_model(model.config), 21) == cache.nbytes() - position_bytes
-    teacher_cache = cached_teacher(name)(ids, use_cache=True).past_key_values
-    assert teacher_cache_bytes(model.config, 21) == sum(
-        4 * (x.keys.numel() + x.values.numel()) for x in teacher_cache.layers
-    )
+    positions = sum(layer.states[2].nbytes for layer in cache.layers if isinstance(layer, SlidingWindowCacheLayer))
+    expected = cache.nbytes() - positions, kv_bytes(cached_teacher(name), ids)
+    assert cache_bytes(meta_model(model.config), 21) == expected
 
 
 def test_cache_bytes_in_bfloat16(teacher, tmp_path):
     make_student(teacher.to(torch.bfloat16), "softmax").save_pretrained(tmp_path)
     config = read_config(tmp_path)
-    assert student_cache_bytes(meta_model(config), 10) == teacher_cache_bytes(config, 10) == 2 * 10 * 2 * (8 + 8) * 2
+    assert cache_bytes(meta_model(config), 10) == (2 * 10 * 2 * (8 + 8) * 2,) * 2
     assert "bfloat16" in summary(config)
 
 

@@ -7,31 +7,20 @@ import sys
 import pytest
 import torch
 from gguf import GGUFWriter
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import subquad
 from subquad.modeling import teachers
 from subquad.utils import UserError
-from tests.helpers.students import logits, make_student
-
-WORDS = sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-@pytest.fixture
-def tokenizer():
-    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(WORDS)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=WORDS[0])
+from tests.helpers.students import logits, make_student, reloaded
+from tests.helpers.teachers import WORDS, byte_tokenizer
 
 
 @pytest.fixture
-def directory(make_teacher, tokenizer, tmp_path):
+def directory(make_teacher, tmp_path):
     """The directory of a saved teacher and its tokenizer, with a space in its name."""
     path = tmp_path / "my teacher"
     make_teacher("wide-biased-tied", vocab_size=256).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return path
 
 
@@ -48,10 +37,10 @@ def test_dtype(directory):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_saved_student_loads_as_teacher(directory, make_teacher, tokenizer, tmp_path, ids):
+def test_saved_student_loads_as_teacher(make_teacher, tmp_path, ids):
     student = make_student(make_teacher(vocab_size=256), "gla")
     student.save_pretrained(tmp_path / "student")
-    tokenizer.save_pretrained(tmp_path / "student")
+    byte_tokenizer().save_pretrained(tmp_path / "student")
     model, _ = subquad.load_teacher(tmp_path / "student")
     assert torch.equal(logits(model, ids), logits(student, ids))
 
@@ -119,13 +108,8 @@ def test_gguf_file_linearizes_and_saves(make_teacher, tmp_path, ids):
     model, tokenizer = subquad.load_teacher(path)
     assert torch.allclose(logits(model, ids), logits(teacher, ids), atol=1e-4)
     assert tokenizer.decode(tokenizer("x = 1", add_special_tokens=False)["input_ids"]) == "x = 1"
-    student = subquad.linearize(model, "gla", scale_ids=ids)
-    student.save_pretrained(tmp_path / "student")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    assert torch.equal(logits(loaded, ids), logits(student, ids))
-    plain = teachers.copy_without_quantizer(model)
-    plain.save_pretrained(tmp_path / "plain")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), ids), logits(model, ids))
+    for name, saved in (("student", subquad.linearize(model, "gla", scale_ids=ids)), ("teacher", model)):
+        assert torch.equal(logits(reloaded(saved, tmp_path / name), ids), logits(saved, ids))
 
 
 @pytest.mark.parametrize(

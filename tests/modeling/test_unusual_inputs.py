@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.architectures import build_teacher
-from tests.helpers.students import all_close, logits, make_student
+from tests.helpers.students import all_close, check_padding, in_pieces, logits, make_student, reloaded
 
 LAYER_TYPES = {
     "gated_deltanet": {"default": {"mixer": "gated_deltanet", "short_conv": 4}},
@@ -19,11 +19,8 @@ LAYER_TYPES = {
     "window": {"default": "metala", "1": {"mixer": "attention", "window": 5, "sinks": 2}},
     "softmax": {"default": "softmax"},
 }
-CASES = [("llama", layer_types) for layer_types in LAYER_TYPES] + [
-    ("gpt2", "hybrid"),
-    ("gemma3_text", "window"),
-    ("mistral", "softmax"),
-]
+CASES = [("llama", layer_types) for layer_types in LAYER_TYPES]
+CASES += [("gpt2", "hybrid"), ("gemma3_text", "window"), ("mistral", "softmax")]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -58,21 +55,7 @@ def test_row_of_padding_only_continues_and_leaves_other_rows(student, ids):
 
 def test_padding_anywhere_matches_unpadded_rows(student, ids):
     mask = (torch.rand(3, 17, generator=torch.Generator().manual_seed(1)) > 0.4).long()
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    cache = student.new_cache()
-    ranges = [(0, 5), (5, 6), (6, 7), (7, 12), (12, 17)]
-    pieces = [logits(student, ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache) for a, b in ranges]
-    variants = {
-        "mask": logits(student, ids, attention_mask=mask),
-        "positions": logits(student, ids, attention_mask=mask, position_ids=positions),
-        "ones at padding": logits(student, ids, attention_mask=mask, position_ids=positions.masked_fill(mask == 0, 1)),
-        "pieces": torch.cat(pieces, 1),
-    }
-    for row in range(3):
-        real = mask[row].bool()
-        alone = logits(student, ids[row : row + 1, real])[0]
-        for variant, found in variants.items():
-            assert all_close(found[row, real], alone), variant
+    check_padding(student, ids, mask, [5, 1, 1, 5, 5])
 
 
 def test_bool_and_float_masks(student, ids):
@@ -148,9 +131,7 @@ def test_other_dtypes(student, ids, dtype):
     mask[0, :5] = 0
     assert converted.generate(ids, attention_mask=mask, **GREEDY).shape == (3, 21)
     if dtype == torch.float64:
-        cache = converted.new_cache()
-        pieces = [logits(converted, piece, past_key_values=cache) for piece in ids.split([5, 1, 11], 1)]
-        assert all_close(torch.cat(pieces, 1), found, 1e-5)
+        assert all_close(in_pieces(converted, ids, [5, 1, 11]), found, 1e-5)
 
 
 def test_sharded_checkpoint_and_loading_options(student, ids, tmp_path):
@@ -171,8 +152,7 @@ def test_resized_vocabulary_saves_loads_and_trains(student, ids, tmp_path):
     assert found.shape == (3, 17, 70)
     assert all_close(found[..., :61], logits(student, ids))
     assert resized.config.vocab_size == 70
-    resized.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = reloaded(resized, tmp_path)
     assert all_close(logits(loaded, ids), found)
     loaded.resize_token_embeddings(80)
     assert loaded(input_ids=ids, labels=ids + 15).loss.isfinite()

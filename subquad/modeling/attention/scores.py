@@ -8,6 +8,7 @@ get some rows, the function is given only the queries of these rows. Where this 
 import inspect
 import sys
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from subquad.modeling.attention.tracing import attention_implementation, hidden_states_of, is_shape_mismatch
+from subquad.modeling.attention.activations import hidden_states_of
+from subquad.modeling.attention.tracing import attention_implementation, is_shape_mismatch
 from subquad.modeling.masks import additive_mask, doc_ids_and_positions
 
 ROW_SLICED = "subquad_rows"
@@ -50,20 +52,11 @@ def attention_probabilities(
     sinks: first tokens that every query also attends to.
     args, kwargs: of the attention module's forward, for sequences of one document each, without padding or cache.
     """
-    T = hidden_states_of(args, kwargs).shape[1]
-    start, stop, _ = rows.indices(T)
-    if stop - start == T:
-        return _full_matrix(attention, window, sinks, args, kwargs)
-    if not _supports_row_slicing(attention, window, sinks, args, kwargs):
-        return _full_matrix(attention, window, sinks, args, kwargs)[:, :, rows]
-    return _matrix_rows(attention, window, sinks, args, kwargs, slice(start, stop))
-
-
-def slice_tokens(value: Any, T: int, tokens: slice, batch: slice = slice(None)) -> Any:
-    """Slices every tensor whose second axis has `T` tokens, also inside tuples; returns anything else unchanged."""
-    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == T:
-        return value[batch if value.shape[0] > 1 else slice(None), tokens]
-    return tuple(slice_tokens(v, T, tokens, batch) for v in value) if isinstance(value, tuple) else value
+    matrix = _Matrix(attention, window, sinks, args, kwargs)
+    start, stop, _ = rows.indices(matrix.size)
+    if stop - start < matrix.size and matrix.supports_row_slicing():
+        return matrix.rows(slice(start, stop))
+    return matrix.whole()[:, :, rows]
 
 
 def slice_arguments(
@@ -71,7 +64,13 @@ def slice_arguments(
 ) -> tuple[tuple, dict]:
     """The arguments of an attention's forward for some tokens (and rows) of a batch."""
     T = hidden_states_of(args, kwargs).shape[1]
-    return slice_tokens(args, T, tokens, batch), {n: slice_tokens(v, T, tokens, batch) for n, v in kwargs.items()}
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == T:
+            return value[batch if value.shape[0] > 1 else slice(None), tokens]
+        return tuple(map(cut, value)) if isinstance(value, tuple) else value
+
+    return cut(args), {name: cut(value) for name, value in kwargs.items()}
 
 
 def replace_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any], mask: Tensor | None) -> tuple[tuple, dict]:
@@ -91,49 +90,56 @@ def replace_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any], mask: T
     return args, {**replaced, "attention_mask": mask}
 
 
-def _make_mask(x: Tensor, window: int | None, sinks: int, rows: slice) -> Tensor:
-    doc_ids, positions = doc_ids_and_positions(None, len(x), x.shape[1], x.device)
-    return additive_mask((doc_ids[:, rows], positions[:, rows]), (doc_ids, positions), window, sinks, x.dtype)
+@dataclass
+class _Matrix:
+    """The attention probabilities for the arguments of `attention_probabilities`."""
 
+    attention: nn.Module
+    window: int | None
+    sinks: int
+    args: tuple
+    kwargs: dict[str, Any]
 
-def _full_matrix(attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    mask = _make_mask(hidden_states_of(args, kwargs), window, sinks, slice(None))
-    with attention_implementation(attention, "eager"):
-        return attention(*args, **{**kwargs, "attention_mask": mask})[1]
+    @property
+    def size(self) -> int:
+        return hidden_states_of(self.args, self.kwargs).shape[1]
 
+    def run(self, implementation: str, rows: slice) -> Any:
+        """The result of the attention module, with the rows of a mask."""
+        x = hidden_states_of(self.args, self.kwargs)
+        keys = doc_ids, positions = doc_ids_and_positions(None, len(x), self.size, x.device)
+        mask = additive_mask((doc_ids[:, rows], positions[:, rows]), keys, self.window, self.sinks, x.dtype)
+        with attention_implementation(self.attention, implementation):
+            return self.attention(*self.args, **{**self.kwargs, "attention_mask": mask})
 
-def _matrix_rows(
-    attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any], rows: slice
-) -> Tensor:
-    """Some rows of the matrix; no elements where the module has no eager function, or computes attention itself."""
-    mask = _make_mask(hidden_states_of(args, kwargs), window, sinks, rows)
-    found: list[Tensor] = []
-    token = _request.set((rows, found))
-    try:
-        with attention_implementation(attention, ROW_SLICED):
-            attention(*args, **{**kwargs, "attention_mask": mask})
-    finally:
-        _request.reset(token)
-    return found[0] if found else mask.new_empty(0)
+    def whole(self) -> Tensor:
+        return self.run("eager", slice(None))[1]
 
-
-@torch.no_grad()
-def _supports_row_slicing(
-    attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any]
-) -> bool:
-    """Whether the eager function of this class, given some queries, returns their rows of the whole matrix.
-
-    An error other than a mismatch of shapes, such as too little memory, is raised and says nothing about the class.
-    """
-    if type(attention) not in _row_slicing:
-        args, kwargs = slice_arguments(args, kwargs, slice(0, PROBE_LENGTH))
-        rows = slice(2, 4)
-        whole = _full_matrix(attention, window, sinks, args, kwargs)[:, :, rows]
+    def rows(self, rows: slice) -> Tensor:
+        """No elements where the module has no eager function, or computes attention itself."""
+        found: list[Tensor] = []
+        token = _request.set((rows, found))
         try:
-            some = _matrix_rows(attention, window, sinks, args, kwargs, rows)
-        except RuntimeError as error:
-            if not is_shape_mismatch(error):
-                raise
-            some = whole.new_empty(0)
-        _row_slicing[type(attention)] = some.shape == whole.shape and torch.allclose(some, whole, atol=1e-4)
-    return _row_slicing[type(attention)]
+            self.run(ROW_SLICED, rows)
+        finally:
+            _request.reset(token)
+        return found[0] if found else torch.empty(0)
+
+    @torch.no_grad()
+    def supports_row_slicing(self) -> bool:
+        """Whether the eager function of this class, given some queries, returns their rows of the whole matrix.
+
+        An error other than a mismatch of shapes, such as too little memory, is raised and says nothing about the class.
+        """
+        if type(self.attention) not in _row_slicing:
+            arguments = slice_arguments(self.args, self.kwargs, slice(0, PROBE_LENGTH))
+            probe, rows = _Matrix(self.attention, self.window, self.sinks, *arguments), slice(2, 4)
+            whole = probe.whole()[:, :, rows]
+            try:
+                some = probe.rows(rows)
+            except RuntimeError as error:
+                if not is_shape_mismatch(error):
+                    raise
+                some = torch.empty(0)
+            _row_slicing[type(self.attention)] = some.shape == whole.shape and torch.allclose(some, whole, atol=1e-4)
+        return _row_slicing[type(self.attention)]

@@ -1,4 +1,5 @@
 """Traces the attention of a model in one forward pass: queries, keys, values, and inputs and outputs of submodules.
+Finds a table of learned positions in the same way.
 
 Nearly every model of `transformers` passes queries, keys and values to a registered attention function. Tracing
 registers one that records its arguments. Older models compute softmax(q k^T) v with torch functions; for them a
@@ -20,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from subquad.utils import UserError, is_out_of_memory
+from subquad.modeling.attention.activations import LayerActivations, record_modules
+from subquad.utils import UserError, as_user_error, is_out_of_memory
 
 TRACED = "subquad_traced"
 """Name of the attention implementation that records its calls."""
@@ -28,9 +30,15 @@ TRACE_BATCH, TRACE_LENGTH = 5, 13
 """Shape of the traced token ids. Both are primes and unusual head counts, so that axes can be told apart by size."""
 
 
-def hidden_states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among the arguments of a decoder layer or an attention module."""
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+def cannot_linearize(name: str, reason: str) -> UserError:
+    return UserError(f"{name} cannot be linearized: {reason}")
+
+
+def random_tokens(model: PreTrainedModel) -> Tensor:
+    """Token ids `[TRACE_BATCH, TRACE_LENGTH]`, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment, union-attr]
+    return torch.randint(vocabulary, (TRACE_BATCH, TRACE_LENGTH), generator=generator).to(model.device)
 
 
 @dataclass
@@ -39,8 +47,8 @@ class AttentionCall:
 
     query, key, value, mask, attention_kwargs: arguments of the attention function; `[B, H, T, D]`.
     attn_output: its result, `[B, T, H, V]`. probabilities: `[B, H, T, T]`, if the model computes them itself.
-    args, kwargs, module_output: arguments and result of the attention module's forward.
-    submodule_io: input and output of each submodule, by name.
+    window: tokens that a query attends to, itself included; None for all. is_chunked: they are a fixed chunk instead.
+    forward, submodules: what the module's forward, and its submodules by name, took and returned.
     """
 
     module: nn.Module
@@ -50,29 +58,11 @@ class AttentionCall:
     attn_output: Tensor
     mask: Tensor | None = None
     probabilities: Tensor | None = None
+    window: int | None = None
+    is_chunked: bool = False
     attention_kwargs: dict[str, Any] = field(default_factory=dict)
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    submodule_io: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    module_output: Any = None
-
-    @property
-    def hidden_states(self) -> Tensor:
-        return hidden_states_of(self.args, self.kwargs)
-
-    @property
-    def window(self) -> int | None:
-        """Tokens that a query attends to, itself included; None for all. Some models pass it to the mask only."""
-        return getattr(self.mask, "subquad_window", (self.attention_kwargs.get("sliding_window"), False))[0]
-
-    @property
-    def is_chunked(self) -> bool:
-        """Whether attention is restricted to fixed chunks of `window` tokens, instead of a sliding window."""
-        return getattr(self.mask, "subquad_window", (None, False))[1]
-
-    @property
-    def position_embeddings(self) -> tuple[Tensor, Tensor] | None:
-        return self.kwargs.get("position_embeddings")
+    forward: LayerActivations = field(init=False)
+    submodules: dict[str, LayerActivations] = field(init=False)
 
 
 _calls: ContextVar[list[AttentionCall]] = ContextVar("calls of the trace that runs in this thread")
@@ -81,7 +71,10 @@ _calls: ContextVar[list[AttentionCall]] = ContextVar("calls of the trace that ru
 def _traced_attention(module, query, key, value, attention_mask, **kwargs):
     plain = {name: arg for name, arg in kwargs.items() if name not in ("softcap", "s_aux")}
     attn_output = sdpa_attention_forward(module, query, key, value, attention_mask, **plain)[0]
-    _calls.get().append(AttentionCall(module, query, key, value, attn_output, attention_mask, attention_kwargs=kwargs))
+    # Some models pass the window to the mask only.
+    window, is_chunked = getattr(attention_mask, "subquad_window", (kwargs.get("sliding_window"), False))
+    call = AttentionCall(module, query, key, value, attn_output, attention_mask, None, window, is_chunked, kwargs)
+    _calls.get().append(call)
     return attn_output, None
 
 
@@ -119,15 +112,15 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
 class EagerAttentionTracer(TorchFunctionMode):
     """Adds to `calls` what a model computes with torch calls: softmax(q k^T) v, or `scaled_dot_product_attention`.
 
-    The call is attributed to the innermost running module, the last of `module_stack`.
+    The call is attributed to the innermost running module, the last of `running`.
     """
 
     MATMULS = torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm
     SOFTMAXES = torch.softmax, Tensor.softmax, nn.functional.softmax
 
-    def __init__(self, calls: list[AttentionCall], module_stack: list[nn.Module]):
+    def __init__(self, calls: list[AttentionCall], running: list[nn.Module]):
         super().__init__()
-        self.calls, self.module_stack = calls, module_stack
+        self.calls, self.running = calls, running
         self.query_and_key: tuple[Tensor, Tensor] | None = None
         self.probabilities: Tensor | None = None
 
@@ -136,13 +129,13 @@ class EagerAttentionTracer(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention:
             q, k, v, mask = (*args, None)[:4]
             mask = (kwargs or {}).get("attn_mask", mask)
-            self.calls.append(AttentionCall(self.module_stack[-1], q, k, v, out.transpose(1, 2), mask))
+            self.calls.append(AttentionCall(self.running[-1], q, k, v, out.transpose(1, 2), mask))
         elif func in self.SOFTMAXES:
             self.probabilities = out if self.query_and_key is not None else None
         elif func in self.MATMULS and self.probabilities is not None and same_values(args[0], self.probabilities):
             tensors = (*self.query_and_key, args[1], out, self.probabilities)  # type: ignore[misc]
             q, k, v, o, p = (x if x.dim() == 4 else x.unflatten(0, (TRACE_BATCH, -1)) for x in tensors)
-            self.calls.append(AttentionCall(self.module_stack[-1], q, k, v, o.transpose(1, 2), probabilities=p))
+            self.calls.append(AttentionCall(self.running[-1], q, k, v, o.transpose(1, 2), probabilities=p))
             self.query_and_key = self.probabilities = None
         elif func in self.MATMULS and out.shape[-2:] == (TRACE_LENGTH, TRACE_LENGTH):
             self.query_and_key = args[0], args[1].transpose(-1, -2)
@@ -156,47 +149,45 @@ def trace_attention(model: PreTrainedModel, input_ids: Tensor) -> list[Attention
     Raises:
         UserError: the forward pass failed, and not for lack of memory.
     """
-    inputs: dict[nn.Module, tuple[tuple, dict[str, Any]]] = {}
-    outputs: dict[nn.Module, Any] = {}
-    module_stack: list[nn.Module] = []
-
-    def enter(module, args, kwargs):
-        inputs[module] = args, kwargs
-        module_stack.append(module)
-
-    def leave(module, args, output):
-        outputs[module] = output
-        module_stack.pop()
-
-    hooks: list[Any] = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
-    hooks += [module.register_forward_hook(leave) for module in model.modules()]
     calls: list[AttentionCall] = []
+    running: list[nn.Module] = []
     token = _calls.set(calls)
+    failure = f"{type(model).__name__} cannot be linearized: its forward pass failed during tracing"
     try:
-        with attention_implementation(model, TRACED):
-            model(input_ids=input_ids, use_cache=False)
-        if not calls:
-            with attention_implementation(model, "eager"), EagerAttentionTracer(calls, module_stack):
+        with as_user_error(failure), record_modules(model.modules(), running) as recorded:
+            with attention_implementation(model, TRACED):
                 model(input_ids=input_ids, use_cache=False)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{type(model).__name__} cannot be linearized: its forward pass failed during tracing: {reason[0]}"
-        ) from error
+            if not calls:
+                with attention_implementation(model, "eager"), EagerAttentionTracer(calls, running):
+                    model(input_ids=input_ids, use_cache=False)
     finally:
         _calls.reset(token)
-        for hook in hooks:
-            hook.remove()
     for call in calls:
-        (call.args, call.kwargs), call.module_output = inputs[call.module], outputs[call.module]
-        for name, submodule in call.module.named_modules():
-            if name and submodule in outputs:
-                args, output = inputs[submodule][0], outputs[submodule]
-                if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                    call.submodule_io[name] = args[0], output
+        call.forward = recorded[call.module]
+        parts = call.module.named_modules()
+        call.submodules = {path: recorded[part] for path, part in parts if path and part in recorded}
     return calls
+
+
+@torch.no_grad()
+def find_max_learned_positions(model: PreTrainedModel) -> int | None:
+    """Number of positions in `model`'s table of learned positions; None where it has none.
+
+    The table is the embedding that returns consecutive rows of its weight for the tokens of a row.
+    """
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    with record_modules(tables) as recorded:
+        if tables:
+            model(input_ids=random_tokens(model), use_cache=False)
+    for table, activations in recorded.items():
+        if activations.output.shape[-2] != TRACE_LENGTH:
+            continue
+        rows = activations.output.flatten(0, -2)[:TRACE_LENGTH]
+        weight: Tensor = table.weight  # type: ignore[assignment]
+        first = int((weight - rows[0]).abs().sum(-1).argmin())  # OPT reserves the first rows for padding
+        if torch.equal(weight[first : first + TRACE_LENGTH], rows):
+            return len(weight) - first
+    return None
 
 
 def is_shape_mismatch(error: RuntimeError) -> bool:
