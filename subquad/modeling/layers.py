@@ -148,21 +148,19 @@ class AttentionLayer(nn.Module):
         cache = find_cache(args, kwargs)
         cache_layer: Any = None if cache is None else cache.layers[self.index]
         past_tokens = 0 if cache_layer is None else cache_layer.get_seq_length()
-        if attention_mask is not None and not attention_mask.shape[-1]:
-            attention_mask = None
-        doc_ids, positions = doc_ids_and_positions(attention_mask, len(x), past_tokens + T, x.device)
-        keys = doc_ids, positions
+        keys = doc_ids, positions = doc_ids_and_positions(attention_mask, len(x), past_tokens + T, x.device)
         if isinstance(cache_layer, SlidingWindowCacheLayer):
             cache_layer.positions = new_positions = positions[:, past_tokens:]
             if cache_layer.states is not None:
                 kept = cache_layer.states[2]
                 new_docs = doc_ids[:, past_tokens:]
                 keys = torch.cat((kept >= 0, new_docs), dim=1), torch.cat((kept, new_positions), dim=1)
-        mask = None
+        no_mask = attention_mask is None or not attention_mask.shape[-1]
+        sees_all = no_mask and past_tokens + T <= (self.window or past_tokens + T)
         # Without a mask every implementation of the teacher is causal, except the eager one.
         eager = getattr(getattr(self.attention, "config", None), "_attn_implementation", "eager") == "eager"
-        sees_all = attention_mask is None and past_tokens + T <= (self.window or past_tokens + T)
-        if not (sees_all and (T == 1 or (past_tokens == 0 and not eager))):
+        mask = None
+        if not sees_all or (T > 1 and (past_tokens or eager)):
             queries = keys[0][:, -T:], keys[1][:, -T:]
             mask = additive_mask(queries, keys, self.window, self.sinks, x.dtype)
         return self.attention(*args, attention_mask=mask, **kwargs)

@@ -119,9 +119,7 @@ def check_teacher(model: PreTrainedModel) -> None:
         reason = "it ignores position_ids, so that padding and packed documents would shift the positions of its tokens"
         raise cannot_linearize(name, reason)
     if float((default - cached).square().mean().sqrt()) > 3e-2 * rms:
-        reason = (
-            "its output with a cache differs from that without, as where layers have no keys and values of their own"
-        )
+        reason = "its output with a cache differs from that without; layers may have no keys and values of their own"
         raise cannot_linearize(name, reason)
 
 

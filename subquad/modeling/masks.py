@@ -17,15 +17,14 @@ DocIdsAndPositions = tuple[Tensor, Tensor]
 
 
 def doc_ids_and_positions(mask: Tensor | None, B: int, S: int, device: torch.device) -> DocIdsAndPositions:
-    """Reads the mask `[B, 1, 1, S]`; None means one document a row without padding."""
-    if mask is None:
+    """Reads the mask `[B, 1, 1, S]`; None or an empty one means one document a row without padding."""
+    if mask is None or not mask.shape[-1]:
         return torch.ones(B, S, dtype=torch.long, device=device), torch.arange(S, device=device).expand(B, S)
     doc_ids = mask[:, 0, 0].long()
     real_tokens = (doc_ids != 0).cumsum(1)
-    starts = doc_ids != F.pad(doc_ids, (1, 0), value=-1)[:, :-1]
     # Padding inside a document does not end it, and padding before its first token is not part of it.
     last_doc = doc_ids.cummax(1).values
-    starts = starts & (doc_ids != 0) & (last_doc != F.pad(last_doc, (1, 0), value=0)[:, :-1])
+    starts = last_doc != F.pad(last_doc, (1, 0))[:, :-1]
     first = torch.where(starts, real_tokens - 1, 0).cummax(1).values
     return doc_ids, (real_tokens - 1 - first).masked_fill(doc_ids == 0, -1)
 

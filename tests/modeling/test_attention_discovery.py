@@ -265,18 +265,3 @@ def test_attention_probabilities_reproduce_the_teachers_heads(make_teacher, ids,
         assert torch.allclose(attention.o_proj(layer.head_outputs), layer.output, atol=1e-5)
     assert teacher.config._attn_implementation == implementation
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ["plain", "wide-biased-tied", "mistral", "qwen2", "qwen3"])
-def test_softmax_student_has_the_teachers_logits(make_teacher, ids, architecture, implementation):
-    teacher = make_teacher(architecture)
-    teacher.set_attn_implementation(implementation)
-    student = subquad.linearize(teacher, "softmax")
-    assert torch.equal(logits(student, ids), logits(teacher, ids))
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    mask[1, 7:] = 0
-    expected = logits(teacher, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
-    real = mask.bool()
-    assert torch.allclose(logits(student, ids, attention_mask=mask)[real], expected[real], atol=1e-5)

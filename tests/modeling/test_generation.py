@@ -190,11 +190,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(student, ids):
     check_gradient_checkpointing(student, ids, 1e-6)
 
 
-def test_inputs_embeds(student, ids):
-    found = logits(student, None, inputs_embeds=student.get_input_embeddings()(ids))
-    assert torch.equal(found, logits(student, ids))
-
-
 def test_training_makes_no_cache(student, ids):
     assert student.train()(input_ids=ids).past_key_values is None
 

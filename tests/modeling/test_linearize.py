@@ -15,19 +15,6 @@ from subquad.modeling.linearize import sample_tokens
 from subquad.utils import UserError
 from tests.helpers.students import MIXERS, MIXERS_AND_SOFTMAX, SCALE_IDS, checksum, logits, reloaded
 
-FAMILIES = ["plain", "wide-biased-tied", "mistral", "qwen2", "qwen3"]
-
-
-def attention_inputs(teacher, ids):
-    """For each layer: the input `x` of its attention, the outputs of its q, k and v projections, and its heads."""
-    with record_modules(teacher.modules()) as recorded:
-        logits(teacher, ids)
-    seen = []
-    for layer in teacher.model.layers:
-        q, k, v, o = (recorded[getattr(layer.self_attn, f"{part}_proj")] for part in "qkvo")
-        seen.append({"x": q.args[0], "q": q.output, "k": k.output, "v": v.output, "heads": o.args[0]})
-    return seen
-
 
 @pytest.mark.parametrize("mixer", MIXERS_AND_SOFTMAX)
 @pytest.mark.parametrize("copy_qkv", [True, False], ids=["copied", "random"])
@@ -58,24 +45,6 @@ def test_passed_attention_layers_give_the_same_student(make_teacher, ids, monkey
     assert checksum(student) == checksum(expected)
     with pytest.raises(ValueError, match="attention_layers"):
         subquad.linearize(make_teacher("qwen3"), "gla", attention_layers=attention_layers)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_copied_projections_have_the_teachers_outputs(make_teacher, ids, mixer, family):
-    teacher = make_teacher(family)
-    student = subquad.linearize(teacher, mixer, scale_ids=SCALE_IDS)
-    K = student.mixer_layers[0].mixer.spec.head_dim
-    for seen, mixer_layer in zip(attention_inputs(teacher, ids), student.mixer_layers, strict=True):
-        parts = mixer_layer.mixer.projections()
-        assert set(parts) == ({"q", "v", "o"} if mixer in ("metala", "hgrn2") else {"q", "k", "v", "o"})
-        for head in range(4):
-            own, grouped = slice(head * K, (head + 1) * K), slice(head // 2 * K, (head // 2 + 1) * K)
-            assert torch.allclose(parts["q"](seen["x"])[..., own], seen["q"][..., own], atol=1e-6)
-            for part in parts.keys() & {"k", "v"}:
-                assert torch.allclose(parts[part](seen["x"])[..., own], seen[part][..., grouped], atol=1e-6)
-    for layer, mixer_layer in zip(teacher.model.layers, student.mixer_layers, strict=True):
-        assert torch.equal(mixer_layer.mixer.o_proj.weight, layer.self_attn.o_proj.weight)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -120,8 +89,11 @@ def test_resized_embeddings_and_replaced_head_are_kept(teacher, ids):
 def test_output_norms_are_set_to_the_teachers_rms_per_head(make_teacher, ids, mixer, family):
     teacher = make_teacher(family)
     student = subquad.linearize(teacher, mixer, scale_ids=ids)
-    for seen, mixer_layer in zip(attention_inputs(teacher, ids), student.mixer_layers, strict=True):
-        rms = seen["heads"].unflatten(-1, (4, -1)).square().mean((0, 1, 3)).sqrt()
+    with record_modules(teacher.modules()) as recorded:
+        logits(teacher, ids)
+    for layer, mixer_layer in zip(teacher.model.layers, student.mixer_layers, strict=True):
+        heads = recorded[layer.self_attn.o_proj].hidden_states
+        rms = heads.unflatten(-1, (4, -1)).square().mean((0, 1, 3)).sqrt()
         gate = 0.5 if mixer in ("xlstm", "kda") else 1.0  # the sigmoid gate after the norm starts at 0.5
         assert torch.allclose(
             mixer_layer.mixer.o_norm * gate, rms[:, None].expand_as(mixer_layer.mixer.o_norm), rtol=1e-5

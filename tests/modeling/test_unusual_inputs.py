@@ -70,6 +70,7 @@ def test_inputs_embeds_with_padding(student, ids):
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     embedded = student.get_input_embeddings()(ids)
+    assert torch.equal(logits(student, None, inputs_embeds=embedded), logits(student, ids))
     found = logits(student, None, inputs_embeds=embedded, attention_mask=mask)
     assert all_close(found[mask.bool()], logits(student, ids, attention_mask=mask)[mask.bool()])
     generated = student.generate(inputs_embeds=embedded, attention_mask=mask, **GREEDY)
