@@ -1,8 +1,8 @@
 """The look of all figures: a color and a marker for each mixer, distinguishable without color vision; saving."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from subquad.evaluate.results import Result
 
 # The colors of Okabe and Ito, with a darker yellow for white paper and a brown; markers separate similar colors.
 MIXER_STYLES = {
@@ -56,21 +58,13 @@ RC_PARAMS: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class NamedFigure:
-    """A figure with the stem of its file names and its caption, which ends without a period."""
-
-    name: str
-    caption: str
-    figure: Figure
-
-
 def color(mixer: str) -> str:
     return MIXER_STYLES.get(mixer, OTHER_STYLE)[0]
 
 
-def marker(mixer: str) -> str:
-    return MIXER_STYLES.get(mixer, OTHER_STYLE)[1]
+def look(mixer: str) -> dict[str, Any]:
+    """Properties of a line."""
+    return dict(zip(("color", "marker"), MIXER_STYLES.get(mixer, OTHER_STYLE), strict=True))
 
 
 def mixer_label(mixer: str) -> str:
@@ -94,10 +88,20 @@ def legend_line(label: str, **style: Any) -> Line2D:
     return Line2D([], [], label=label, **{"color": GRAY, **style})
 
 
-def add_mixer_legend(figure: Figure, mixers: Iterable[str], extra: Iterable[Line2D] = ()) -> None:
-    """Adds a legend below the axes: the mixers, then `extra` entries."""
-    handles = [legend_line(mixer_label(name), color=color(name), marker=marker(name)) for name in mixers]
+def add_legend(figure: Figure, mixers: Iterable[str], extra: Iterable[Line2D] = ()) -> None:
+    """Adds a legend below the axes: the distinct mixers, then `extra` entries."""
+    handles = [legend_line(mixer_label(name), **look(name)) for name in sort_mixers(mixers)]
     figure.legend(handles=[*handles, *extra], loc="outside lower center", ncols=3, handlelength=2.4)
+
+
+def points_by(field: str, results: Iterable[Result]) -> list[tuple[float, float]]:
+    """(x, value) with x the layer or length of results, by increasing x; the mean where several have one x. Results of
+    heads count where a layer has no other."""
+    values: dict[float, list[float]] = {}
+    found = [result for result in results if getattr(result, field) is not None]
+    for result in [result for result in found if result.head is None] or found:
+        values.setdefault(getattr(result, field), []).append(result.value)
+    return [(x, statistics.fmean(own)) for x, own in sorted(values.items())]
 
 
 def format_log_axis(axis: Axis, values: Sequence[float], ticks: Sequence[float] | None = None) -> None:

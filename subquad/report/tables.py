@@ -2,19 +2,18 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from subquad.analysis.plot_style import color, mixer_label
-from subquad.evaluate.results import Result
-from subquad.evaluate.table import in_tables, value_formatter
-from subquad.report.eval_plots import PlotModel
+from subquad.evaluate.results import Result, select
+from subquad.evaluate.table import format_result, in_tables
+from subquad.report.figures import PlotModel, file_name
 from subquad.study.aggregate import Group, Mean, group_labels, significant_best
 
-MISSING = "–"
 METRIC_LABELS = {
     "acc": "accuracy",
     "acc_norm": "accuracy (length-normalized)",
@@ -51,22 +50,29 @@ class Cell:
     color: str | None = None
 
 
+MISSING = Cell("–", math.inf)
+
+
 @dataclass(frozen=True)
 class Table:
-    """name: stem of its files. titles: of its columns. lines: one tuple of cells each."""
+    """name: stem of its files. lines: the cells by column title, with the same titles in every line."""
 
     name: str
     caption: str
-    titles: tuple[str, ...]
-    lines: tuple[tuple[Cell, ...], ...]
+    lines: list[dict[str, Cell]]
 
-    def is_numeric(self, column: int) -> bool:
-        return any(line[column].sort_key is not None for line in self.lines)
+    @property
+    def titles(self) -> list[str]:
+        return list(self.lines[0])
+
+    def is_numeric(self, title: str) -> bool:
+        return any(line[title].sort_key is not None for line in self.lines)
 
     def to_csv(self, path: Path) -> None:
         """Writes unrounded numbers; the ends of intervals have their own columns."""
         columns: dict[str, list[object]] = {}
-        for title, cells in zip(self.titles, zip(*self.lines, strict=True), strict=True):
+        for title in self.titles:
+            cells = [line[title] for line in self.lines]
             columns[title] = [cell.text if cell.sort_key is None else cell.sort_key for cell in cells]
             if any(cell.low is not None for cell in cells):
                 columns[f"{title} low"] = [cell.low for cell in cells]
@@ -75,18 +81,12 @@ class Table:
 
     def to_latex(self, path: Path) -> None:
         """Writes a table for the LaTeX package booktabs."""
-        texts = pd.DataFrame([[cell.text for cell in line] for line in self.lines], columns=self.titles)
-        bold = [["textbf:--rwrap" if cell.best else "" for cell in line] for line in self.lines]
-        style = texts.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-        style.apply(lambda shown: pd.DataFrame(bold, shown.index, shown.columns), axis=None)
-        sides = "".join("r" if self.is_numeric(i) else "l" for i in range(len(self.titles)))
+        cells = pd.DataFrame(self.lines)
+        style = cells.map(lambda cell: cell.text).style.hide(axis="index")
+        style.format(escape="latex").format_index(escape="latex", axis=1)
+        style.apply(lambda _: cells.map(lambda cell: "textbf:--rwrap" if cell.best else ""), axis=None)
+        sides = "".join("r" if self.is_numeric(title) else "l" for title in self.titles)
         path.write_text("% needs \\usepackage{booktabs}\n" + style.to_latex(hrules=True, column_format=sides))
-
-
-def write_tables(tables: Iterable[Table], directory: Path) -> None:
-    for table in tables:
-        table.to_csv(directory / f"{table.name}.csv")
-        table.to_latex(directory / f"{table.name}.tex")
 
 
 # ---------------------------------------------------------------------- all students
@@ -108,7 +108,7 @@ class MetricColumn:
     def cell(self, mean: Mean | None, best: bool) -> Cell:
         """`33.4 [32.9, 33.9]`"""
         if mean is None:
-            return Cell(MISSING, math.inf)
+            return MISSING
         low, high = (None if end is None else end * self.scale for end in (mean.low, mean.high))
         value, text = mean.value * self.scale, f"{mean.value * self.scale:.{self.digits}f}"
         if low is not None and high is not None and self.lower_is_better is not None:
@@ -138,23 +138,21 @@ def grid_table(groups: Sequence[Group]) -> Table:
         for column in GRID_COLUMNS
         if column.lower_is_better is not None
     }
-    titles = (*(() if identified else ("run",)), "mixer", "stages", "copied", "seeds", "tokens")
     lines = []
     for group in groups:
         tokens = group.results[0]["tokens"] if group.results else None
-        first = (
-            *(() if identified else (Cell(labels[group.name]),)),
-            Cell(mixer_label(group.mixer), color=color(group.mixer)),
-            Cell(group.stages),
-            Cell("yes" if group.copy_qkv else "no"),
-            _seeds_cell(group),
-            Cell(MISSING, math.inf) if tokens is None else Cell(f"{tokens:,}", tokens),
-        )
-        metrics = [c.cell(group.mean(c.metric), best.get(c.metric) is group) for c in GRID_COLUMNS]
-        lines.append((*first, *metrics))
-    lines.sort(key=lambda line: line[len(titles)].sort_key or 0.0)
-    titles = (*titles, *(column.title for column in GRID_COLUMNS))
-    return Table("grid", "All students, mean over seeds", titles, tuple(lines))
+        line = {} if identified else {"run": Cell(labels[group.name])}
+        line |= {
+            "mixer": Cell(mixer_label(group.mixer), color=color(group.mixer)),
+            "stages": Cell(group.stages),
+            "copied": Cell("yes" if group.copy_qkv else "no"),
+            "seeds": _seeds_cell(group),
+            "tokens": MISSING if tokens is None else Cell(f"{tokens:,}", tokens),
+        }
+        line |= {c.title: c.cell(group.mean(c.metric), best.get(c.metric) is group) for c in GRID_COLUMNS}
+        lines.append(line)
+    lines.sort(key=lambda line: line["perplexity"].sort_key or 0.0)
+    return Table("grid", "All students, mean over seeds", lines)
 
 
 def _seeds_cell(group: Group) -> Cell:
@@ -173,27 +171,19 @@ def evaluation_tables(results: Sequence[Result], models: Sequence[PlotModel]) ->
     tables = []
     shown = [r for r in results if in_tables(r)]
     for task in dict.fromkeys(r.task for r in shown):
-        own = [r for r in shown if r.task == task]
-        columns = list(dict.fromkeys((r.metric, r.length, r.batch) for r in own))
+        own = select(shown, task=task)
+        columns = dict.fromkeys((r.metric, r.length, r.batch) for r in own)
         lines = []
         for model in models:
-            cells = {(r.metric, r.length, r.batch): r for r in own if r.model == model.name}
+            cells = {
+                (r.metric, r.length, r.batch): Cell(format_result(r), r.value, low=r.low, high=r.high)
+                for r in select(own, model=model.name)
+            }
             if cells:
-                dot = None if model.mixer is None else color(model.mixer)
-                lines.append((Cell(model.label, color=dot), *(_result_cell(cells.get(column)) for column in columns)))
-        titles = ("model", *(column_title(*column) for column in columns))
-        name = "".join(c if c.isalnum() else "-" for c in task)
-        tables.append(Table(f"evaluation-{name}", f"Evaluation on {task}", titles, tuple(lines)))
+                name = Cell(model.label, color=None if model.mixer is None else color(model.mixer))
+                lines.append({"model": name} | {column_title(*c): cells.get(c, MISSING) for c in columns})
+        tables.append(Table(f"evaluation-{file_name(task)}", f"Evaluation on {task}", lines))
     return tables
-
-
-def _result_cell(result: Result | None) -> Cell:
-    """`23.1 ±0.4`"""
-    if result is None:
-        return Cell(MISSING, math.inf)
-    show = value_formatter(result.metric)
-    error = "" if result.stderr is None or math.isnan(result.stderr) else f" ±{show(result.stderr)}"
-    return Cell(show(result.value) + error, result.value, low=result.low, high=result.high)
 
 
 def column_title(metric: str, length: int | None = None, batch: int | None = None) -> str:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from subquad.evaluate.results import Result
+from subquad.analysis.plot_style import points_by
+from subquad.evaluate.results import Result, select
 from subquad.modeling.summary import format_bytes
 from subquad.study.aggregate import Group, Mean, best_group, group_labels
 from subquad.study.runs import Run
@@ -21,6 +22,13 @@ def join_names(names: Sequence[str], limit: int = 4) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
+def measured(group: Group, metric: str) -> Mean:
+    """The mean of a metric that every run measures, in a group with a finished run."""
+    mean = group.mean(metric)
+    assert mean is not None
+    return mean
+
+
 # ---------------------------------------------------------------------- summary
 
 
@@ -29,30 +37,46 @@ def summary(groups: Sequence[Group], results: Sequence[Result]) -> list[tuple[st
     best = best_group(groups, "perplexity", lower_is_better=True)
     if best is None:
         return [("Best student", "No run is finished yet.")]
-    perplexity = best.mean("perplexity")
-    assert perplexity is not None
-    teacher = best.results[0]["teacher_perplexity"]
-    sentences = [
-        (
-            "Best student",
-            f"{group_labels(groups)[best.name]}. Validation perplexity: {format_mean(perplexity)}; teacher: "
-            f"{teacher:.2f}. {significance(groups, best)}",
-        ),
-        ("Quality", _quality(best)),
-        ("Cost", _cost(best, results)),
-    ]
-    ratio = _ratio_to_teacher(best, results, "perplexity")
-    if ratio is not None:
-        length, times = ratio
-        text = f"Over the first {length:,} tokens of a document, its perplexity is {times:.2f} times the teacher's."
+    recovered, top1, kl, tokens, seconds, state = (
+        measured(best, metric).value
+        for metric in ("recovered_share", "top1_agreement", "kl", "tokens", "seconds", "state_bytes")
+    )
+    quality = (
+        f"{group_labels(groups)[best.name]}. Validation perplexity: {format_mean(measured(best, 'perplexity'))}; "
+        f"teacher: {best.results[0]['teacher_perplexity']:.2f}. {significance(groups, best)}"
+    )
+    closeness = (
+        f"Recovers {100 * recovered:.1f}% of the loss gap between the unigram model and the teacher. Its most likely "
+        f"next token is the teacher's at {100 * top1:.1f}% of positions. KL divergence to the teacher: {kl:.3f} nats."
+    )
+    cost = f"Trained on {tokens:,.0f} tokens in {seconds:,.0f} seconds."
+    cost += f" Its state takes {format_bytes(state)} per sequence."
+    for metric, quantity in (("seconds_per_token", "decoding time per token"), ("cache_bytes", "cache")):
+        if found := _ratio_to_teacher(best, results, metric):
+            length, ratio = found
+            text = f"{100 * ratio:.2g}% of" if ratio < 1 else f"{ratio:.1f} times"
+            cost += f" At {length:,} tokens of context, its {quantity} is {text} the teacher's."
+    sentences = [("Best student", quality), ("Quality", closeness), ("Cost", cost)]
+    if found := _ratio_to_teacher(best, results, "perplexity"):
+        length, ratio = found
+        text = f"Over the first {length:,} tokens of a document, its perplexity is {ratio:.2f} times the teacher's."
         sentences.append(("Long context", text))
     return sentences
 
 
+def _ratio_to_teacher(group: Group, results: Sequence[Result], metric: str) -> tuple[float, float] | None:
+    """The longest context length at which student and teacher were evaluated, and the ratio of their values there."""
+    single = [r for r in select(results, metric=metric) if r.batch in (None, 1)]
+    own = [r for run in group.runs for r in select(single, model=run.name)]
+    teachers = {r.teacher for r in own}
+    values, of_teacher = (dict(points_by("length", r)) for r in (own, [r for r in single if r.model in teachers]))
+    length = max(values.keys() & of_teacher.keys(), default=None)
+    return None if length is None else (length, values[length] / of_teacher[length])
+
+
 def significance(groups: Sequence[Group], best: Group) -> str:
     """Whether the best group is significantly better than the others in perplexity."""
-    mean = best.mean("perplexity")
-    assert mean is not None
+    mean = measured(best, "perplexity")
     others = [(group, other) for group in groups if group is not best and (other := group.mean("perplexity"))]
     if not others:
         return "There is no other student to compare it with."
@@ -67,49 +91,6 @@ def significance(groups: Sequence[Group], best: Group) -> str:
     if single:
         sentences.append(f"It cannot be compared with {join_names(single)}: one seed only.")
     return " ".join(sentences) or "Its interval does not overlap any other."
-
-
-def _quality(group: Group) -> str:
-    recovered, top1, kl = (group.mean(name) for name in ("recovered_share", "top1_agreement", "kl"))
-    assert recovered is not None
-    assert top1 is not None
-    assert kl is not None
-    return (
-        f"Recovers {100 * recovered.value:.1f}% of the loss gap between the unigram model and the teacher. Its most "
-        f"likely next token is the teacher's at {100 * top1.value:.1f}% of positions. KL divergence to the teacher: "
-        f"{kl.value:.3f} nats."
-    )
-
-
-def _cost(group: Group, results: Sequence[Result]) -> str:
-    tokens, seconds, state = (group.mean(name) for name in ("tokens", "seconds", "state_bytes"))
-    assert tokens is not None
-    assert seconds is not None
-    assert state is not None
-    sentences = [
-        f"Trained on {tokens.value:,.0f} tokens in {seconds.value:,.0f} seconds. Its state takes "
-        f"{format_bytes(state.value)} per sequence."
-    ]
-    for metric, quantity in (("seconds_per_token", "decoding time per token"), ("cache_bytes", "cache")):
-        found = _ratio_to_teacher(group, results, metric)
-        if found is not None:
-            length, ratio = found
-            text = f"{100 * ratio:.2g}% of" if ratio < 1 else f"{ratio:.1f} times"
-            sentences.append(f"At {length:,} tokens of context, its {quantity} is {text} the teacher's.")
-    return " ".join(sentences)
-
-
-def _ratio_to_teacher(group: Group, results: Sequence[Result], metric: str) -> tuple[int, float] | None:
-    """The longest context length at which student and teacher were evaluated, and the ratio of their values there."""
-    names = {run.name for run in group.runs}
-    measured = [r for r in results if r.metric == metric and r.length and r.batch in (None, 1)]
-    own = [r for r in measured if r.model in names]
-    for result in sorted(own, key=lambda r: -(r.length or 0)):
-        teacher = [r.value for r in measured if (r.model, r.length) == (result.teacher, result.length)]
-        if teacher and result.length:
-            values = [r.value for r in own if r.length == result.length]
-            return result.length, sum(values) / len(values) / teacher[0]
-    return None
 
 
 # ---------------------------------------------------------------------- notes

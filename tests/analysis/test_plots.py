@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from subquad.analysis.plot_style import save_figure
+from subquad.analysis.plot_style import points_by, save_figure
 from subquad.analysis.plots import (
     MIN_SHARE,
+    cka_figure,
     half_life_figure,
-    layers_figure,
     matrices_figure,
     recall_figure,
 )
@@ -47,11 +47,12 @@ def test_matrices_figure_shows_shares_of_rows():
 def test_half_life_figure_shows_channels_and_medians():
     layers = [torch.tensor([[1.0, 2, 4], [8, 8, 64]]), None, torch.tensor([16.0, 32.0])]
     (axes,) = half_life_figure(layers, "decays").axes
-    points = [line for line in axes.lines if line.get_marker() != "None" and len(line.get_xdata())]
-    drawn = [list(line.get_ydata()) for line in points]
-    assert drawn == [[1, 2, 4], [2], [8, 8, 64], [8], [16], [32]]
+    channels, medians = (line for line in axes.lines if line.get_marker() != "None")
+    assert list(channels.get_ydata()) == [1, 2, 4, 8, 8, 64]
+    assert list(medians.get_ydata()) == [2, 8, 16, 32]
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["channel", "median of a head"]
-    assert [round(float(line.get_xdata()[0])) for line in points] == [0, 0, 0, 0, 2, 2]
+    assert [round(x) for x in channels.get_xdata()] == [0] * 6
+    assert [round(x) for x in medians.get_xdata()] == [0, 0, 2, 2]
     assert axes.get_yscale() == "log"
     assert "tokens" in axes.get_ylabel()
     with pytest.raises(UserError, match="half-lives"):
@@ -70,31 +71,23 @@ def test_recall_figure_has_a_cell_per_length_and_depth():
     assert figure.axes[2].images[0].get_array().tolist() == [[0.75]]
     assert "0.75" in [t.get_text() for t in figure.axes[2].texts]
     assert figure.axes[-1].get_ylabel() == "acc (chance: 0.25)"
-    with pytest.raises(UserError, match="f1"):
-        recall_figure(RECALL, "student", metric="f1")
 
 
-def test_layers_figure_has_a_line_per_model():
-    results = [Result(task="states", metric="cka", value=1 - i / 10, layer=i) for i in (2, 0, 1)]
-    results += [
-        Result(task="states", metric="cka", value=0.5),
-        Result(task="states", metric="cosine", value=0.1, layer=0),
-    ]
-    figure = layers_figure({"gla": results, "xlstm": results[:3]}, "cka", "students")
+def test_cka_figure_has_a_line_of_its_own_style_per_model():
+    names = [f"student {number}" for number in range(11)]
+    figure = cka_figure([Result("states", "cka", 1 - i / 10, layer=i, model=name) for name in names for i in (2, 0, 1)])
     (axes,) = figure.axes
-    assert [line.get_label() for line in axes.lines] == ["gla", "xlstm"]
-    assert list(axes.lines[0].get_xdata()) == [0, 1, 2]
-    assert list(axes.lines[0].get_ydata()) == pytest.approx([1, 0.9, 0.8])
-    assert axes.lines[0].get_color() != axes.lines[1].get_color()
-    assert axes.lines[0].get_marker() != axes.lines[1].get_marker()
-    with pytest.raises(UserError, match="overlap"):
-        layers_figure({"gla": results}, "overlap", "students")
-
-
-def test_many_models_have_distinct_styles():
-    results = [Result(task="states", metric="cka", value=1 - i / 10, layer=i) for i in range(2)]
-    (axes,) = layers_figure({str(number): results for number in range(11)}, "cka", "students").axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    for line in axes.lines:
+        assert list(line.get_xdata()) == [0, 1, 2]
+        assert list(line.get_ydata()) == pytest.approx([1, 0.9, 0.8])
     assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 11
+
+
+def test_points_are_means_over_heads_only_where_a_layer_has_no_result_of_its_own():
+    heads = [Result("matrices", "entropy", value, layer=1, head=head) for head, value in enumerate((1.0, 4.0))]
+    assert points_by("layer", [*heads, Result("matrices", "entropy", 9.0)]) == [(1, 2.5)]
+    assert points_by("layer", [*heads, Result("matrices", "entropy", 3.0, layer=1)]) == [(1, 3)]
 
 
 def test_files_are_reproducible(tmp_path):

@@ -14,9 +14,9 @@ import pytest
 from subquad.analysis.plot_style import MIXER_STYLES
 from subquad.cli import main
 from subquad.config import load_study
+from subquad.report.figures import pareto_front
 from subquad.report.page import write_report
-from subquad.report.run_plots import pareto_front
-from subquad.report.tables import Cell, Table, column_title
+from subquad.report.tables import MISSING, Cell, Table, column_title
 from subquad.study.grid import run_study
 from tests.helpers.recipes import tiny_recipe
 from tests.helpers.studies import STAGE_SETS, synthetic_recipes, write_study
@@ -233,8 +233,8 @@ def test_pareto_front_contains_the_points_that_no_other_beats_in_both():
 
 
 def test_special_characters_in_latex_and_csv(tmp_path):
-    lines = ((Cell("a_b & 5% × 2"), Cell("1.5", 1.5, True)), (Cell("x^2"), Cell("–", float("inf"))))
-    table = Table("t", "", ("name", "value, %"), lines)
+    rows = (Cell("a_b & 5% × 2"), Cell("1.5", 1.5, True)), (Cell("x^2"), MISSING)
+    table = Table("t", "", [dict(zip(("name", "value, %"), row, strict=True)) for row in rows])
     table.to_latex(tmp_path / "t.tex")
     assert r"a\_b \& 5\% × 2 & \textbf{1.5} \\" in (tmp_path / "t.tex").read_text()
     table.to_csv(tmp_path / "t.csv")
