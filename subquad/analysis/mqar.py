@@ -13,13 +13,16 @@ minute. As in Zoology, every mixer and size is trained at each of `RATES`. The b
 own, and the reported accuracy is that on others.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import lr_scheduler
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from subquad import mixers
@@ -58,9 +61,8 @@ class MQARSettings:
         if self.width % (2 * self.heads):
             raise UserError(f"heads: got {self.heads} for width {self.width}, expected heads of an even size")
         if not 0 < self.pairs <= self.vocabulary // 2:
-            raise UserError(
-                f"pairs: got {self.pairs} for vocabulary {self.vocabulary}, expected 1 to {self.vocabulary // 2}"
-            )
+            limit = self.vocabulary // 2
+            raise UserError(f"pairs: got {self.pairs} for vocabulary {self.vocabulary}, expected 1 to {limit}")
 
     @property
     def state(self) -> int:
@@ -87,15 +89,13 @@ def mqar_results(
         UserError: an unknown mixer; heads that do not divide the width.
     """
     results = []
-    for name in names:
-        for count in heads:
-            sized = replace(setting or MQARSettings(), heads=count)
-            models = {rate: trained_model(name, replace(sized, lr=rate)) for rate in rates}
-            rate = max(rates, key=lambda rate: accuracy(models[rate], sized, "validation")[0])
-            acc, n = accuracy(models[rate], sized, "test")
-            fields: dict[str, Any] = {"length": sized.length, "model": name}
-            task, stderr = f"mqar_state_{sized.state}", (acc * (1 - acc) / n) ** 0.5
-            results += [Result(task, "acc", acc, stderr=stderr, n=n, **fields), Result(task, "lr", rate, **fields)]
+    for name, count in itertools.product(names, heads):
+        sized = replace(setting or MQARSettings(), heads=count)
+        models = {rate: trained_model(name, replace(sized, lr=rate)) for rate in rates}
+        rate = max(rates, key=lambda rate: accuracy(models[rate], sized, "validation")[0])
+        acc, n = accuracy(models[rate], sized, "test")
+        make = partial(Result, f"mqar_state_{sized.state}", length=sized.length, model=name)
+        results += [make("acc", acc, (acc * (1 - acc) / n) ** 0.5, n=n), make("lr", rate)]
     return results
 
 
@@ -133,20 +133,14 @@ def build_model(mixer: str, setting: MQARSettings) -> SubquadForCausalLM:
         bos_token_id=None,
         eos_token_id=None,
     )
+    options = mixers.OPTIONS.get(mixer)
+    shared = {name: value for name, value in SHARED_OPTIONS.items() if hasattr(options, name)}
+    ids = torch.arange(min(8, setting.vocabulary))[None]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
-        options = mixers.OPTIONS.get(mixer)
-        layer_type = {"mixer": mixer} | {
-            name: value for name, value in SHARED_OPTIONS.items() if hasattr(options, name)
-        }
-        ids = torch.arange(min(8, setting.vocabulary))[None]
-        model = linearize(
-            LlamaForCausalLM(config),
-            copy_qkv=False,
-            layer_types={"default": layer_type},
-            scale_ids=ids,
-            seed=setting.seed,
-        )
+        random_llama = LlamaForCausalLM(config)
+        layer_types = {"default": {"mixer": mixer, **shared}}
+        model = linearize(random_llama, copy_qkv=False, layer_types=layer_types, scale_ids=ids, seed=setting.seed)
         for layer in model.mixer_layers:
             if isinstance(layer, MixerLayer):
                 layer.mixer.reset_parameters()  # output norms at 1 instead of the scale of random attention
@@ -157,15 +151,10 @@ def train_model(model: SubquadForCausalLM, setting: MQARSettings) -> None:
     """AdamW on new sequences in every step, with linear warmup and cosine decay."""
     generator = torch.Generator().manual_seed(setting.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, weight_decay=0.1)
-    warm = max(1, round(WARMUP * setting.steps))
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, total_iters=warm),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, setting.steps - warm)),
-        ],
-        milestones=[warm],
-    )
+    steps = max(1, round(WARMUP * setting.steps))
+    warmup = lr_scheduler.LinearLR(optimizer, 1 / steps, total_iters=steps)
+    decay = lr_scheduler.CosineAnnealingLR(optimizer, max(1, setting.steps - steps))
+    schedule = lr_scheduler.SequentialLR(optimizer, [warmup, decay], milestones=[steps])
     model.train()
     for _ in range(setting.steps):
         tokens, targets = sequences(setting, setting.batch, generator)
@@ -186,8 +175,7 @@ def accuracy(
     generator = torch.Generator().manual_seed(setting.seed + (1 if split == "test" else 2))
     tokens, targets = sequences(setting, EVAL_SEQUENCES, generator)
     with eval_mode(model):
-        predictions = torch.cat(
-            [model(input_ids=t, use_cache=False).logits.argmax(-1) for t in tokens.split(setting.batch)]
-        )
+        logits = [model(input_ids=ids, use_cache=False).logits for ids in tokens.split(setting.batch)]
     queried = targets != -100
-    return (predictions == targets)[queried].double().mean().item(), int(queried.sum())
+    right = (torch.cat(logits).argmax(-1) == targets)[queried]
+    return right.double().mean().item(), len(right)

@@ -10,15 +10,15 @@ import itertools
 import random
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.analysis.recall_tasks import TASKS, Item, PromptSource, Question, make_items
+from subquad.analysis.recall_tasks import NUM_DISTRACTORS, TASKS, Item, PromptSource, Question, make_items
 from subquad.evaluate.efficiency import prefill
 from subquad.evaluate.results import Result
 from subquad.modeling.cache import CACHE_ARGUMENT
@@ -28,19 +28,16 @@ BATCH_TOKENS = 4096
 """Context tokens per forward pass."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """How a model answered one question."""
 
     depth: float | None
-    correct: float
+    acc: float
     """1 if the right answer is the most likely candidate, 1 / n in a tie of n."""
-    generated: float
+    acc_generated: float
     """1 if greedy decoding writes the right answer."""
-    log_likelihood: float
+    loglikelihood: float
     """Of the right answer, in nats, the mean over its tokens."""
-    chance: float
-    """The expected `correct` of guessing."""
 
 
 def recall_results(
@@ -80,49 +77,35 @@ def recall_results(
         for task, length in itertools.product(tasks, lengths):
             source = PromptSource(tokenizer, haystack, random.Random(f"{seed} {task} {length}"))
             answers = list(answer_all(model, make_items(task, source, length, depths, items)))
-            results += summarize(task, length, answers)
+            for depth in (None, *sorted({a.depth for a in answers if a.depth is not None})):
+                group = [answer for answer in answers if depth in (None, answer.depth)]
+                make = partial(Result, task, n=len(group), length=length, depth=depth)
+                for metric in ("acc", "acc_generated", "loglikelihood"):
+                    values = [getattr(answer, metric) for answer in group]
+                    stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+                    results.append(make(metric, statistics.fmean(values), stderr))
+                results.append(make("chance", 1 / (1 + NUM_DISTRACTORS)))
     return results
 
 
-def summarize(task: str, length: int, answers: Sequence[Answer]) -> list[Result]:
-    """The results of one task and length: over all depths, then for each depth."""
-    depths = sorted({answer.depth for answer in answers if answer.depth is not None})
-    groups: list[tuple[float | None, Sequence[Answer]]] = [(None, answers)]
-    groups += [(depth, [a for a in answers if a.depth == depth]) for depth in depths]
-    results = []
-    for depth, group in groups:
-        chance = Result(task=task, metric="chance", value=group[0].chance, n=len(group), length=length, depth=depth)
-        for metric, field in (("acc", "correct"), ("acc_generated", "generated"), ("loglikelihood", "log_likelihood")):
-            values = [getattr(answer, field) for answer in group]
-            stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-            results.append(replace(chance, metric=metric, value=statistics.fmean(values), stderr=stderr))
-        results.append(chance)
-    return results
-
-
+@torch.no_grad()
 def answer_all(model: PreTrainedModel, items: Iterable[Item]) -> Iterator[Answer]:
     """Answers all questions, in batches of contexts of equal length. `model` is in evaluation mode."""
     by_length = sorted(items, key=lambda item: len(item.context))
     for length, group in itertools.groupby(by_length, key=lambda item: len(item.context)):
         same = list(group)
         size = max(1, BATCH_TOKENS // max(1, length))
-        for start in range(0, len(same), size):
-            yield from answer_batch(model, same[start : start + size])
-
-
-@torch.no_grad()
-def answer_batch(model: PreTrainedModel, batch: Sequence[Item]) -> Iterator[Answer]:
-    """Answers all questions of items whose contexts have one length and equally many questions."""
-    cache = prefill(model, torch.stack([item.context for item in batch]))[CACHE_ARGUMENT]
-    for questions in zip(*(item.questions for item in batch), strict=True):
-        yield from answer_questions(model, cache, questions)
+        for batch in (same[start : start + size] for start in range(0, len(same), size)):
+            cache = prefill(model, torch.tensor([item.context for item in batch]))[CACHE_ARGUMENT]
+            for questions in zip(*(item.questions for item in batch), strict=True):
+                yield from answer_questions(model, cache, questions)
 
 
 def answer_questions(model: PreTrainedModel, context: Any, questions: Sequence[Question]) -> Iterator[Answer]:
     """Answers one question per row of `context`, a cache that is not changed."""
-    candidates = [(question.answer, *question.distractors) for question in questions]
+    candidates = [[question.answer, *question.distractors] for question in questions]
     count, query_tokens = len(candidates[0]), len(questions[0].query)
-    rows = [torch.cat([q.query, answer]) for q, group in zip(questions, candidates, strict=True) for answer in group]
+    rows = [torch.tensor(q.query + answer) for q, group in zip(questions, candidates, strict=True) for answer in group]
     # padding follows all tokens that are read
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
     cache = copy.deepcopy(context)
@@ -135,6 +118,5 @@ def answer_questions(model: PreTrainedModel, context: Any, questions: Sequence[Q
     for number, (question, group) in enumerate(zip(questions, candidates, strict=True)):
         first = number * count
         scores = [log_p[first + i, : len(answer)].mean().item() for i, answer in enumerate(group)]
-        correct = float(scores[0] == max(scores)) / scores.count(max(scores))
-        generated = float(is_top[first, : len(question.answer)].all())
-        yield Answer(question.depth, correct, generated, scores[0], 1 / count)
+        acc = float(scores[0] == max(scores)) / scores.count(max(scores))
+        yield Answer(question.depth, acc, float(is_top[first, : len(question.answer)].all()), scores[0])

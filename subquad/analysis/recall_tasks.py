@@ -4,19 +4,20 @@ The pieces of a prompt are tokenized separately, so that a prompt has exactly th
 answer are those in the context.
 """
 
+import itertools
 import random
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from subquad.utils import UserError
 
+Tokens = list[int]
 NUM_DISTRACTORS = 3
 TEXT_PAIRS = 8
 """Pairs in a context of `assoc_text`."""
@@ -41,9 +42,9 @@ WORDS = WORD_LIST.split()
 class Question:
     """A query that follows a context, its answer, and wrong candidates; all token ids."""
 
-    query: Tensor
-    answer: Tensor
-    distractors: tuple[Tensor, ...]
+    query: Tokens
+    answer: Tokens
+    distractors: list[Tokens]
     depth: float | None
     """Position of the answer in the context, from 0 (its start) to 1; None for tasks with one position."""
 
@@ -52,12 +53,8 @@ class Question:
 class Item:
     """A context and questions about it, whose queries have equal lengths."""
 
-    context: Tensor
-    questions: tuple[Question, ...]
-
-
-Task = Callable[["PromptSource", int, Sequence[float], int], Iterator[Item]]
-"""Draws items from a source, with prompts of a length in tokens: for each depth, a number of questions."""
+    context: Tokens
+    questions: list[Question]
 
 
 class PromptSource:
@@ -66,18 +63,18 @@ class PromptSource:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, haystack: Tensor, rng: random.Random):
         self.tokenizer, self.haystack, self.rng = tokenizer, haystack, rng
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> Tokens:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     @cached_property
-    def prefix(self) -> list[int]:
+    def prefix(self) -> Tokens:
         """The tokens that the tokenizer prepends to every text: a beginning-of-text token, or none."""
         whole, plain = self.tokenizer("a").input_ids, self.encode("a")
         found = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         return list(whole[:found])
 
     @cached_property
-    def ordinary_tokens(self) -> list[int]:
+    def ordinary_tokens(self) -> Tokens:
         """All tokens that are not special."""
         special = set(self.tokenizer.all_special_ids)
         return [token for token in range(len(self.tokenizer)) if token not in special]
@@ -88,44 +85,45 @@ class PromptSource:
         sizes = {word: len(self.encode(" " + word)) for word in WORDS}
         common = Counter(sizes.values()).most_common(1)[0][0]
         found = [word for word in WORDS if sizes[word] == common]
-        return found if len(found) >= 3 * TEXT_PAIRS else list(WORDS)
+        return found if len(found) >= 3 * TEXT_PAIRS else WORDS
 
-    def sample_tokens(self, count: int, exclude: Sequence[int] = ()) -> list[int]:
-        """Distinct ordinary tokens, none of `exclude`."""
+    def sample_tokens(self, count: int, exclude: Collection[int] = (), repeat: bool = False) -> Tokens:
+        """Ordinary tokens, none of `exclude`; distinct ones unless `repeat`."""
         avoided = set(exclude)
         free = [token for token in self.ordinary_tokens if token not in avoided]
-        if count > len(free):
+        needed = 1 if repeat else count
+        if len(free) < needed:
             raise UserError(
-                f"tokenizer: has {len(free)} unused ordinary tokens, the task needs {count}; expected a shorter length"
+                f"tokenizer: has {len(free)} unused ordinary tokens, the task needs {needed}; expected a shorter "
+                "length, or a larger vocabulary"
             )
-        return self.rng.sample(free, count)
+        return self.rng.choices(free, k=count) if repeat else self.rng.sample(free, count)
 
-    def sample_text(self, count: int) -> list[int]:
+    def sample_text(self, count: int) -> Tokens:
         """Consecutive tokens of the natural text from a random start."""
         if count > len(self.haystack):
             raise UserError(f"haystack: got {len(self.haystack)} tokens of text, expected at least {count}")
         start = self.rng.randrange(len(self.haystack) - count + 1)
         return self.haystack[start : start + count].tolist()
 
-    def repeated_text(self, count: int) -> list[int]:
+    def repeated_text(self, count: int) -> Tokens:
         """`REPEATED`, repeated."""
-        sentence = self.encode(REPEATED)
-        return (sentence * (count // len(sentence) + 1))[:count]
-
-
-def make_item(context: Sequence[int], *questions: Question) -> Item:
-    return Item(torch.tensor(context), questions)
-
-
-def make_question(
-    query: Sequence[int], answer: Sequence[int], distractors: Sequence[Sequence[int]], depth: float | None
-) -> Question:
-    return Question(torch.tensor(query), torch.tensor(answer), tuple(torch.tensor(d) for d in distractors), depth)
+        return list(itertools.islice(itertools.cycle(self.encode(REPEATED)), count))
 
 
 def check_length(length: int, needed: int, task: str) -> None:
     if length < needed:
         raise UserError(f"length: got {length}, expected at least {needed} tokens for {task}")
+
+
+def insert(pieces: Sequence[Tokens], depths: Sequence[float], filler: Tokens) -> Tokens:
+    """`pieces` within `filler`, each at its depth."""
+    context, before = [], 0
+    for piece, depth in zip(pieces, depths, strict=True):
+        start = round(depth * len(filler))
+        context += [*filler[before:start], *piece]
+        before = start
+    return context + filler[before:]
 
 
 # ---------------------------------------------------------------------- needles
@@ -137,38 +135,33 @@ VALUE_KINDS: dict[str, Callable[[PromptSource], str]] = {
 }
 
 
-def draw_needles(
-    kind: str, filler: str, source: PromptSource, length: int, depths: Sequence[float], items: int
-) -> Iterator[Item]:
+def draw_needle(kind: str, filler: str, source: PromptSource, length: int, depth: float) -> Item:
     """A statement within a long text, whose beginning is the query (Kamradt's needle in a haystack).
 
     filler: the method of `source` that draws the text.
     """
-    for depth in depths:
-        for _ in range(items):
-            name = source.rng.choice(source.words)
-            answer, *distractors = draw_values(source, kind, name)
-            opening = source.encode(f"\nThe {kind} of the {name} is")
-            statement = [*opening, *answer, *source.encode(".\n")]
-            check_length(length, len(statement) + len(opening), f"needle_{kind}")
-            text = getattr(source, filler)(length - len(statement) - len(opening))
-            start = round(depth * len(text))
-            context = [*text[:start], *statement, *text[start:]]
-            yield make_item(context, make_question(opening, answer, distractors, depth))
+    name = source.rng.choice(source.words)
+    answer, *distractors = draw_values(source, kind, name)
+    opening = source.encode(f"\nThe {kind} of the {name} is")
+    statement = [*opening, *answer, *source.encode(".\n")]
+    needed = len(statement) + len(opening)
+    check_length(length, needed, f"needle_{kind}")
+    text = getattr(source, filler)(length - needed)
+    return Item(insert([statement], [depth], text), [Question(opening, answer, distractors, depth)])
 
 
-def draw_values(source: PromptSource, kind: str, name: str) -> list[list[int]]:
-    """Distinct values other than `name`; if enough draws find some, with as many tokens as the first."""
-    draw, texts = VALUE_KINDS[kind], {name}
-    values: list[list[int]] = []
-    for attempt in range(SAME_LENGTH_DRAWS * (NUM_DISTRACTORS + 1)):
-        text = draw(source)
+def draw_values(source: PromptSource, kind: str, name: str) -> list[Tokens]:
+    """An answer and its distractors: distinct values other than `name`, with equally many tokens if enough draws find
+    some."""
+    texts = {name}
+    values: list[Tokens] = []
+    for attempt in itertools.count():
+        text = VALUE_KINDS[kind](source)
         tokens = source.encode(" " + text)
-        same_length_only = attempt < SAME_LENGTH_DRAWS * len(values)
-        if text in texts or (values and same_length_only and len(tokens) != len(values[0])):
-            continue
-        texts.add(text)
-        values.append(tokens)
+        any_length = attempt >= SAME_LENGTH_DRAWS * len(values)
+        if text not in texts and (any_length or len(tokens) == len(values[0])):
+            texts.add(text)
+            values.append(tokens)
         if len(values) > NUM_DISTRACTORS:
             break
     return values
@@ -177,114 +170,97 @@ def draw_values(source: PromptSource, kind: str, name: str) -> list[list[int]]:
 # ---------------------------------------------------------------------- associations
 
 
-def draw_word_pairs(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+def draw_word_pairs(source: PromptSource, length: int, *depths: float) -> Item:
     """Pairs of words between passages of natural text, several of which are queried (multi-query)."""
-    for _ in range(items):
-        words = source.rng.sample(source.words, 2 * TEXT_PAIRS)
-        keys = [source.encode(f"\n{word}:") for word in words[:TEXT_PAIRS]]
-        values = [source.encode(f" {word}") for word in words[TEXT_PAIRS:]]
-        end = source.encode("\n")
-        pairs = [[*key, *value, *end] for key, value in zip(keys, values, strict=True)]
-        query_tokens = max(map(len, keys))
-        needed = sum(map(len, pairs)) + query_tokens
-        check_length(length, needed, "assoc_text")
-        context = spread_evenly(pairs, source.sample_text(length - needed))
-        yield make_item(context, *pair_questions(source, keys, values, depths, query_tokens))
+    words = source.rng.sample(source.words, 2 * TEXT_PAIRS)
+    keys = [source.encode(f"\n{word}:") for word in words[:TEXT_PAIRS]]
+    values = [source.encode(f" {word}") for word in words[TEXT_PAIRS:]]
+    end = source.encode("\n")
+    pairs = [[*key, *value, *end] for key, value in zip(keys, values, strict=True)]
+    needed = sum(map(len, pairs)) + max(map(len, keys))
+    check_length(length, needed, "assoc_text")
+    context = spread_evenly(pairs, source.sample_text(length - needed))
+    return Item(context, list(pair_questions(source, keys, values, depths)))
 
 
-def draw_token_pairs(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+def draw_token_pairs(source: PromptSource, length: int, *depths: float) -> Item:
     """Pairs of random tokens between random tokens (MQAR of Zoology, arXiv 2312.04927, zero-shot)."""
     count = max(NUM_DISTRACTORS + 1, length // TOKENS_PER_PAIR)
     check_length(length, 2 * count + 1, "assoc_tokens")
-    for _ in range(items):
-        drawn = source.sample_tokens(2 * count)
-        keys, values = [[k] for k in drawn[:count]], [[v] for v in drawn[count:]]
-        filler = sample_noise(source, length - 2 * count - 1, drawn)
-        context = spread_evenly([[*k, *v] for k, v in zip(keys, values, strict=True)], filler)
-        yield make_item(context, *pair_questions(source, keys, values, depths, 1))
+    drawn = source.sample_tokens(2 * count)
+    keys, values = [[key] for key in drawn[:count]], [[value] for value in drawn[count:]]
+    filler = source.sample_tokens(length - 2 * count - 1, drawn, repeat=True)
+    context = spread_evenly([[*key, *value] for key, value in zip(keys, values, strict=True)], filler)
+    return Item(context, list(pair_questions(source, keys, values, depths)))
 
 
-def draw_induction(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+def draw_induction(source: PromptSource, length: int, depth: float) -> Item:
     """A B between random tokens, and A as the query: B follows (Olsson et al., arXiv 2209.11895)."""
     check_length(length, NUM_DISTRACTORS + 3, "induction")
-    for depth in depths:
-        for _ in range(items):
-            key, value = source.sample_tokens(2)
-            others = source.sample_tokens(NUM_DISTRACTORS, exclude=[key, value])
-            filler = [*others, *sample_noise(source, length - 3 - NUM_DISTRACTORS, [key, value])]
-            source.rng.shuffle(filler)
-            start = round(depth * len(filler))
-            context = [*filler[:start], key, value, *filler[start:]]
-            yield make_item(context, make_question([key], [value], [[other] for other in others], depth))
+    pair = source.sample_tokens(2)
+    others = source.sample_tokens(NUM_DISTRACTORS, exclude=pair)
+    filler = others + source.sample_tokens(length - 3 - NUM_DISTRACTORS, pair, repeat=True)
+    source.rng.shuffle(filler)
+    question = Question(pair[:1], pair[1:], [[other] for other in others], depth)
+    return Item(insert([pair], [depth], filler), [question])
 
 
 def pair_questions(
-    source: PromptSource, keys: list[list[int]], values: list[list[int]], depths: Sequence[float], query_tokens: int
+    source: PromptSource, keys: list[Tokens], values: list[Tokens], depths: Sequence[float]
 ) -> Iterator[Question]:
     """For each depth, a question about the pair there; distractors are values of other pairs.
 
-    Shorter keys are padded with newlines to `query_tokens` tokens.
+    Shorter keys are padded with newlines to the length of the longest.
     """
+    longest = max(map(len, keys))
     for depth in depths:
         at = round(depth * (len(keys) - 1))
         distractors = source.rng.sample([value for i, value in enumerate(values) if i != at], NUM_DISTRACTORS)
-        padding = source.encode("\n") * query_tokens
-        missing = query_tokens - len(keys[at])
-        yield make_question([*padding[:missing], *keys[at]], values[at], distractors, depth)
+        padding = (source.encode("\n") * longest)[: longest - len(keys[at])]
+        yield Question(padding + keys[at], values[at], distractors, depth)
 
 
-def spread_evenly(pairs: list[list[int]], filler: list[int]) -> list[int]:
+def spread_evenly(pairs: list[Tokens], filler: Tokens) -> Tokens:
     """`pairs` within `filler` at equal distances, the first at its start and the last at its end."""
-    context, before = [], 0
-    for index, pair in enumerate(pairs):
-        start = round(index / max(1, len(pairs) - 1) * len(filler))
-        context += [*filler[before:start], *pair]
-        before = start
-    return context
-
-
-def sample_noise(source: PromptSource, count: int, exclude: Sequence[int]) -> list[int]:
-    """Random ordinary tokens with repetition, none of `exclude`."""
-    avoided = set(exclude)
-    free = [token for token in source.ordinary_tokens if token not in avoided]
-    if not free:
-        raise UserError("tokenizer: has no unused ordinary token for filler; expected a larger vocabulary")
-    return source.rng.choices(free, k=count)
+    return insert(pairs, [index / max(1, len(pairs) - 1) for index in range(len(pairs))], filler)
 
 
 # ---------------------------------------------------------------------- copying
 
 
-def draw_copies(source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
+def draw_copy(source: PromptSource, length: int, _depth: float) -> Item:
     """A sequence of random tokens twice, whose last tokens are the answer (arXiv 2402.01032).
 
-    Distractors are the answer's tokens in another order. The answer has one position: `depths` set only the number of
-    questions.
+    Distractors are the answer's tokens in another order. The answer has one position, whatever the depth.
     """
     check_length(length, 5 * COPY_TOKENS, "copy")
     size, odd = divmod(length + COPY_TOKENS, 2)
-    for _ in range(items * len(depths)):
-        sequence = [*sample_noise(source, size - COPY_TOKENS, []), *source.sample_tokens(COPY_TOKENS)]
-        whole = [*sample_noise(source, odd, []), *sequence, *sequence]
-        answer = sequence[-COPY_TOKENS:]
-        distractors: list[list[int]] = []
-        while len(distractors) < NUM_DISTRACTORS:
-            other = source.rng.sample(answer, COPY_TOKENS)
-            distractors += [other] if other not in (answer, *distractors) else []
-        yield make_item(whole[: length - 1], make_question(whole[length - 1 : length], answer, distractors, None))
+    noise = source.sample_tokens(size - COPY_TOKENS, repeat=True)
+    answer = source.sample_tokens(COPY_TOKENS)
+    whole = [*source.sample_tokens(odd, repeat=True), *noise, *answer, *noise]
+    distractors: list[Tokens] = []
+    while len(distractors) < NUM_DISTRACTORS:
+        other = source.rng.sample(answer, COPY_TOKENS)
+        if other not in (answer, *distractors):
+            distractors.append(other)
+    return Item(whole[:-1], [Question(whole[-1:], answer, distractors, None)])
+
+
+TASKS: dict[str, Callable[..., Item]] = {
+    **{f"needle_{kind}": partial(draw_needle, kind, "sample_text") for kind in VALUE_KINDS},
+    **{f"needle_{kind}_repeated": partial(draw_needle, kind, "repeated_text") for kind in VALUE_KINDS},
+    "assoc_text": draw_word_pairs,
+    "assoc_tokens": draw_token_pairs,
+    "copy": draw_copy,
+    "induction": draw_induction,
+}
+"""Functions of a source, the length of the prompt, and a depth, or for `MULTI_QUERY` all depths."""
+MULTI_QUERY = "assoc_text", "assoc_tokens"
 
 
 def make_items(task: str, source: PromptSource, length: int, depths: Sequence[float], items: int) -> Iterator[Item]:
-    """The items of a task, each after the tokenizer's prefix, which counts towards the length."""
-    for made in TASKS[task](source, length - len(source.prefix), depths, items):
-        yield replace(made, context=torch.cat([made.context.new_tensor(source.prefix), made.context]))
-
-
-TASKS: dict[str, Task] = {
-    **{f"needle_{kind}": partial(draw_needles, kind, "sample_text") for kind in VALUE_KINDS},
-    **{f"needle_{kind}_repeated": partial(draw_needles, kind, "repeated_text") for kind in VALUE_KINDS},
-    "assoc_text": draw_word_pairs,
-    "assoc_tokens": draw_token_pairs,
-    "copy": draw_copies,
-    "induction": draw_induction,
-}
+    """`items` questions for each depth, after the tokenizer's prefix, which counts towards the length."""
+    for asked in [depths] if task in MULTI_QUERY else [[depth] for depth in depths]:
+        for _ in range(items):
+            made = TASKS[task](source, length - len(source.prefix), *asked)
+            yield Item(source.prefix + made.context, made.questions)

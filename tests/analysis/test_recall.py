@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import subquad
-from subquad.analysis.recall import answer_all, answer_batch, recall_results
+from subquad.analysis.recall import answer_all, recall_results
 from subquad.analysis.recall_tasks import COPY_TOKENS, TASKS, Item, PromptSource, Question, make_items
 from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError, eval_mode
@@ -41,6 +41,10 @@ def items_of(task, tokenizer, haystack, length=LENGTH, depths=DEPTHS, items=3, s
     return list(make_items(task, PromptSource(tokenizer, haystack, random.Random(seed)), length, depths, items))
 
 
+def questions_of(*args, **kwargs) -> list[tuple[Item, Question]]:
+    return [(item, question) for item in items_of(*args, **kwargs) for question in item.questions]
+
+
 # ---------------------------------------------------------------------- items
 
 
@@ -60,57 +64,49 @@ def test_prompts_begin_with_the_tokenizers_prefix(task, tokenizer, haystack):
     with_prefix._tokenizer.post_processor = template
     for used, prefix in ((tokenizer, []), (with_prefix, [with_prefix.bos_token_id])):
         for item in items_of(task, used, haystack):
-            assert item.context.tolist()[: len(prefix)] == prefix
-            assert with_prefix.bos_token_id not in item.context.tolist()[len(prefix) :]
+            assert item.context[: len(prefix)] == prefix
+            assert with_prefix.bos_token_id not in item.context[len(prefix) :]
             assert {len(item.context) + len(question.query) for question in item.questions} == {LENGTH}
 
 
 @pytest.mark.parametrize("task", WITH_DEPTH)
 def test_answers_are_at_the_requested_depth(task, tokenizer, haystack):
-    for item in items_of(task, tokenizer, haystack):
-        for question in item.questions:
-            context, answer = item.context.tolist(), question.answer.tolist()
-            positions = [i for i in range(len(context)) if context[i : i + len(answer)] == answer]
-            before = next(i for i in positions if context[i - 1] == question.query[-1])
-            # the answer is within a statement of some tokens
-            assert abs(before / len(context) - question.depth) < 0.35 * (1 if "uuid" in task else 0.5)
+    for item, question in questions_of(task, tokenizer, haystack):
+        context, answer = item.context, question.answer
+        positions = [i for i in range(len(context)) if context[i : i + len(answer)] == answer]
+        before = next(i for i in positions if context[i - 1] == question.query[-1])
+        # the answer is within a statement of some tokens
+        assert abs(before / len(context) - question.depth) < 0.35 * (1 if "uuid" in task else 0.5)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_distractors_differ_from_the_answer(task, tokenizer, haystack):
-    for item in items_of(task, tokenizer, haystack):
-        for question in item.questions:
-            others = [other.tolist() for other in question.distractors]
-            assert len(others) == 3
-            assert question.answer.tolist() not in others
-            assert len({tuple(other) for other in others}) == 3
-            if "uuid" not in task:
-                assert {len(other) for other in others} == {len(question.answer)}
+    for _, question in questions_of(task, tokenizer, haystack):
+        assert len(question.distractors) == 3
+        assert len({tuple(candidate) for candidate in (question.answer, *question.distractors)}) == 4
+        if "uuid" not in task:
+            assert {len(other) for other in question.distractors} == {len(question.answer)}
 
 
 def test_copy_repeats_the_sequence(tokenizer, haystack):
-    for item in items_of("copy", tokenizer, haystack, length=101):
-        (question,) = item.questions
-        whole = [*item.context.tolist(), *question.query.tolist(), *question.answer.tolist()][1:]
+    for item, question in questions_of("copy", tokenizer, haystack, length=101):
+        whole = [*item.context, *question.query, *question.answer][1:]
         half = len(whole) // 2
         assert whole[:half] == whole[half:]
         assert len(question.answer) == COPY_TOKENS
 
 
 def test_keys_and_values_of_assoc_tokens_are_distinct(tokenizer, haystack):
-    (item,) = items_of("assoc_tokens", tokenizer, haystack, items=1)
-    context = item.context.tolist()
-    for question in item.questions:
-        key, value = question.query.item(), question.answer.item()
-        assert context.count(key) == context.count(value) == 1
-        assert context[context.index(key) + 1] == value
-        for other in question.distractors:
-            assert context.count(other.item()) == 1
+    for item, question in questions_of("assoc_tokens", tokenizer, haystack, items=1):
+        (key,), (value,) = question.query, question.answer
+        assert item.context[item.context.index(key) + 1] == value
+        for token in (key, value, *(token for other in question.distractors for token in other)):
+            assert item.context.count(token) == 1
 
 
 def test_items_depend_only_on_the_seed(tokenizer, haystack):
     def contexts(seed):
-        return [item.context.tolist() for task in TASKS for item in items_of(task, tokenizer, haystack, seed=seed)]
+        return [item.context for task in TASKS for item in items_of(task, tokenizer, haystack, seed=seed)]
 
     assert contexts(1) == contexts(1)
     assert contexts(1) != contexts(2)
@@ -174,23 +170,22 @@ def test_scores_match_full_forward_and_generate(layer_types, reader):
     model.eval()
     written = model.generate(contexts, do_sample=False, min_new_tokens=4, max_new_tokens=4)[:, 30:]
     items = []
-    for context, answer in zip(contexts, written, strict=True):
-        wrong = answer.clone()
-        wrong[2] = (wrong[2] + 1) % 300
-        long = torch.cat([wrong, wrong[:2]])
-        questions = (
-            Question(context[28:], answer, (wrong, long), None),
-            Question(context[28:], wrong, (answer, long), 1),
-        )
+    for context, answer in zip(contexts.tolist(), written.tolist(), strict=True):
+        wrong = [*answer[:2], (answer[2] + 1) % 300, *answer[3:]]
+        long = wrong + wrong[:2]
+        questions = [
+            Question(context[28:], answer, [wrong, long], None),
+            Question(context[28:], wrong, [answer, long], 1),
+        ]
         items.append(Item(context[:28], questions))
-    found = list(answer_batch(model, items))
-    assert [answer.generated for answer in found] == [1, 1, 1, 0, 0, 0]
+    found = list(answer_all(model, items))
+    assert [answer.acc_generated for answer in found] == [1, 1, 1, 0, 0, 0]
     for answer, (question, item) in zip(found, [(i.questions[n], i) for n in (0, 1) for i in items], strict=True):
-        text = torch.cat([item.context, question.query, question.answer])
+        text = torch.tensor([item.context + question.query + question.answer])
         with torch.no_grad():
-            log_p = model(text[None], use_cache=False).logits[0].log_softmax(-1)
-        expected = log_p[29:33].gather(-1, question.answer[:, None]).mean().item()
-        assert answer.log_likelihood == pytest.approx(expected, rel=1e-3, abs=1e-4)
+            log_p = model(text, use_cache=False).logits[0].log_softmax(-1)
+        expected = log_p[29:33].gather(-1, torch.tensor(question.answer)[:, None]).mean().item()
+        assert answer.loglikelihood == pytest.approx(expected, rel=1e-3, abs=1e-4)
         assert answer.depth == question.depth
 
 
@@ -201,7 +196,7 @@ def test_batch_size_does_not_change_answers(tokenizer, haystack, reader, monkeyp
         monkeypatch.setattr("subquad.analysis.recall.BATCH_TOKENS", 1)
         alone = list(answer_all(reader, items))
     assert [a.depth for a in alone] == [a.depth for a in together]
-    for field in ("log_likelihood", "correct"):
+    for field in ("loglikelihood", "acc"):
         assert [getattr(a, field) for a in alone] == pytest.approx([getattr(a, field) for a in together], rel=1e-4)
 
 
@@ -209,14 +204,14 @@ def test_batch_size_does_not_change_answers(tokenizer, haystack, reader, monkeyp
 
 
 def test_invalid_arguments_are_refused(tokenizer, haystack):
-    model = Copier(len(tokenizer))
-    with pytest.raises(UserError, match="did you mean 'needle_number'"):
-        recall_results(model, tokenizer, haystack, ["needle_numbr"])
-    with pytest.raises(UserError, match="length: got 12"):
-        recall_results(model, tokenizer, haystack, ["needle_word"], [12])
-    with pytest.raises(UserError, match="haystack: got 20"):
-        recall_results(model, tokenizer, haystack[:20], ["needle_word"], [LENGTH])
-    with pytest.raises(UserError, match="depths"):
-        recall_results(model, tokenizer, haystack, ["copy"], [64], [50])
-    with pytest.raises(UserError, match="tokenizer: has 299"):
-        recall_results(model, tokenizer, haystack, ["assoc_tokens"], [4096])
+    for message, tasks, lengths, options in (
+        ("did you mean 'needle_number'", ["needle_numbr"], [64], {}),
+        ("length: got 12", ["needle_word"], [12], {}),
+        ("haystack: got 20", ["needle_word"], [LENGTH], {"haystack": haystack[:20]}),
+        ("depths", ["copy"], [64], {"depths": [50]}),
+        ("tokenizer: has 299", ["assoc_tokens"], [4096], {}),
+    ):
+        with pytest.raises(UserError, match=message):
+            recall_results(
+                Copier(len(tokenizer)), tokenizer, **{"haystack": haystack, **options}, tasks=tasks, lengths=lengths
+            )
