@@ -22,13 +22,8 @@ from transformers import TrainerCallback
 import subquad
 from benchmarks.common import Parser, output_file, run_as_script, write_json
 from subquad.config import Recipe
-from subquad.distill import trainer
-from subquad.distill.objective import Objective
-from subquad.distill.param_groups import parameter_groups
-from subquad.distill.stage1_matrix_mixing import MatrixMixing
-from subquad.distill.stage2_hidden_alignment import HiddenAlignment
-from subquad.distill.stage3_end_to_end import EndToEndDistillation
-from subquad.distill.trainer import StageRun, run_stage
+from subquad.distill.trainer import StageTrainer
+from subquad.registry import STAGES
 from subquad.utils import run_info
 
 
@@ -65,43 +60,35 @@ class StepTimer(TrainerCallback):
         return total / (len(self.starts) - 3), 1 - inside / total
 
 
-def plain_step(run: StageRun, student, groups: list[dict[str, Any]], optimizer, ids: torch.Tensor) -> None:
-    loss = student(objective=run.objective, **run.objective.forward_kwargs({"input_ids": ids})).loss
+def plain_step(trainer: StageTrainer, optimizer, ids: torch.Tensor) -> None:
+    objective = trainer.objective
+    loss = trainer.student(objective=objective, **objective.forward_kwargs({"input_ids": ids})).loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], run.stage.max_grad_norm)
+    parameters = [p for group in trainer.groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, trainer.stage.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
 
 
-def seconds_of_plain_loop(run: StageRun, student, steps: int) -> float:
-    groups = parameter_groups(student, run.objective.trained_parameters(student), run.stage)
-    optimizer = torch.optim.AdamW(groups, lr=run.stage.lr, betas=(0.9, 0.95), fused=True)
-    batches = run.train.ids.split(run.stage.batch_size)  # type: ignore[attr-defined]
+def seconds_of_plain_loop(trainer: StageTrainer, steps: int) -> float:
+    optimizer = torch.optim.AdamW(trainer.groups, lr=trainer.stage.lr, betas=(0.9, 0.95), fused=True)
+    batches = trainer.train_dataset.ids.split(trainer.stage.batch_size)  # type: ignore[union-attr]
     times = []
     for ids in batches[:steps]:
         start = time.perf_counter()
-        plain_step(run, student, groups, optimizer, ids)
+        plain_step(trainer, optimizer, ids)
         times.append(time.perf_counter() - start)
-    student.requires_grad_(True)
     return statistics.fmean(times[2:-1])
 
 
-def seconds_of_stage(run: StageRun, student) -> tuple[float, float]:
-    timer, original = StepTimer(), trainer.StageTrainer.__init__
-
-    def with_timer(self, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self.add_callback(timer)
-
-    trainer.StageTrainer.__init__ = with_timer  # type: ignore[method-assign]
-    try:
-        run_stage(run, student)
-    finally:
-        trainer.StageTrainer.__init__ = original  # type: ignore[method-assign]
+def seconds_of_stage(trainer: StageTrainer) -> tuple[float, float]:
+    timer = StepTimer()
+    trainer.add_callback(timer)
+    trainer.train_stage()
     return timer.seconds()
 
 
-def make_run(name: str, teacher, args: argparse.Namespace, directory: Path) -> StageRun:
+def make_trainer(name: str, teacher, student, args: argparse.Namespace, directory: Path) -> StageTrainer:
     tokens = args.steps * args.batch * args.context
     recipe = Recipe.model_validate(
         {
@@ -113,15 +100,9 @@ def make_run(name: str, teacher, args: argparse.Namespace, directory: Path) -> S
             "student": {"mixer": args.mixer},
         }
     )
-    stage = getattr(recipe.stages, name)
     dataset = RandomTokens(args.steps * args.batch, args.context, teacher.config.vocab_size)
-    objectives: dict[str, Any] = {
-        "matrix": lambda: MatrixMixing(teacher, stage),
-        "hidden": lambda: HiddenAlignment(teacher, stage, dataset.ids[:2]),
-        "end_to_end": lambda: EndToEndDistillation(teacher, stage),
-    }
-    objective: Objective = objectives[name]()
-    return StageRun(recipe, objective, dataset, dataset, directory)
+    objective = STAGES[name](teacher, getattr(recipe.stages, name), scale_ids=dataset.ids[:2])
+    return StageTrainer(recipe, objective, student, dataset, dataset, directory)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds = []
         for _ in range(args.rounds):
             with tempfile.TemporaryDirectory() as directory:
-                run = make_run(name, teacher, args, Path(directory))
-                rounds.append((seconds_of_plain_loop(run, student, args.steps), *seconds_of_stage(run, student)))
+                trainer = make_trainer(name, teacher, student, args, Path(directory))
+                rounds.append((seconds_of_plain_loop(trainer, args.steps), *seconds_of_stage(trainer)))
         plain, stage, between = (statistics.median(x) for x in zip(*rounds, strict=True))
         result = {
             "stage": name,

@@ -1,11 +1,10 @@
-"""Measures peak memory and time of stage 3's loss with its gradients: the fused loss against two others.
+"""Measures peak memory and time of stage 3's loss with its gradients: the fused loss against the straightforward one.
 
     python -m benchmarks.loss [--tokens 4096] [--vocabulary 49152] [--hidden 576] [--divergence forward]
         [--dtype float32] [--chunk 512] [--json FILE]
 
 straightforward: float32 logits of student and teacher, `F.cross_entropy`, `F.kl_div`, backward.
-plain: `subquad.distill.distillation_loss` on the same logits; it works with every output head.
-fused: `subquad.distill.fused_loss`.
+fused: `subquad.distill.distillation_loss` on the hidden states.
 
 Peak memory is the highest resident size of a new process less that before the loss, when inputs exist. Times are
 medians of interleaved runs in one process: wall-clock time, and the processor time of all threads, which depends less
@@ -26,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import ROOT, Parser, machine, output_file, peak_rss, run_as_script, write_json
-from subquad.distill.distillation_loss import Divergence, LossOptions, distillation_loss
-from subquad.distill.fused_loss import CHUNK, fused_distillation_loss
+from subquad.config import EndToEndStage
+from subquad.distill.distillation_loss import CHUNK, distillation_loss
 from subquad.distill.lm_head import Head
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -41,7 +40,7 @@ def make_inputs(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype) -
     return h.requires_grad_(), H, W.requires_grad_(), U, torch.randint(vocabulary, (tokens,))
 
 
-def straightforward(inputs: Inputs, divergence: Divergence, chunk: int) -> Tensor:
+def straightforward(inputs: Inputs, divergence: str, chunk: int) -> Tensor:
     h, H, W, U, labels = inputs
     student = F.linear(h, W).float()
     with torch.no_grad():
@@ -58,30 +57,19 @@ def straightforward(inputs: Inputs, divergence: Divergence, chunk: int) -> Tenso
     return ce + 0.5 * sides[0] + 0.5 * sides[1]
 
 
-def plain(inputs: Inputs, divergence: Divergence, chunk: int) -> Tensor:
+def fused(inputs: Inputs, divergence: str, chunk: int) -> Tensor:
     h, H, W, U, labels = inputs
-    with torch.no_grad():
-        teacher = F.linear(H, U)
-    # distillation_loss shifts the labels; the last token has none
-    shifted = F.pad(labels[:-1], (1, 0)).unsqueeze(0)
-    return distillation_loss(
-        F.linear(h, W).unsqueeze(0), teacher.unsqueeze(0), shifted, LossOptions(divergence=divergence)
-    )[0]
+    stage = EndToEndStage(tokens=1, lr=1.0, divergence=divergence)
+    return distillation_loss(h, H, labels, Head(W), Head(U), stage, chunk)[0]
 
 
-def fused(inputs: Inputs, divergence: Divergence, chunk: int) -> Tensor:
-    h, H, W, U, labels = inputs
-    return fused_distillation_loss(h, H, labels, Head(W), Head(U), LossOptions(divergence=divergence), chunk)[0]
-
-
-LOSSES: dict[str, Callable[[Inputs, Divergence, int], Tensor]] = {
+LOSSES: dict[str, Callable[[Inputs, str, int], Tensor]] = {
     "straightforward": straightforward,
-    "plain": plain,
     "fused": fused,
 }
 
 
-def run_once(name: str, inputs: Inputs, divergence: Divergence, chunk: int) -> float:
+def run_once(name: str, inputs: Inputs, divergence: str, chunk: int) -> float:
     loss = LOSSES[name](inputs, divergence, chunk)
     torch.autograd.grad(loss, [inputs[0], inputs[2]])
     return loss.item()

@@ -1,159 +1,202 @@
-"""The loss of stage 3 on logits: cross-entropy plus a divergence from the teacher's distribution.
+"""The loss of stage 3, without full logits: cross-entropy plus a divergence from the teacher's distribution.
 
-This is the definition. `fused_loss.py` computes the same from hidden states without full logits. Losses are means per
-token that is not ignored, so that they do not depend on batch size, length or accumulation.
+The loss takes some tokens at a time through both heads and computes loss and gradients in one pass. The largest tensor
+that it holds is the gradient of the student's head.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from subquad.config import EndToEndStage
+from subquad.data.packing import IGNORE_INDEX
+from subquad.distill.lm_head import Head
+from subquad.distill.objective import KnownGradients, slices
 from subquad.evaluate.perplexity import kl_divergence
 
-CHUNK = 1024
-"""Tokens whose logits are held in float32 at a time."""
+CHUNK = 512
+"""Tokens whose logits exist at a time: products of matrices with fewer rows are slower (128: by a quarter)."""
+PIECE_BYTES = 2**24
+"""Size of the part of these logits that is turned into loss and gradients at a time. It stays in the processor's cache,
+and its temporary tensors reuse memory of the process (the C library returns blocks over 32 MB to the system)."""
 
-Divergence = Literal["forward", "reverse", "jsd"]
 
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    student_head: Head | None,
+    teacher_head: Head | None,
+    stage: EndToEndStage,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ce_weight` * cross-entropy + `kl_weight` * divergence, means per token that is not ignored.
 
-@dataclass(frozen=True)
-class LossOptions:
-    """The loss is `ce_weight` * cross-entropy + `kl_weight` * divergence.
+    Args:
+        student: last hidden states `[N, D]`, or logits `[N, vocabulary]` if `student_head` is None.
+        teacher: its hidden states or logits, or None if `kl_weight` is 0.
+        labels: `[N]`, the token that each position predicts (already shifted). -100 is ignored, at no cost.
+        stage: weights, divergence and temperature. The temperature divides the logits of both distributions of the
+            divergence, which is multiplied by its square, so that the size of its gradient does not change (Hinton et
+            al., arXiv 1503.02531).
+        chunk: tokens whose logits exist at a time.
+
+    Returns:
+        The loss and, detached, the cross-entropy and the divergence (0 if `kl_weight` is 0); 0 if all tokens are
+        ignored; float32, or float64 for float64 inputs. Gradients reach `student` and its head, if they require them.
+        Products of matrices have the dtype of the head or of autocast; all else, and the sums over chunks, are float32.
 
     Raises:
-        ValueError: an unknown divergence, or a beta or temperature out of range.
+        ValueError: nothing of the teacher, or another vocabulary.
+        RuntimeError: in the backward pass, as `KnownGradients`.
+    """
+    counted = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    labels, count = labels.index_select(0, counted), max(len(counted), 1)
+    own, other = _Projection(student.index_select(0, counted), student_head, chunk), None
+    with torch.no_grad():
+        if stage.kl_weight > 0:
+            if teacher is None:
+                raise ValueError("teacher: got None with a kl_weight above 0, expected its hidden states or logits")
+            other = _Projection(teacher.index_select(0, counted), teacher_head, chunk)
+            if (ours := own.logits.shape[1]) != (theirs := other.logits.shape[1]):
+                raise ValueError(
+                    f"vocabulary: got {ours} logits per token of the student and {theirs} of the teacher, expected the "
+                    "same number; resize the larger head (resize_token_embeddings) or distill from a teacher with this "
+                    "tokenizer"
+                )
+        ce = kl = own.logits.new_zeros(())
+        with torch.autocast(student.device.type, enabled=False):
+            for tokens in slices(len(labels), chunk):
+                x, a, y = own(tokens), None if other is None else other(tokens), labels[tokens]
+                for piece in slices(len(x), max(1, PIECE_BYTES // x[:1].nbytes)):
+                    sums = _piece_loss_(x[piece], None if a is None else a[piece], y[piece], own, stage)
+                    ce, kl = ce + sums[0], kl + sums[1]
+                own.add_gradients(tokens, x)
+        ce, kl = ce / count, kl / count
+        loss = stage.ce_weight * ce + stage.kl_weight * kl
+    pairs = zip(own.inputs, own.gradients, strict=True)
+    inputs = {x: g.to(x.dtype) for x, g in pairs if x is not None and g is not None}
+    return KnownGradients.apply(loss, list(inputs.values()), count, *inputs), ce, kl
+
+
+class _Projection:
+    """Computes the logits of some tokens at a time, in one buffer, in float32 or better, and sums up gradients.
+
+    `gradients` are those of `inputs` (hidden states or logits, weight, bias), None where none is required.
     """
 
-    ce_weight: float = 1.0
-    kl_weight: float = 1.0
-    temperature: float = 1.0
-    """Divides the logits of both distributions of the divergence, which is multiplied by its square, so that the size
-    of its gradient does not change (Hinton et al., arXiv 1503.02531)."""
-    divergence: Divergence = "forward"
-    beta: float = 0.5
-    """Weight of the teacher in the mixture of `jsd`."""
+    def __init__(self, hidden: Tensor, head: Head | None, chunk: int):
+        self.scale, self.softcap = 1.0 if head is None else head.scale, None if head is None else head.softcap
+        weight, bias = (None, None) if head is None else (head.weight, head.bias)
+        device, dtype = hidden.device.type, (hidden if weight is None else weight).dtype
+        if weight is not None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        self.inputs: list[Tensor | None] = [hidden, weight, bias]
+        self.hidden, self.weight = hidden.detach().to(dtype), None if weight is None else weight.detach().to(dtype)
+        shape = min(chunk, len(hidden)), hidden.shape[1] if weight is None else len(weight)
+        self.logits = hidden.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
+        self.gradients = [
+            self.logits.new_zeros(x.shape) if torch.is_grad_enabled() and x is not None and x.requires_grad else None
+            for x in self.inputs
+        ]
 
-    def __post_init__(self) -> None:
-        if self.divergence not in ("forward", "reverse", "jsd"):
-            raise ValueError(f"divergence: got {self.divergence!r}, expected 'forward', 'reverse' or 'jsd'")
-        if self.divergence == "jsd" and not 0 < self.beta < 1:
-            raise ValueError(f"beta: got {self.beta}, expected a number between 0 and 1; the limits are KL divergences")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: got {self.temperature}, expected a number above 0")
+    def __call__(self, tokens: slice) -> Tensor:
+        hidden, bias = self.hidden[tokens], self.inputs[2]
+        x = self.logits[: len(hidden)]
+        if self.weight is None:
+            x.copy_(hidden)
+        elif x.dtype == self.weight.dtype:
+            torch.mm(hidden, self.weight.T, out=x)
+        else:
+            x.copy_(hidden @ self.weight.T)
+        if bias is not None:
+            x += bias
+        if self.scale != 1:
+            x *= self.scale
+        if self.softcap is not None:
+            x.div_(self.softcap).tanh_().mul_(self.softcap)
+        return x
+
+    def add_gradients(self, tokens: slice, grad: Tensor) -> None:
+        """grad: gradient of h W^T + b, `[tokens, vocabulary]`."""
+        hidden, weight, bias = self.gradients
+        if bias is not None:
+            bias += grad.sum(0)
+        grad = grad.to(self.hidden.dtype)
+        if hidden is not None:
+            hidden[tokens] = grad if self.weight is None else grad @ self.weight
+        if weight is None:
+            return
+        if grad.dtype == weight.dtype:
+            weight.addmm_(grad.T, self.hidden[tokens])
+        else:
+            weight += grad.T @ self.hidden[tokens]
 
 
-class LogProbs(NamedTuple):
-    """Probabilities of the teacher, p, and of the student, q, and their logarithms, each `[N, vocabulary]`."""
+def _piece_loss_(
+    x: Tensor, teacher: Tensor | None, labels: Tensor, head: _Projection, stage: EndToEndStage
+) -> tuple[Tensor, Tensor]:
+    """Returns the sums over tokens of cross-entropy and divergence.
 
-    p: Tensor
-    q: Tensor
-    log_p: Tensor
-    log_q: Tensor
+    Overwrites `x`, the student's logits `[tokens, vocabulary]`, with the gradient of their weighted sum with respect to
+    h W^T + b, and `teacher`, its logits, with intermediate results.
+    """
+    temperature, ce_scale = stage.temperature, stage.ce_weight * head.scale
+    labels = labels.unsqueeze(1)
+    capped = None if head.softcap is None else x / head.softcap
+    log_q = torch.log_softmax(x, -1, out=x)
+    ce = -log_q.gather(1, labels).sum()
+    kl, kl_grad, q = torch.zeros_like(ce), None, None
+    if teacher is not None:
+        log_p = torch.log_softmax(teacher.div_(temperature) if temperature != 1 else teacher, -1, out=teacher)
+        if temperature != 1:
+            log_q = torch.log_softmax(log_q / temperature, -1)
+        q = log_q.exp()
+        values, kl_grad = divergence(log_p, log_q, q, stage)
+        kl = values.sum() * temperature**2
+    torch.mul(x.exp_() if q is None or temperature != 1 else q, ce_scale, out=x)
+    x.scatter_add_(1, labels, torch.full_like(labels, -ce_scale, dtype=x.dtype))
+    if kl_grad is not None:
+        # the logits are divided by the temperature, the divergence is multiplied by its square
+        x.add_(kl_grad, alpha=stage.kl_weight * temperature * head.scale)
+    if capped is not None:
+        x.mul_(capped.square_().neg_().add_(1))
+    return ce, kl
 
-    @classmethod
-    def of(cls, log_p: Tensor, log_q: Tensor) -> "LogProbs":
-        return cls(log_p.exp(), log_q.exp(), log_p, log_q)
 
-
-def divergence_per_token(probs: LogProbs, divergence: Divergence, beta: float) -> Tensor:
-    """The divergence between teacher and student, `[N]`, in nats.
+def divergence(log_p: Tensor, log_q: Tensor, q: Tensor, stage: EndToEndStage) -> tuple[Tensor, Tensor]:
+    """The divergence between teacher, p, and student, q, `[N]`, in nats, and its gradient, `[N, vocabulary]`, with
+    respect to the student's logits x, log q = log_softmax(x), in closed form.
 
     forward: KL(p || q), which is large where the student misses tokens that the teacher predicts.
     reverse: KL(q || p), which is large where the student predicts tokens that the teacher does not.
     jsd: the generalized Jensen-Shannon divergence of GKD (Agarwal et al., arXiv 2306.13649, section 2),
         beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. Divided by beta it tends to the forward
         KL as beta goes to 0; divided by 1 - beta it tends to the reverse KL as beta goes to 1.
-    """
-    p, q, log_p, log_q = probs
-    if divergence == "forward":
-        return kl_divergence(p, log_p, log_q)
-    if divergence == "reverse":
-        return kl_divergence(q, log_q, log_p)
-    log_m = _log_mixture(log_p, log_q, beta)
-    return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
 
-
-def divergence_grad(probs: LogProbs, divergence: Divergence, beta: float) -> Tensor:
-    """Gradient of `divergence_per_token` with respect to the student's logits x, log q = log_softmax(x), in closed
-    form, `[N, vocabulary]`.
+    A token with probability 0 (a logit of -inf) adds 0 to the KL divergence from the distribution that gives it 0. It
+    makes forward KL infinite if the student alone gives it 0, reverse KL if the teacher alone does; jsd stays finite.
 
     With g = dD/dq the gradient is q (g - <q, g>), in which a constant in g cancels: g is -p / q for the forward KL,
     log(q / p) for the reverse KL, and (1 - beta) log(q / m) for Jensen-Shannon, where the terms of dm/dq cancel.
     """
-    p, q, log_p, log_q = probs
-    if divergence == "forward":
-        return q - p
-    if divergence == "reverse":
-        g = log_q - log_p
+    beta = stage.jsd_beta
+    if stage.divergence == "forward":
+        p = log_p.exp()
+        return kl_divergence(p, log_p, log_q), q - p
+    if stage.divergence == "reverse":
+        g = _log_ratio(log_q, log_p)
+        value = mean = (q * g).sum(-1, keepdim=True)
     else:
-        g = (log_q - _log_mixture(log_p, log_q, beta)).mul_(1 - beta)
-    return g.sub_((q * g).sum(-1, keepdim=True)).mul_(q)
+        # not the logarithm of a sum, which is -inf where both probabilities underflow
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        g = _log_ratio(log_q, log_m)
+        value = (beta * log_p.exp() * _log_ratio(log_p, log_m) + (1 - beta) * q * g).sum(-1, keepdim=True)
+        mean = (q * g.mul_(1 - beta)).sum(-1, keepdim=True)
+    return value.squeeze(-1), g.sub_(mean).mul_(q)
 
 
-def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    # not the logarithm of a sum, which is -inf where both probabilities underflow
-    return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-
-
-def check_vocabularies(student: int, teacher: int) -> None:
-    if student != teacher:
-        raise ValueError(
-            f"vocabulary: got {student} logits per token of the student and {teacher} of the teacher, expected the "
-            "same number; resize the larger head (resize_token_embeddings) or distill from a teacher with this "
-            "tokenizer"
-        )
-
-
-def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, options: LossOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the loss of next-token predictions.
-
-    Args:
-        student_logits: `[B, T, vocabulary]`.
-        teacher_logits: `[B, T, vocabulary]`, or None if `kl_weight` is 0.
-        labels: `[B, T]`, the input tokens: position t predicts label t + 1. -100 is ignored.
-
-    Returns:
-        The weighted sum, the cross-entropy and the divergence (0 if `kl_weight` is 0), means per token. Float32 copies
-        of the logits exist for CHUNK tokens at a time, in the forward and the backward pass.
-
-    Raises:
-        ValueError: no logits of the teacher, or logits of another vocabulary.
-    """
-    if options.kl_weight == 0:
-        teacher_logits = None
-    elif teacher_logits is None:
-        raise ValueError("teacher_logits: got None with a kl_weight above 0, expected the teacher's logits")
-    else:
-        check_vocabularies(student_logits.shape[-1], teacher_logits.shape[-1])
-    student = student_logits[:, :-1].flatten(0, 1)
-    teacher = None if teacher_logits is None else teacher_logits[:, :-1].flatten(0, 1)
-    target = labels[:, 1:].flatten()
-    count = (target != -100).sum().clamp_min(1)
-    ce = kl = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
-    for start in range(0, len(target), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        inputs = student[chunk], None if teacher is None else teacher[chunk], target[chunk]
-        chunk_ce, chunk_kl = checkpoint(_chunk_loss, *inputs, options, use_reentrant=False)
-        ce, kl = ce + chunk_ce, kl + chunk_kl
-    ce, kl = ce / count, kl / count
-    return options.ce_weight * ce + options.kl_weight * kl, ce, kl
-
-
-def _chunk_loss(student: Tensor, teacher: Tensor | None, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """Sums of cross-entropy and divergence over the tokens that are not ignored."""
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    student = student.to(dtype)
-    ce = F.cross_entropy(student, target, reduction="sum", ignore_index=-100)
-    if teacher is None:
-        return ce, torch.zeros_like(ce)
-    log_p = F.log_softmax(teacher.to(dtype) / options.temperature, dim=-1)
-    log_q = F.log_softmax(student / options.temperature, dim=-1)
-    divergence = divergence_per_token(LogProbs.of(log_p, log_q), options.divergence, options.beta)
-    return ce, (divergence * (target != -100)).sum() * options.temperature**2
+def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log(a / b); 0 where a is 0."""
+    return (log_a - log_b).masked_fill_(log_a == -torch.inf, 0)

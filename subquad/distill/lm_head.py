@@ -1,7 +1,6 @@
 """How a model computes logits from its last hidden states: a `Head`, read off a loaded model by `read_head`."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.utils import eval_mode
 
 
 class Head(NamedTuple):
@@ -39,32 +39,36 @@ def read_head(model: PreTrainedModel) -> Head | None:
     """The head that follows the backbone of `model`; None if the logits are not those of a `Head`.
 
     The backbone is `model.base_model`, or that of the student's base model. Candidates come from the output embeddings
-    and the names in the configuration. Each candidate is checked numerically: the model's forward runs with random
-    hidden states of two magnitudes in place of its backbone's, and must return the candidate's logits. Besides the
-    head, no parameter may influence the logits behind the backbone, not even one whose effect is zero now (a low-rank
-    update of the head, a learned scale).
+    and the names in the configuration. Each candidate is checked numerically: it must return the model's logits from
+    its last hidden states, and from random hidden states of two magnitudes in place of these. Besides the head, no
+    parameter may influence the logits behind the backbone, not even one whose effect is zero now (a low-rank update of
+    the head, a learned scale).
     """
     causal_lm: PreTrainedModel = model.base if isinstance(model, SubquadForCausalLM) else model
     output = model.get_output_embeddings()
     weight: Any = getattr(output, "weight", None)
-    bias: Tensor | None = getattr(output, "bias", None)
     # quantized, sharded and offloaded weights have other types
     if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 2 or weight.is_meta:
         return None
     if not weight.is_floating_point() or causal_lm.base_model is causal_lm:
         return None
-    with _restore_state(model):
-        # the first tokens of a vocabulary are often special
-        tokens = (3 + torch.arange(_ROWS * _TOKENS, device=weight.device)).view(_ROWS, _TOKENS) % len(weight)
-        if not _head_follows_backbone(model, causal_lm, tokens):
-            return None
-        probes = _probes(weight)
-        logits = [x for h in probes if (x := _logits_from(model, causal_lm, tokens, h)) is not None]
-        if len(logits) < len(probes):
-            return None
-        for head in _candidates(weight, bias, causal_lm.config.get_text_config()):
-            if all(_close(head.logits(h), x) for h, x in zip(probes, logits, strict=True)):
-                return head if _depends_on_head_alone(logits[0], head, causal_lm) else None
+    candidates = _candidates(weight, getattr(output, "bias", None), causal_lm.config.get_text_config())
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    flags = [p.requires_grad for p in parameters]
+    device = model.device.type
+    try:
+        with eval_mode(model), torch.random.fork_rng(), torch.autocast(device, enabled=False), torch.enable_grad():
+            for p in parameters:
+                p.requires_grad_(True)
+            samples = _hidden_states_and_logits(model, causal_lm, weight)
+            for head in candidates:
+                if samples and all(_close(head.logits(hidden), logits) for hidden, logits in samples):
+                    others = [p for p in parameters if p is not head.weight and p is not head.bias]
+                    gradients = torch.autograd.grad(samples[-1][1].sum(), others, allow_unused=True)
+                    return head if all(gradient is None for gradient in gradients) else None
+    finally:
+        for p, flag in zip(parameters, flags, strict=True):
+            p.requires_grad_(flag)
     return None
 
 
@@ -79,56 +83,29 @@ def _candidates(weight: Tensor, bias: Tensor | None, config: Any) -> Iterator[He
         yield Head(weight, bias, 1.0, cap)
 
 
-@contextmanager
-def _restore_state(model: PreTrainedModel) -> Iterator[None]:
-    """Sets `requires_grad` on all parameters; on exit restores it, the modes of all modules and the random state."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
-    try:
-        with torch.random.fork_rng(), torch.enable_grad():
-            for p, _ in flags:
-                p.requires_grad_(True)
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to the rounding of the dtype."""
-    a, b = a.detach(), b.detach()
-    tolerance = max(1e-4, 4 * torch.finfo(b.dtype).eps) * float(b.abs().max().clamp_min(1e-6))
-    return a.shape == b.shape and bool(((a.float() - b.float()).abs() <= tolerance).all())
-
-
-def _hidden_of(output: Any) -> Tensor | None:
-    hidden = getattr(output, "last_hidden_state", output[0] if isinstance(output, tuple) else None)
-    return hidden if isinstance(hidden, Tensor) else None
-
-
-def _head_follows_backbone(model: PreTrainedModel, causal_lm: PreTrainedModel, tokens: Tensor) -> bool:
-    """Whether the logits stay the same when the backbone's output is replaced by a copy of itself."""
-    model.eval()
+def _hidden_states_and_logits(
+    model: PreTrainedModel, causal_lm: PreTrainedModel, weight: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of hidden states and the model's logits from them: its own, then random ones whose logits have a standard
+    deviation of 1, and of 100, at which any softcap shows. None if the backbone's output cannot be replaced by them."""
+    # the first tokens of a vocabulary are often special
+    tokens = (3 + torch.arange(_ROWS * _TOKENS, device=weight.device)).view(_ROWS, _TOKENS) % len(weight)
     with torch.no_grad():
-        hidden = _hidden_of(causal_lm.base_model(input_ids=tokens, use_cache=False))
         if isinstance(model, SubquadForCausalLM):
-            hidden = model.last_hidden_state(tokens)
-        width: int = model.get_output_embeddings().weight.shape[1]  # type: ignore[union-attr, index, assignment]
-        if hidden is None or hidden.shape[:-1] != tokens.shape or hidden.shape[-1] != width:
-            return False
-        expected = model(input_ids=tokens, use_cache=False).logits
+            own: Any = model.last_hidden_state(tokens)
+        else:
+            own = getattr(causal_lm.base_model(input_ids=tokens, use_cache=False), "last_hidden_state", None)
+        if not isinstance(own, Tensor) or own.shape != (*tokens.shape, weight.shape[1]):
+            return []
+        samples = [(own, model(input_ids=tokens, use_cache=False).logits)]
+    random = torch.randn(own.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    std = F.linear(random, weight.detach()).std().clamp_min(1e-6)
+    for hidden in (random * (target / std) for target in (1, 100)):
         logits = _logits_from(model, causal_lm, tokens, hidden)
-        return logits is not None and _close(logits, expected)
-
-
-def _probes(weight: Tensor) -> list[Tensor]:
-    """Random hidden states whose logits have a standard deviation of 1, and of 100, at which any softcap shows."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(_ROWS, _TOKENS, weight.shape[1], generator=generator).to(weight)
-    std = F.linear(hidden, weight.detach()).std().clamp_min(1e-6)
-    return [hidden * (target / std) for target in (1, 100)]
+        if logits is None:
+            return []
+        samples.append((hidden, logits))
+    return samples
 
 
 def _logits_from(model: PreTrainedModel, causal_lm: PreTrainedModel, tokens: Tensor, hidden: Tensor) -> Tensor | None:
@@ -138,15 +115,10 @@ def _logits_from(model: PreTrainedModel, causal_lm: PreTrainedModel, tokens: Ten
     """
     replaced = False
 
-    def replace(module: nn.Module, args: Any, output: Any) -> Any:
+    def replace(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal replaced
-        if _hidden_of(output) is None:
-            return output
-        replaced = True
-        if isinstance(output, tuple):
-            return hidden, *output[1:]
-        output.last_hidden_state = hidden
-        return output
+        if hasattr(output, "last_hidden_state"):
+            output.last_hidden_state, replaced = hidden, True
 
     # OPT calls the decoder inside its backbone, not the backbone
     backbones = {id(module): module for module in (causal_lm.base_model, causal_lm.get_decoder()) if module is not None}
@@ -160,10 +132,8 @@ def _logits_from(model: PreTrainedModel, causal_lm: PreTrainedModel, tokens: Ten
     return logits if replaced else None
 
 
-def _depends_on_head_alone(logits: Tensor, head: Head, causal_lm: PreTrainedModel) -> bool:
-    own = {id(head.weight), id(head.bias)}
-    others = [p for p in causal_lm.parameters() if p.requires_grad and id(p) not in own]
-    if not others:
-        return True
-    gradients = torch.autograd.grad(logits.sum(), others, allow_unused=True)
-    return all(gradient is None for gradient in gradients)
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of the dtype."""
+    a, b = a.detach(), b.detach()
+    tolerance = max(1e-4, 4 * torch.finfo(b.dtype).eps) * float(b.abs().max().clamp_min(1e-6))
+    return a.shape == b.shape and bool(((a.float() - b.float()).abs() <= tolerance).all())

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsCallback(TrainerCallback):
-    """Shows a progress bar with the loss and hands every logged step to `report`, in the first process only."""
+    """Shows a progress bar with the loss and appends every logged step to the run's `metrics.jsonl`, in the first
+    process only."""
 
-    def __init__(self, tokens_per_step: int, report: Callable[[dict[str, Any]], None], label: str):
-        self.tokens_per_step, self.report, self.label = tokens_per_step, report, label
-        self.bar: tqdm | None = None
+    def __init__(self, run_directory: Path, stage: str, tokens_per_step: int):
+        self.path, self.stage, self.tokens_per_step = run_directory / "metrics.jsonl", stage, tokens_per_step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.start, self.first_step = time.perf_counter(), state.global_step
         self.bar = tqdm(
             total=state.max_steps * self.tokens_per_step,
             initial=state.global_step * self.tokens_per_step,
-            desc=self.label,
+            desc=f"{self.path.parent.name} {self.stage}",
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
@@ -37,37 +37,33 @@ class MetricsCallback(TrainerCallback):
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        assert self.bar is not None
         self.bar.update(self.tokens_per_step)
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.bar.close()
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
+        if not logs or "loss" not in logs:
             return
+        self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
         tokens = (state.global_step - self.first_step) * self.tokens_per_step
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
-        self._report(
-            state,
-            loss=logs["loss"],
-            grad_norm=logs.get("grad_norm"),
-            lr=logs.get("learning_rate"),
-            tokens_per_second=round(tokens / (time.perf_counter() - self.start), 1),
-        )
+        speed = round(tokens / (time.perf_counter() - self.start), 1)
+        norm, rate = logs.get("grad_norm"), logs.get("learning_rate")
+        self.report(state, loss=logs["loss"], grad_norm=norm, lr=rate, tokens_per_second=speed)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics=None, **kwargs: Any
     ):
-        if metrics and state.is_world_process_zero:
-            self._report(state, validation_loss=metrics["eval_loss"], validation_ce=metrics["eval_ce"])
+        if metrics:
+            self.report(state, validation_loss=metrics["eval_loss"], validation_ce=metrics["eval_ce"])
 
-    def _report(self, state: TrainerState, **values: Any) -> None:
-        tokens = state.global_step * self.tokens_per_step
-        seconds = round(time.perf_counter() - self.start, 2)
-        self.report({"step": state.global_step, "tokens": tokens, "seconds": seconds, **values})
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self.bar is not None:
-            self.bar.close()
+    def report(self, state: TrainerState, **values: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        tokens, seconds = state.global_step * self.tokens_per_step, round(time.perf_counter() - self.start, 2)
+        record = {"stage": self.stage, "step": state.global_step, "tokens": tokens, "seconds": seconds, **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def tensorboard(directory: Path) -> TrainerCallback:
@@ -83,11 +79,6 @@ def tensorboard(directory: Path) -> TrainerCallback:
             "report_to: tensorboard is not installed; pip install tensorboard, or change report_to"
         ) from None
     return TensorBoardCallback(SummaryWriter(str(directory)))
-
-
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -106,15 +97,16 @@ def draw_curves(metrics: Sequence[dict[str, Any]], target: Path, title: str) -> 
     except ModuleNotFoundError:
         logger.info('%s is not drawn: matplotlib is missing; pip install "subquad[report]"', target.name)
         return
-    stages = list(dict.fromkeys(record["stage"] for record in metrics))
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for record in metrics:
+        stages.setdefault(record["stage"], []).append(record)
     if not stages:
         return
     figure = Figure(figsize=(1 + 3.6 * len(stages), 3.2), layout="constrained")
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+    panels = figure.subplots(1, len(stages), squeeze=False)[0]
+    for axes, (stage, records) in zip(panels, stages.items(), strict=True):
         for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o--")):
-            points = [
-                (record["tokens"], record[key]) for record in metrics if record["stage"] == stage and key in record
-            ]
+            points = [(record["tokens"], record[key]) for record in records if key in record]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=3)
         axes.set(title=stage, xlabel="tokens", ylabel="loss")

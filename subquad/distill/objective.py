@@ -1,7 +1,8 @@
 """What the trainer and the student's `forward` need of a stage: its parameters, its targets and its loss."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -10,10 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from subquad.config import Stage
+from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-
-if TYPE_CHECKING:
-    from subquad.distill.run import DistillationRun
 
 Batch = dict[str, Tensor]
 """A batch of `subquad.data.PackedDataset`: `input_ids`, and where documents are masked or some tokens are ignored,
@@ -42,14 +41,19 @@ class Objective:
     position: ClassVar[float] = 4
     """Stages run in this order, those of equal position by name. matrix has 1, hidden 2, end_to_end 3."""
 
-    def __init__(self, teacher: PreTrainedModel, stage: Any):
-        """stage: the section of the recipe."""
-        self.teacher, self.stage = teacher, stage
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        stage: Any,
+        scale_ids: Tensor | None = None,
+        attention_layers: list[AttentionInfo] | None = None,
+    ):
+        """A run gives all four.
 
-    @classmethod
-    def for_run(cls, run: "DistillationRun") -> Self:
-        """The objective of this stage in a run."""
-        return cls(run.teacher, getattr(run.recipe.stages, cls.name))
+        stage: the section of the recipe. scale_ids: training tokens `[B, T]` on which a stage may measure the scale of
+        its targets. attention_layers: `discover_attention(teacher)`.
+        """
+        self.teacher, self.stage = teacher, stage
 
     def trained_parameters(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
         """The parameters that this stage trains."""
@@ -72,3 +76,33 @@ class Objective:
 
     def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
         raise NotImplementedError
+
+
+class KnownGradients(torch.autograd.Function):
+    """A loss whose gradients with respect to `inputs` are known already: `gradients`, to be divided by `divisor`.
+
+    The backward pass gives them away without a copy: it raises RuntimeError when it runs a second time (`retain_graph`)
+    and with `create_graph`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], divisor: int, *inputs: Tensor) -> Tensor:
+        ctx.gradients, ctx.divisor = gradients, divisor
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # autograd would take the gradients for constants
+            raise RuntimeError("the loss has no second derivative (create_graph=True)")
+        if ctx.gradients is None:
+            raise RuntimeError("the loss gives its gradients only once (retain_graph=True); compute it again")
+        # the receiver (a parameter's `grad`) may keep them without a copy
+        gradients, ctx.gradients = ctx.gradients, None
+        scale = grad / ctx.divisor
+        return None, None, None, *(g.mul_(scale.to(g.dtype)) for g in gradients)
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))

@@ -1,39 +1,32 @@
 """Which parameters of a student a stage trains: groups by role, LoRA, and an exponential moving average."""
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from subquad.config import Lora, Stage
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError, needs_extra
 
-ROLES = ("mixer", "attention_projections", "backbone", "embeddings")
-"""The keys of `param_groups` in a recipe."""
-
 
 def parameter_roles(student: SubquadForCausalLM) -> dict[int, str]:
-    """The role of each parameter, by its `id`.
+    """The role of each parameter, by its `id`; the roles are the keys of `param_groups` in a recipe.
 
     "embeddings": embeddings and the head. "attention_projections": the projections that the teacher's attention has
-    too, and attention that is kept. "mixer": all other parameters of the mixers. "backbone": MLPs and norms.
+    too with their low-rank updates, and attention that is kept. "mixer": all other parameters of the mixers.
+    "backbone": MLPs and norms.
     """
     role_of = {id(p): "backbone" for p in student.parameters()}
     for layer in student.mixer_layers:
         role_of.update((id(p), "mixer") for p in layer.parameters())
         role_of.update((id(p), "attention_projections") for p in layer.projection_parameters())
-    embeddings = [m for m in student.modules() if isinstance(m, nn.Embedding)]
     head = student.get_output_embeddings()
-    for module in [*embeddings, *([] if head is None else [head])]:
-        role_of.update((id(p), "embeddings") for p in module.parameters())
-    for name, p in student.named_parameters():
-        if "lora_" in name:
-            role_of[id(p)] = "attention_projections"
+    for module in student.modules():
+        if isinstance(module, nn.Embedding) or module is head:
+            role_of.update((id(p), "embeddings") for p in module.parameters())
     return role_of
 
 
@@ -49,84 +42,60 @@ def parameter_groups(
     trained_ids, role_of = {id(p) for p in trained}, parameter_roles(student)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
-        group = getattr(stage.param_groups, role_of[id(parameter)])
-        low_rank = "lora_" in name
-        parameter.requires_grad_((id(parameter) in trained_ids or low_rank) and not group.frozen)
-        if stage.lora is not None and role_of[id(parameter)] == "attention_projections" and not low_rank:
-            parameter.requires_grad_(False)
-        if not parameter.requires_grad:
-            continue
-        decay = stage.weight_decay if group.weight_decay is None else group.weight_decay
-        rate = stage.lr if group.lr is None else group.lr
-        groups.setdefault((rate, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+        role = role_of[id(parameter)]
+        group, is_low_rank = getattr(stage.param_groups, role), "lora_" in name
+        if is_low_rank or (stage.lora is not None and role == "attention_projections"):
+            is_trained = is_low_rank
+        else:
+            is_trained = id(parameter) in trained_ids
+        parameter.requires_grad_(is_trained and not group.frozen)
+        if parameter.requires_grad:
+            decay = stage.weight_decay if group.weight_decay is None else group.weight_decay
+            rate = stage.lr if group.lr is None else group.lr
+            groups.setdefault((rate, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     if not groups:
         raise UserError("param_groups: all groups that this stage trains are frozen; expected at least one that is not")
     return [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
 
 
-# ---------------------------------------------------------------------- LoRA
-
-
-def add_lora(student: SubquadForCausalLM, lora: Lora, seed: int) -> None:
-    """Adds a low-rank update to every copied projection, in place, with PEFT.
+def add_lora(student: SubquadForCausalLM, lora: Lora, seed: int) -> Any:
+    """Adds a low-rank update to every copied projection, in place; PEFT's model, whose `merge_and_unload` adds the
+    updates to the weights.
 
     Raises:
         UserError: PEFT is not installed, or no layer has copied projections.
     """
     with needs_extra("lora", "lora"):
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig, LoraModel
     names = [
-        re.escape(f"{path}.mixer.{name}_proj")
+        f"{path}.mixer.{name}_proj"
         for path, layer in student.named_modules()
         if isinstance(layer, MixerLayer)
         for name in layer.mixer.projections()
     ]
     if not names:
         raise UserError("lora: no layer has a mixer with copied projections; remove lora from the stage")
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules="|".join(names)
-    )
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, student)
+        return LoraModel(student, config, "default")
+
+
+def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Keeps an exponential moving average of the parameters in the optimizer's state, with which it is saved:
+    a <- decay a + (1 - decay) w after every step."""
+    initial = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+
+    @torch.no_grad()
+    def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for p, state in optimizer.state.items():
+            state.setdefault("average", initial.pop(p, None)).lerp_(p, 1 - decay)
+
+    optimizer.register_step_post_hook(update)
 
 
 @torch.no_grad()
-def merge_lora(student: SubquadForCausalLM) -> None:
-    """Adds the updates to the weights and removes PEFT's layers."""
-    for path, module in list(student.named_modules()):
-        if hasattr(module, "merge") and hasattr(module, "base_layer"):
-            module.merge()
-            student.set_submodule(path, module.base_layer)
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        student.__dict__.pop(attribute, None)
-
-
-# ---------------------------------------------------------------------- exponential moving average
-
-
-class EMA:
-    """Exponential moving average of the trained parameters, in float32: a <- decay a + (1 - decay) w."""
-
-    def __init__(self, student: SubquadForCausalLM, decay: float):
-        self.decay = decay
-        self.averages = {n: p.detach().float().clone() for n, p in student.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def update(self, student: SubquadForCausalLM) -> None:
-        parameters = dict(student.named_parameters())
-        for name, average in self.averages.items():
-            average.lerp_(parameters[name].float(), 1 - self.decay)
-
-    @torch.no_grad()
-    def copy_to(self, student: SubquadForCausalLM) -> None:
-        parameters = dict(student.named_parameters())
-        for name, average in self.averages.items():
-            parameters[name].copy_(average)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.averages
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, average in self.averages.items():
-            average.copy_(state[name])
+def load_average(optimizer: torch.optim.Optimizer) -> None:
+    """Gives the parameters the values of their averages."""
+    for p, state in optimizer.state.items():
+        p.copy_(state["average"])

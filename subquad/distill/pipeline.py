@@ -1,20 +1,40 @@
 """`distill`: from a recipe to a saved and evaluated student. Finished stages are skipped, unfinished ones resumed."""
 
+import functools
 import json
 import logging
+import math
 import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import DataLoader
+
 from subquad.config import Recipe, different_keys, load_recipe
-from subquad.data import check_data
-from subquad.distill.recipe_stages import recipe_stages, stage_keys
-from subquad.distill.run import DistillationRun, on_first_process
+from subquad.data import RowSlice, check_data, token_rows
+from subquad.distill.documents import respects_document_boundaries
+from subquad.distill.logging_callbacks import draw_curves, read_jsonl, write_jsonl
+from subquad.distill.recipe_stages import epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
 from subquad.distill.stage_cache import StageCache
-from subquad.modeling.teachers import ModelAndTokenizer, check_reference
-from subquad.utils import UserError, write_text_atomic
+from subquad.distill.trainer import StageTrainer, checkpoint_step, newest_checkpoint
+from subquad.evaluate.efficiency import decode_speed
+from subquad.evaluate.perplexity import UNIGRAM_TOKENS, compare, recovered_share, unigram_loss
+from subquad.modeling.attention.discovery import AttentionInfo, discover_attention
+from subquad.modeling.linearize import linearize
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.modeling.teachers import ModelAndTokenizer, check_reference, load_teacher
+from subquad.registry import STAGES
+from subquad.utils import UserError, run_info, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
+SCALE_TOKENS = 1024
+"""Training tokens on which the scales of the teacher's outputs are measured."""
 
 
 def distill(
@@ -32,7 +52,8 @@ def distill(
         stage_cache: finished stages that this run shares with others; it takes them from there and stores its own.
 
     Raises:
-        UserError: the directory holds other files or the run of another recipe.
+        UserError: the directory holds other files or the run of another recipe; the teacher cannot read `data.seq_len`
+            tokens or does not mask documents.
     """
     directory = Path(output)
     check_reference(recipe.teacher)
@@ -42,25 +63,15 @@ def distill(
         logger.info("%s is finished; nothing to do", directory)
         return result
     run = DistillationRun(recipe, directory, loaded)
-    # after the checks of the teacher, so that a refused recipe leaves no directory
-    with on_first_process() as first:
-        if first:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(directory / "recipe.yaml", recipe.to_yaml())
-            if stage_cache is not None:
-                stage_cache.restore(stage_keys(recipe), directory)
+    on_first_process(run.start, stage_cache)
     run.build_or_resume_student()
-    for name in recipe_stages(recipe):
-        if name in run.finished_stages:
-            continue
-        run.train_stage(name)
-        with on_first_process() as first:
-            if first and stage_cache is not None:
-                stage_cache.save(stage_keys(recipe), name, directory)
+    for name, key in stage_keys(recipe).items():
+        if name not in run.finished_stages:
+            run.train_stage(name)
+            if stage_cache is not None:
+                on_first_process(stage_cache.save, key, run.checkpoints / f"{name}-done")
     result = run.evaluate_student()
-    with on_first_process() as first:
-        if first:
-            run.save(result)
+    on_first_process(run.save, result)
     return result
 
 
@@ -83,3 +94,191 @@ def load_finished_result(recipe: Recipe, directory: Path) -> dict[str, Any] | No
         raise UserError(f"output: {str(directory)!r} is not empty and holds no run; expected a new directory")
     path = directory / "result.json"
     return json.loads(path.read_text())["result"] if path.exists() else None
+
+
+def on_first_process(action: Callable[..., None], *args: Any) -> None:
+    """Calls `action(*args)` in the first of the processes that train together; the others wait until it is done."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():
+        if state.is_main_process:
+            action(*args)
+
+
+class DistillationRun:
+    """What a run works with, and what it does.
+
+    Its directory holds `recipe.yaml`, `metrics.jsonl` and, until the run is finished, `checkpoints/`: the checkpoints
+    of the current stage in `NAME/`, the student after each finished stage in `NAME-done/`, and the quality of the
+    untrained student in `initial.json`.
+
+    `student` exists after `build_or_resume_student`.
+    """
+
+    student: SubquadForCausalLM
+
+    def __init__(self, recipe: Recipe, directory: Path, loaded: ModelAndTokenizer | None = None):
+        """Loads the teacher, unless `loaded` has it and its tokenizer, and tokenizes as much of the text as needed."""
+        self.recipe, self.directory = recipe, directory
+        self.checkpoints, self.metrics = directory / "checkpoints", directory / "metrics.jsonl"
+        self.finished_stages: list[str] = []
+        self.seconds = 0.0
+        """Time to build and train the student so far, over all sessions."""
+        self.teacher, self.tokenizer = loaded or load_teacher(recipe.teacher)
+        self.teacher.requires_grad_(False)
+        if torch.cuda.is_available():
+            self.teacher.to("cuda")  # type: ignore[arg-type]
+        self.check_teacher()
+        data, eval_tokens = recipe.data, recipe.evaluation.eval_tokens
+        self.train = token_rows(data, self.tokenizer, "train", limit=epoch_tokens(recipe), seed=recipe.seed)
+        validation = token_rows(data, self.tokenizer, "validation", limit=eval_tokens + data.seq_len, seed=0)
+        count = max(1, math.ceil(eval_tokens / data.seq_len))
+        self.validation: RowSlice = validation.take(min(count, len(validation)))
+        """The rows of `evaluation.eval_tokens`, the same for every student and seed."""
+
+    def check_teacher(self) -> None:
+        seq_len, limit = self.recipe.data.seq_len, getattr(self.teacher.config, "max_position_embeddings", None)
+        if limit is not None and seq_len > limit:
+            raise UserError(
+                f"data.seq_len: got {seq_len}, expected at most {limit}, the maximum of teacher {self.recipe.teacher!r}"
+            )
+        if self.recipe.data.document_masking and not respects_document_boundaries(self.teacher):
+            raise UserError(
+                f"data.document_masking: got true, expected false for teacher {self.recipe.teacher!r}, whose attention "
+                "crosses documents in one row whatever their position_ids"
+            )
+
+    @functools.cached_property
+    def attention_layers(self) -> list[AttentionInfo]:
+        """The teacher's attention, discovered once in a run."""
+        return discover_attention(self.teacher)
+
+    @functools.cached_property
+    def validation_batches(self) -> list[dict[str, Tensor]]:
+        return list(DataLoader(self.validation, batch_size=4))
+
+    def training_ids(self, tokens: int) -> Tensor:
+        """The first rows of the training text, about `tokens` tokens: `[rows, seq_len]`."""
+        count = max(1, tokens // self.recipe.data.seq_len)
+        return torch.stack([self.train[i]["input_ids"] for i in range(count)])
+
+    # ------------------------------------------------------------------ the steps of a run
+
+    def start(self, stage_cache: StageCache | None) -> None:
+        """Creates the directory: after the checks of the teacher, so that a refused recipe leaves none."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(self.directory / "recipe.yaml", self.recipe.to_yaml())
+        if stage_cache is not None:
+            stage_cache.restore(stage_keys(self.recipe), self.directory)
+
+    def build_or_resume_student(self) -> None:
+        """Loads the student after the last finished stage, or builds a new one and measures it."""
+        names = list(recipe_stages(self.recipe))
+        done = [i for i, name in enumerate(names) if (self.checkpoints / f"{name}-done" / "done.json").exists()]
+        if done:
+            self.finished_stages = names[: max(done) + 1]
+            last = self.checkpoints / f"{self.finished_stages[-1]}-done"
+            logger.info("%s: resuming after stage %s", self.directory, self.finished_stages[-1])
+            self.student = SubquadForCausalLM.from_pretrained(last)
+            self.seconds = json.loads((last / "done.json").read_text())["seconds"]
+            return
+        start = time.perf_counter()
+        options = self.recipe.student
+        calibration_tokens = options.calibration_tokens if options.copy_qkv else None
+        self.student = linearize(
+            self.teacher,
+            options.mixer,
+            copy_qkv=options.copy_qkv,
+            layer_types=options.layer_types,
+            scale_ids=self.training_ids(SCALE_TOKENS),
+            calibration_ids=None if calibration_tokens is None else self.training_ids(calibration_tokens),
+            seed=self.recipe.seed,
+            export_target=options.export_target,
+            attention_layers=self.attention_layers,
+            **options.mixer_kwargs,
+        )
+        self.seconds = time.perf_counter() - start
+        on_first_process(self.measure_untrained_student)
+
+    def measure_untrained_student(self) -> None:
+        if not (self.checkpoints / "initial.json").exists():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            initial = compare(self.student, self.teacher, self.validation_batches)
+            write_json_atomic(self.checkpoints / "initial.json", initial)
+
+    def train_stage(self, name: str) -> None:
+        """Trains a stage, from its newest checkpoint if there is one, and saves the student after it."""
+        start = time.perf_counter()
+        checkpoint = newest_checkpoint(self.checkpoints / name)
+        step = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        if step:
+            logger.info("%s: resuming stage %s from step %d", self.directory, name, step)
+        on_first_process(self.drop_metrics, name, step)
+        objective = STAGES[name](
+            self.teacher,
+            getattr(self.recipe.stages, name),
+            scale_ids=self.training_ids(SCALE_TOKENS),
+            attention_layers=self.attention_layers,
+        )
+        # the rows of a stage follow those of the stages before it
+        rows = stage_rows(self.recipe)
+        names = list(rows)
+        offset = sum(rows[earlier] for earlier in names[: names.index(name)])
+        train = self.train.take(rows[name], start=offset)
+        StageTrainer(self.recipe, objective, self.student, train, self.validation, self.directory).train_stage()
+        self.seconds += time.perf_counter() - start
+        self.finished_stages.append(name)
+        on_first_process(self.save_stage, name)
+
+    def drop_metrics(self, stage: str, step: int) -> None:
+        """Removes the records of a stage after `step`."""
+        records = [r for r in read_jsonl(self.metrics) if r["stage"] != stage or r["step"] <= step]
+        write_jsonl(self.metrics, records)
+
+    def save_stage(self, name: str) -> None:
+        """Saves the student after stage `name`, completely or not at all, and removes the stage's checkpoints."""
+        target = self.checkpoints / f"{name}-done"
+        partial = target.with_name(target.name + ".part")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.student.save_pretrained(partial)
+        for path in (self.checkpoints / "initial.json", self.metrics):
+            shutil.copy(path, partial)
+        write_json_atomic(partial / "done.json", {"seconds": self.seconds})
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        shutil.rmtree(self.checkpoints / name, ignore_errors=True)
+
+    def evaluate_student(self) -> dict[str, Any]:
+        """The result of the run: one record with the student's quality, speed and size."""
+        recipe, student = self.recipe, self.student
+        quality = compare(student, self.teacher, self.validation_batches)
+        if not math.isfinite(quality["loss"]):
+            raise UserError(f"{self.directory}: the student's loss on validation text is {quality['loss']}; lower lr")
+        unigram = unigram_loss(self.training_ids(UNIGRAM_TOKENS), self.validation_batches, student.config.vocab_size)
+        initial = json.loads((self.checkpoints / "initial.json").read_text())
+        return {
+            "mixer": recipe.student.name,
+            "copy_qkv": recipe.student.copy_qkv,
+            "seed": recipe.seed,
+            "parameters": student.num_parameters(),
+            "tokens": sum(stage_tokens(recipe).values()),
+            "perplexity": quality["perplexity"],
+            "teacher_perplexity": quality["teacher_perplexity"],
+            "unigram_perplexity": math.exp(unigram),
+            "perplexity_at_init": initial["perplexity"],
+            "kl_at_init": initial["kl"],
+            "kl": quality["kl"],
+            "top1_agreement": quality["top1_agreement"],
+            "recovered_share": recovered_share(quality["loss"], quality["teacher_loss"], unigram),
+            "seconds": self.seconds,
+            **decode_speed(student, self.validation_batches[0]["input_ids"][:1]),
+        }
+
+    def save(self, result: dict[str, Any]) -> None:
+        """Saves the student, its tokenizer, loss curves and `result.json` to the directory, and removes checkpoints."""
+        self.student.save_pretrained(self.directory)
+        self.tokenizer.save_pretrained(self.directory)
+        title = f"{result['mixer']}, seed {self.recipe.seed}"
+        draw_curves(read_jsonl(self.metrics), self.directory / "loss.svg", title)
+        head = {"digest": self.recipe.digest(), "seed": self.recipe.seed, **run_info()}
+        write_json_atomic(self.directory / "result.json", {**head, "result": result})
+        shutil.rmtree(self.checkpoints, ignore_errors=True)

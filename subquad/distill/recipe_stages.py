@@ -5,12 +5,11 @@ import json
 import math
 
 from subquad.config import Recipe, Stage, Stages
+from subquad.evaluate.perplexity import UNIGRAM_TOKENS
 from subquad.registry import STAGES
 
 STAGE_NAMES = tuple(Stages.model_fields)
 """The built-in stages, in the order in which they run."""
-UNIGRAM_TOKENS = 200_000
-"""Training tokens that the unigram model counts (`unigram_perplexity`)."""
 
 
 def recipe_stages(recipe: Recipe) -> dict[str, Stage]:

@@ -1,21 +1,19 @@
 """Stage 1, matrix mixing (arXiv 2504.14366; MOHAWK, arXiv 2408.10189, section 3.1, calls it matrix orientation): each
 layer's mixing matrix is fitted to the teacher's attention matrix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
-from subquad.config import MatrixStage
 from subquad.distill.documents import document_slices
 from subquad.distill.layerwise import LayerwiseDistillation
-from subquad.distill.objective import Batch
+from subquad.distill.objective import Batch, slices
 from subquad.modeling.attention.activations import LayerActivations
-from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.attention.scores import attention_probabilities, slice_arguments
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
@@ -25,13 +23,6 @@ MatrixRows = Callable[[slice], Tensor]
 
 class MatrixMixing(LayerwiseDistillation):
     name = "matrix"
-
-    def __init__(
-        self, teacher: PreTrainedModel, stage: MatrixStage, attention_layers: list[AttentionInfo] | None = None
-    ):
-        super().__init__(teacher, stage, attention_layers)
-        self.row_chunk_size = stage.row_chunk_size
-        self.hooked_modules = [(module, None) for module, _ in self.hooked_modules]
 
     def layer_parameters(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
         return [layer.matrix_parameters() for layer in student.mixer_layers]
@@ -45,30 +36,26 @@ class MatrixMixing(LayerwiseDistillation):
     ) -> Tensor:
         B, T, _ = activations.hidden_states.shape
         total = torch.zeros((), device=activations.hidden_states.device)
+        mixer_layer, attention = student.mixer_layers[index], self.attention_layers[index]
         for rows, tokens in targets["documents"]:
             args, kwargs = slice_arguments(activations.args, activations.kwargs, tokens, rows)
             count, length = rows.stop - rows.start, tokens.stop - tokens.start
-            total = total + length * count * self.document_loss(student, index, args, kwargs, length)
+            loss = matrix_distance(
+                mixer_layer.matrix_rows(*args, **kwargs),
+                partial(attention_probabilities, attention.module, attention.spec.window, 0, args, kwargs),
+                length,
+                mixer_layer.scale_invariant,
+                self.stage.row_chunk_size,
+            )
+            total = total + length * count * loss
         return total / (B * T)
-
-    def document_loss(
-        self, student: SubquadForCausalLM, index: int, args: tuple, kwargs: dict[str, Any], length: int
-    ) -> Tensor:
-        """The loss of layer `index` on rows that are one document each, of `length` tokens."""
-        mixer_layer, attention = student.mixer_layers[index], self.attention_layers[index]
-
-        @torch.no_grad()
-        def target(rows: slice) -> Tensor:
-            return attention_probabilities(attention.module, attention.spec.window, 0, args, kwargs, rows)
-
-        matrix = mixer_layer.matrix_rows(*args, **kwargs)
-        return matrix_distance(matrix, target, length, mixer_layer.scale_invariant, self.row_chunk_size)
 
 
 def matrix_distance(
     matrix: MatrixRows, target: MatrixRows, length: int, scale_invariant: bool, row_chunk_size: int
 ) -> Tensor:
     """Squared Frobenius distance per matrix row between two matrices `[B, H, T, T]`, a mean over batch, heads and rows.
+    `target` gets no gradient.
 
     Args:
         length: T.
@@ -77,32 +64,32 @@ def matrix_distance(
             minimizes the distance, so that its own gradient is zero: it is treated as a constant.
         row_chunk_size: the number of rows in memory at a time; if it is less than T, the backward pass recomputes them.
     """
-    chunks = [slice(start, min(start + row_chunk_size, length)) for start in range(0, length, row_chunk_size)]
-    if len(chunks) == 1:
-        M, A = matrix(chunks[0]).float(), target(chunks[0]).float()
-        scale = _least_squares_scale(*_inner_products(M.detach(), A)) if scale_invariant else None
-        return _squared_distance(M, A, scale) / M[..., 0].numel()
-    scale = None
-    if scale_invariant:
-        with torch.no_grad():
-            products = [_inner_products(matrix(chunk).float(), target(chunk).float()) for chunk in chunks]
-        scale = _least_squares_scale(*(torch.stack(x).sum(0) for x in zip(*products, strict=True)))
 
-    def distance(chunk: slice) -> tuple[Tensor, Tensor]:
-        M = matrix(chunk).float()
-        return _squared_distance(M, target(chunk).float(), scale), M.new_tensor(M[..., 0].numel())
+    def both(rows: slice) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            A = target(rows).float()
+        return matrix(rows).float(), A
+
+    chunks = list(slices(length, row_chunk_size))
+    if len(chunks) == 1:
+        M, A = both(chunks[0])
+        return _squared_distance(M, A, _least_squares_scale([(M, A)]) if scale_invariant else None) / M[..., 0].numel()
+    scale = _least_squares_scale(map(both, chunks)) if scale_invariant else None
+
+    def distance(rows: slice) -> tuple[Tensor, Tensor]:
+        M, A = both(rows)
+        return _squared_distance(M, A, scale), M.new_tensor(M[..., 0].numel())
 
     sums = [checkpoint(distance, chunk, use_reentrant=False) for chunk in chunks]
     total, count = (torch.stack(x).sum(0) for x in zip(*sums, strict=True))
     return total / count
 
 
-def _inner_products(M: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """<M, A> and <M, M>, `[B, H, 1, 1]`."""
-    return (M * A).sum((-2, -1), keepdim=True), M.square().sum((-2, -1), keepdim=True)
-
-
-def _least_squares_scale(product: Tensor, squared_norm: Tensor) -> Tensor:
+@torch.no_grad()
+def _least_squares_scale(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """<M, A> / <M, M> over the rows of all pairs, at least 0: `[B, H, 1, 1]`."""
+    sums = [[(M * X).sum((-2, -1), keepdim=True) for X in (A, M)] for M, A in pairs]
+    product, squared_norm = (torch.stack(x).sum(0) for x in zip(*sums, strict=True))
     return (product / squared_norm.clamp_min(torch.finfo(squared_norm.dtype).tiny)).clamp_min(0)
 
 

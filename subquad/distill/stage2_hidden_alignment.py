@@ -1,7 +1,7 @@
 """Stage 2, hidden-state alignment (MOHAWK, arXiv 2408.10189, section 3.2): each layer's output is fitted to the
 teacher's."""
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
@@ -14,9 +14,6 @@ from subquad.modeling.attention.activations import LayerActivations, layer_path,
 from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.attention.scores import replace_mask
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-
-if TYPE_CHECKING:
-    from subquad.distill.run import DistillationRun
 
 
 class HiddenAlignment(LayerwiseDistillation):
@@ -35,26 +32,21 @@ class HiddenAlignment(LayerwiseDistillation):
         scale_ids: Tensor,
         attention_layers: list[AttentionInfo] | None = None,
     ):
-        super().__init__(teacher, stage, attention_layers)
-        self.paths = None
+        super().__init__(teacher, stage, attention_layers=attention_layers)
+        self.paths = [layer_path(attention.path) for attention in self.attention_layers]
         if stage.target == "decoder_layer":
-            self.paths = [layer_path(attention.path) for attention in self.attention_layers]
-            self.hooked_modules = [(teacher.get_submodule(path), None) for path in self.paths]
-        norms: dict[int, Tensor] = {}
+            self.teacher_modules = [teacher.get_submodule(path) for path in self.paths]
+        self.target_norms: dict[int, Tensor] = {}
 
         def measure(index: int, activations: LayerActivations) -> None:
-            norms[index] = activations.output.float().square().sum(-1).mean()
+            self.target_norms[index] = activations.output.float().square().sum(-1).mean()
 
-        visit_activations(teacher, self.hooked_modules, measure, scale_ids.to(teacher.device))
-        self.target_norms = [norms[index] for index in range(len(norms))]
-
-    @classmethod
-    def for_run(cls, run: "DistillationRun") -> Self:
-        return cls(run.teacher, getattr(run.recipe.stages, cls.name), run.scale_ids(), run.attention_layers)
+        modules = [(module, None) for module in self.teacher_modules]
+        visit_activations(teacher, modules, measure, scale_ids)
 
     def modules(self, student: SubquadForCausalLM) -> list[nn.Module]:
         """The student's modules whose outputs are compared."""
-        if self.paths is None:
+        if self.stage.target == "mixer":
             return list(student.mixer_layers)
         return [student.base.get_submodule(path) for path in self.paths]
 
@@ -69,14 +61,10 @@ class HiddenAlignment(LayerwiseDistillation):
     def layer_loss(
         self, student: SubquadForCausalLM, index: int, activations: LayerActivations, targets: dict[str, Any]
     ) -> Tensor:
+        """Squared distance of the outputs, a mean per token, relative to the teacher's: 1 for an output of zeros."""
         module = self.modules(student)[index]
         args, kwargs = replace_mask(module, activations.args, activations.kwargs, targets["mask"])
         output = module(*args, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
-        return output_distance(output, activations.output, self.target_norms[index])
-
-
-def output_distance(output: Tensor, target: Tensor, target_norm: Tensor) -> Tensor:
-    """Squared distance between `output` and `target`, `[B, T, D]`, a mean per token, divided by `target_norm`, the mean
-    squared norm of the teacher's outputs: 1 for an output of zeros."""
-    return (output.float() - target.float()).square().sum(-1).mean() / target_norm
+        distance = (output.float() - activations.output.float()).square().sum(-1).mean()
+        return distance / self.target_norms[index]

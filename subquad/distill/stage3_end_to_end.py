@@ -1,21 +1,19 @@
 """Stage 3, end to end: the whole student learns from text and from the teacher's distribution.
 
-The loss is in `distillation_loss.py`. If the heads of both models can be read, it is computed by `fused_loss.py`.
+The loss is computed from the last hidden states of a model whose head can be read, otherwise from its logits.
 """
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from subquad.config import EndToEndStage
 from subquad.data.packing import IGNORE_INDEX, next_labels
-from subquad.distill.distillation_loss import LossOptions, distillation_loss
+from subquad.distill.distillation_loss import distillation_loss
 from subquad.distill.documents import document_ids
-from subquad.distill.fused_loss import fused_distillation_loss
 from subquad.distill.lm_head import Head, read_head
 from subquad.distill.objective import Batch, Objective, StageOutput
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
@@ -24,20 +22,17 @@ from subquad.modeling.modeling_subquad import SubquadForCausalLM
 class EndToEndDistillation(Objective):
     name = "end_to_end"
 
-    def __init__(self, teacher: PreTrainedModel, stage: EndToEndStage):
-        super().__init__(teacher, stage)
-        self.options = LossOptions(
-            stage.ce_weight, stage.kl_weight, stage.temperature, stage.divergence, stage.jsd_beta
-        )
-        self.teacher_head = read_head(teacher)
-        self.student_head: tuple[SubquadForCausalLM, Head | None] | None = None
+    student_head: tuple[SubquadForCausalLM, Head | None] | None = None
+
+    @functools.cached_property
+    def teacher_head(self) -> Head | None:
+        return read_head(self.teacher)
 
     def head_of(self, student: SubquadForCausalLM) -> Head | None:
         """The student's head. Its form is read once; its weights are the current parameters, which sharding
         replaces."""
         if self.student_head is None or self.student_head[0] is not student:
-            with torch.autocast(student.device.type, enabled=False):
-                self.student_head = student, read_head(student)
+            self.student_head = student, read_head(student)
         head, output = self.student_head[1], student.get_output_embeddings()
         return None if head is None else head._replace(weight=output.weight, bias=getattr(output, "bias", None))  # type: ignore[union-attr,arg-type]
 
@@ -52,15 +47,16 @@ class EndToEndDistillation(Objective):
 
     @torch.no_grad()
     def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
-        positions = None if document_ids(batch) is None else batch["position_ids"]
+        ids, positions = batch["input_ids"], None if document_ids(batch) is None else batch["position_ids"]
+        outputs = None
+        if self.stage.kl_weight > 0:
+            inputs = {"input_ids": ids, **({} if positions is None else {"position_ids": positions})}
+            if self.teacher_head is None:
+                outputs = self.teacher(use_cache=False, **inputs).logits.flatten(0, 1)
+            else:
+                outputs = self.teacher.base_model(use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
         # not `position_ids`, which would be an argument of the student's forward itself
-        targets = {"input_ids": batch["input_ids"], "next_labels": next_labels(batch), "positions": positions}
-        if self.stage.kl_weight == 0:
-            return targets
-        inputs = teacher_inputs(targets)
-        if self.teacher_head is None:
-            return {**targets, "teacher_logits": self.teacher(**inputs).logits}
-        return {**targets, "teacher_hidden": self.teacher.base_model(**inputs).last_hidden_state}
+        return {"input_ids": ids, "positions": positions, "next_labels": next_labels(batch), "teacher": outputs}
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor) -> Batch:
@@ -82,33 +78,13 @@ class EndToEndDistillation(Objective):
         return {"input_ids": ids, "labels": ids.masked_fill(is_end.cumsum(1) > is_end, IGNORE_INDEX)}
 
     def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
-        labels, positions = targets["next_labels"], targets["positions"]
-        head, teacher_hidden = self.head_of(student), targets.get("teacher_hidden")
-        if head is None or "teacher_logits" in targets:
-            logits = student(input_ids=input_ids, position_ids=positions, use_cache=False).logits
-            shifted = F.pad(labels[:, :-1], (1, 0), value=IGNORE_INDEX)
-            teacher_logits = self.teacher_logits({"input_ids": input_ids, **targets})
-            loss, _, _ = distillation_loss(logits, teacher_logits, shifted, self.options)
-            return StageOutput(loss)
-        loss, _, _ = fused_distillation_loss(
-            student.last_hidden_state(input_ids, positions).flatten(0, 1),
-            None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
-            labels.flatten(),
-            head,
-            self.teacher_head,
-            self.options,
+        head, positions = self.head_of(student), targets["positions"]
+        if head is None:
+            outputs = student(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+        else:
+            outputs = student.last_hidden_state(input_ids, positions)
+        labels = targets["next_labels"].flatten()
+        loss, _, _ = distillation_loss(
+            outputs.flatten(0, 1), targets["teacher"], labels, head, self.teacher_head, self.stage
         )
         return StageOutput(loss)
-
-    @torch.no_grad()
-    def teacher_logits(self, targets: dict[str, Any]) -> Tensor | None:
-        """The teacher's logits for `distillation_loss`; None if the loss has no divergence."""
-        if "teacher_hidden" not in targets:
-            return targets.get("teacher_logits")
-        return self.teacher(**teacher_inputs(targets)).logits
-
-
-def teacher_inputs(targets: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the teacher's forward."""
-    positions = {} if targets["positions"] is None else {"position_ids": targets["positions"]}
-    return {"input_ids": targets["input_ids"], "use_cache": False, **positions}

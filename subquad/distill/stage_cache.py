@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from subquad.distill.logging_callbacks import read_jsonl, write_jsonl
-
 
 @dataclass(frozen=True)
 class StageCache:
@@ -33,24 +31,10 @@ class StageCache:
     def has(self, key: str) -> bool:
         return (self.directory / key).is_dir()
 
-    def save(self, keys: dict[str, str], name: str, run_directory: Path) -> None:
-        """Stores the finished stage `name` of a run if its key is shared, completely or not at all.
-
-        keys: of the run's stages by name, in order.
-        """
-        key, stages = keys[name], list(keys)[: list(keys).index(name) + 1]
-        if key not in self.shared_keys or self.has(key):
-            return
-        partial = self.directory / f"{key}-{os.getpid()}.part"
-        shutil.rmtree(partial, ignore_errors=True)
-        link_tree(run_directory / "checkpoints" / f"{name}-done", partial / "student")
-        shutil.copy(run_directory / "checkpoints" / "initial.json", partial)
-        metrics = read_jsonl(run_directory / "metrics.jsonl")
-        write_jsonl(partial / "metrics.jsonl", [record for record in metrics if record["stage"] in stages])
-        try:
-            partial.rename(self.directory / key)
-        except OSError:  # another run has stored the same stage
-            shutil.rmtree(partial, ignore_errors=True)
+    def save(self, key: str, finished: Path) -> None:
+        """Stores a finished stage, the directory `NAME-done` of a run, if its key is shared."""
+        if key in self.shared_keys and not self.has(key):
+            copy_tree(finished, self.directory / key)
 
     def restore(self, keys: dict[str, str], run_directory: Path) -> None:
         """Copies the last stored stage of a run into its directory, unless the run has finished that stage itself.
@@ -59,21 +43,15 @@ class StageCache:
         """
         checkpoints = run_directory / "checkpoints"
         for name, key in reversed(keys.items()):
-            if (checkpoints / f"{name}-done").exists():
+            finished = checkpoints / f"{name}-done"
+            if finished.exists():
                 return
             if self.has(key):
-                break
-        else:
-            return
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        shutil.copy(self.directory / key / "initial.json", checkpoints)
-        write_jsonl(run_directory / "metrics.jsonl", read_jsonl(self.directory / key / "metrics.jsonl"))
-        partial = checkpoints / f"{name}-done.part"
-        shutil.rmtree(partial, ignore_errors=True)
-        link_tree(self.directory / key / "student", partial)
-        partial.rename(checkpoints / f"{name}-done")
-        for stage in list(keys)[: list(keys).index(name) + 1]:
-            shutil.rmtree(checkpoints / stage, ignore_errors=True)
+                checkpoints.mkdir(parents=True, exist_ok=True)
+                shutil.copy(self.directory / key / "initial.json", checkpoints)
+                shutil.copy(self.directory / key / "metrics.jsonl", run_directory)
+                copy_tree(self.directory / key, finished)
+                return
 
     def prune(self, needed: Iterable[str]) -> None:
         """Removes every stage whose key is not in `needed`, and stages that a killed process left incomplete."""
@@ -87,13 +65,20 @@ class StageCache:
             self.directory.rmdir()
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Copies a directory by hard links if the file system has them: nothing writes into a finished stage."""
+def copy_tree(source: Path, target: Path) -> None:
+    """Copies a directory, completely or not at all, by hard links if the file system has them: nothing writes into a
+    finished stage. Does nothing if another process has made the copy meanwhile."""
+    partial = target.with_name(f"{target.name}-{os.getpid()}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=link_or_copy)
+    try:
+        partial.rename(target)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
 
-    def link(source_file: str, target_file: str) -> None:
-        try:
-            os.link(source_file, target_file)
-        except OSError:
-            shutil.copy2(source_file, target_file)
 
-    shutil.copytree(source, target, copy_function=link)
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -20,6 +20,9 @@ Batch = Tensor | Mapping[str, Tensor]
 CHUNK_TOKENS = 256
 """Tokens whose distributions are held in float64 at a time."""
 
+UNIGRAM_TOKENS = 200_000
+"""Training tokens that the unigram model counts (`unigram_perplexity`, `recovered_share`)."""
+
 SUMS = ("tokens", "loss", "bytes", "teacher_loss", "kl", "top1", "top5")
 
 

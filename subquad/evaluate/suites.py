@@ -18,7 +18,7 @@ from subquad.data import token_rows
 from subquad.evaluate import generation, long_context
 from subquad.evaluate.efficiency import TASK, efficiency_results
 from subquad.evaluate.lm_eval import Task, TaskResult, zero_shot
-from subquad.evaluate.perplexity import language_results, token_sums, unigram_loss
+from subquad.evaluate.perplexity import UNIGRAM_TOKENS, language_results, token_sums, unigram_loss
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import mean
 from subquad.evaluate.task_scores import TaskScores, accuracy_results, summary_results
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from subquad.evaluate.runner import EvalModel, Evaluation
 
 logger = logging.getLogger(__name__)
-UNIGRAM_TOKENS = 200_000
 STANDARD_SUITES = ("language", "zero-shot", "generation", "long", "efficiency")
 """The suites of the presets `quick` and `full`."""
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from subquad import mixers
 from subquad.config import load_recipe
-from subquad.distill import layerwise, run, trainer
+from subquad.distill import layerwise, pipeline, trainer
 from subquad.distill.logging_callbacks import read_jsonl
 from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
@@ -77,7 +77,7 @@ def test_output_is_a_loadable_student_with_its_files(uninterrupted, recipe_path)
 
 def test_finished_run_is_not_repeated(uninterrupted, recipe_path, monkeypatch):
     output, result = uninterrupted
-    monkeypatch.setattr(run, "load_teacher", lambda *a: pytest.fail("loaded a teacher for a finished run"))
+    monkeypatch.setattr(pipeline, "load_teacher", lambda *a: pytest.fail("loaded a teacher for a finished run"))
     assert distill(load_recipe(recipe_path), output) == result
 
 
@@ -88,7 +88,7 @@ def test_attention_is_discovered_once(recipe_path, tmp_path, monkeypatch):
         calls.append(model)
         return discover_attention(model)
 
-    for module in (run, layerwise, linearize):
+    for module in (pipeline, layerwise, linearize):
         monkeypatch.setattr(module, "discover_attention", count)
     distill(load_recipe(recipe_path), tmp_path / "out")
     assert len(calls) == 1
@@ -109,7 +109,7 @@ def test_interrupted_run_ends_bitwise_the_same(stop_at, uninterrupted, recipe_pa
 
     def stop(self, args, state, control, **kwargs):
         end_of_step(self, args, state, control, **kwargs)
-        if self.label.endswith(stop_at[0]) and state.global_step == stop_at[1]:
+        if self.stage == stop_at[0] and state.global_step == stop_at[1]:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -122,7 +122,7 @@ def test_interrupted_run_ends_bitwise_the_same(stop_at, uninterrupted, recipe_pa
 
     def count(self, args, state, control, **kwargs):
         begin(self, args, state, control, **kwargs)
-        resumed.append((self.label.split()[-1], state.global_step))
+        resumed.append((self.stage, state.global_step))
 
     monkeypatch.setattr(trainer.MetricsCallback, "on_train_begin", count)
     distill(load_recipe(recipe_path), output)

@@ -12,8 +12,9 @@ from subquad import mixers
 from subquad.config import EndToEndStage, HiddenStage, MatrixStage
 from subquad.distill import stage1_matrix_mixing
 from subquad.distill.documents import document_slices, respects_document_boundaries
+from subquad.distill.layerwise import LayerwiseDistillation
 from subquad.distill.recipe_stages import STAGE_NAMES
-from subquad.distill.stage1_matrix_mixing import MatrixMixing
+from subquad.distill.stage1_matrix_mixing import MatrixMixing, matrix_distance
 from subquad.distill.stage2_hidden_alignment import HiddenAlignment
 from subquad.distill.stage3_end_to_end import EndToEndDistillation
 
@@ -104,6 +105,16 @@ def test_layerwise_losses_of_a_softmax_copy_are_zero(teacher):
         ).loss.item() == pytest.approx(0, abs=1e-6)
 
 
+def test_loss_of_stage_2_is_one_for_outputs_of_zero(teacher):
+    ids = torch.randint(0, 64, (2, 24))
+    student, objective = subquad.linearize(teacher, "gla"), make_objective("hidden", teacher, ids)
+    with torch.no_grad():
+        for layer in student.mixer_layers:
+            layer.mixer.o_proj.weight.zero_()
+    out = student(objective=objective, **objective.forward_kwargs({"input_ids": ids}))
+    torch.testing.assert_close(out.layer_losses, torch.ones(2))
+
+
 @pytest.mark.parametrize("mixer", mixers.names())
 def test_row_chunk_size_of_stage_1_has_no_effect(mixer, teacher):
     ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -189,6 +200,45 @@ def test_loss_of_a_batch_is_the_mean_of_its_rows(teacher):
         assert loss(ids) == pytest.approx((loss(ids[:1]) + 3 * loss(ids[1:])) / 4, rel=1e-4)
 
 
+class PowerOfWeights(LayerwiseDistillation):
+    """Layer i has the loss (i + 1) |w|^2 of one weight; another has no effect, and a third is frozen."""
+
+    def layer_parameters(self, student):
+        return [
+            [layer.mixer.q_proj.weight, layer.mixer.k_proj.weight, layer.mixer.v_proj.weight]
+            for layer in student.mixer_layers
+        ]
+
+    def layer_loss(self, student, index, activations, targets):
+        assert all(ref() is None for ref in self.graphs)
+        q, _, v = self.layer_parameters(student)[index]
+        hidden = q * 1
+        self.graphs.append(weakref.ref(hidden))
+        return (index + 1) * hidden.square().sum() + v.sum()
+
+
+def test_layerwise_loss_is_the_mean_with_its_gradient(teacher):
+    """The graph of a layer is freed before the next layer is computed."""
+    student = subquad.linearize(teacher, "gla").requires_grad_(True)
+    objective = PowerOfWeights(teacher, MatrixStage(tokens=1, lr=1.0))
+    objective.graphs = []
+    weights = objective.layer_parameters(student)
+    for _, _, v in weights:
+        v.requires_grad_(False)
+    inputs = objective.forward_kwargs({"input_ids": torch.randint(0, 64, (2, 24))})
+    out = student(objective=objective, **inputs)
+    expected = [(i + 1) * q.square().sum() + v.sum() for i, (q, _, v) in enumerate(weights)]
+    torch.testing.assert_close(out.layer_losses, torch.stack(expected).detach())
+    assert out.loss.item() == pytest.approx(out.layer_losses.mean().item())
+    (3 * out.loss).backward()
+    for i, (q, k, v) in enumerate(weights):
+        torch.testing.assert_close(q.grad, 3 * (i + 1) * q.detach())  # 2 q of the square, divided by two layers
+        assert not k.grad.any()
+        assert v.grad is None
+    with torch.no_grad():
+        assert not student(objective=objective, **inputs).loss.requires_grad
+
+
 @pytest.mark.parametrize("options", [("matrix", {}), ("hidden", {}), ("hidden", {"target": "decoder_layer"})])
 def test_stages_1_and_2_hold_the_activations_of_one_layer(options, teacher):
     """The loss of a layer is computed while the teacher runs; an output that the next layer reads still exists then."""
@@ -263,3 +313,45 @@ def test_text_that_the_teacher_generates_can_end(ending_teacher):
         text = {**batch, "input_ids": found.where(labels != -100, padding)}
         losses.append(student(objective=objective, **objective.forward_kwargs(text)).loss.item())
     assert losses[0] == losses[1]
+
+
+# ---------------------------------------------------------------------- the distance of two matrices
+
+
+def rows_of(matrix):
+    return lambda rows: matrix[:, :, rows]
+
+
+def distance(matrix, target, scale_invariant, row_chunk_size=64):
+    return matrix_distance(rows_of(matrix), rows_of(target), matrix.shape[-1], scale_invariant, row_chunk_size)
+
+
+@pytest.mark.parametrize("scale_invariant", [False, True])
+def test_matrix_distance_is_the_mean_over_the_batch(scale_invariant):
+    A, M = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)
+    halves = [distance(M[i : i + 2], A[i : i + 2], scale_invariant) for i in (0, 2)]
+    assert distance(M, A, scale_invariant).item() == pytest.approx(sum(h.item() for h in halves) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("row_chunk_size", [1, 3, 8])
+@pytest.mark.parametrize("scale_invariant", [False, True])
+def test_row_chunk_size_of_matrix_distance_has_no_effect(row_chunk_size, scale_invariant):
+    A, M = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8, requires_grad=True)
+    expected, found = distance(M, A, scale_invariant), distance(M, A, scale_invariant, row_chunk_size)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, M)[0] for x in (found, expected)))
+
+
+def test_matrix_distance():
+    A = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
+    assert distance(A, A, False).item() == 0
+    assert distance(torch.zeros_like(A), A, False).item() == pytest.approx((1 + 0.5) / 2)
+    # scale invariance ignores any positive factor, and -A is no better than zero
+    assert distance(7 * A, A, True).item() == pytest.approx(0, abs=1e-6)
+    assert distance(-A, A, True).item() == pytest.approx((1 + 0.5) / 2)
+    assert distance(torch.zeros_like(A), A, True).item() == pytest.approx((1 + 0.5) / 2)
+    assert distance(7 * A, A, False).item() > 1
+    # no other scale has a smaller distance
+    M = torch.rand_like(A)
+    best = distance(M, A, True).item()
+    assert all(best <= distance(s * M, A, False).item() + 1e-7 for s in torch.linspace(0, 3, 61))

@@ -192,7 +192,7 @@ def test_validation_cross_entropy_hides_no_nan(ignored, ce, expected):
     stub = types.SimpleNamespace(
         _prepare_inputs=lambda batch: batch,
         objective_loss=lambda model, batch: torch.tensor(0.0),
-        run=types.SimpleNamespace(objective=types.SimpleNamespace(training_batch=lambda batch: batch)),
+        objective=types.SimpleNamespace(training_batch=lambda batch: batch),
         autocast=contextlib.nullcontext,
         validation_ce=torch.zeros(2, dtype=torch.float64),
     )
@@ -207,7 +207,7 @@ def test_a_student_with_nan_logits_is_no_result(recipe_path, tmp_path, monkeypat
     def diverged(*_args):
         return {"loss": math.nan}
 
-    monkeypatch.setattr("subquad.distill.run.compare", diverged)
+    monkeypatch.setattr("subquad.distill.pipeline.compare", diverged)
     with pytest.raises(UserError, match="loss on validation text is nan"):
         train(recipe_path, tmp_path / "out", *only("hidden"))
     assert not (tmp_path / "out" / "result.json").exists()

@@ -15,7 +15,6 @@ from subquad.config import load_study
 from subquad.distill import pipeline
 from subquad.distill.logging_callbacks import read_jsonl
 from subquad.distill.recipe_stages import STAGE_NAMES, stage_keys
-from subquad.distill.run import DistillationRun
 from subquad.distill.stage_cache import StageCache
 from subquad.evaluate import command
 from subquad.evaluate.runner import Evaluation
@@ -39,13 +38,13 @@ def same_weights(one, other):
 def trained_stages(monkeypatch):
     """The stages that are trained, as (run name, stage)."""
     trained = []
-    train = DistillationRun.train_stage
+    train = pipeline.DistillationRun.train_stage
 
     def record(run, name):
         trained.append((run.directory.name, name))
         train(run, name)
 
-    monkeypatch.setattr(DistillationRun, "train_stage", record)
+    monkeypatch.setattr(pipeline.DistillationRun, "train_stage", record)
     return trained
 
 
