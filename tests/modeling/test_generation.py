@@ -144,6 +144,7 @@ def test_generation_continues_from_a_returned_cache(student, ids):
     settings = {**GREEDY, "return_dict_in_generate": True}
     first = student.generate(ids, max_new_tokens=5, **settings)
     turn = torch.cat([first.sequences, torch.full((3, 4), 17)], 1)
+    settings["attention_mask"] = torch.ones_like(turn)
     second = student.generate(turn, max_new_tokens=5, past_key_values=first.past_key_values, **settings)
     assert torch.equal(second.sequences, student.generate(turn, max_new_tokens=5, **settings).sequences)
     assert second.past_key_values.get_seq_length() == 24
