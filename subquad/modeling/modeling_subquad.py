@@ -197,7 +197,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         if generation_config.use_cache is not False and model_kwargs.get(CACHE_ARGUMENT) is None:
             model_kwargs[CACHE_ARGUMENT] = self.new_cache()
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_ARGUMENT)
-        # Read once here, and not at each token. transformers before 5.20 finds the new tokens after a cache by the mask.
+        # Read once here, and not at each token. transformers 5.17 finds the new tokens after a cache by the mask.
         if mask is not None and not (cache and cache.get_seq_length()) and bool(mask.all()):
             del model_kwargs["attention_mask"]
 
