@@ -69,7 +69,8 @@ def run_study(args: argparse.Namespace) -> int:
 
     recipes = load_study(args.recipe, args.set)
     quiet_libraries()
-    from subquad.study.grid import describe_remaining_work, run_study
+    from subquad.study.grid import run_study
+    from subquad.study.progress import describe_remaining_work
     from subquad.study.runs import find_runs
     from subquad.study.table import format_study
 

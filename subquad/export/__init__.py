@@ -8,10 +8,7 @@ Files are written only after the new model's logits have been compared with the 
 """
 
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -58,26 +55,17 @@ def export(
         raise UserError(
             f"output {str(output)!r} exists; expected a new {'file' if file_format == 'gguf' else 'directory'}"
         )
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"output {str(output)!r}: there is no directory {str(output.parent)!r}")
     student, tokenizer = load_teacher(directory, config_dtype(read_config(Path(directory))))
     assert isinstance(student, SubquadForCausalLM)
     model = convert(student, "qwen3_5" if file_format == "gguf" else file_format)
-    with write_atomic(output) as partial:
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as work:
+        partial = Path(work, output.name)
         if file_format == "gguf":
             write_gguf(model, tokenizer, partial, weight_type or "f16", name=Path(directory).resolve().name)
         else:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+        partial.rename(output)
     return f"{model.num_parameters():,} parameters as {file_format} in {output}"
-
-
-@contextmanager
-def write_atomic(output: Path) -> Iterator[Path]:
-    """Yields a temporary path in the directory of `output`; moves it to `output` on success, deletes it on error."""
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"output {str(output)!r}: there is no directory {str(output.parent)!r}")
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
-    try:
-        yield work / output.name
-        (work / output.name).rename(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

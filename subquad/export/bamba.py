@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from subquad.export.converter import ConfigValues, Converter, Weights, conv_weight, transformers_classes
+from subquad.export.converter import Converter, Weights, conv_weight
+from subquad.mixers import AttentionSpec
 from subquad.mixers.mamba2 import Mamba2
-from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.export_target import BAMBA, ExportError
 from subquad.utils import UserError
 
@@ -26,37 +26,38 @@ def has_group_norm() -> bool:
 
 class BambaConverter(Converter):
     target = BAMBA
+    class_names = ("BambaConfig", "BambaForCausalLM")
     final_norm = "model.final_layernorm.weight"
     mlp = "feed_forward"
     mlp_norm = "pre_ff_layernorm"
 
     def classes(self) -> tuple[Any, Any]:
-        config, model = transformers_classes("BambaConfig", "BambaForCausalLM")
+        classes = super().classes()
         if not has_group_norm():
             raise UserError(
                 "Bamba in this version of transformers has one norm for all heads, a student one for each; expected a "
                 "later version (5.24 has it)"
             )
-        return config, model
+        return classes
 
-    def config(self, values: ConfigValues) -> Any:
-        spec, hidden = values.mixer_spec, values.common["hidden_size"]
-        inner = spec.num_heads * spec.value_dim
+    def config(
+        self, common: dict[str, Any], spec: AttentionSpec, conv_width: int, attention_layers: list[int]
+    ) -> dict[str, Any]:
+        inner, hidden = spec.num_heads * spec.value_dim, common["hidden_size"]
         if inner % hidden:
             raise ExportError(f"its mixers have {inner} channels, expected a multiple of its hidden size {hidden}")
-        return self.classes()[0](
-            **values.common,
-            attn_layer_indices=values.attention_layers,
-            mamba_n_heads=spec.num_heads,
-            mamba_n_groups=spec.num_heads,
-            mamba_d_head=spec.value_dim,
-            mamba_d_state=spec.head_dim,
-            mamba_d_conv=values.conv_width,
-            mamba_expand=inner // hidden,
-            mamba_conv_bias=False,
-            mamba_proj_bias=False,
-            rope_parameters=values.rope_parameters,
-        )
+        return {
+            **common,
+            "attn_layer_indices": attention_layers,
+            "mamba_n_heads": spec.num_heads,
+            "mamba_n_groups": spec.num_heads,
+            "mamba_d_head": spec.value_dim,
+            "mamba_d_state": spec.head_dim,
+            "mamba_d_conv": conv_width,
+            "mamba_expand": inner // hidden,
+            "mamba_conv_bias": False,
+            "mamba_proj_bias": False,
+        }
 
     def mixer_weights(self, mixer: Mamba2, conv_width: int, factor: float) -> Weights:
         W = {name: projection.weight.detach() for name, projection in mixer.projections().items()}
@@ -70,12 +71,3 @@ class BambaConverter(Converter):
             "out_proj.weight": W["o"] * factor,
         }
         return {f"mamba.{name}": weight for name, weight in weights.items()}
-
-    def attention_weights(self, info: AttentionInfo, query_scale: float, factor: float) -> Weights:
-        q, k, v, o = (info.projection_weights(name)[0] for name in "qkvo")
-        return {
-            "self_attn.q_proj.weight": q * query_scale,
-            "self_attn.k_proj.weight": k,
-            "self_attn.v_proj.weight": v,
-            "self_attn.o_proj.weight": o * factor,
-        }

@@ -7,10 +7,10 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -35,24 +35,12 @@ AttentionTraces = dict[int, tuple[AttentionInfo, AttentionCall]]
 """The layers that keep attention, by index."""
 
 
-@dataclass(frozen=True)
-class ConfigValues:
-    """What a target's configuration is made from."""
-
-    common: dict[str, Any]
-    """Arguments with the same names in all targets."""
-    mixer_spec: AttentionSpec
-    """Heads and channels of all mixers."""
-    conv_width: int
-    attention_layers: list[int]
-    """Indices of the layers with attention, kept or in the identity layer."""
-    rope_parameters: dict[str, Any]
-
-
 class Converter:
     """Converts students to one target: names, shapes and values of its weights, and its configuration."""
 
     target: ClassVar[ExportTarget]
+    class_names: ClassVar[tuple[str, str]]
+    """The configuration and the model class of `transformers`."""
     final_norm: ClassVar[str]
     """Name of the last norm's weight."""
     mlp: ClassVar[str]
@@ -62,10 +50,22 @@ class Converter:
     """What the target adds to the stored weights of its layer norms."""
 
     def classes(self) -> tuple[Any, Any]:
-        """The configuration class and the model class. Raises UserError if this version of transformers lacks them."""
-        raise NotImplementedError
+        """The classes of `class_names`. Raises UserError if this version of transformers lacks one."""
+        with without_fla():
+            config, model = (getattr(transformers, name, None) for name in self.class_names)
+        if config is None or model is None:
+            found = f"transformers {transformers.__version__} has no {self.class_names[1]}"
+            raise UserError(f"{found}; expected a later version")
+        return config, model
 
-    def config(self, values: ConfigValues) -> Any:
+    def config(
+        self, common: dict[str, Any], spec: AttentionSpec, conv_width: int, attention_layers: list[int]
+    ) -> dict[str, Any]:
+        """The arguments of the target's configuration.
+
+        common: those with the same names in all targets. spec: of all mixers. attention_layers: indices of the layers
+        with attention, kept or in the identity layer.
+        """
         raise NotImplementedError
 
     def mixer_weights(self, mixer: Any, conv_width: int, factor: float) -> Weights:
@@ -74,7 +74,13 @@ class Converter:
 
     def attention_weights(self, info: AttentionInfo, query_scale: float, factor: float) -> Weights:
         """Weights of retained attention, its queries multiplied by `query_scale` and its output by `factor`."""
-        raise NotImplementedError
+        q, k, v, o = (info.projection_weights(name)[0] for name in "qkvo")
+        return {
+            "self_attn.q_proj.weight": q * query_scale,
+            "self_attn.k_proj.weight": k,
+            "self_attn.v_proj.weight": v,
+            "self_attn.o_proj.weight": o * factor,
+        }
 
     @torch.no_grad()
     def convert(self, student: SubquadForCausalLM) -> PreTrainedModel:
@@ -86,54 +92,49 @@ class Converter:
         """
         try:
             with eval_mode(student):
-                return self._convert(student)
+                check_layers(student, self.target)
+                decoder = read_decoder(student, [f"base.{spec['path']}" for spec in student.config.attention_specs])
+                kept = trace_kept_attention(student)
+                check_epsilons(student, decoder.eps, kept, self.target)
+                model = self.build_model(student, decoder, kept)
+                check_logits(student, model)
+                return model
         except ExportError as error:
             raise ExportError(error.reason, self.target, "this student") from None
 
-    def _convert(self, student: SubquadForCausalLM) -> PreTrainedModel:
-        check_layers(student, self.target)
-        decoder = read_decoder(student, [f"base.{spec['path']}" for spec in student.config.attention_specs])
-        kept = trace_kept_attention(student)
-        check_epsilons(student, decoder.eps, kept, self.target)
+    def build_model(
+        self, student: SubquadForCausalLM, decoder: DecoderWeights, kept: AttentionTraces
+    ) -> PreTrainedModel:
         mixers = [layer.mixer for layer in student.mixer_layers if isinstance(layer, MixerLayer)]
-        conv_width = max([mixer.options.short_conv for mixer in mixers] or [4]) or 4
+        require_one_size([(m.spec.num_heads, m.spec.head_dim, m.spec.value_dim) for m in mixers], "mixers")
+        conv_width = max(mixer.options.short_conv for mixer in mixers) or 4
+        attention_layers = sorted(kept) or [len(student.mixer_layers)]
+        common = common_config(student, decoder, kept)
+        config_class, model_class = self.classes()
+        with torch.device(student.device):
+            model = model_class(config_class(**self.config(common, mixers[0].spec, conv_width, attention_layers)))
+        model.to(student.dtype)
         weights = {"model.embed_tokens.weight": decoder.embedding, self.final_norm: decoder.norm - self.norm_offset}
-        if decoder.head is not None:
-            weights["lm_head.weight"] = decoder.head
+        weights["lm_head.weight"] = decoder.embedding if decoder.head is None else decoder.head
         for i, (layer, around) in enumerate(zip(student.mixer_layers, decoder.layers, strict=True)):
             if isinstance(layer, MixerLayer):
-                layer_weights = self.mixer_weights(layer.mixer, conv_width, around.attention_factor)
+                own = self.mixer_weights(layer.mixer, conv_width, around.attention_factor)
             else:
-                layer_weights = self.attention_weights(kept[i][0], query_scale(*kept[i]), around.attention_factor)
-            layer_weights |= {
+                own = self.attention_weights(kept[i][0], query_scale(*kept[i]), around.attention_factor)
+            own |= {
                 "input_layernorm.weight": around.norm - self.norm_offset,
                 f"{self.mlp_norm}.weight": around.mlp_norm - self.norm_offset,
                 f"{self.mlp}.gate_proj.weight": around.gate,
                 f"{self.mlp}.up_proj.weight": around.up,
                 f"{self.mlp}.down_proj.weight": around.down,
             }
-            weights |= {f"model.layers.{i}.{name}": weight for name, weight in layer_weights.items()}
-        config = self.config(config_values(student, decoder, kept, conv_width))
-        model = self.build_model(config, weights, student)
-        check_logits(student, model)
-        return model
-
-    def build_model(self, config: Any, weights: Weights, student: SubquadForCausalLM) -> PreTrainedModel:
-        """The target's model with copies of `weights` and the student's generation config.
-
-        A layer beyond the student's has attention and zero weights; it returns its input (see `config_values`).
-        """
-        with torch.device(student.device):
-            model = self.classes()[1](config).to(student.dtype)
-        state = model.state_dict()
-        identity = f"model.layers.{len(student.mixer_layers)}."
-        weights |= {name: torch.zeros_like(t) for name, t in state.items() if name.startswith(identity)}
-        shapes = {name: list(t.shape) for name, t in state.items() if name != "lm_head.weight" or name in weights}
-        if shapes != {name: list(weight.shape) for name, weight in weights.items()}:
-            wrong = sorted(set(shapes) ^ set(weights)) or [n for n, s in shapes.items() if list(weights[n].shape) != s]
-            raise ExportError(f"its weights do not have the names and shapes of the target's ({', '.join(wrong[:3])})")
-        for name, weight in weights.items():
-            state[name].copy_(weight)
+            weights |= {f"model.layers.{i}.{name}": weight for name, weight in own.items()}
+        identity = f"model.layers.{len(student.mixer_layers)}."  # attention and MLP of zeros return their input
+        weights |= {name: torch.zeros_like(t) for name, t in model.state_dict().items() if name.startswith(identity)}
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ExportError(f"its weights do not have the names and shapes of the target's ({error})") from None
         model.generation_config = student.generation_config
         return model.eval()
 
@@ -168,11 +169,12 @@ def unsupported_mixer(mixer: Any, target: ExportTarget) -> str | None:
 
 def check_epsilons(student: SubquadForCausalLM, eps: float, kept: AttentionTraces, target: ExportTarget) -> None:
     """Raises ExportError if a norm of a mixer or of retained attention has another epsilon than the target."""
-    found = {i: (info.spec.qk_norm_eps, eps) for i, (info, _) in kept.items() if target.has_qk_norm}
     for i, layer in enumerate(student.mixer_layers):
+        value = required = eps
         if isinstance(layer, MixerLayer):
-            found[i] = layer.mixer.norm_eps, target.mixer_norm_eps(eps, layer.spec)
-    for i, (value, required) in sorted(found.items()):
+            value, required = layer.mixer.norm_eps, target.mixer_norm_eps(eps, layer.spec)
+        elif target.has_qk_norm:
+            value = kept[i][0].spec.qk_norm_eps
         if value != required:
             raise ExportError(f"layer {i}: norm_eps: got {value:g}, expected {required:g}, as in the layer norms")
 
@@ -224,15 +226,12 @@ def rounding_error(student: PreTrainedModel, tokens: Tensor) -> float:
 # ---------------------------------------------------------------------- configuration and weights
 
 
-def config_values(
-    student: SubquadForCausalLM, decoder: DecoderWeights, kept: AttentionTraces, conv_width: int
-) -> ConfigValues:
+def common_config(student: SubquadForCausalLM, decoder: DecoderWeights, kept: AttentionTraces) -> dict[str, Any]:
+    """The arguments that all targets' configurations have."""
     base: Any = student.config.base_config.get_text_config()  # type: ignore[union-attr]
-    specs = [layer.spec for layer in student.mixer_layers if isinstance(layer, MixerLayer)]
-    require_one_size([(s.num_heads, s.head_dim, s.value_dim) for s in specs], "mixers")
     shapes = [(i.spec.num_heads, i.spec.num_kv_heads, i.spec.head_dim) for i, _ in kept.values()]
     heads = require_one_size(shapes or [(1, 1, IDENTITY_HEAD_DIM)], "attention layers")
-    common = {
+    return {
         "vocab_size": len(decoder.embedding),
         "hidden_size": decoder.embedding.shape[1],
         "intermediate_size": require_one_size([len(layer.gate) for layer in decoder.layers], "MLPs"),
@@ -241,14 +240,13 @@ def config_values(
         "num_key_value_heads": heads[1],
         "head_dim": heads[2],
         "rms_norm_eps": decoder.eps,
+        "rope_parameters": rope_parameters(base, kept, heads[2]),
         "max_position_embeddings": getattr(base, "max_position_embeddings", 32768),
         "tie_word_embeddings": decoder.head is None,
         "initializer_range": getattr(base, "initializer_range", 0.02),
         "dtype": student.dtype,
         **{name: getattr(base, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
-    attention_layers = sorted(kept) or [len(student.mixer_layers)]
-    return ConfigValues(common, specs[0], conv_width, attention_layers, rope_parameters(base, kept, heads[2]))
 
 
 def require_one_size(sizes: list[Any], what: str) -> Any:
@@ -283,23 +281,10 @@ def query_scale(info: AttentionInfo, call: AttentionCall) -> float:
 
 
 def conv_weight(mixer: Any, names: tuple[str, ...], width: int) -> Tensor:
-    """The short convolutions of the projections `names`, concatenated: `[channels, 1, width]`."""
-    projections, kernels = mixer.projections(), mixer.conv_weights()
-    padded = [pad_kernel(projections[name].out_features, kernels.get(name), width) for name in names]
-    return torch.cat(padded).unsqueeze(1).to(mixer.o_proj.weight)
-
-
-def pad_kernel(channels: int, kernel: Tensor | None, width: int) -> Tensor:
-    """`kernel` with zeros before it, `[channels, width]`; the identity if it is None."""
-    padded = torch.zeros(channels, width)
-    if kernel is None:
-        padded[:, -1] = 1.0
-    else:
-        padded[:, width - kernel.shape[1] :] = kernel.detach()
-    return padded
-
-
-# ---------------------------------------------------------------------- classes of transformers
+    """The short convolutions of the projections `names`, `[channels, 1, width]`; the identity where there is none."""
+    projections, kernels, like = mixer.projections(), mixer.conv_weights(), mixer.o_proj.weight
+    found = [kernels.get(name, like.new_ones(projections[name].out_features, 1)).detach() for name in names]
+    return torch.cat([F.pad(kernel, (width - kernel.shape[1], 0)) for kernel in found]).unsqueeze(1).to(like)
 
 
 @contextmanager
@@ -314,12 +299,3 @@ def without_fla() -> Iterator[None]:
     finally:
         sys.modules.pop("fla", None)
         sys.modules.update(before)
-
-
-def transformers_classes(config: str, model: str) -> tuple[Any, Any]:
-    """Two classes of `transformers` by name. Raises UserError if this version lacks one."""
-    with without_fla():
-        found = [getattr(transformers, name, None) for name in (config, model)]
-    if None in found:
-        raise UserError(f"transformers {transformers.__version__} has no {model}; expected a later version")
-    return found[0], found[1]

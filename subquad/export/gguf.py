@@ -1,10 +1,11 @@
 """Writes a Qwen3.5 model to a GGUF file (architecture qwen35) for llama.cpp.
 
 llama.cpp stores A_log as -exp(A_log), norm weights plus one, convolutions as matrices, and the positions of attention
-layers as an interval or a list.
+layers as an interval or a list. It has a fixed set of pre-tokenizers, among which a tokenizer's regular expression is
+looked up.
 """
 
-import re
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.export.gguf_tokenizer import add_tokenizer
 from subquad.modeling.export_target import ExportError
 
 ARCHITECTURE = "qwen35"
@@ -25,32 +25,16 @@ TYPES = {
 }
 """Types of the matrices. Norms, decays, gates and convolutions are always float32: they are few, and their errors
 accumulate in the state."""
-TENSOR_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-    "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "post_attention_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "self_attn.q_norm.weight": "attn_q_norm.weight",
-    "self_attn.k_norm.weight": "attn_k_norm.weight",
-    "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
-    "linear_attn.in_proj_z.weight": "attn_gate.weight",
-    "linear_attn.in_proj_b.weight": "ssm_beta.weight",
-    "linear_attn.in_proj_a.weight": "ssm_alpha.weight",
-    "linear_attn.conv1d.weight": "ssm_conv1d.weight",
-    "linear_attn.A_log": "ssm_a",
-    "linear_attn.dt_bias": "ssm_dt.bias",
-    "linear_attn.norm.weight": "ssm_norm.weight",
-    "linear_attn.out_proj.weight": "ssm_out.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-}
 FLOAT32_TENSORS = ("ssm_beta.weight", "ssm_alpha.weight", "ssm_conv1d.weight")
+LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = {
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{LETTERS}|\p{{N}}|{REST}": "qwen2",
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{LETTERS}|\p{{N}}{{1,3}}|{REST}": "llama-bpe",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen35",
+}
+"""Regular expressions of pre-tokenizers, and llama.cpp's names for them."""
 
 
 def write_gguf(
@@ -69,10 +53,11 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_sizes(writer, model.config)
     add_tokenizer(writer, tokenizer, model.config.vocab_size)
-    tied = model.config.tie_word_embeddings
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN35, model.config.num_hidden_layers)
     for key, tensor in model.state_dict().items():
-        if not (tied and key == "lm_head.weight"):
-            add_tensor(writer, key, tensor, matrix_type)
+        if not (model.config.tie_word_embeddings and key == "lm_head.weight"):
+            name = names.get_name(key.replace("dt_bias", "dt_proj.bias"), (".weight", ".bias"))
+            add_tensor(writer, name, tensor, matrix_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -124,22 +109,98 @@ def add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_array(f"{ARCHITECTURE}.attention.recurrent_layers", recurrent)
 
 
-def add_tensor(writer: gguf.GGUFWriter, key: str, tensor: Tensor, matrix_type: gguf.GGMLQuantizationType) -> None:
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", key)
-    name = TENSOR_NAMES[layer[2] if layer else key]
+def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, matrix_type: gguf.GGMLQuantizationType) -> None:
     tensor = tensor.detach().to("cpu", torch.float32)
-    if name == "ssm_a":
+    if name.endswith("ssm_a"):
         tensor = -tensor.exp()
-    elif name == "ssm_conv1d.weight":
+    elif name.endswith("ssm_conv1d.weight"):
         tensor = tensor.squeeze(1)
-    elif name.endswith("norm.weight") and name != "ssm_norm.weight":
+    elif name.endswith("norm.weight") and not name.endswith("ssm_norm.weight"):
         tensor = tensor + 1
     values, dtype = tensor.numpy(), matrix_type
-    if values.ndim == 1 or name in FLOAT32_TENSORS:
+    if values.ndim == 1 or name.endswith(FLOAT32_TENSORS):
         dtype = gguf.GGMLQuantizationType.F32
     elif dtype == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
         dtype = gguf.GGMLQuantizationType.F16  # q8_0 has blocks of 32 elements of a row
     if dtype == gguf.GGMLQuantizationType.F16 and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
         dtype = gguf.GGMLQuantizationType.F32
-    name = f"blk.{layer[1]}.{name}" if layer else name
     writer.add_tensor(name, gguf.quants.quantize(values, dtype), raw_dtype=dtype)
+
+
+# ---------------------------------------------------------------------- tokenizer
+
+
+def unsupported(reason: str) -> ExportError:
+    return ExportError(
+        f"tokenizer: {reason}; a GGUF file needs byte-level BPE that splits text as GPT-2, SmolLM, Llama 3, Qwen2 or "
+        "Qwen3.5 do (format qwen3_5 supports any tokenizer)"
+    )
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    """Writes all that llama.cpp needs to produce the same tokens.
+
+    size: of the embedding; ids without a token get an unused one.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise unsupported(f"{type(tokenizer).__name__} is not a fast tokenizer")
+    spec = json.loads(backend.to_str())
+    if spec["model"]["type"] != "BPE" or spec["model"].get("byte_fallback"):
+        raise unsupported(f"its model is {spec['model']['type']}, or has byte fallback")
+    if (spec.get("normalizer") or {}).get("type", "NFC") != "NFC":
+        raise unsupported(f"it normalizes text ({spec['normalizer']['type']})")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(spec["pre_tokenizer"]))
+    tokens, types = token_list(spec, size)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
+    writer.add_token_merges(merges)
+    add_special_tokens(writer, tokenizer)
+
+
+def token_list(spec: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Tokens in the order of their ids, and their types."""
+    tokens = {token_id: token for token, token_id in spec["model"]["vocab"].items()}
+    types = dict.fromkeys(tokens, gguf.TokenType.NORMAL)
+    for added in spec["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    if max(tokens) >= size:
+        raise unsupported(f"it has token id {max(tokens)}, but the embedding has {size} rows")
+    return (
+        [tokens.get(i, f"[UNUSED{i}]") for i in range(size)],
+        [int(types.get(i, gguf.TokenType.UNUSED)) for i in range(size)],
+    )
+
+
+def pre_tokenizer_name(pre: dict[str, Any] | None) -> str:
+    """llama.cpp's name of a pre-tokenizer."""
+    steps = [] if pre is None else pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    types = [step["type"] for step in steps]
+    if not types or types[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        raise unsupported(f"it splits text by {' and '.join(types) or 'nothing'}")
+    use_regex = steps[-1].get("use_regex", True)
+    if types == ["ByteLevel"] and use_regex:
+        return "gpt-2"
+    if types == ["Digits", "ByteLevel"] and use_regex and steps[0]["individual_digits"]:
+        return "smollm"
+    if types == ["Split", "ByteLevel"] and not use_regex and steps[0]["behavior"] == "Isolated":
+        name = PRE_TOKENIZERS.get(steps[0]["pattern"].get("Regex"))
+        if name is not None:
+            return name
+    raise unsupported(f"it splits text by {' and '.join(types)} with unknown settings")
+
+
+def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    for kind in ("bos", "eos", "unk", "pad"):
+        token_id = getattr(tokenizer, f"{kind}_token_id")
+        if token_id is not None:
+            getattr(writer, f"add_{kind}_token_id")(token_id)
+    plain, full = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
+    writer.add_add_bos_token(full[: -len(plain)] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(full[len(plain) :] == [tokenizer.eos_token_id] != [None])
+    writer.add_add_space_prefix(False)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)

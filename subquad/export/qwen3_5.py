@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.export.converter import ConfigValues, Converter, Weights, conv_weight, transformers_classes
+from subquad.export.converter import Converter, Weights, conv_weight
+from subquad.mixers import AttentionSpec
 from subquad.mixers.gated_deltanet import GatedDeltaNet
 from subquad.modeling.attention.discovery import AttentionInfo
 from subquad.modeling.export_target import QWEN3_5, ExportError
@@ -18,33 +19,30 @@ from subquad.modeling.export_target import QWEN3_5, ExportError
 
 class Qwen3_5Converter(Converter):
     target = QWEN3_5
+    class_names = ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM")
     final_norm = "model.norm.weight"
     mlp = "mlp"
     mlp_norm = "post_attention_layernorm"
     norm_offset = 1.0
 
-    def classes(self) -> tuple[Any, Any]:
-        return transformers_classes("Qwen3_5TextConfig", "Qwen3_5ForCausalLM")
-
-    def config(self, values: ConfigValues) -> Any:
-        spec, rope, layers = values.mixer_spec, values.rope_parameters, range(values.common["num_hidden_layers"])
+    def config(
+        self, common: dict[str, Any], spec: AttentionSpec, conv_width: int, attention_layers: list[int]
+    ) -> dict[str, Any]:
+        rope, layers = common["rope_parameters"], range(common["num_hidden_layers"])
         # text has one position in all three sections, which together must cover all rotated pairs of channels
-        pairs = round(rope["partial_rotary_factor"] * values.common["head_dim"]) // 2
-        return self.classes()[0](
-            **values.common,
-            layer_types=["full_attention" if i in values.attention_layers else "linear_attention" for i in layers],
-            attn_output_gate=True,
-            linear_num_key_heads=spec.num_heads,
-            linear_num_value_heads=spec.num_heads,
-            linear_key_head_dim=spec.head_dim,
-            linear_value_head_dim=spec.value_dim,
-            linear_conv_kernel_dim=values.conv_width,
-            rope_parameters={
-                **rope,
-                "mrope_section": [-(-pairs // 3), (pairs + 1) // 3, pairs // 3],
-                "mrope_interleaved": True,
-            },
-        )
+        pairs = round(rope["partial_rotary_factor"] * common["head_dim"]) // 2
+        sections = [-(-pairs // 3), (pairs + 1) // 3, pairs // 3]
+        return {
+            **common,
+            "layer_types": ["full_attention" if i in attention_layers else "linear_attention" for i in layers],
+            "attn_output_gate": True,
+            "linear_num_key_heads": spec.num_heads,
+            "linear_num_value_heads": spec.num_heads,
+            "linear_key_head_dim": spec.head_dim,
+            "linear_value_head_dim": spec.value_dim,
+            "linear_conv_kernel_dim": conv_width,
+            "rope_parameters": {**rope, "mrope_section": sections, "mrope_interleaved": True},
+        }
 
     def mixer_weights(self, mixer: GatedDeltaNet, conv_width: int, factor: float) -> Weights:
         """Qwen3.5 has one norm weight for all heads; the student's are folded into the output projection."""
@@ -64,13 +62,9 @@ class Qwen3_5Converter(Converter):
 
     def attention_weights(self, info: AttentionInfo, query_scale: float, factor: float) -> Weights:
         """`q_proj` has rows of queries and of the gate for each head; zero gate weights give sigmoid(0) = 1/2."""
-        q, k, v, o = (info.projection_weights(name)[0] for name in "qkvo")
-        by_head = q.unflatten(0, (info.spec.num_heads, info.spec.head_dim))
-        return {
-            "self_attn.q_proj.weight": torch.cat([by_head, torch.zeros_like(by_head)], dim=1).flatten(0, 1),
-            "self_attn.k_proj.weight": k,
-            "self_attn.v_proj.weight": v,
-            "self_attn.o_proj.weight": o * (2 * factor),
+        q = info.projection_weights("q")[0].unflatten(0, (info.spec.num_heads, info.spec.head_dim))
+        return super().attention_weights(info, query_scale, 2 * factor) | {
+            "self_attn.q_proj.weight": torch.cat([q, torch.zeros_like(q)], dim=1).flatten(0, 1),
             "self_attn.q_norm.weight": exact_norm_weight(info, "q") * query_scale - 1,
             "self_attn.k_norm.weight": exact_norm_weight(info, "k") - 1,
         }

@@ -126,6 +126,6 @@ def threads_per_worker(jobs: int) -> int:
 
 def gpu_environment(slot: int) -> dict[str, str]:
     """The `CUDA_VISIBLE_DEVICES` of a worker; empty without a GPU."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
-    return {"CUDA_VISIBLE_DEVICES": names[slot % len(names)]} if names and torch.cuda.device_count() else {}
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return {"CUDA_VISIBLE_DEVICES": names[slot % len(names)]} if count else {}

@@ -6,31 +6,29 @@ The state of the study is read from its directory. Running it again executes onl
 unfinished.
 """
 
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from subquad.config import Recipe
 from subquad.data import check_data
 from subquad.distill.recipe_stages import stage_keys
-from subquad.distill.stage_cache import StageCache
 from subquad.evaluate import command
 from subquad.evaluate.results import Result
 from subquad.evaluate.suites import settings_for
 from subquad.modeling.teachers import check_reference
 from subquad.study.engines import Scheduler, run_in_processes, run_sequentially
-from subquad.study.progress import remaining_table, repeated, run_outcome, status_line
+from subquad.study.progress import repeated, run_outcome, shared_stages, status_line
 from subquad.study.ray_engine import import_ray, run_on_cluster
 from subquad.study.results import RESULTS, run_results, write_results
-from subquad.study.runs import Run, all_runs, find_runs, study_lock
+from subquad.study.runs import Run, find_runs, study_lock
 from subquad.utils import UserError, nearest, write_json_atomic
 
 logger = logging.getLogger(__name__)
 ENGINES = ("local", "ray")
-STAGE_CACHE = ".stages"
-"""Directory of shared stages below the output."""
 INTERVAL = 30.0
 """Seconds between status lines."""
 
@@ -74,9 +72,13 @@ def run_study(
             log(f"[{ended}/{len(runs)}] {run_outcome(run)}")
             write_results(output, runs)
 
+        def prune() -> None:
+            unfinished = [stage_keys(run.recipe).values() for run in runs if run.state != "finished"]
+            stage_cache.prune(itertools.chain.from_iterable(unfinished))
+
         scheduler = Scheduler(runs, stage_cache, on_end)
         write_results(output, runs)
-        stage_cache.prune(needed_stage_keys(runs))
+        prune()
         with repeated(log, lambda: status_line(runs, list(scheduler.running), stage_cache, jobs), interval):
             if engine == "ray":
                 run_on_cluster(scheduler, jobs)
@@ -84,7 +86,7 @@ def run_study(
                 run_sequentially(scheduler)
             else:
                 run_in_processes(scheduler, jobs)
-        stage_cache.prune(needed_stage_keys(runs))
+        prune()
         if suites:
             for name, reason in evaluate_study(runs, output, suites).items():
                 log(f"{name} failed: {reason}")
@@ -131,19 +133,3 @@ def evaluate_study(runs: Sequence[Run], output: Path, suites: Sequence[str]) -> 
             records = [result.as_dict() for result in results.values()]
             write_json_atomic(directory / RESULTS, {**report.header, "results": records})
     return failed
-
-
-def shared_stages(runs: Sequence[Run], output: Path) -> StageCache:
-    return StageCache.for_runs(output / STAGE_CACHE, [stage_keys(run.recipe).values() for run in runs])
-
-
-def needed_stage_keys(runs: Iterable[Run]) -> set[str]:
-    """Stage keys of the runs that are not finished."""
-    return {key for run in runs if run.state != "finished" for key in stage_keys(run.recipe).values()}
-
-
-def describe_remaining_work(recipes: Sequence[Recipe], output: str | os.PathLike, jobs: int = 1) -> str:
-    """A table of the runs with their remaining tokens and estimated time. Changes nothing (`--dry-run`)."""
-    output = Path(output)
-    runs = find_runs(recipes, output)
-    return remaining_table(runs, all_runs(output), shared_stages(runs, output), jobs)

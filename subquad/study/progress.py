@@ -2,23 +2,32 @@
 
 import contextlib
 import math
+import os
 import statistics
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from subquad.config import Recipe
 from subquad.distill.logging_callbacks import read_jsonl
 from subquad.distill.recipe_stages import stage_keys, stage_tokens
 from subquad.distill.stage_cache import StageCache
 from subquad.evaluate.table import text_table
-from subquad.study.runs import METRICS, Run
+from subquad.study.runs import METRICS, Run, all_runs, find_runs
 
+STAGE_CACHE = ".stages"
+"""Directory of shared stages below the output."""
 MAX_RUNS_SHOWN = 4
 """Running runs that a status line describes."""
+
+
+def shared_stages(runs: Sequence[Run], output: Path) -> StageCache:
+    return StageCache.for_runs(output / STAGE_CACHE, [stage_keys(run.recipe).values() for run in runs])
 
 
 class Remaining(NamedTuple):
@@ -76,9 +85,10 @@ def format_time(seconds: float) -> str:
     return "unknown" if math.isinf(seconds) else str(timedelta(seconds=round(seconds)))
 
 
-def remaining_table(runs: Sequence[Run], measured: Sequence[Run], stage_cache: StageCache, jobs: int) -> str:
-    """A table of the runs with their remaining tokens and estimated time, at the speeds of the runs `measured`."""
-    remaining = remaining_training(runs, measured, stage_cache)
+def describe_remaining_work(recipes: Sequence[Recipe], output: str | os.PathLike, jobs: int = 1) -> str:
+    """A table of the runs with their remaining tokens and estimated time. Changes nothing (`--dry-run`)."""
+    runs = find_runs(recipes, Path(output))
+    remaining = remaining_training(runs, all_runs(Path(output)), shared_stages(runs, Path(output)))
     cells = [["run", "state", "tokens", "left", "expected"]]
     for run, (tokens, seconds, _) in zip(runs, remaining, strict=True):
         left = [tqdm.format_sizeof(tokens), format_time(seconds)] if tokens else ["", ""]

@@ -39,28 +39,6 @@ def test_options_that_the_target_does_not_fix_are_free():
     assert convert(student, "qwen3_5").config.linear_conv_kernel_dim == 3
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"export_target": "qwen35"}, "unknown export target 'qwen35'"),
-        (
-            {"mixer": "gla", "export_target": "qwen3_5"},
-            r"gla cannot be exported to Qwen3\.5",
-        ),
-        ({"mixer": "softmax", "export_target": "qwen3_5"}, "softmax cannot be exported"),
-        ({"rotary": True, "export_target": "qwen3_5"}, "layer 0: rotary: got True"),
-        (
-            {"layer_types": {"default": "gated_deltanet", "1": {"mixer": "attention", "window": 4}}},
-            "layer 1: .* window",
-        ),
-    ],
-    ids=lambda value: "",
-)
-def test_linearize_refuses_unsupported_mixers_and_options(options, message):
-    with pytest.raises(UserError, match=message):
-        subquad.linearize(teacher_of("llama"), scale_ids=SCALE_IDS, **{"export_target": "qwen3_5", **options})
-
-
 def test_mixer_without_biases():
     mixer = create("gated_deltanet", SPEC, v_activation="silu", biases=False, norm_eps=1e-5)
     assert not any(name.endswith("bias") and name != "dt_bias" for name, _ in mixer.named_parameters())
@@ -167,15 +145,18 @@ def test_qk_norm_that_cannot_be_added_is_refused():
 def test_calibration_lowers_the_loss():
     teacher, tokenizer = subquad.load_teacher("nano")
     data = Data(source="python-stdlib", seq_len=512)
-    text, held_out = (token_rows(data, tokenizer, split, limit=2**16) for split in ("train", "validation"))
-    rows = torch.stack([held_out[i]["input_ids"] for i in range(2)])
+    text, validation = (token_rows(data, tokenizer, split, limit=2**16) for split in ("train", "validation"))
+    # The gain of two rows is 0.08 to 0.44 nats, whichever two they are; that of 32 rows 0.24 to 0.29.
+    rows = torch.stack([validation[i]["input_ids"] for i in range(32)])
     calibration = torch.stack([text[i]["input_ids"] for i in range(4)])
     plain = subquad.linearize(teacher, scale_ids=calibration, export_target="qwen3_5").eval()
     student = subquad.linearize(teacher, calibration_ids=calibration, export_target="qwen3_5").eval()
     with torch.no_grad():
-        before, after = (m(rows, labels=rows, use_cache=False).loss.item() for m in (plain, student))
+        before, after = (
+            sum(m(row, labels=row, use_cache=False).loss.item() for row in rows.split(4)) / 8 for m in (plain, student)
+        )
     assert after < before - 0.2
-    assert relative_error(logits(convert(student, "qwen3_5"), rows), logits(student, rows)) < 1e-5
+    assert relative_error(logits(convert(student, "qwen3_5"), rows[:2]), logits(student, rows[:2])) < 1e-5
 
 
 def test_calibrated_student_can_be_exported():

@@ -8,10 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subquad
 from subquad.export import convert, export
-from subquad.export.gguf import check_config
-from subquad.export.gguf_tokenizer import pre_tokenizer_name, token_list
+from subquad.export.gguf import check_config, pre_tokenizer_name, token_list
 from subquad.modeling.export_target import ExportError
-from tests.helpers.exports import IRREGULAR, PURE, REGULAR, relative_error, saved_student, student_of
+from tests.helpers.exports import IRREGULAR, LLAMA3, PURE, REGULAR, relative_error, saved_student, student_of
 from tests.helpers.llama_cpp import log_probabilities, needs_llama_cpp, run
 from tests.helpers.students import logits
 
@@ -119,15 +118,7 @@ def test_llama_cpp_tokenizes_the_same_way(students):
 
 
 def test_rope_type_that_llama_cpp_cannot_read_is_refused(tmp_path):
-    rope = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-        "rope_theta": 1e4,
-    }
-    saved_student(tmp_path, REGULAR, rope_parameters=rope)
+    saved_student(tmp_path, REGULAR, rope_parameters=LLAMA3)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ExportError, match="rope_type: got 'llama3'"):
         export(tmp_path / "student", tmp_path / "student.gguf", "gguf")

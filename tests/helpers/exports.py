@@ -17,6 +17,14 @@ from tests.helpers.teachers import randomize_weights
 PURE = {"default": "gated_deltanet"}
 REGULAR = {"default": "gated_deltanet", "1,3": "attention"}
 IRREGULAR = {"default": "gated_deltanet", "0,3": "attention"}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 1e4,
+}
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 32,

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from subquad.analysis.mixing_matrices import normalized_abs_rows, pack_pairs
 from subquad.config import Recipe
@@ -27,6 +28,19 @@ BASE_KL = {
 TEACHER_LOSS, UNIGRAM_LOSS = 3.1, 6.9
 STAGE_SETS = (("matrix", "hidden", "end_to_end"), ("hidden", "end_to_end"), ("end_to_end",))
 LAYERS, HEADS = 6, 4
+SHORT = ["stages.matrix.tokens=128", "stages.hidden.tokens=192", "stages.end_to_end.tokens=128"]
+HIDDEN_ONLY = ["stages.matrix=null", "stages.end_to_end=null", "stages.hidden.tokens=128"]
+TWO_LAST_STAGES = "stages.end_to_end=[{tokens: 128, lr: 1e-3, batch_size: 2}, {tokens: 192, lr: 1e-3, batch_size: 2}]"
+
+
+def study_command(recipe: Path, output: Path, *overrides: str) -> list[str]:
+    """The arguments of `subquad study`."""
+    return ["study", str(recipe), "-o", str(output), *(part for text in overrides for part in ("--set", text))]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (load_file(directory / "model.safetensors") for directory in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def synthetic_recipes(

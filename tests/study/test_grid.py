@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from subquad.cli import main
 from subquad.config import load_study
@@ -20,18 +18,12 @@ from subquad.evaluate import command
 from subquad.evaluate.runner import Evaluation
 from subquad.modeling import teachers
 from subquad.study import engines, runs
-from subquad.study.grid import describe_remaining_work, run_study
+from subquad.study.grid import run_study
+from subquad.study.progress import describe_remaining_work
 from subquad.study.runs import find_runs, study_lock
 from subquad.study.table import format_study
 from subquad.utils import UserError
-
-SHORT = ["stages.matrix.tokens=128", "stages.hidden.tokens=192", "stages.end_to_end.tokens=128"]
-TWO_LAST_STAGES = "stages.end_to_end=[{tokens: 128, lr: 1e-3, batch_size: 2}, {tokens: 192, lr: 1e-3, batch_size: 2}]"
-
-
-def same_weights(one, other):
-    a, b = (load_file(directory / "model.safetensors") for directory in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from tests.helpers.studies import HIDDEN_ONLY, SHORT, TWO_LAST_STAGES, same_weights, study_command
 
 
 @pytest.fixture
@@ -49,23 +41,22 @@ def trained_stages(monkeypatch):
 
 
 def test_a_changed_recipe_trains_only_new_runs(study_recipe, tmp_path, trained_stages):
-    hidden_only = ["stages.matrix=null", "stages.end_to_end=null", "stages.hidden.tokens=128"]
-    results = run_study(load_study(study_recipe, [*hidden_only, "student.mixer=[gla, retnet]"]), tmp_path)
+    results = run_study(load_study(study_recipe, [*HIDDEN_ONLY, "student.mixer=[gla, retnet]"]), tmp_path)
     assert [result["run"] for result in results] == ["gla", "retnet"]
     assert trained_stages == [("gla", "hidden"), ("retnet", "hidden")]
     trained_stages.clear()
-    more = load_study(study_recipe, [*hidden_only, "student.mixer=[gla, retnet]", "seed=[0, 1]"])
+    more = load_study(study_recipe, [*HIDDEN_ONLY, "student.mixer=[gla, retnet]", "seed=[0, 1]"])
     results = run_study(more, tmp_path)
     assert [result["run"] for result in results] == ["gla", "gla-seed=1", "retnet", "retnet-seed=1"]
     assert [name for name, _ in trained_stages] == ["gla-seed=1", "retnet-seed=1"]
     trained_stages.clear()
-    changed = load_study(study_recipe, [*hidden_only, "student.mixer=gla", "stages.hidden.lr=2e-3"])
+    changed = load_study(study_recipe, [*HIDDEN_ONLY, "student.mixer=gla", "stages.hidden.lr=2e-3"])
     (result,) = run_study(changed, tmp_path)
     assert result["run"] == f"gla-{changed[0].digest()[:8]}"
     assert len(trained_stages) == 1
     trained_stages.clear()
     (tmp_path / "gla").rename(tmp_path / "renamed")
-    results = run_study(load_study(study_recipe, [*hidden_only, "student.mixer=[gla, retnet]"]), tmp_path)
+    results = run_study(load_study(study_recipe, [*HIDDEN_ONLY, "student.mixer=[gla, retnet]"]), tmp_path)
     assert [result["run"] for result in results] == ["renamed", "retnet"]
     assert trained_stages == []
 
@@ -96,13 +87,8 @@ def test_stage_keys_depend_on_everything_up_to_the_stage(study_recipe):
     base = keys()
     longer = keys("stages.end_to_end.tokens=4096")
     assert [base[name] == longer[name] for name in STAGE_NAMES] == [True, True, False]
-    for other in (
-        "seed=1",
-        "student.copy_qkv=false",
-        "data.seq_len=16",
-        "stages.matrix.lr=1",
-        "evaluation.eval_tokens=64",
-    ):
+    others = "seed=1 student.copy_qkv=false data.seq_len=16 stages.matrix.lr=1 evaluation.eval_tokens=64"
+    for other in others.split():
         assert not set(base.values()) & set(keys(other).values())
     # Beyond UNIGRAM_TOKENS the length of an epoch, and with it the order of the rows, depends on the whole run.
     assert not set(base.values()) & set(keys("stages.end_to_end.tokens=300000").values())
@@ -124,8 +110,7 @@ def test_a_failed_run_is_reported_and_does_not_stop_others(study_recipe, tmp_pat
             raise RuntimeError("no luck\ntoday")
         return distill(recipe, *rest)
 
-    argv = ["study", str(study_recipe), "-o", str(tmp_path / "s"), "--set", "student.mixer=[gla, retnet]"]
-    argv += [part for text in SHORT for part in ("--set", text)]
+    argv = study_command(study_recipe, tmp_path / "s", "student.mixer=[gla, retnet]", *SHORT)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "distill", fail)
         assert main(argv) == 1
@@ -161,13 +146,12 @@ def test_results_are_written_to_a_database(study_recipe, tmp_path):
 
 
 def test_evaluation_results_are_in_the_database(study_recipe, tmp_path, capsys):
-    argv = ["study", str(study_recipe), "-o", str(tmp_path / "s"), "--evaluate", "language"]
-    argv += [part for text in SHORT for part in ("--set", text)]
-    assert main(argv) == 0, capsys.readouterr()
+    argv = study_command(study_recipe, tmp_path / "s", *SHORT)
+    assert main([*argv, "--evaluate", "language"]) == 0, capsys.readouterr()
     with sqlite3.connect(tmp_path / "s" / "results.sqlite") as database:
         models = database.execute("SELECT DISTINCT run FROM results WHERE source = 'evaluation'").fetchall()
     assert {"gla", "teacher"} <= {name for (name,) in models}
-    assert main([*argv[:-1], "seed=[0,1]", "--evaluate", "nonsense"]) == 2
+    assert main([*argv, "--evaluate", "nonsense"]) == 2
     assert "'nonsense'" in capsys.readouterr().err
 
 
@@ -194,8 +178,7 @@ def test_students_are_evaluated_one_at_a_time_and_the_teacher_once(study_recipe,
 
 
 def test_dry_run_lists_tokens_and_does_not_invent_a_time(study_recipe, tmp_path, capsys):
-    argv = ["study", str(study_recipe), "-o", str(tmp_path / "s"), "--dry-run", "--set", TWO_LAST_STAGES]
-    assert main(argv) == 0
+    assert main([*study_command(study_recipe, tmp_path / "s", TWO_LAST_STAGES), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert not (tmp_path / "s").exists()
     # Both runs need matrix (512 tokens) and hidden (768 tokens), which are trained once.
@@ -227,8 +210,8 @@ def test_every_run_reports_to_tensorboard(study_recipe, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    short = ["stages.matrix=null", "stages.end_to_end=null", "stages.hidden.tokens=192", "report_to=tensorboard"]
-    for result in run_study(load_study(study_recipe, [*short, "seed=[0,1]"]), tmp_path):
+    overrides = [*HIDDEN_ONLY, "report_to=tensorboard", "seed=[0,1]"]
+    for result in run_study(load_study(study_recipe, overrides), tmp_path):
         events = EventAccumulator(str(tmp_path / result["run"] / "tensorboard" / "hidden"))
         events.Reload()
         logged = [line["loss"] for line in read_jsonl(tmp_path / result["run"] / "metrics.jsonl")]

@@ -15,6 +15,7 @@ import pytest
 from subquad.config import load_study
 from subquad.study.grid import run_study
 from subquad.study.runs import find_runs
+from tests.helpers.studies import study_command
 
 TWELVE = [
     "student.mixer=[gla, retnet, metala]",
@@ -48,8 +49,8 @@ def finished(output: Path) -> dict[str, int]:
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_study_killed_three_times_gives_the_same_results(jobs, uninterrupted, study_recipe, tmp_path):
     output, generator = tmp_path / "killed", random.Random(jobs)
-    command = [sys.executable, "-m", "subquad.cli", "study", str(study_recipe), "--output", str(output)]
-    command += ["--jobs", str(jobs), *(part for text in TWELVE for part in ("--set", text))]
+    arguments = study_command(study_recipe, output, *TWELVE)
+    command = [sys.executable, "-m", "subquad.cli", *arguments, "--jobs", str(jobs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def metrics_bytes():

@@ -5,19 +5,16 @@ import os
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from subquad.config import load_study
 from subquad.study import engines
 from subquad.study.engines import MAX_WORKER_EXITS, Scheduler
-from subquad.study.grid import run_study, shared_stages
+from subquad.study.grid import run_study
+from subquad.study.progress import shared_stages
 from subquad.study.ray_engine import resources_per_run
 from subquad.study.runs import find_runs
 from subquad.utils import UserError
-
-TWO_LAST_STAGES = "stages.end_to_end=[{tokens: 128, lr: 1e-3, batch_size: 2}, {tokens: 192, lr: 1e-3, batch_size: 2}]"
-SHORT = ["stages.matrix.tokens=128", "stages.hidden.tokens=192", "stages.end_to_end.tokens=128"]
+from tests.helpers.studies import SHORT, TWO_LAST_STAGES, same_weights
 
 
 def test_a_run_waits_while_another_trains_a_shared_stage(study_recipe, tmp_path):
@@ -91,8 +88,5 @@ def test_parallel_runs_with_a_killed_worker_match_sequential_runs(study_recipe, 
     assert len(workers) == 3
     assert not multiprocessing.active_children()
     for result, other in zip(expected, results, strict=True):
-        directories = (tmp_path / "sequential" / result["run"], tmp_path / "parallel" / other["run"])
-        a, b = (load_file(directory / "model.safetensors") for directory in directories)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert same_weights(tmp_path / "sequential" / result["run"], tmp_path / "parallel" / other["run"])
         assert result["perplexity"] == other["perplexity"]
