@@ -56,8 +56,9 @@ def write_gguf(
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN35, model.config.num_hidden_layers)
     for key, tensor in model.state_dict().items():
         if not (model.config.tie_word_embeddings and key == "lm_head.weight"):
-            name = names.get_name(key.replace("dt_bias", "dt_proj.bias"), (".weight", ".bias"))
-            add_tensor(writer, name, tensor, matrix_type)
+            tensor_name = names.get_name(key.replace("dt_bias", "dt_proj.bias"), (".weight", ".bias"))
+            assert tensor_name is not None, key
+            add_tensor(writer, tensor_name, tensor, matrix_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
