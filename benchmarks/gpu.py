@@ -214,7 +214,7 @@ def recipe(args: argparse.Namespace, tokens: dict[str, int]) -> Recipe:
     rates = {
         "matrix": {"lr": 1e-3, "param_groups": {"attention_projections": {"lr": 3e-4}}},
         "hidden": {"lr": 2e-3, "param_groups": {"attention_projections": {"lr": 5e-4}}},
-        "end_to_end": {"lr": 3e-4, "param_groups": {"mixer": {"lr": 1e-3}, "attention_projections": {"lr": 6e-4}}},
+        "end_to_end": {"lr": 2e-4, "param_groups": {"mixer": {"lr": 1e-3}, "attention_projections": {"lr": 5e-4}}},
     }
     stages = {name: {"tokens": count, "batch_size": batch, **rates[name]} for name, count in tokens.items()}
     return Recipe.model_validate(
@@ -245,7 +245,7 @@ def distillation(args: argparse.Namespace) -> list[Row]:
     loaded = subquad.load_teacher(args.teacher)
     per_step = args.batch * args.seq_len if args.cuda else 256
     with tempfile.TemporaryDirectory() as directory:
-        pilot, final = Path(directory, "pilot"), Path(directory, "final")
+        pilot, final = Path(directory, "pilot"), args.student or Path(directory, "final")
         steps = PILOT_STEPS if args.cuda else 6
         distill(recipe(args, dict.fromkeys(STAGE_SHARES, steps * per_step)), pilot, loaded)
         speed = stage_rates(pilot)
@@ -257,10 +257,10 @@ def distillation(args: argparse.Namespace) -> list[Row]:
         speed = stage_rates(final)
         args.metrics = read_jsonl(final / "metrics.jsonl")
     parameters = sum(p.numel() for p in loaded[0].parameters())
-    operations = {"hidden": 2 * parameters, "matrix": 2 * parameters, "end_to_end": 8 * parameters}
+    operations = {"matrix": 2 * parameters, "hidden": 2 * parameters, "end_to_end": 8 * parameters}  # at least
     rows = [
         {"stage": s, "tokens": tokens[s], "tokens_per_second": speed[s],
-         "share of bf16 rate": operations[s] * speed[s] / args.matmul_rate if s == "end_to_end" else None}
+         "share of bf16 rate": operations[s] * speed[s] / args.matmul_rate if args.matmul_rate else None}
         for s in tokens
     ]  # fmt: skip
     memory = torch.cuda.max_memory_allocated() / 1e9 if args.cuda else None
@@ -300,10 +300,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", default="python-stdlib", help="source of the training text")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch", type=int, default=32, help="rows in a training step on the accelerator")
+    parser.add_argument("--student", type=Path, metavar="DIR", help="keep the distilled student there")
     parser.add_argument("--tokens", type=int, default=32768, help="in a call of an operator on the accelerator")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="of NAME.json and NAME.md")
     args = parser.parse_args(argv)
+    args.matmul_rate = None
     args.cuda, args.deadline = args.device.type == "cuda", time.perf_counter() + args.seconds
     args.output.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if args.cuda else "cpu"
