@@ -195,8 +195,12 @@ def trace_kept_attention(student: SubquadForCausalLM) -> AttentionTraces:
 def check_logits(student: SubquadForCausalLM, model: PreTrainedModel) -> None:
     """Raises ExportError if the two do not give the same logits in float32, on random tokens at positions spread over
     the teacher's context length."""
-    float32 = [m if m.dtype == torch.float32 else copy.deepcopy(m).float() for m in (model, student)]
-    tokens = random_tokens(student)
+    # With a GPU, transformers may have bound Triton kernels, which do not compute tensors of the CPU.
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else student.device
+    same = [m.dtype == torch.float32 and m.device == device for m in (model, student)]
+    pairs = zip((model, student), same, strict=True)
+    float32 = [m if keep else copy.deepcopy(m).to(device, torch.float32) for m, keep in pairs]
+    tokens = random_tokens(student).to(device)
     context = getattr(student.config, "max_position_embeddings", 2048)
     last = min(context, student.config.max_learned_positions or 2**31) - 1
     positions = torch.linspace(0, last, tokens.shape[1], device=tokens.device).long().expand_as(tokens)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import subquad
+from subquad.export import export
 from subquad.modeling.cache import CACHE_ARGUMENT
+from tests.helpers.exports import saved_student
 from tests.helpers.students import MIXERS, SCALE_IDS, make_student
 from tests.helpers.teachers import tiny_teacher
 
@@ -146,3 +148,11 @@ def test_calibration_with_tokens_of_the_cpu(mixer):
     with torch.no_grad():
         expected, found = (student(input_ids=rows().to(student.device)).logits for student in students)
     assert distance(found, expected) < 5e-2
+
+
+@pytest.mark.parametrize("target", ["qwen3_5", "bamba"])
+def test_export_of_a_student_of_the_cpu(target, tmp_path):
+    """Its check runs the new model, whose kernels are Triton's where fla is installed."""
+    layers = {"default": "gated_deltanet" if target == "qwen3_5" else "mamba2"}
+    export(saved_student(tmp_path, layers, target), tmp_path / "served", target)
+    assert (tmp_path / "served" / "model.safetensors").exists()
