@@ -11,7 +11,7 @@ from pathlib import Path
 from subquad.cli.parser import AddCommand, split_list
 from subquad.utils import UserError, needs_extra, quiet_libraries
 
-BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar")
+BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar", "data")
 """Modules of `benchmarks`."""
 
 

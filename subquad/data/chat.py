@@ -1,13 +1,9 @@
-"""Conversations, and their rendering by a chat template with the assistant's turns marked.
+"""Conversations, and their rendering by a chat template with the assistant's turns marked."""
 
-Imports no torch, because the tokenizing processes import this module.
-"""
-
-import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +16,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ASSISTANT = "assistant"
 SENTINEL = "subquad-sentinel-7d1f"
 
+Message = dict[str, Any]
 Span = tuple[int, int]
 
 
@@ -28,7 +25,7 @@ class Conversation:
     """Messages, each a dict with `role`, `content` and further keys that a template reads; `location` is the file and
     row, for errors."""
 
-    messages: tuple[dict[str, Any], ...]
+    messages: tuple[Message, ...]
     location: str
 
     @classmethod
@@ -36,51 +33,33 @@ class Conversation:
         """A conversation from a table's cell. Raises UserError if it is not a list of messages."""
         if not isinstance(value, list):
             raise UserError(f"{location}: got {type(value).__name__}, expected a list of messages")
-        messages = []
-        for number, message in enumerate(value, start=1):
-            if not isinstance(message, dict):
-                got = type(message).__name__
-                raise UserError(
-                    f"{location}: message {number}: got {got}, expected an object with 'role' and 'content'"
-                )
-            # Tables have every key in every row, null where a message lacks it.
-            present = {key: item for key, item in message.items() if item is not None}
-            for key in ("role", "content"):
-                if key not in present and not (key == "content" and "tool_calls" in present):
-                    raise UserError(
-                        f"{location}: message {number}: got the keys {list(present)}, expected the key {key!r}"
-                    )
-                if not isinstance(present.setdefault(key, ""), str):
-                    got = type(present[key]).__name__
-                    raise UserError(f"{location}: message {number}: {key}: got {got}, expected text")
-            messages.append({k: replace_surrogates(v) if isinstance(v, str) else v for k, v in present.items()})
-        return cls(tuple(messages), location)
+        return cls(tuple(_message(m, f"{location}: message {i}") for i, m in enumerate(value, start=1)), location)
 
     def __len__(self) -> int:
         """Characters of all messages."""
         return sum(len(message["content"]) for message in self.messages)
-
-    @property
-    def has_assistant(self) -> bool:
-        return any(message["role"] == ASSISTANT for message in self.messages)
 
     def text(self) -> str:
         """The messages as JSON, independent of the location."""
         return json.dumps(self.messages, sort_keys=True)
 
 
+def _message(value: Any, location: str) -> Message:
+    if not isinstance(value, dict):
+        raise UserError(f"{location}: got {type(value).__name__}, expected an object with 'role' and 'content'")
+    # Tables have every key in every row, null where a message lacks it.
+    message = {key: item for key, item in value.items() if item is not None}
+    for key in ("role", "content"):
+        if key not in message and not (key == "content" and "tool_calls" in message):
+            raise UserError(f"{location}: got the keys {list(message)}, expected the key {key!r}")
+        if not isinstance(message.setdefault(key, ""), str):
+            raise UserError(f"{location}: {key}: got {type(message[key]).__name__}, expected text")
+    return {key: replace_surrogates(item) if isinstance(item, str) else item for key, item in message.items()}
+
+
 def replace_surrogates(text: str) -> str:
     """JSON can escape half a character, which no tokenizer accepts; it becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
-
-
-def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raises UserError if the tokenizer has no chat template."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            "data.chat: got true for a teacher without a chat template, expected an instruct model as the teacher, or "
-            "plain text as data"
-        )
 
 
 class Template:
@@ -89,8 +68,16 @@ class Template:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self.tokenizer = tokenizer
 
-    def render(self, conversation: Conversation) -> str:
-        return self._render(conversation.messages, conversation.location)
+    def render(self, messages: Sequence[Message], location: str, **options: Any) -> Any:
+        """The conversation as text, or whatever `apply_chat_template` returns with `options`.
+
+        Raises:
+            UserError: the template rejects the messages, for instance because roles do not alternate.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), **{"tokenize": False, **options})
+        except Exception as error:  # templates raise errors of any class
+            raise UserError(f"{location}: the chat template rejects this conversation ({error})") from None
 
     @functools.cached_property
     def has_generation_tags(self) -> bool:
@@ -99,10 +86,8 @@ class Template:
 
     def tokenize_with_mask(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
         """Token ids, and whether each is the assistant's, by a template with `{% generation %}`."""
-        with _template_errors_as_user_error(conversation.location):
-            out: Any = self.tokenizer.apply_chat_template(
-                list(conversation.messages), return_dict=True, return_assistant_tokens_mask=True
-            )
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        out = self.render(conversation.messages, conversation.location, **options)
         return out["input_ids"], [bool(mark) for mark in out["assistant_masks"]]
 
     def assistant_spans(self, conversation: Conversation, text: str) -> list[Span]:
@@ -128,12 +113,11 @@ class Template:
         """The text that turn i adds to the preceding turns and the generation prompt; None if the rendered conversation
         does not begin with both."""
         messages, location = conversation.messages, conversation.location
-        after = self._render(messages[: i + 1], location)
-        if i:
-            before = self._render(messages[:i], location, prompt=True)
-        else:  # templates do not render an empty conversation
-            prompt = self._render(messages[:1], location, prompt=True).removeprefix(after)
-            before = prompt if after.startswith(prompt) else ""
+        after = self.render(messages[: i + 1], location)
+        before = self.render(messages[: i or 1], location, add_generation_prompt=True)
+        if i == 0:  # templates do not render an empty conversation: the prompt follows the first turn
+            before = before.removeprefix(after)
+            before = before if after.startswith(before) else ""
         if not (text.startswith(after) and after.startswith(before)):
             return None
         # Exclude white space between the end-of-turn token and the next turn.
@@ -148,7 +132,7 @@ class Template:
         """
         messages, content = conversation.messages, conversation.messages[i]["content"]
         replaced = (*messages[:i], {**messages[i], "content": SENTINEL}, *messages[i + 1 :])
-        before, found, after = self._render(replaced, conversation.location).partition(SENTINEL)
+        before, found, after = self.render(replaced, conversation.location).partition(SENTINEL)
         start, end = len(before), len(text) - len(after)
         if not (found and start <= end and text.startswith(before) and text.endswith(after)):
             return None
@@ -159,17 +143,3 @@ class Template:
     def _special_tokens(self) -> list[str]:
         added = self.tokenizer.added_tokens_decoder.values()
         return [token.content for token in added if token.special and token.content]
-
-    def _render(self, messages: tuple[dict[str, Any], ...], location: str, prompt: bool = False) -> str:
-        with _template_errors_as_user_error(location):
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-        return str(text)
-
-
-@contextlib.contextmanager
-def _template_errors_as_user_error(location: str) -> Iterator[None]:
-    """Templates raise errors of any class, for instance if roles do not alternate."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{location}: the chat template rejects this conversation ({error})") from None

@@ -1,19 +1,34 @@
-"""Documents of sources, split into training and validation text."""
+"""Documents of sources, split into training and validation text: from text, JSON lines and parquet files, compressed or
+not, and from the hub.
 
-import hashlib
+Any problem with a file is a `UserError` with the file's name and the position in it.
+"""
+
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+from fsspec.implementations.local import LocalFileSystem
 
 from subquad.config import Data
 from subquad.data import stdlib
-from subquad.data.chat import Conversation
-from subquad.data.readers import PASSAGE_CHARACTERS, Document, read
-from subquad.data.sources import Source, SplitOrAll, resolve, resolve_sources
-from subquad.utils import UserError
+from subquad.data.chat import Conversation, replace_surrogates
+from subquad.data.sources import STDLIB, Source, SplitOrAll, nearest_source, resolve, resolve_sources, suffix
+from subquad.utils import UserError, as_user_error
 
+Document = str | Conversation
+Row = tuple[str, Any]
+"""A row of a table: its file and number for errors, and what is in it, by column."""
+
+DOC_SEPARATOR = "<|endoftext|>"
+PASSAGE_CHARACTERS = 20_000
+"""In a text file without separators, a passage ends at the first blank line after this many characters."""
 MAX_DOCS_FOR_CHARACTER_SPLIT = 200
 """With at most this many documents, a share of them is too coarse or empty, and the text is split by characters."""
-VALIDATION_FRACTION = 1 / 20
 
 
 def check_data(data: Data) -> None:
@@ -22,8 +37,8 @@ def check_data(data: Data) -> None:
     Raises:
         UserError: a source does not exist, is empty, or is not text.
     """
-    for source, _, _ in [*resolve_sources(data, "train"), *resolve_sources(data, "validation")]:
-        if source.kind != "hub" and next(split_documents(source, "all"), None) is None:
+    for source in [*resolve_sources(data, "train"), *resolve_sources(data, "validation")]:
+        if source.files and next(read(replace(source, part="all")), None) is None:
             raise UserError(f"{source.label}: got no text, expected at least one document")
 
 
@@ -49,46 +64,35 @@ def documents(
     """
     if split not in ("train", "validation", "all"):
         raise ValueError(f"split: got {split!r}, expected 'train', 'validation' or 'all'")
-    return split_documents(resolve(source, column=column, chat=chat), split)
+    return read(resolve(source, part=split, column=column, chat=chat))
 
 
-def split_documents(source: Source, split: SplitOrAll) -> Iterator[Document]:
-    """The documents of a split of a source; see `documents`."""
-    if source.kind == "stdlib":
+def read(source: Source) -> Iterator[Document]:
+    """The documents of a part of a source; see `documents`."""
+    if source.name == STDLIB:
         # Split by file name, so that a file stays in its split across Python versions.
-        for path in source.files:
-            if split == "all" or stdlib.is_validation(path) == (split == "validation"):
-                try:
-                    yield path.read_text(encoding="utf-8")
-                except UnicodeDecodeError:
-                    continue  # a few library files are in another encoding on purpose
-    elif split == "all":
-        yield from _nonempty(source)
-    else:
-        yield from _split(source, split)
+        part = set(stdlib.files(source.part))
+        yield from stdlib.read(path for path in source.files if path in part)
+        return
+    if source.part != "all":
+        lengths = [len(document) for document in itertools.islice(_nonempty(source), MAX_DOCS_FOR_CHARACTER_SPLIT + 1)]
+        if len(lengths) <= MAX_DOCS_FOR_CHARACTER_SPLIT:
+            yield from _split_by_characters(_nonempty(source), sum(lengths), source.part)
+            return
+    for document in _nonempty(source):
+        key = document.text() if isinstance(document, Conversation) else document
+        if stdlib.is_in_split(key, source.part):
+            yield document
 
 
 def _nonempty(source: Source) -> Iterator[Document]:
-    return (d for d in read(source) if len(d) and not (isinstance(d, str) and d.isspace()))
-
-
-def _split(source: Source, split: SplitOrAll) -> Iterator[Document]:
-    lengths = [len(document) for document in itertools.islice(_nonempty(source), MAX_DOCS_FOR_CHARACTER_SPLIT + 1)]
-    if len(lengths) <= MAX_DOCS_FOR_CHARACTER_SPLIT:
-        yield from _split_by_characters(_nonempty(source), sum(lengths), split)
-        return
-    for document in _nonempty(source):
-        text = document.text() if isinstance(document, Conversation) else document
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        is_validation = int.from_bytes(digest[:4], "big") < VALIDATION_FRACTION * 2**32
-        if is_validation == (split == "validation"):
-            yield document
+    return (d for d in _all_documents(source) if len(d) and not (isinstance(d, str) and d.isspace()))
 
 
 def _split_by_characters(documents: Iterable[Document], total: int, split: SplitOrAll) -> Iterator[Document]:
     """The text before its last twentieth, or the last twentieth. The cut is at a nearby end of a line, or before the
     conversation that contains it."""
-    cut = min(int(total * (1 - VALIDATION_FRACTION)), total - 1)
+    cut = min(int(total * (1 - stdlib.VALIDATION_FRACTION)), total - 1)
     start = 0
     for document in documents:
         if isinstance(document, Conversation):
@@ -107,3 +111,126 @@ def _split_text(text: str, position: int, is_first: bool) -> tuple[str, str]:
         if line_end or (window_start == 0 and not is_first):
             position = line_end
     return text[:position], text[position:]
+
+
+# ---------------------------------------------------------------------- readers
+
+
+def _all_documents(source: Source) -> Iterator[Document]:
+    """All documents of a source's files or dataset, including empty ones."""
+    if not source.files:
+        yield from _cells(_hub_rows(source), source)
+    for path in source.files:
+        kind = suffix(path)
+        if kind == ".jsonl":
+            yield from _cells(_json_rows(path, source.column), source)
+        elif kind == ".parquet":
+            yield from _cells(_parquet_rows(path, source.column), source)
+        elif kind == ".txt":
+            yield from _passages(path)
+        else:
+            yield "".join(_lines(path))
+
+
+def _passages(path: Path) -> Iterator[str]:
+    separated = any(line.strip() == DOC_SEPARATOR for line in _lines(path))
+    passage: list[str] = []
+    size = 0
+    for line in _lines(path):
+        stripped = line.strip()
+        # Text without blank lines is cut at the end of a line, so that it need not fit into memory.
+        ends = (size >= PASSAGE_CHARACTERS and not stripped) or size >= 10 * PASSAGE_CHARACTERS
+        if separated:
+            ends = stripped == DOC_SEPARATOR
+        if not (separated and ends):
+            passage.append(line)
+            size += len(line)
+        if ends:
+            yield "".join(passage).strip("\n")
+            passage, size = [], 0
+    yield "".join(passage).strip("\n")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Each line of a UTF-8 file, ended by `\\n`."""
+    offset = 0
+    with _open(path, lambda: f"after byte {offset} of its content") as file:
+        for raw in file:
+            if b"\0" in raw:
+                raise UserError(f"{path}: got a zero byte at byte {offset + raw.index(0)}, expected text")
+            try:
+                line = raw.decode()
+            except UnicodeDecodeError as error:
+                at = offset + error.start
+                raise UserError(f"{path}: got 0x{raw[error.start]:02x} at byte {at}, expected UTF-8") from None
+            if offset == 0:
+                line = line.removeprefix("\ufeff")  # a byte order mark
+            offset += len(raw)
+            yield line[:-2] + "\n" if line.endswith("\r\n") else line
+
+
+def _json_rows(path: Path, column: str) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path}:{number}: not JSON ({error}); expected an object with the key {column!r}"
+                ) from None
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    number = 0
+    with _open(path, lambda: f"after row {number}") as file:
+        table = parquet.ParquetFile(file)
+        if column not in table.schema_arrow.names:
+            yield str(path), dict.fromkeys(table.schema_arrow.names)
+        for batch in table.iter_batches(columns=[column]):
+            for cell in batch.column(0):
+                number += 1
+                try:
+                    yield f"{path}: row {number}", {column: cell.as_py()}
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path}: row {number}: invalid at byte {error.start}, expected UTF-8") from None
+
+
+def _hub_rows(source: Source) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    hint = nearest_source(source.name)
+    with as_user_error(f"{source.label}: no such file{hint}; and not readable from the hub"):
+        rows = load_dataset(source.name, source.subset, split=source.split, streaming=source.streaming)
+        for number, row in enumerate(rows, start=1):
+            yield f"{source.label}: row {number}", row
+
+
+def _cells(rows: Iterable[Row], source: Source) -> Iterator[Document]:
+    """The documents in a column of a table."""
+    for location, row in rows:
+        if not isinstance(row, dict) or source.column not in row:
+            got = f"the keys {list(row)}" if isinstance(row, dict) else type(row).__name__
+            raise UserError(f"{location}: got {got}, expected an object with the key {source.column!r}")
+        value = row[source.column]
+        if source.chat:
+            yield Conversation.from_messages(value, location)
+        elif isinstance(value, str):
+            yield replace_surrogates(value)
+        else:
+            raise UserError(f"{location}: {source.column}: got {type(value).__name__}, expected text")
+
+
+@contextlib.contextmanager
+def _open(path: Path, position: Callable[[], str]) -> Iterator[IO[bytes]]:
+    """Opens a file, uncompressed. A UserError names the position of damage that is found while reading."""
+    try:
+        with LocalFileSystem().open(path, compression="infer") as file:
+            yield file
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # decompression and pyarrow raise errors of many classes
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: damaged {path.suffix} file, {position()} ({error})") from None

@@ -1,26 +1,27 @@
-"""Encodes documents as one stream of tokens, with flags for document starts and for tokens without a loss.
-
-Imports no torch, because the tokenizing processes import this module.
-"""
+"""Encodes documents as one stream of tokens, with flags for document starts and for tokens without a loss."""
 
 import itertools
 import json
+import os
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from subquad.data.chat import Conversation, Span, Template
-from subquad.data.workers import Workers, usable_processors
+from subquad.data.chat import ASSISTANT, Conversation, Span, Template
+from subquad.data.corpora import Document
 from subquad.utils import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Document = str | Conversation
+Batch = Sequence[Document] | UserError
+"""Documents, or an error while reading."""
 
 DOC_START = np.uint32(1 << 30)
 """Flag of the first token of a document."""
@@ -31,18 +32,11 @@ TOKEN_MASK = np.uint32((1 << 30) - 1)
 BATCH_CHARACTERS = 2**20
 IN_PROCESS_BATCHES = 32
 """Batches that are tokenized before worker processes are started, so that small texts need none."""
+MAX_WORKERS = 16
+"""With more workers, reading is the bottleneck."""
 
 
-@dataclass(frozen=True)
-class _RenderedDoc:
-    """A document as text that follows the tokens of `prefix`; the spans in the loss, None for the whole text."""
-
-    text: str
-    prefix: tuple[int, ...] = ()
-    spans: list[Span] | None = None
-
-
-class Encoder:
+class Encoder(Dataset):
     """Encodes documents as token ids with flags, `uint32`.
 
     A text follows the tokenizer's end-of-text token (without one, its beginning-of-text token, or nothing); a
@@ -53,98 +47,70 @@ class Encoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", assistant_only_loss: bool = False):
         self.tokenizer, self.assistant_only_loss = tokenizer, assistant_only_loss
-        self.separator = tuple(separator(tokenizer))
         self.template = Template(tokenizer)
+        separators = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        self.separator: list[int] = [token for token in separators if isinstance(token, int)][:1]
+        """The tokens before each text."""
+        self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        """Of a fast tokenizer."""
+        if self.backend is not None:  # earlier calls may have set these
+            self.backend.no_padding()
+            self.backend.no_truncation()
+
+    def fingerprint(self) -> list[Any]:
+        """Identifies the tokenizer: equal fingerprints give equal tokens of texts."""
+        if self.backend is not None:
+            return [json.loads(self.backend.to_str()), self.separator]
+        return [type(self.tokenizer).__qualname__, sorted(self.tokenizer.get_vocab().items()), self.separator]
 
     def encode(self, batch: Sequence[Document]) -> np.ndarray:
         """The tokens of all documents, `[tokens]`. The tokens of a document do not depend on the batch."""
-        rendered = [self._render(document) for document in batch]
-        texts = [doc for doc in rendered if isinstance(doc, _RenderedDoc)]
-        encoded = iter(self._tokenize([doc.text for doc in texts], any(doc.spans is not None for doc in texts)))
-        pieces: list[np.ndarray] = []
-        # Runs of texts without spans, nearly all documents, become one array each.
-        for plain, run in itertools.groupby(rendered, lambda doc: isinstance(doc, _RenderedDoc) and doc.spans is None):
-            if plain:
-                pieces.append(_join_documents([(*doc.prefix, *next(encoded)[0]) for doc in run]))  # type: ignore[union-attr]
-                continue
-            for doc in run:
-                if isinstance(doc, _RenderedDoc):
-                    ids, offsets = next(encoded)
-                    pieces.append(_set_flags(ids, _overlaps_spans(offsets, doc.spans or [])))
-                elif doc is not None:
-                    pieces.append(doc)
-        return np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
+        texts = iter(self._tokenize([document for document in batch if isinstance(document, str)]))
+        pieces = [
+            _set_flags(self.separator + next(texts)) if isinstance(document, str) else self._encode_chat(document)
+            for document in batch
+        ]
+        return np.concatenate([np.empty(0, np.uint32), *pieces])
 
-    def is_python_bound(self, batch: Sequence[Document]) -> bool:
-        """Whether Python code does most of the work for a batch."""
-        fast = getattr(self.tokenizer, "backend_tokenizer", None) is not None
-        return not fast or any(isinstance(document, Conversation) for document in batch)
+    def __getitem__(self, batch: Batch) -> np.ndarray | Exception:
+        """`encode`, for the workers of a DataLoader, which would live on after an error that one of them raises."""
+        try:
+            return batch if isinstance(batch, UserError) else self.encode(batch)
+        except UserError as error:
+            return error
+        except Exception:
+            return RuntimeError(traceback.format_exc())
 
-    def _render(self, document: Document) -> _RenderedDoc | np.ndarray | None:
-        """A document as text, or as tokens if the template marks the assistant; None if no token is in the loss."""
-        if isinstance(document, str):
-            return _RenderedDoc(document, self.separator)
+    def _encode_chat(self, conversation: Conversation) -> np.ndarray:
+        if self.assistant_only_loss:
+            if not any(message["role"] == ASSISTANT for message in conversation.messages):
+                return np.empty(0, np.uint32)
+            if self.template.has_generation_tags:
+                return _set_flags(*self.template.tokenize_with_mask(conversation))
+        text = self.template.render(conversation.messages, conversation.location)
         if not self.assistant_only_loss:
-            return _RenderedDoc(self.template.render(document))
-        if not document.has_assistant:
-            return None
-        if self.template.has_generation_tags:
-            return _set_flags(*self.template.tokenize_with_mask(document))
-        text = self.template.render(document)
-        return _RenderedDoc(text, spans=self.template.assistant_spans(document, text))
-
-    def _tokenize(self, texts: list[str], with_offsets: bool) -> Iterable[tuple[list[int], list[Span]]]:
-        """Token ids of each text, and with offsets the characters of each token."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            # Earlier calls may have set these.
-            backend.no_padding()
-            backend.no_truncation()
-            encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
-            return ((e.ids, e.offsets if with_offsets else []) for e in encode(texts, add_special_tokens=False))
-        if with_offsets:
+            return _set_flags(next(iter(self._tokenize([text]))))
+        spans = self.template.assistant_spans(conversation, text)
+        if self.backend is None:
             raise UserError(
                 "data.assistant_only_loss: got true for a tokenizer without character offsets, expected a fast one "
                 "or a chat template with {% generation %}"
             )
-        if not texts:
-            return ()
-        tokens = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return ((ids, []) for ids in tokens["input_ids"])  # type: ignore[union-attr]
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return _set_flags(encoding.ids, _overlaps_spans(encoding.offsets, spans))
+
+    def _tokenize(self, texts: list[str]) -> Iterable[list[int]]:
+        if self.backend is not None:
+            return (encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        options: Any = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return self.tokenizer(texts, **options)["input_ids"] if texts else []  # type: ignore[return-value]
 
 
-def separator(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The tokens before each text."""
-    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        if isinstance(token, int):
-            return [token]
-    return []
-
-
-def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
-    """Identifies the tokenizer: equal fingerprints give equal tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), separator(tokenizer)]
-    definition = json.loads(backend.to_str())
-    # Earlier calls may have set these, and they do not affect the encoder.
-    definition.pop("truncation", None)
-    definition.pop("padding", None)
-    return [definition, separator(tokenizer)]
-
-
-def _join_documents(documents: list[tuple[int, ...]]) -> np.ndarray:
-    """One array of documents, with flags at their starts."""
-    lengths = np.fromiter((len(d) for d in documents if d), np.int64)
-    tokens = np.fromiter(itertools.chain.from_iterable(documents), np.uint32, count=int(lengths.sum()))
-    tokens[np.cumsum(lengths) - lengths] |= DOC_START
-    return tokens
-
-
-def _set_flags(ids: Sequence[int], in_loss: Sequence[bool]) -> np.ndarray:
-    """The tokens of one document, with flags at its start and at tokens that are not in the loss."""
+def _set_flags(ids: Sequence[int], in_loss: Sequence[bool] | None = None) -> np.ndarray:
+    """The tokens of one document, with flags at its start and at tokens that are not in the loss (None: all are)."""
     tokens = np.array(ids, np.uint32)
-    tokens[~np.array(in_loss, bool)] |= LOSS_IGNORED
+    if in_loss is not None:
+        tokens[~np.array(in_loss, bool)] |= LOSS_IGNORED
     tokens[:1] |= DOC_START
     return tokens
 
@@ -162,63 +128,70 @@ def _overlaps_spans(offsets: list[Span], spans: list[Span]) -> list[bool]:
 # ---------------------------------------------------------------------- all documents of a source
 
 
-def token_stream(
-    encoder: Encoder, documents: Iterator[Document], limit: int | None, name: str, jobs: int | None = None
-) -> Iterator[np.ndarray]:
+def token_stream(encoder: Encoder, documents: Iterable[Document], limit: float, name: str) -> Iterator[np.ndarray]:
     """The tokens of whole documents, in arrays of any size, until there are at least `limit` tokens.
 
-    The tokens do not depend on the number of processes. Plain text needs one process: the tokenizer's threads use two
-    processors as well as processes do, and Python's part, 15 ms per million characters, would suffice for twenty. Chat
-    templates and tokenizers written in Python need more.
-
-    jobs: number of processes; None: one for plain text, else one per processor.
+    `name` is the source's, for the progress bar.
     """
     count = 0
-
-    def batches() -> Iterator[list[Document]]:
-        while limit is None or count < limit:
-            # Tokens are rarely shorter than two characters, so a batch rarely exceeds the limit.
-            characters = BATCH_CHARACTERS if limit is None else min(BATCH_CHARACTERS, 2 * (limit - count))
-            batch = _take_characters(documents, characters)
-            if not batch:
-                return
-            yield batch
-
+    # Tokens are rarely shorter than two characters, so that one batch rarely exceeds the limit.
+    batches = _batches(documents, min(BATCH_CHARACTERS, 2 * limit))
     with tqdm(desc=f"tokenizing {name}", unit=" tokens", unit_scale=True, delay=3, file=sys.stderr) as progress:
-        for tokens in _encode_batches(encoder, batches(), jobs):
-            if limit is not None and count + len(tokens) > limit:
+        for tokens in _encode_batches(encoder, batches):
+            if isinstance(tokens, Exception):
+                raise tokens
+            if count + len(tokens) > limit:
                 # The last document is the one that reaches the limit, independent of the batches.
                 starts = np.flatnonzero(tokens & DOC_START)
                 tokens = tokens[: next(iter(starts[starts >= limit - count]), None)]
             count += len(tokens)
             progress.update(len(tokens))
             yield tokens
-            if limit is not None and count >= limit:
+            if count >= limit:
                 return
 
 
-def _encode_batches(encoder: Encoder, batches: Iterator[list[Document]], jobs: int | None) -> Iterator[np.ndarray]:
-    yield from map(encoder.encode, itertools.islice(batches, IN_PROCESS_BATCHES))
-    batch = next(batches, None)
-    if batch is None:
-        return
-    batches = itertools.chain([batch], batches)
-    if jobs is None:
-        jobs = usable_processors() if encoder.is_python_bound(batch) else 1
-    # A tokenizer class from outside transformers may not be importable in the workers.
-    if jobs == 1 or not type(encoder.tokenizer).__module__.startswith("transformers."):
-        yield from map(encoder.encode, batches)
-        return
-    with Workers(encoder, jobs) as workers:
-        yield from workers.map(batches)
-
-
-def _take_characters(documents: Iterator[Document], characters: int) -> list[Document]:
-    """The next documents, until they have at least so many characters."""
+def _batches(documents: Iterable[Document], characters: float) -> Iterator[Batch]:
+    """Lists of documents, each with at least so many characters, except the last. An error while reading is the last
+    batch, for the same reason as in `Encoder.__getitem__`."""
     batch: list[Document] = []
-    for document in documents:
-        batch.append(document)
-        characters -= len(document)
-        if characters <= 0:
-            break
-    return batch
+    size = 0
+    try:
+        for document in documents:
+            batch.append(document)
+            size += len(document)
+            if size >= characters:
+                yield batch
+                batch, size = [], 0
+    except UserError as error:
+        yield error
+    else:
+        if batch:
+            yield batch
+
+
+def _encode_batches(encoder: Encoder, batches: Iterator[Batch]) -> Iterator[np.ndarray | Exception]:
+    """The tokens of each batch, in order.
+
+    Plain text needs one process: the tokenizer's threads use two processors as well as processes do, and Python's part,
+    15 ms per million characters, would suffice for twenty. Chat templates and tokenizers written in Python need more.
+    """
+    yield from map(encoder.__getitem__, itertools.islice(batches, IN_PROCESS_BATCHES))
+    batch = next(batches, [])
+    batches = itertools.chain([batch], batches)
+    is_plain = isinstance(batch, UserError) or (encoder.backend is not None and all(isinstance(d, str) for d in batch))
+    # Only Linux forks safely, and a spawned process would run the user's script again.
+    if not batch or is_plain or sys.platform != "linux":
+        yield from map(encoder.__getitem__, batches)
+        return
+    loader: DataLoader = DataLoader(
+        encoder,
+        sampler=batches,  # the indices are batches
+        batch_size=None,
+        num_workers=min(len(os.sched_getaffinity(0)), MAX_WORKERS),
+        collate_fn=lambda tokens: tokens,
+        worker_init_fn=lambda _: os.environ.update(TOKENIZERS_PARALLELISM="false"),  # one processor per worker
+        multiprocessing_context="fork",
+        generator=torch.Generator(),  # the global one would advance
+    )
+    yield from loader

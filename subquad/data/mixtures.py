@@ -31,9 +31,6 @@ class MixtureSchedule:
         source = self._sources[offset]
         return source, cycle * self.weights[source] + self._rows[offset]
 
-    def __reduce__(self) -> tuple[type, tuple[list[int]]]:
-        return MixtureSchedule, (self.weights,)
-
     def max_count(self, source: int, rows: int) -> int:
         """The largest number of rows that a source can have among the first `rows`."""
         return -(-rows * self.weights[source] // self.period)

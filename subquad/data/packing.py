@@ -1,26 +1,30 @@
 """Packing: documents, tokenized once into a cache on disk, cut into rows of `seq_len` tokens in a seeded order."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
+from subquad import __version__
 from subquad.config import Data
-from subquad.data.cache import HEADER, cached_token_file
-from subquad.data.chat import check_template
-from subquad.data.corpora import split_documents
-from subquad.data.encoding import DOC_START, LOSS_IGNORED, TOKEN_MASK, Encoder, token_stream, tokenizer_fingerprint
+from subquad.data.cache import cached_tokens, flat_tokens
+from subquad.data.corpora import read
+from subquad.data.encoding import DOC_START, LOSS_IGNORED, TOKEN_MASK, Encoder, token_stream
 from subquad.data.mixtures import MixtureSchedule
-from subquad.data.sources import Source, Split, SplitOrAll, resolve_sources
+from subquad.data.sources import Source, Split, resolve_sources
 from subquad.utils import UserError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
 
 MIN_CACHED_TOKENS = 2**16
 IGNORE_INDEX = -100
@@ -28,13 +32,13 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
-class TokenFile:
-    """A cache file of tokens, of which the first `num_rows` rows are used.
+class SourceRows:
+    """The first `num_rows` rows of a source's tokens, a dataset of the cache.
 
     starts_with_eos: each document starts with the end-of-text token, which is a label for the document before it.
     """
 
-    path: Path
+    dataset: "datasets.Dataset"
     num_rows: int
     starts_with_eos: bool = True
     weight: float = 1.0
@@ -56,7 +60,7 @@ class PackedDataset(Dataset):
 
     def __init__(
         self,
-        files: Sequence[TokenFile],
+        sources: Sequence[SourceRows],
         seq_len: int,
         seed: int = 0,
         *,
@@ -64,11 +68,12 @@ class PackedDataset(Dataset):
         with_labels: bool = False,
         max_rows: int | None = None,
     ):
-        self.files, self.seq_len, self.seed = tuple(files), seq_len, seed
+        self.sources, self.seq_len, self.seed = tuple(sources), seq_len, seed
         self.document_masking, self.with_labels = document_masking, with_labels
-        num_rows = sum(file.num_rows for file in files)
+        num_rows = sum(source.num_rows for source in sources)
         self._num_rows = num_rows if max_rows is None else min(num_rows, max_rows)
-        self._schedule = MixtureSchedule([file.weight for file in files])
+        self._schedule = MixtureSchedule([source.weight for source in sources])
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self._num_rows
@@ -77,16 +82,17 @@ class PackedDataset(Dataset):
         if index < 0:
             raise IndexError(f"row {index}; expected 0 or more")
         source, row = self._schedule[index]
-        epoch, offset = divmod(row, self.files[source].num_rows)
-        tokens = self._tokens[source][self._order(source, epoch)[offset]]
-        return self._make_item(tokens, self.files[source].starts_with_eos)
+        epoch, offset = divmod(row, self.sources[source].num_rows)
+        start = int(self._order(source, epoch)[offset]) * self.seq_len
+        tokens = self._tokens[source].slice(start, self.seq_len).to_numpy()
+        return self._make_item(tokens, self.sources[source].starts_with_eos)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[i] for i in range(len(self)))
 
-    def take(self, count: int, start: int = 0) -> "RowSlice":
+    def take(self, count: int, start: int = 0) -> Subset:
         """`count` rows from row `start` on, across epochs if necessary."""
-        return RowSlice(self, start, count)
+        return Subset(self, range(start, start + count))
 
     def _make_item(self, tokens: np.ndarray, starts_with_eos: bool) -> dict[str, Tensor]:
         ids = (tokens & TOKEN_MASK).astype(np.int64)
@@ -103,40 +109,18 @@ class PackedDataset(Dataset):
         return {name: torch.from_numpy(values) for name, values in item.items()}
 
     @functools.cached_property
-    def _tokens(self) -> list[np.ndarray]:
-        return [
-            np.memmap(file.path, dtype="<u4", mode="r", offset=HEADER.size, shape=(file.num_rows, self.seq_len))
-            for file in self.files
-        ]
-
-    @functools.cached_property
-    def _orders(self) -> dict[int, tuple[int, np.ndarray]]:
-        return {}
+    def _tokens(self) -> list["pyarrow.ChunkedArray"]:
+        return [flat_tokens(source.dataset) for source in self.sources]
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
         if self._orders.get(source, (None,))[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch, source]).permutation(self.files[source].num_rows)
+            order = np.random.default_rng([self.seed, epoch, source]).permutation(self.sources[source].num_rows)
             self._orders[source] = epoch, order
         return self._orders[source][1]
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes map the files themselves: a pickled map would be a copy of the whole file.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_tokens", "_orders")}
-
-
-class RowSlice(Dataset):
-    """`count` rows of a `PackedDataset` from row `start` on."""
-
-    def __init__(self, dataset: PackedDataset, start: int, count: int):
-        self.dataset, self.start, self.count = dataset, start, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < self.count:
-            raise IndexError(f"row {index} of {self.count}")
-        return self.dataset[self.start + index]
+        return {**{k: v for k, v in self.__dict__.items() if k != "_tokens"}, "_orders": {}}
 
 
 def next_labels(batch: Mapping[str, Tensor]) -> Tensor:
@@ -162,37 +146,38 @@ def token_rows(
         UserError: a source cannot be read or has too little text for one row, or the tokenizer has no chat template for
             conversations.
     """
-    seq_len = data.seq_len
+    seq_len, masking = data.seq_len, data.document_masking
     sources = resolve_sources(data, split)
-    has_chat = any(source.chat for source, _, _ in sources)
-    if has_chat:
-        check_template(tokenizer)
+    has_chat = any(source.chat for source in sources)
+    if has_chat and not tokenizer.chat_template:
+        raise UserError(
+            "data.chat: got true for a teacher without a chat template, expected an instruct model as the teacher, or "
+            "plain text as data"
+        )
     max_rows = None if limit is None else max(1, -(-limit // seq_len))
-    schedule = MixtureSchedule([weight for _, _, weight in sources])
+    schedule = MixtureSchedule([source.weight for source in sources])
     encoder = Encoder(tokenizer, data.assistant_only_loss)
-    eos_separated = encoder.separator == (tokenizer.eos_token_id,)
-    files = []
-    for k, (source, source_split, weight) in enumerate(sources):
+    eos_separated = encoder.separator == [tokenizer.eos_token_id]
+    rows = []
+    for k, source in enumerate(sources):
         needed = None if max_rows is None else schedule.max_count(k, max_rows)
-        path, count = _token_file(source, source_split, encoder, None if needed is None else needed * seq_len)
+        dataset = _token_dataset(source, encoder, None if needed is None else needed * seq_len)
+        count = len(flat_tokens(dataset))
         if count < seq_len:
             kind = "training" if split == "train" else "validation"
             raise UserError(
                 f"{source.label}: got {count} tokens of {kind} text, expected at least data.seq_len = {seq_len}"
             )
         num_rows = count // seq_len if needed is None else min(count // seq_len, needed)
-        files.append(TokenFile(path, num_rows, eos_separated and not source.chat, weight))
-    masking = data.document_masking
+        rows.append(SourceRows(dataset, num_rows, eos_separated and not source.chat, source.weight))
     with_labels = has_chat or (masking and not eos_separated)
-    return PackedDataset(files, seq_len, seed, document_masking=masking, with_labels=with_labels, max_rows=max_rows)
+    return PackedDataset(rows, seq_len, seed, document_masking=masking, with_labels=with_labels, max_rows=max_rows)
 
 
-def _token_file(source: Source, split: SplitOrAll, encoder: Encoder, needed: int | None) -> tuple[Path, int]:
-    """The cache file with at least `needed` tokens (None: all), or all tokens if there are fewer; and its size."""
-    # Limits are powers of two, so that runs of similar length share a file.
-    limit = None if needed is None else max(MIN_CACHED_TOKENS, 1 << (needed - 1).bit_length())
+def _token_dataset(source: Source, encoder: Encoder, needed: int | None) -> "datasets.Dataset":
+    """A dataset of the cache with at least `needed` tokens (None: all), or all tokens if there are fewer."""
+    # Limits are powers of two, so that runs of similar length share a dataset.
+    limit = math.inf if needed is None else max(MIN_CACHED_TOKENS, 1 << (needed - 1).bit_length())
     chat_key = [encoder.tokenizer.chat_template, encoder.assistant_only_loss] if source.chat else []
-    key = [tokenizer_fingerprint(encoder.tokenizer), source.fingerprint(), split, limit, *chat_key]
-    return cached_token_file(
-        key, source.name, lambda: token_stream(encoder, split_documents(source, split), limit, source.name)
-    )
+    key = [__version__, encoder.fingerprint(), source.fingerprint(), limit, chat_key]
+    return cached_tokens(key, source.name, lambda: token_stream(encoder, read(source), limit, source.name))

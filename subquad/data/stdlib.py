@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -18,26 +19,34 @@ def files(split: str = "train") -> list[Path]:
 
     A file's split depends on the hash of its path inside the library, so that it is the same across Python versions.
     """
-    if split not in ("train", "validation", "all"):
-        raise ValueError(f"split: got {split!r}, expected 'train', 'validation' or 'all'")
-    paths: list[Path] = []
-    for directory, subdirectories, names in os.walk(root()):
-        subdirectories[:] = [name for name in subdirectories if name not in EXCLUDED]
-        paths += [Path(directory, name) for name in names if name.endswith(".py")]
-    return sorted(path for path in paths if split == "all" or is_validation(path) == (split == "validation"))
+    paths = [path for path in files_below(root(), EXCLUDED.__contains__) if path.suffix == ".py"]
+    return sorted(path for path in paths if is_in_split(path.relative_to(root()).as_posix(), split))
 
 
-def is_validation(path: Path) -> bool:
-    name = path.relative_to(root()).as_posix()
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < VALIDATION_FRACTION * 2**32
+def is_in_split(key: str, split: str) -> bool:
+    """Whether the document with a key, its path or its text, is in a split: by hash, one in 20 is in "validation"."""
+    if split == "all":
+        return True
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    is_validation = int.from_bytes(digest[:4], "big") < VALIDATION_FRACTION * 2**32
+    return is_validation == (split == "validation")
 
 
 def documents(split: str = "train") -> list[str]:
     """The text of each file of `files(split)` that is UTF-8."""
-    texts = []
-    for path in files(split):
+    return list(read(files(split)))
+
+
+def read(paths: Iterable[Path]) -> Iterator[str]:
+    for path in paths:
         try:
-            texts.append(path.read_text(encoding="utf-8"))
+            yield path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue
-    return texts
+            continue  # a few library files are in another encoding on purpose
+
+
+def files_below(directory: Path, excluded: Callable[[str], bool]) -> Iterator[Path]:
+    """The files in a directory and its subdirectories, without those of an excluded name."""
+    for parent, subdirectories, names in os.walk(directory):
+        subdirectories[:] = [name for name in subdirectories if not excluded(name)]
+        yield from (Path(parent, name) for name in names if not excluded(name))

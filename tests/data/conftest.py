@@ -7,8 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
+    """Lists the files of the token cache, one for each text, tokenizer and length."""
     monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "tokens"
+    return lambda: list((tmp_path / "cache").rglob("*.arrow"))
 
 
 def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:

@@ -161,10 +161,10 @@ def test_template_and_loss_are_in_the_cache_key(chat_data, chat_tokenizer, cache
     data = chat_data(TALK)
     token_rows(data, chat_tokenizer(CHATML), "train")
     token_rows(data, chat_tokenizer(CHATML), "validation")
-    assert len(list(cache.iterdir())) == 1
+    assert len(cache()) == 1
     token_rows(data, chat_tokenizer(PLAIN), "train")
     token_rows(data.model_copy(update={"assistant_only_loss": True}), chat_tokenizer(CHATML), "train")
-    assert len(list(cache.iterdir())) == 3
+    assert len(cache()) == 3
 
 
 def test_mixture_of_text_and_conversations(chat_data, chat_tokenizer, tmp_path):

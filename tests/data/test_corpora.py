@@ -3,13 +3,12 @@
 import gzip
 import json
 import lzma
-import sys
 from pathlib import Path
 
 import pytest
 
 from subquad.config import Data
-from subquad.data import check_data, corpora, documents, readers, sources, stdlib
+from subquad.data import check_data, corpora, documents, sources, stdlib
 from subquad.utils import UserError
 
 PROSE = "First line.\nSecond line.\n\nAnother paragraph, ünï.\n"
@@ -61,7 +60,7 @@ def test_text_without_separators_is_cut_at_blank_lines():
     name = write("a.txt", (paragraph + "\n") * 100)
     found = list(documents(name, "all"))
     assert len(found) > 3
-    assert all(readers.PASSAGE_CHARACTERS <= len(text) < readers.PASSAGE_CHARACTERS + 1100 for text in found[:-1])
+    assert all(corpora.PASSAGE_CHARACTERS <= len(text) < corpora.PASSAGE_CHARACTERS + 1100 for text in found[:-1])
     assert all(text.endswith("word ") for text in found)
     assert "\n\n".join(found) == ((paragraph + "\n") * 100).strip("\n")
     assert list(documents(write("b.txt", PROSE), "all")) == [PROSE.strip("\n")]
@@ -69,7 +68,7 @@ def test_text_without_separators_is_cut_at_blank_lines():
 
 def test_text_without_blank_lines_is_cut_at_a_line_end():
     found = list(documents(write("a.txt", "a line of text\n" * 40_000), "all"))
-    assert max(map(len, found)) < 11 * readers.PASSAGE_CHARACTERS
+    assert max(map(len, found)) < 11 * corpora.PASSAGE_CHARACTERS
     assert all(set(text.split("\n")) == {"a line of text"} for text in found)
 
 
@@ -140,11 +139,11 @@ def test_with_a_validation_source_the_other_is_used_whole():
     train, valid = write("train.txt", PROSE), write("valid.txt", "other")
     data = Data(source=train, validation=valid)
     for split, expected in (("train", train), ("validation", valid)):
-        ((source, source_split, weight),) = sources.resolve_sources(data, split)
-        assert (source.name, source_split, weight) == (expected, "all", 1)
-    assert sources.resolve_sources(Data(source=train), "validation")[0][1] == "validation"
+        (source,) = sources.resolve_sources(data, split)
+        assert (source.name, source.part, source.weight) == (expected, "all", 1)
+    assert sources.resolve_sources(Data(source=train), "validation")[0].part == "validation"
     # The nano teacher was trained on the training files of the standard library.
-    assert sources.resolve_sources(Data(source=train, validation="python-stdlib"), "validation")[0][1] == "validation"
+    assert sources.resolve_sources(Data(source=train, validation="python-stdlib"), "validation")[0].part == "validation"
 
 
 # ---------------------------------------------------------------------- errors
@@ -173,7 +172,7 @@ def test_errors_name_the_file_and_the_position(name, content, expected):
     assert expected in error_of(write(name, content))
 
 
-def test_missing_sources_name_the_nearest_file(monkeypatch):
+def test_missing_sources_name_the_nearest_file():
     write("folder/books.txt", PROSE)
     expected = "data.source 'folder/boks.txt': no such file or directory; did you mean 'books.txt'?"
     assert error_of("folder/boks.txt") == expected
@@ -182,12 +181,6 @@ def test_missing_sources_name_the_nearest_file(monkeypatch):
     assert "no such file or directory" in error_of("/no/such/folder/at/all")
     write("empty/picture.png", b"")
     assert error_of("empty").startswith("data.source 'empty': no text in this directory; expected files .txt, .jsonl,")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    missing = 'A dataset of the hub needs datasets, which is missing; pip install "subquad[data]"'
-    expected = f"data.source 'python-stdlb': no such file or directory; did you mean 'python-stdlib'? {missing}"
-    assert error_of("python-stdlb") == expected
-    expected = f"; expected 'python-stdlib', a file, a directory or a hub id. {missing}"
-    assert error_of("owner/name") == f"data.source 'owner/name': no such file or directory{expected}"
 
 
 def test_errors_are_raised_at_the_call():
@@ -216,56 +209,39 @@ def test_check_data():
 
 
 @pytest.fixture
-def hub(here, monkeypatch):
-    """A stub of the library `datasets` with two data sets on its hub."""
-    write(
-        "site/datasets.py",
-        "def load_dataset(name, subset, split, streaming):\n"
-        "    if (subset, split, streaming) == ('en', 'test', False):\n"
-        "        return iter([{'body': 'other'}])\n"
-        "    assert subset is None and split == 'train' and streaming\n"
-        "    if name == 'owner/good':\n"
-        "        return iter([{'text': f'text {i}'} for i in range(3)])\n"
-        "    if name == 'owner/images':\n"
-        "        return iter([{'image': 1, 'label': 2}])\n"
-        "    raise ConnectionError('no route\\nto the hub')\n",
-    )
-    monkeypatch.syspath_prepend(str(here / "site"))
-    monkeypatch.delitem(sys.modules, "datasets", raising=False)
-    yield
-    sys.modules.pop("datasets", None)
+def hub(monkeypatch):
+    """A hub with three datasets."""
+
+    def load_dataset(name, subset, split, streaming):
+        if (subset, split, streaming) == ("en", "test", False):
+            return [{"body": "other"}]
+        assert (subset, split, streaming) == (None, "train", True)
+        if name == "owner/good":
+            return [{"text": f"text {i}"} for i in range(3)]
+        if name == "owner/images":
+            return [{"image": 1, "label": 2}]
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
 
 
 @pytest.mark.usefixtures("hub")
-def test_hub_data_set():
+def test_hub_dataset():
     assert list(documents("owner/good", "all")) == ["text 0", "text 1", "text 2"]
-    assert (
-        "".join(documents("owner/good", "train")) + "".join(documents("owner/good", "validation"))
-        == "text 0text 1text 2"
+    assert "".join((*documents("owner/good", "train"), *documents("owner/good", "validation"))) == "text 0text 1text 2"
+    expected = (
+        "data.source 'owner/images': row 1: got the keys ['image', 'label'], expected an object with the key 'text'"
     )
-    assert (
-        error_of("owner/images")
-        == "data.source 'owner/images': got the columns ['image', 'label'], expected the column 'text'"
-    )
-    message = error_of("owner/none")
-    assert message.startswith("data.source 'owner/none'")
-    assert message.endswith("(no route to the hub)")
+    assert error_of("owner/images") == expected
+    hint = "; expected 'python-stdlib', a file, a directory or a hub id; and not readable from the hub: no route"
+    assert error_of("owner/none") == f"data.source 'owner/none': no such file{hint}"
+    assert "no such file; did you mean 'python-stdlib'?; and not" in error_of("python-stdlb")
 
 
 @pytest.mark.usefixtures("hub")
-def test_hub_data_set_by_subset_split_and_column():
+def test_hub_dataset_by_subset_split_and_column():
     data = Data(source="owner/any", subset="en", split="test", streaming=False, column="body", validation="owner/any")
-    ((source, split, _),) = sources.resolve_sources(data, "train")
-    assert list(corpora.split_documents(source, split)) == ["other"]
-    fingerprints = {
-        json.dumps(sources.resolve("owner/any", **s).fingerprint()) for s in ({}, {"subset": "en"}, {"split": "x"})
-    }
-    assert len(fingerprints) == 3
-
-
-def test_a_directory_named_datasets_is_not_the_library(here, monkeypatch):
-    write("site2/datasets/a.txt", PROSE)
-    monkeypatch.setattr(sys, "path", [str(here / "site2")])
-    monkeypatch.setitem(sys.modules, "datasets", None)  # so that what is imported here is removed afterwards
-    monkeypatch.delitem(sys.modules, "datasets")
-    assert 'needs datasets, which is missing; pip install "subquad[data]"' in error_of("owner/name")
+    (source,) = sources.resolve_sources(data, "train")
+    assert list(corpora.read(source)) == ["other"]
+    settings = ({}, {"subset": "en"}, {"split": "x"}, {"part": "train"}, {"column": "x"})
+    assert len({json.dumps(sources.resolve("owner/any", **each).fingerprint()) for each in settings}) == 5

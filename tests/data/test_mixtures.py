@@ -128,12 +128,9 @@ def test_mixture_in_a_recipe(recipe, tmp_path):
     assert load_recipe(tmp_path / "again.yaml") == loaded
 
 
-def test_settings_of_a_source_default_to_those_of_the_data(monkeypatch):
-    monkeypatch.setattr(
-        sources, "resolve", lambda name, key, **settings: sources.Source(name, "hub", key=key, **settings)
-    )
+def test_settings_of_a_source_default_to_those_of_the_data():
     mixture = {"a": 1, "b": {"column": "messages", "subset": "x"}, "c": {"chat": True, "split": "test"}}
-    found = [s for s, _, _ in sources.resolve_sources(Data(source=mixture, column="body", streaming=False), "train")]
+    found = sources.resolve_sources(Data(source=mixture, column="body", streaming=False), "train")
     assert [(s.column, s.chat, s.split, s.subset) for s in found] == [
         ("body", False, "train", None),
         ("messages", True, "train", "x"),
@@ -141,7 +138,7 @@ def test_settings_of_a_source_default_to_those_of_the_data(monkeypatch):
     ]
     assert not any(s.streaming for s in found)
     chat = sources.resolve_sources(Data(source={"a": 1, "b": {"column": "text"}}, chat=True), "train")
-    assert [(s.column, s.chat) for s, _, _ in chat] == [("messages", True), ("text", False)]
+    assert [(s.column, s.chat) for s in chat] == [("messages", True), ("text", False)]
 
 
 @pytest.mark.parametrize(

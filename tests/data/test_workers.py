@@ -8,95 +8,114 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from subquad.data import encoding
 from subquad.data.chat import Conversation
 from subquad.data.encoding import DOC_START, TOKEN_MASK, Encoder, token_stream
-from subquad.data.workers import Workers
 from subquad.utils import UserError
+from tests.data.conftest import byte_tokenizer
 
 DOCUMENTS = [f"document {i} " + "word " * (i * 7 % 50) for i in range(300)]
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+TALKS = [Conversation.from_messages(TALK * (i % 9 + 1), f"talk {i}") for i in range(300)]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}"
+    "{% if m['role'] == 'bad' %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"
+)
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Batches of a few documents, and worker processes after the first batch."""
+def chat():
+    tokenizer = byte_tokenizer(eos_token="<|endoftext|>")
+    tokenizer.chat_template = TEMPLATE
+    return Encoder(tokenizer, assistant_only_loss=True)
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """Batches of a few documents, and two worker processes after the first batch; lists the numbers of workers."""
+    started, loader = [], encoding.DataLoader
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 2000)
     monkeypatch.setattr(encoding, "IN_PROCESS_BATCHES", 1)
+    monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(
+        encoding,
+        "DataLoader",
+        lambda *args, **options: started.append(options["num_workers"]) or loader(*args, **options),
+    )
+    return started
 
 
-def tokens(tokenizer, limit=None, jobs=1, documents=DOCUMENTS) -> np.ndarray:
-    return np.concatenate(list(token_stream(Encoder(tokenizer), iter(documents), limit, "a source", jobs)))
-
-
-TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-TALKS = [Conversation.from_messages(TALK * (i % 9 + 1), f"talk {i}") for i in range(300)]
+def tokens(encoder, documents, limit=10**9) -> np.ndarray:
+    return np.concatenate(list(token_stream(encoder, iter(documents), limit, "a source")))
 
 
 def children() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.usefixtures("small")
-def test_tokens_do_not_depend_on_the_number_of_processes(tokenizer):
-    one = tokens(tokenizer)
-    before = children()
-    assert np.array_equal(tokens(tokenizer, jobs=2), one)
-    cut = tokens(tokenizer, limit=20_000)
-    assert np.array_equal(tokens(tokenizer, limit=20_000, jobs=2), cut)
-    assert children() == before
+def test_tokens_do_not_depend_on_the_number_of_processes(chat, workers):
+    one, before, state = chat.encode(TALKS), children(), torch.get_rng_state()
+    assert np.array_equal(tokens(chat, TALKS), one)
+    cut = tokens(chat, TALKS, limit=8000)
     assert np.array_equal(cut, one[: len(cut)])
-    assert len(cut) >= 20_000 > np.flatnonzero(cut & DOC_START)[-1]
+    assert len(cut) >= 8000 > np.flatnonzero(cut & DOC_START)[-1]
+    assert workers == [2, 2]
+    assert children() == before
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.usefixtures("small")
-def test_conversations_use_worker_processes_by_default(tokenizer, monkeypatch):
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    encoder = Encoder(tokenizer, assistant_only_loss=True)
-    one = np.concatenate(list(token_stream(encoder, iter(TALKS), None, "a source", 1)))
-    started = []
-    monkeypatch.setattr(encoding, "usable_processors", lambda: 2)
-    monkeypatch.setattr(encoding, "Workers", lambda *a: started.append(a[1]) or Workers(*a))
-    found = np.concatenate(list(token_stream(encoder, iter(TALKS), None, "a source")))
-    assert np.array_equal(found, one)
-    assert started == [2]
-    tokens(tokenizer, jobs=None)
-    assert started == [2]  # plain text needs no workers
+def test_plain_text_and_small_text_start_no_worker(chat, workers):
+    assert np.array_equal(tokens(chat, DOCUMENTS), chat.encode(DOCUMENTS))
+    assert np.array_equal(tokens(chat, TALKS[:3]), chat.encode(TALKS[:3]))
+    assert workers == []
 
 
 @pytest.mark.parametrize("characters", [1, 500, 10**6])
-def test_tokens_do_not_depend_on_the_batch_size(tokenizer, monkeypatch, characters):
-    expected = tokens(tokenizer, limit=5000)
+def test_tokens_do_not_depend_on_the_batch_size(chat, monkeypatch, characters):
+    expected = tokens(chat, DOCUMENTS, limit=5000)
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", characters)
-    assert np.array_equal(tokens(tokenizer, limit=5000), expected)
+    assert np.array_equal(tokens(chat, DOCUMENTS, limit=5000), expected)
 
 
-@pytest.mark.usefixtures("small")
-def test_reading_error_stops_the_workers(tokenizer):
-    def broken():
-        yield from DOCUMENTS[:200]
-        raise UserError("a.txt: got 0xff at byte 5")
+def unreadable():
+    yield from TALKS[:200]
+    raise UserError("a.txt: got 0xff at byte 5")
 
+
+@pytest.mark.parametrize(
+    ("documents", "error", "message"),
+    [
+        (unreadable, UserError, r"^a.txt: got 0xff at byte 5$"),
+        (
+            lambda: [*TALKS, Conversation(({"role": "bad", "content": "hi"},), "a.jsonl:7")],
+            UserError,
+            r"^a.jsonl:7: the chat template rejects this conversation \(no such role\)$",
+        ),
+        (lambda: [*TALKS, TALKS[0], ["not a conversation"]], RuntimeError, "AttributeError: .*has no attribute"),
+    ],
+    ids=["reading", "template", "bug"],
+)
+def test_errors_stop_the_workers(chat, workers, documents, error, message):
+    chat.assistant_only_loss = False
     before = children()
-    with pytest.raises(UserError, match="got 0xff at byte 5"):
-        tokens(tokenizer, jobs=2, documents=broken())
+    with pytest.raises(error, match=message):
+        tokens(chat, documents())
+    assert workers == [2]
     assert children() == before
 
 
-def test_worker_errors_are_raised(tokenizer):
-    with Workers(Encoder(tokenizer), 1) as workers:
-        assert list(workers.map([["a"], ["bc"]]))[1].tolist() == [256 | DOC_START, *tokenizer("bc")["input_ids"]]
-        with pytest.raises(RuntimeError, match="has no attribute"):
-            list(workers.map([[5]]))
-        (process,) = children()
-        process.kill()
-        with pytest.raises(RuntimeError, match="status -9"):
-            list(workers.map([["a"]]))
+def test_killed_worker_raises(chat, workers):
+    before = children()
 
+    def kill_workers():
+        for _ in token_stream(chat, iter(TALKS * 20), 10**9, "a source"):
+            for process in set(children()) - set(before):
+                process.kill()
 
-def test_small_text_starts_no_worker(tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "Workers", None)
-    assert len(tokens(tokenizer, jobs=2)) == len(tokens(tokenizer, jobs=1))
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        kill_workers()
 
 
 def test_encoder_matches_the_tokenizer(make_tokenizer):
@@ -114,93 +133,52 @@ def test_encoder_matches_the_tokenizer(make_tokenizer):
 
 
 SCRIPT = """
-import sys, time, types
-root, mode = sys.argv[1:]
-sys.path.insert(0, root)
-# Packages without their __init__, which imports torch.
-for name, path in {"subquad": "subquad", "subquad.data": "subquad/data"}.items():
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [f"{root}/{path}"]
+import os, sys, time
+mode = sys.argv[1]
 from subquad.data import encoding
-from subquad.data.chat import Conversation
-from subquad.data.cache import cached_token_file
-from tests.data.conftest import byte_tokenizer
+from subquad.data.cache import cached_tokens
+from tests.data.test_workers import TALKS, TEMPLATE, byte_tokenizer
 
-def documents():
-    for i in range(100):
-        if i == 60:
+def talks():
+    for i, talk in enumerate(TALKS):
+        if i == 150:
             print("half", flush=True)
             time.sleep(60 if mode == "hang" else 0.5)
-        yield f"document {i} " * 10
+        yield talk
 
-encoding.BATCH_CHARACTERS, encoding.IN_PROCESS_BATCHES = 2000, 1 if mode == "hang" else 1000
-encoder = encoding.Encoder(byte_tokenizer(eos_token="<|endoftext|>"))
-tokens = lambda: encoding.token_stream(encoder, documents(), None, "a source", 2)
-print(cached_token_file("key", "a source", tokens), flush=True)
+encoding.BATCH_CHARACTERS, encoding.IN_PROCESS_BATCHES = 500, 1
+os.sched_getaffinity = lambda process: {0, 1}
+tokenizer = byte_tokenizer(eos_token="<|endoftext|>")
+tokenizer.chat_template = TEMPLATE
+encoder = encoding.Encoder(tokenizer)
+dataset = cached_tokens("key", "a source", lambda: encoding.token_stream(encoder, talks(), 10**9, "a source"))
+print(sum(map(len, dataset["tokens"])), flush=True)
 """
 
 
 def start_process(mode: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[2]), mode]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", SCRIPT, mode]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes)
 
 
-def test_killed_process_leaves_no_cache_and_two_at_once_share_one(cache):
+def test_killed_process_leaves_no_cache_and_two_at_once_share_one(cache, chat):
     killed = start_process("hang")
     assert killed.stdout.readline() == "half\n", killed.communicate()
     workers = psutil.Process(killed.pid).children()
     assert len(workers) == 2
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    psutil.wait_procs(workers, timeout=10)
+    psutil.wait_procs(workers, timeout=15)
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
-    assert not list(cache.glob("*.tokens"))
-    assert len(list(cache.glob("*.partial"))) == 1
+    assert all(".incomplete" in str(path) for path in cache())
 
     both = [start_process("slow") for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    (file,) = cache.iterdir()  # the partial file of the killed process is gone
-    printed = sorted((out for out, _ in outputs), key=len)
+    (path,) = cache()  # the incomplete file of the killed process is gone
+    assert ".incomplete" not in str(path)
+    chat.assistant_only_loss = False
+    count = len(chat.encode(TALKS))
     # One tokenized, the other waited for it.
-    assert printed[1] == f"half\n{printed[0]}"
-    assert str(file) in printed[0]
-
-
-LOCK = """
-import logging, sys, types
-(root,) = sys.argv[1:]
-for name, path in {"subquad": "subquad", "subquad.data": "subquad/data"}.items():
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [f"{root}/{path}"]
-import numpy as np
-from subquad.data.cache import cached_token_file
-
-logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-
-def tokens():
-    print("tokenizing", flush=True)
-    if sys.stdin.readline() == "fail\\n":
-        raise RuntimeError("failed")
-    yield np.arange(5)
-
-print(cached_token_file("key", "a source", tokens)[1], flush=True)
-"""
-
-
-def test_process_waits_after_another_has_failed(cache):
-    """The first fails while the second waits; the third must wait for the second."""
-    command = [sys.executable, "-c", LOCK, str(Path(__file__).parents[2])]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    first = subprocess.Popen(command, **pipes)
-    assert first.stdout.readline() == "tokenizing\n"
-    second = subprocess.Popen(command, **pipes)
-    assert second.stdout.readline() == "waiting for another process that is tokenizing a source\n"
-    assert "RuntimeError: failed" in first.communicate("fail\n", timeout=60)[1]
-    assert second.stdout.readline() == "tokenizing\n"
-    third = subprocess.Popen(command, **pipes)
-    assert third.stdout.readline() == "waiting for another process that is tokenizing a source\n"
-    assert second.communicate("go on\n", timeout=60) == ("5\n", "")
-    assert third.communicate("go on\n", timeout=60) == ("5\n", "")
-    (file,) = cache.iterdir()
-    assert file.suffix == ".tokens"
+    assert sorted(out for out, _ in outputs) == [f"{count}\n", f"half\n{count}\n"]
