@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from subquad.config import Recipe, different_keys, load_recipe
-from subquad.data import RowSlice, check_data, token_rows
+from subquad.data import check_data, token_rows
 from subquad.distill.documents import respects_document_boundaries
 from subquad.distill.logging_callbacks import draw_curves, read_jsonl, write_jsonl
 from subquad.distill.recipe_stages import epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
@@ -132,7 +132,7 @@ class DistillationRun:
         self.train = token_rows(data, self.tokenizer, "train", limit=epoch_tokens(recipe), seed=recipe.seed)
         validation = token_rows(data, self.tokenizer, "validation", limit=eval_tokens + data.seq_len, seed=0)
         count = max(1, math.ceil(eval_tokens / data.seq_len))
-        self.validation: RowSlice = validation.take(min(count, len(validation)))
+        self.validation = validation.take(min(count, len(validation)))
         """The rows of `evaluation.eval_tokens`, the same for every student and seed."""
 
     def check_teacher(self) -> None:
