@@ -97,11 +97,6 @@ class SubquadCache(Cache):
     """One cache layer per decoder layer: `RecurrentCacheLayer` for a mixer, `SlidingWindowCacheLayer` for attention
     with a window, and `DynamicLayer` for full attention, whose keys and values grow with the context."""
 
-    is_compileable = False
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.layers[layer_idx].get_seq_length()  # type: ignore[union-attr]
-
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         layers: list[Any] = self.layers

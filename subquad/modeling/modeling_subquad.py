@@ -88,12 +88,6 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             self.base._init_weights(module)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.base.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module | None:
         return self.base.get_output_embeddings()
 
@@ -200,10 +194,6 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         # Read once here, and not at each token. transformers 5.17 finds the new tokens after a cache by the mask.
         if mask is not None and not (cache and cache.get_seq_length()) and bool(mask.all()):
             del model_kwargs["attention_mask"]
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
 
 
 def _first_keys(keys: Collection[str], limit: int = 6) -> str:

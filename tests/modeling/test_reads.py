@@ -4,10 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import subquad
+from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.ops import checks
 from tests.helpers.architectures import build_teacher
 from tests.helpers.students import SCALE_IDS
@@ -67,18 +69,16 @@ PADDED = torch.ones_like(IDS).index_fill(1, torch.arange(3), 0)
 def test_without_a_mask_nothing_is_read(student):
     reads, nonzero, out = count(student, input_ids=IDS, use_cache=True)
     assert (reads, nonzero) == (0, 0)
-    cache = out.get("cache", out.get("past_key_values"))
-    reads, nonzero, _ = count(student, input_ids=IDS[:, :1], use_cache=True, past_key_values=cache)
-    assert (reads, nonzero) == (0, 0)
+    cache = {"past_key_values": out[CACHE_ARGUMENT]}
+    assert count(student, input_ids=IDS[:, :1], use_cache=True, **cache)[:2] == (0, 0)
 
 
 def test_a_mask_is_read_once(student):
     reads, nonzero, out = count(student, input_ids=IDS, attention_mask=PADDED, use_cache=True)
     assert (reads, nonzero) == (1, 0)
-    cache = out.get("cache", out.get("past_key_values"))
-    mask = torch.cat([PADDED, torch.ones(2, 1, dtype=torch.long)], dim=1)
-    reads, nonzero, _ = count(student, input_ids=IDS[:, :1], attention_mask=mask, use_cache=True, past_key_values=cache)
-    assert (reads, nonzero) == (1, 0)
+    cache = {"past_key_values": out[CACHE_ARGUMENT]}
+    mask = F.pad(PADDED, (0, 1), value=1)
+    assert count(student, input_ids=IDS[:, :1], attention_mask=mask, use_cache=True, **cache)[:2] == (1, 0)
 
 
 def test_documents_are_located_once_for_all_layers():

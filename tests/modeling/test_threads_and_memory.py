@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,22 +19,14 @@ from tests.helpers.teachers import tiny_teacher
 
 def in_two_threads(work):
     """Runs `work(0)` and `work(1)` at once; raises what one of them raises."""
-    errors, start = [], threading.Barrier(2)
+    start = threading.Barrier(2)
 
     def run(n):
         start.wait()
-        try:
-            work(n)
-        except BaseException as error:
-            errors.append(error)
+        work(n)
 
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
 
 
 def test_two_threads_linearize_two_teachers_at_once():
