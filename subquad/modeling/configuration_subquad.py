@@ -80,12 +80,6 @@ class SubquadConfig(PreTrainedConfig):
                 raise AttributeError(f"{type(self).__name__} has no {name} for all layers: {error}") from error
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
-    def to_dict(self) -> dict[str, Any]:
-        out = super().to_dict()
-        if isinstance(self.base_config, PreTrainedConfig):
-            out["base_config"] = self.base_config.to_dict()
-        return out
-
     @property
     def layers_with_attention(self) -> list[bool]:
         """For each layer, whether it is attention and no mixer."""
