@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
 import subquad
 from subquad.modeling import teachers
@@ -55,46 +55,34 @@ def test_relative_and_home_paths(directory, monkeypatch):
 def write_gguf(path, model):
     """Writes the model in float32, with the names and the row order of a Llama in GGUF."""
     config, writer = model.config, GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([*WORDS, "er", "in"])
-    writer.add_token_types([1] * (len(WORDS) + 2))
-    writer.add_token_merges(["e r", "i n"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
-        "self_attn.o_proj": "attn_output",
-        **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
-    }
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    for name, value in {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": 10000.0,
+        "rope_dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "default",
+        "token_list": [*WORDS, "er", "in"],
+        "token_types": [1] * (len(WORDS) + 2),
+        "token_merges": ["e r", "i n"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }.items():
+        getattr(writer, f"add_{name}")(value)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for key, tensor in model.state_dict().items():
-        name = key.removesuffix(".weight")
-        for part, count in heads.items():
-            if f"{part}_proj" in name and "self_attn" in name:  # GGUF interleaves the halves of each head
-                rows = tensor.unflatten(0, (count, 2, -1))
-                tensor = rows.transpose(1, 2).flatten(0, 2)
-        if name.startswith("model.layers."):
-            _, _, layer, rest = name.split(".", 3)
-            name = f"blk.{layer}.{names[rest]}"
-        else:
-            name = names[name]
-        writer.add_tensor(f"{name}.weight", tensor.contiguous().numpy())
+        name = names.get_name(key, try_suffixes=(".weight",))
+        part = name.split(".")[-2]
+        if part in heads:  # GGUF interleaves the halves of each head
+            tensor = tensor.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(name, tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
