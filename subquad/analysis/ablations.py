@@ -14,13 +14,12 @@ import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.analysis.diagnostics import mean_log_decays
-from subquad.analysis.layer_access import LayerAccess, Sums, entries_replaced, sums_by_layer
+from subquad.analysis.diagnostics import mean_log_decays, token_means
+from subquad.analysis.layer_access import LayerAccess, replaced
 from subquad.evaluate.perplexity import token_sums
 from subquad.evaluate.results import Result
 from subquad.mixers import Mixer
 from subquad.mixers.gate_init import inverse_logsigmoid
-from subquad.modeling.attention.activations import LayerActivations
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.utils import UserError, eval_mode
 
@@ -125,57 +124,42 @@ def zero_output(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def limited_window(layers: Iterable[AttentionLayer], window: int) -> Iterator[None]:
+def limited_window(layers: Iterable[AttentionLayer], window: int) -> AbstractContextManager:
     """Limits attention to the last `window` tokens, itself included, and its sinks."""
     if window < 1:
         raise UserError(f"window: got {window}, expected at least 1 token")
-    with ExitStack() as stack:
-        for layer in layers:
-            limit = window if layer.window is None else min(layer.window, window)
-            stack.enter_context(entries_replaced(layer.__dict__, {"window": limit}))
-        yield
+    return replaced((layer.__dict__, {"window": min(layer.window or window, window)}) for layer in layers)
 
 
-@contextmanager
-def without_short_conv(mixers: Iterable[Mixer]) -> Iterator[None]:
+def without_short_conv(mixers: Iterable[Mixer]) -> AbstractContextManager:
     """Replaces the weights of short convolutions by the identity."""
-    with ExitStack() as stack:
-        for mixer in mixers:
-            for name, weight in mixer.conv_weights().items():
-                identity = torch.zeros_like(weight)
-                identity[:, -1] = 1.0
-                new = {f"{name}_conv": nn.Parameter(identity, requires_grad=False)}
-                stack.enter_context(entries_replaced(mixer._parameters, new))
-        yield
+
+    def identity(weight: Tensor) -> nn.Parameter:
+        last = torch.zeros_like(weight)
+        last[:, -1] = 1.0
+        return nn.Parameter(last, requires_grad=False)
+
+    return replaced(
+        (mixer._parameters, {f"{name}_conv": identity(weight) for name, weight in mixer.conv_weights().items()})
+        for mixer in mixers
+    )
 
 
-@contextmanager
-def frozen_gates(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
+def frozen_gates(model: PreTrainedModel, rows: Tensor) -> AbstractContextManager:
     """Replaces each output gate of a student by its mean over all tokens of `rows: [N, T]`, per channel."""
-    access = LayerAccess(model)
-    mixers = [layer.mixer if isinstance(layer, MixerLayer) else None for layer in access.mixer_layers]
-
-    def measure(index: int, recorded: LayerActivations) -> Iterator[Sums]:
-        mixer = mixers[index]
-        gate = None if mixer is None else mixer.output_gate(recorded.hidden_states)
-        if gate is not None:
-            yield {"gate": gate.double().sum((0, 1))}
 
     def constant(mean: Tensor, x: Tensor) -> Tensor:
         return mean.expand(*x.shape[:2], -1, -1)
 
-    sums = sums_by_layer(rows, measure, (access, access.mixing_modules))
-    with ExitStack() as stack:
-        for mixer, total in zip(mixers, sums, strict=True):
-            if mixer is not None and total:
-                mean = (total["gate"] / rows.numel()).to(mixer.o_proj.weight.dtype)
-                stack.enter_context(entries_replaced(mixer.__dict__, {"output_gate": partial(constant, mean)}))
-        yield
+    means = token_means(model, rows, lambda mixer, recorded: mixer.output_gate(recorded.hidden_states))
+    return replaced(
+        (mixer.__dict__, {"output_gate": partial(constant, mean.to(mixer.o_proj.weight.dtype))})
+        for mixer, mean in zip(LayerAccess(model).mixers, means, strict=True)
+        if mixer is not None and mean is not None
+    )
 
 
-@contextmanager
-def frozen_decays(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
+def frozen_decays(model: PreTrainedModel, rows: Tensor) -> AbstractContextManager:
     """Replaces each log decay of a student by its mean over all tokens of `rows: [N, T]`.
 
     Where the written key depends on the decay (MetaLA, HGRN2), the key keeps its own value.
@@ -187,10 +171,8 @@ def frozen_decays(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
         value = inverse_logsigmoid(mean) if name == "forget_gate" else mean
         return {**values, name: value.to(values[name].dtype).expand_as(values[name])}
 
-    means = mean_log_decays(model, rows)
-    with ExitStack() as stack:
-        for layer, mean in zip(LayerAccess(model).mixer_layers, means, strict=True):
-            if isinstance(layer, MixerLayer) and mean is not None:
-                new = {"gates": partial(constant, layer.mixer.gates, mean)}
-                stack.enter_context(entries_replaced(layer.mixer.__dict__, new))
-        yield
+    return replaced(
+        (mixer.__dict__, {"gates": partial(constant, mixer.gates, mean)})
+        for mixer, mean in zip(LayerAccess(model).mixers, mean_log_decays(model, rows), strict=True)
+        if mixer is not None and mean is not None
+    )

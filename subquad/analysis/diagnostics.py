@@ -6,7 +6,7 @@ docs/analysis.md defines the metrics.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from subquad.analysis.mixing_matrices import (
 )
 from subquad.evaluate.perplexity import prediction_sums
 from subquad.evaluate.results import Result
+from subquad.mixers import Mixer
 from subquad.mixers.norms import upcast
 from subquad.modeling.attention.activations import LayerActivations
 from subquad.modeling.layers import AttentionLayer, MixerLayer
@@ -142,21 +143,32 @@ def find_log_decay(op_inputs: dict[str, Tensor]) -> Tensor | None:
     return op_inputs.get("log_decay")
 
 
-def mean_log_decays(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]:
-    """The mean log decay of each layer over all tokens of `rows: [N, T]`: `[H]` or `[H, K]`, float64; None for mixers
-    without a decay (linear attention, DeltaNet) and attention."""
+def token_means(
+    model: PreTrainedModel, rows: Tensor, quantity: Callable[[Mixer, LayerActivations], Tensor | None]
+) -> list[Tensor | None]:
+    """The mean of `quantity`, `[B, T, ...]`, over all tokens of `rows: [N, T]` for each layer, float64; None for
+    attention and for mixers without it."""
     access = LayerAccess(model)
 
     def measure(index: int, recorded: LayerActivations) -> Iterator[Sums]:
-        layer = access.mixer_layers[index]
-        if isinstance(layer, MixerLayer):
-            x, positions = recorded.hidden_states, recorded.kwargs.get("position_embeddings")
-            log_decay = find_log_decay(layer.mixer.op_inputs(x, positions, None, None)[0])
-            if log_decay is not None:
-                yield {"log_decay": log_decay.double().sum((0, 1))}
+        mixer = access.mixers[index]
+        values = None if mixer is None else quantity(mixer, recorded)
+        if values is not None:
+            yield {"sum": values.double().sum((0, 1))}
 
     sums = sums_by_layer(rows, measure, (access, access.mixing_modules))
-    return [layer["log_decay"] / rows.numel() if layer else None for layer in sums]
+    return [layer["sum"] / rows.numel() if layer else None for layer in sums]
+
+
+def mean_log_decays(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]:
+    """The mean log decay of each layer over all tokens of `rows: [N, T]`: `[H]` or `[H, K]`, float64; None for mixers
+    without a decay (linear attention, DeltaNet) and attention."""
+
+    def log_decay(mixer: Mixer, recorded: LayerActivations) -> Tensor | None:
+        positions = recorded.kwargs.get("position_embeddings")
+        return find_log_decay(mixer.op_inputs(recorded.hidden_states, positions, None, None)[0])
+
+    return token_means(model, rows, log_decay)
 
 
 def half_lives(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.evaluate.results import Result
+from subquad.mixers import Mixer
 from subquad.modeling.attention.activations import LayerActivations, capture_activations, layer_path
 from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.attention.scores import replace_mask
@@ -25,16 +26,19 @@ Sums = dict[str, Any]
 
 
 @contextmanager
-def entries_replaced(entries: dict[str, Any], new: Mapping[str, Any]) -> Iterator[None]:
-    """Replaces entries of a dict: attributes, parameters or submodules of a module."""
-    before = {name: entries[name] for name in new if name in entries}
-    entries.update(new)
+def replaced(replacements: Iterable[tuple[dict[str, Any], Mapping[str, Any]]]) -> Iterator[None]:
+    """Replaces entries of dicts: attributes, parameters or submodules of modules."""
+    done = []
     try:
+        for entries, new in replacements:
+            done.append((entries, new, {name: entries[name] for name in new if name in entries}))
+            entries.update(new)
         yield
     finally:
-        for name in new.keys() - before.keys():
-            del entries[name]
-        entries.update(before)
+        for entries, new, before in reversed(done):
+            for name in new.keys() - before.keys():
+                del entries[name]
+            entries.update(before)
 
 
 class LayerAccess:
@@ -60,6 +64,11 @@ class LayerAccess:
             self.paths = [info.path for info in attention]
 
     @property
+    def mixers(self) -> list[Mixer | None]:
+        """None for layers with attention."""
+        return [layer.mixer if isinstance(layer, MixerLayer) else None for layer in self.mixer_layers]
+
+    @property
     def mixing_modules(self) -> list[nn.Module]:
         """The attention, or the mixer in its place, of each layer."""
         return [self.root.get_submodule(path) for path in self.paths]
@@ -80,9 +89,9 @@ class LayerAccess:
                 self.model.base_model(input_ids=ids, use_cache=False)
         return [recorded[index] for index in range(len(modules))]
 
-    def _replaced(self, path: str, module: nn.Module) -> AbstractContextManager:
+    def _place(self, path: str, module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
         parent, _, name = path.rpartition(".")
-        return entries_replaced(self.root.get_submodule(parent)._modules, {name: module})
+        return self.root.get_submodule(parent)._modules, {name: module}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -90,13 +99,12 @@ class LayerAccess:
         with ExitStack() as stack:
             for layer in self.decoder_layers:
                 stack.enter_context(layer.register_forward_pre_hook(_without_mask, with_kwargs=True))
-            for path, mixer_layer in zip(self.paths, self.mixer_layers, strict=True):
-                stack.enter_context(self._replaced(path, mixer_layer))
+            stack.enter_context(replaced(map(self._place, self.paths, self.mixer_layers)))
             yield
 
     def with_layer(self, index: int, other: "LayerAccess") -> AbstractContextManager:
         """Replaces decoder layer `index` by that of `other`, which must be `installed`."""
-        return self._replaced(layer_path(self.paths[index]), other.decoder_layers[index])
+        return replaced([self._place(layer_path(self.paths[index]), other.decoder_layers[index])])
 
 
 def _without_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

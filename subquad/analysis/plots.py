@@ -110,9 +110,8 @@ def recall_figure(results: Sequence[Result], title: str) -> Figure:
     for task in dict.fromkeys(result.task for result in results):
         own = select(results, task=task, metric="acc")
         panels[task] = [result for result in own if result.depth is not None] or own
-    axis_labels = ("depth of the answer", "tokens of context")
-    label = f"acc (chance: {1 / (1 + NUM_DISTRACTORS):g})"
-    figure = heat_maps(panels, ("depth", "length"), axis_labels, label, (0.0, 1.0), columns=5)
+    labels = ("depth of the answer", "tokens of context", f"acc (chance: {1 / (1 + NUM_DISTRACTORS):g})")
+    figure = heat_maps(panels, ("depth", "length"), labels, (0.0, 1.0), columns=5)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -120,8 +119,7 @@ def recall_figure(results: Sequence[Result], title: str) -> Figure:
 def heat_maps(
     panels: Mapping[str, Sequence[Result]],
     fields: tuple[str, str],
-    axis_labels: tuple[str, str],
-    label: str,
+    labels: tuple[str, str, str],
     limits: tuple[float, float] | None = None,
     columns: int = 3,
     shared: bool = False,
@@ -130,8 +128,7 @@ def heat_maps(
 
     Args:
         fields: of a result, by which it is in a row and column; a row of None has no label.
-        axis_labels: of rows and columns.
-        label: of the color bar.
+        labels: of rows, columns and the color bar.
         limits: values at the ends of the color scale, which are then written into the cells; by default the extremes.
         columns: heat maps side by side.
         shared: all heat maps have the same rows and columns, empty where there is no result.
@@ -160,9 +157,9 @@ def heat_maps(
         axes.set_yticks(range(len(down)), ["" if y is None else format_tick(y) for y in down])
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
-    figure.supxlabel(axis_labels[1], fontsize=9)
-    figure.supylabel(axis_labels[0], fontsize=9)
-    figure.colorbar(image, ax=all_axes, label=label, shrink=0.8)
+    figure.supylabel(labels[0], fontsize=9)
+    figure.supxlabel(labels[1], fontsize=9)
+    figure.colorbar(image, ax=all_axes, label=labels[2], shrink=0.8)
     return figure
 
 

@@ -1,7 +1,7 @@
 """Figures of a study: recovered share, perplexity against decoding time, training loss, and evaluation results."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -189,18 +189,12 @@ def length_figures(
     metrics: Mapping[str, tuple[str, str, float]],
     prefix: str = "",
 ) -> list[NamedFigure]:
-    """Each of `metrics` (`COSTS`, `LONG_CONTEXT`) against context length; those that were not measured are left out."""
+    """Each of `metrics` (`COSTS`, `LONG_CONTEXT`) that was measured against context length."""
     drawn = []
     for metric, (title, ylabel, scale) in metrics.items():
-        own = [r for r in select(results, metric=metric) if r.length and r.batch in (None, 1)]
-        figure = line_figure(own, models, "length", ylabel, scale)
-        if figure is not None:
-            axes = figure.axes[0]
-            axes.set(xlabel="tokens of context", xscale="log", yscale="log")
-            style.format_log_axis(axes.xaxis, [], sorted({r.length for r in own if r.length}))
-            style.format_log_axis(axes.yaxis, [scale * r.value for r in own])
-            caption = f"{title}. Best student of each mixer; models that are not students in black"
-            drawn.append(NamedFigure(f"{prefix}{metric}", caption, figure))
+        own = [replace(r, value=scale * r.value) for r in select(results, metric=metric) if r.batch in (None, 1)]
+        caption = f"{title}. Best student of each mixer; models that are not students in black"
+        drawn += line_figures(f"{prefix}{metric}", caption, own, models, "length", ylabel)
     return drawn
 
 
@@ -208,13 +202,11 @@ def recall_figures(results: Sequence[Result], models: Sequence[PlotModel]) -> li
     """Recall accuracy by depth and context length, one figure for each task and one heat map for each model."""
     drawn = []
     cells = [r for r in select(results, metric="acc") if r.length is not None and r.depth is not None]
+    labels = ("depth of the answer in the context", "tokens of context", "accuracy")
     for task in dict.fromkeys(r.task for r in cells):
-        axis_labels = ("depth of the answer in the context", "tokens of context")
+        caption = f"Accuracy in the recall task {task}. Best student of each mixer, one seed"
         own = select(cells, task=task)
-        figure = model_maps(own, models, ("depth", "length"), axis_labels, "accuracy", (0.0, 1.0))
-        if figure is not None:
-            caption = f"Accuracy in the recall task {task}. Best student of each mixer, one seed"
-            drawn.append(NamedFigure(f"recall-{file_name(task)}", caption, figure))
+        drawn += model_maps(f"recall-{file_name(task)}", caption, own, models, ("depth", "length"), labels, (0.0, 1.0))
     return drawn
 
 
@@ -227,27 +219,23 @@ def diagnostic_figures(
         title = label[0].upper() + label[1:]
         own = [r for r in select(results, metric=metric) if r.layer is not None]
         cells = [r for r in own if r.head is not None]
-        figure = line_figure(own, models, "layer", label)
-        if figure is not None:
-            figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-            mean = ", mean over heads" if cells else ""
-            caption = f"{title}: by layer{mean}. Best student of each mixer"
-            lines.append(NamedFigure(f"{metric}-layers", caption, figure))
-        figure = model_maps(cells, one_seed_models, ("layer", "head"), ("layer", "head"), label)
-        if figure is not None:
-            caption = f"{title}: by layer and head. Best student of each mixer, one seed"
-            maps.append(NamedFigure(f"{metric}-heads", caption, figure))
+        mean = ", mean over heads" if cells else ""
+        caption = f"{title}: by layer{mean}. Best student of each mixer"
+        lines += line_figures(f"{metric}-layers", caption, own, models, "layer", label)
+        caption = f"{title}: by layer and head. Best student of each mixer, one seed"
+        labels = "layer", "head", label
+        maps += model_maps(f"{metric}-heads", caption, cells, one_seed_models, ("layer", "head"), labels)
     return lines + maps
 
 
-def line_figure(
-    results: Sequence[Result], models: Sequence[PlotModel], field: str, ylabel: str, scale: float = 1.0
-) -> Figure | None:
-    """Results by layer or length, a line for each model; None if none was measured. Models that are not students are
-    black with different dashes."""
+def line_figures(
+    name: str, caption: str, results: Sequence[Result], models: Sequence[PlotModel], field: str, ylabel: str
+) -> list[NamedFigure]:
+    """Results by `field`, layer or length, a line for each model; no figure if none was measured. Models that are not
+    students are black with different dashes."""
     lines = [(m, points) for m in models if (points := style.points_by(field, select(results, model=m.name)))]
     if not lines:
-        return None
+        return []
     figure, axes = style.new_figure()
     extra: list[Line2D] = []
     for model, points in lines:
@@ -257,23 +245,32 @@ def line_figure(
             extra.append(style.legend_line(model.label, **look))
         else:
             look = {**style.look(model.mixer), "markersize": 4, "alpha": 0.85}
-        axes.plot([x for x, _ in points], [scale * y for _, y in points], **look)
+        axes.plot(*zip(*points, strict=True), **look)
     axes.set(xlabel=field, ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if field == "length":
+        x, y = zip(*(point for _, points in lines for point in points), strict=True)
+        axes.set(xlabel="tokens of context", xscale="log", yscale="log")
+        style.format_log_axis(axes.xaxis, x, sorted(set(x)))
+        style.format_log_axis(axes.yaxis, y)
     style.add_legend(figure, (model.mixer for model, _ in lines if model.mixer is not None), extra)
-    return figure
+    return [NamedFigure(name, caption, figure)]
 
 
 def model_maps(
+    name: str,
+    caption: str,
     results: Sequence[Result],
     models: Sequence[PlotModel],
     fields: tuple[str, str],
-    axis_labels: tuple[str, str],
-    label: str,
+    labels: tuple[str, str, str],
     limits: tuple[float, float] | None = None,
-) -> Figure | None:
-    """`heat_maps` with one for each model, at most `MAX_HEAT_MAPS`; None if none was measured."""
+) -> list[NamedFigure]:
+    """`heat_maps` with one for each model, at most `MAX_HEAT_MAPS`; no figure if none was measured."""
     panels = [(model.label, own) for model in models if (own := select(results, model=model.name))][:MAX_HEAT_MAPS]
-    return heat_maps(dict(panels), fields, axis_labels, label, limits, shared=True) if panels else None
+    if not panels:
+        return []
+    return [NamedFigure(name, caption, heat_maps(dict(panels), fields, labels, limits, shared=True))]
 
 
 def file_name(text: str) -> str:

@@ -41,11 +41,12 @@ GRID_TEXT = (
     "Means over seeds; in brackets their 95% intervals by Student's t, from two seeds on. Bold: the interval does not "
     "overlap that of any other line. Click a column title to sort."
 )
+EVALUATION_TEXT = "All evaluated models. ± is the standard error."
 
 
 class Section(NamedTuple):
     title: str
-    figures: list[NamedFigure]
+    figures: Sequence[NamedFigure]
     tables: Sequence[Table] = ()
     text: str = ""
 
@@ -142,9 +143,7 @@ def report_sections(
         Section("Mixing matrices and hidden states", diagnostics),
         Section("Training", loss_figures(groups)),
         Section("The student", student_figures(groups)),
-        Section(
-            "Evaluation", [], evaluation_tables(results, all_models), "All evaluated models. ± is the standard error."
-        ),
+        Section("Evaluation", (), evaluation_tables(results, all_models), EVALUATION_TEXT),
     ]
     return [section for section in sections if section.figures or section.tables]
 

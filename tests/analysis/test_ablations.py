@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -48,6 +49,10 @@ def logits(model, rows):
         return model(rows, use_cache=False).logits
 
 
+def value(found, task, metric="loss", layer=None):
+    return select_one(found, task=task, metric=metric, layer=layer).value
+
+
 def test_mean_loss_equals_the_model_loss(teacher, rows):
     with torch.no_grad():
         expected = teacher(rows, labels=rows, use_cache=False).loss.item()
@@ -58,44 +63,37 @@ def test_without_layer_equals_zero_output_projection(teacher, rows):
     student = perturbed(teacher, HYBRID)
     found = ablation_results(student, rows)
     for index, projection in enumerate(
-        [student.mixer_layers[0].mixer.o_proj, student.mixer_layers[1].attention.o_proj],
+        (student.mixer_layers[0].mixer.o_proj, student.mixer_layers[1].attention.o_proj)
     ):
         weight = projection.weight.detach().clone()
         with torch.no_grad():
             projection.weight.zero_()
             expected = mean_loss(student, rows)
             projection.weight.copy_(weight)
-        assert select_one(found, task="without_layer", metric="loss", layer=index).value == pytest.approx(
-            expected, rel=1e-6
-        )
-    assert select_one(found, task="intact", metric="loss").value == mean_loss(student, rows)
+        assert value(found, "without_layer", layer=index) == pytest.approx(expected, rel=1e-6)
+    assert value(found, "intact") == mean_loss(student, rows)
 
 
 def test_hybrid_without_mixers_and_without_attention(teacher, rows):
     found = ablation_results(perturbed(teacher, HYBRID), rows)
-    by_layer = [select_one(found, task="without_layer", metric="loss", layer=i).value for i in (0, 1)]
-    assert select_one(found, task="without_mixers", metric="loss").value == by_layer[0]
-    assert select_one(found, task="without_attention", metric="loss").value == by_layer[1]
+    assert value(found, "without_mixers") == value(found, "without_layer", layer=0)
+    assert value(found, "without_attention") == value(found, "without_layer", layer=1)
 
 
 def test_transformer_layers_can_be_ablated(teacher, rows):
     found = ablation_results(teacher, rows)
     assert {result.task for result in found} == {"intact", "without_layer", "without_mixing"}
     assert [result.layer for result in select(found, task="without_layer", metric="loss")] == [0, 1]
-    assert (
-        select_one(found, task="without_mixing", metric="loss").value
-        != select_one(found, task="intact", metric="loss").value
-    )
+    assert value(found, "without_mixing") != value(found, "intact")
 
 
 def test_share_is_relative_to_intact_and_without_mixing(teacher, rows):
     found = ablation_results(perturbed(teacher, HYBRID), rows)
-    value = {result.task: result.value for result in select(found, metric="loss", layer=None)}
-    assert select_one(found, task="intact", metric="share").value == 1
-    assert select_one(found, task="without_mixing", metric="share").value == 0
-    worth = value["intact"] - value["without_mixing"]
-    expected = (value["without_mixers"] - value["without_mixing"]) / worth
-    assert select_one(found, task="without_mixers", metric="share").value == pytest.approx(expected)
+    assert value(found, "intact", "share") == 1
+    assert value(found, "without_mixing", "share") == 0
+    left = value(found, "without_mixers") - value(found, "without_mixing")
+    expected = left / (value(found, "intact") - value(found, "without_mixing"))
+    assert value(found, "without_mixers", "share") == pytest.approx(expected)
 
 
 def test_bypassed_mixers_are_warned_about(teacher, rows, caplog):
@@ -106,7 +104,7 @@ def test_bypassed_mixers_are_warned_about(teacher, rows, caplog):
         with torch.no_grad():
             student.mixer_layers[0].mixer.o_proj.weight.zero_()
         found = ablation_results(student, rows)
-    assert select_one(found, task="without_mixers", metric="share").value == 1
+    assert value(found, "without_mixers", "share") == 1
     assert "2510.05901" in caplog.text
 
 
@@ -117,7 +115,7 @@ def test_custom_score(teacher, rows):
         return logits(model, texts).softmax(-1).amax(-1).mean().item()
 
     found = ablation_results(student, rows, score=sharpness, metric="sharpness")
-    assert select_one(found, task="intact", metric="sharpness").value == sharpness(student, rows)
+    assert value(found, "intact", "sharpness") == sharpness(student, rows)
     assert {result.metric for result in found} == {"sharpness", "share"}
 
 
@@ -125,8 +123,8 @@ def test_limited_window_equals_student_with_that_window(teacher, rows):
     wide = subquad.linearize(teacher, layer_types={"default": "attention"}, scale_ids=TEXT)
     narrow = subquad.linearize(teacher, layer_types={"default": {"mixer": "attention", "window": 5}}, scale_ids=TEXT)
     found = ablation_results(wide, rows, window=5)
-    assert select_one(found, task="window_5", metric="loss").value == pytest.approx(mean_loss(narrow, rows), rel=1e-6)
-    assert select_one(found, task="window_5", metric="loss").value != pytest.approx(mean_loss(wide, rows), rel=1e-3)
+    assert value(found, "window_5") == pytest.approx(mean_loss(narrow, rows), rel=1e-6)
+    assert value(found, "window_5") != pytest.approx(mean_loss(wide, rows), rel=1e-3)
     assert not select(ablation_results(narrow, rows, window=5), task="window_5")
     with pytest.raises(UserError, match="window"):
         ablation_results(wide, rows, window=0)
@@ -177,9 +175,8 @@ def test_frozen_decay_is_the_mean_at_every_token(teacher, rows, mixer):
 def test_freezing_a_fixed_decay_changes_nothing(teacher, rows):
     student = subquad.linearize(teacher, "retnet", scale_ids=TEXT).eval()
     found = ablation_results(student, rows)
-    expected = select_one(found, task="intact", metric="loss").value
-    assert select_one(found, task="frozen_decay", metric="loss").value == pytest.approx(expected, rel=1e-6)
-    assert math.isfinite(expected)
+    assert value(found, "frozen_decay") == pytest.approx(value(found, "intact"), rel=1e-6)
+    assert math.isfinite(value(found, "intact"))
 
 
 def test_only_applicable_ablations_are_run(teacher, rows):
@@ -213,40 +210,27 @@ ABLATIONS = {
 }
 
 
+@pytest.mark.parametrize("failing", [False, True])
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_model_is_restored_bitwise(teacher, rows, name):
+def test_model_is_restored_bitwise(teacher, rows, name, failing):
     student = perturbed(teacher, HYBRID)
     before, intact = snapshot(student), logits(student, rows)
-    with ABLATIONS[name](student, rows):
+    expected = pytest.raises(RuntimeError, match="intended") if failing else nullcontext()
+    with expected, ABLATIONS[name](student, rows):
         assert not torch.equal(logits(student, rows), intact)
-    assert snapshot(student) == before
-    assert torch.equal(logits(student, rows), intact)
-
-    def fail():
-        with ABLATIONS[name](student, rows):
+        if failing:
             raise RuntimeError("intended")
-
-    with pytest.raises(RuntimeError, match="intended"):
-        fail()
     assert snapshot(student) == before
     assert torch.equal(logits(student, rows), intact)
 
 
-def test_ablation_results_restore_the_model(teacher, rows):
+@pytest.mark.parametrize("scores", [None, 5], ids=["finished", "failed"])
+def test_ablation_results_restore_the_model(teacher, rows, scores):
     student = perturbed(teacher, HYBRID).train()
     before = snapshot(student)
-    ablation_results(student, rows)
-    assert snapshot(student) == before
-    calls = []
-
-    def failing(model, texts):
-        calls.append(None)
-        if len(calls) > 5:
-            raise RuntimeError("intended")
-        return 1.0
-
-    with pytest.raises(RuntimeError, match="intended"):
-        ablation_results(student, rows, score=failing)
+    left = iter(range(scores or 100))
+    with nullcontext() if scores is None else pytest.raises(StopIteration):
+        ablation_results(student, rows, score=lambda model, texts: mean_loss(model, texts) + 0 * next(left))
     assert snapshot(student) == before
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from subquad.analysis.correlation import rank_correlation, spearman
+from scripts.analyze_nano import rank_correlation, spearman
 from subquad.utils import UserError
 
 
