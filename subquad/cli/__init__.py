@@ -6,7 +6,7 @@ Commands import torch after their arguments are checked, so that help, lists and
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from subquad.cli import measurements, students, training
 from subquad.cli.parser import Parser
@@ -36,17 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Mistakes of the user are printed on stderr, a line each, with exit code 2. An interruption is exit code 130.
     """
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help()
-        return 0
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("subquad")
-    logger.handlers = [handler]
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
     logger.setLevel(logging.INFO)
     try:
+        args = build_parser().parse_args(argv)
         return args.run(args) or 0
     except UserError as error:
         print("subquad:", "\n  ".join(error.problems), file=sys.stderr)
@@ -59,17 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(prog="subquad", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", title="options of a command", description="subquad COMMAND --help"
+    parser.set_defaults(run=lambda _: parser.print_help())
+    parser.commands = parser.add_subparsers(
+        metavar="COMMAND", title="options of a command", description="subquad COMMAND --help"
     )
-
-    def add(name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, description=summary)
-        command.set_defaults(run=run)
-        return command
-
     for group in (training, students, measurements):
-        group.add_commands(add)
+        group.add_commands(parser)
     return parser

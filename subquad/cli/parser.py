@@ -1,25 +1,40 @@
-"""What the modules of commands share."""
+"""The argument parser, and types of options."""
 
 import argparse
-import sys
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
-
-class AddCommand(Protocol):
-    def __call__(
-        self, name: str, run: Callable[[argparse.Namespace], int | None], summary: str
-    ) -> argparse.ArgumentParser:
-        """Adds a command whose exit code is what `run` returns; None is 0."""
+from subquad.utils import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints errors in one line, without the usage."""
+    """Raises UserError instead of exiting. `commands`: the subparsers."""
+
+    commands: Any
 
     def error(self, message: str):
-        print(f"{self.prog}: {message} (see `{self.prog} --help`)", file=sys.stderr)
-        raise SystemExit(2)
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+    def command(self, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> "Parser":
+        """Adds a command whose exit code is what `run` returns; None is 0."""
+        command = self.commands.add_parser(name, description=summary)
+        command.set_defaults(run=run)
+        return command
+
+    def option(self, flags: str, metavar: str, text: str, **settings: Any) -> None:
+        """Adds an argument. flags: its name, or its flags separated by blanks. settings: see `add_argument`."""
+        self.add_argument(*flags.split(), metavar=metavar, help=text, **settings)
+
+    def flag(self, name: str, text: str) -> None:
+        self.add_argument(name, help=text, action="store_true")
 
 
 def split_list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least 1")
+    return int(text)

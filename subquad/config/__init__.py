@@ -9,16 +9,12 @@ of a recipe are one `UserError` with a line for each: place, key, value, expecte
 from subquad.config.load import load_recipe, load_study, schema
 from subquad.config.run_names import different_keys, run_name
 from subquad.config.schema import (
-    Checkpoint,
     Data,
     EndToEndStage,
-    Evaluation,
     HiddenStage,
     Lora,
     MatrixStage,
     MixtureSource,
-    ParamGroup,
-    ParamGroups,
     Recipe,
     Stage,
     Stages,
@@ -26,16 +22,12 @@ from subquad.config.schema import (
 )
 
 __all__ = [
-    "Checkpoint",
     "Data",
     "EndToEndStage",
-    "Evaluation",
     "HiddenStage",
     "Lora",
     "MatrixStage",
     "MixtureSource",
-    "ParamGroup",
-    "ParamGroups",
     "Recipe",
     "Stage",
     "Stages",

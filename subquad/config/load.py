@@ -2,18 +2,30 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from subquad.config import yaml_tree
-from subquad.config.mistakes import describe, subsection
-from subquad.config.schema import Data, MixtureSource, Recipe, Student
-from subquad.config.yaml_tree import Node
+from subquad.config.schema import Data, MixtureSource, Recipe, Section, Stages, Student, conflicts
+from subquad.config.yaml_tree import KeyPath, Node, format_value
 from subquad.registry import STAGES
-from subquad.utils import UserError
+from subquad.utils import UserError, nearest
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "bool_type": "true or false",
+    "dict_type": "a mapping of names to values",
+}
+"""What pydantic expected, by the type of its error."""
+_SHORTHANDS = {"data": Data.SHORTHAND, "student": Student.SHORTHAND}
 
 
 def schema() -> dict[str, Any]:
@@ -39,12 +51,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         UserError: all mistakes of the file, the overrides and their values. Lists are mistakes too: see `load_study`.
     """
-    tree, problems = _load(path, overrides)
-    problems += [
-        f"{node.where}: {'.'.join(keys)}: got a list, expected one value; `subquad study` runs all values of a list"
-        for keys, node in tree.lists()
-    ]
-    return _validate(tree, problems)[0]
+    return _load(path, overrides, single=True)[0]
 
 
 def load_study(path: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
@@ -56,16 +63,13 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
     Raises:
         UserError: all mistakes of all recipes, each once.
     """
-    variants = _validate(*_load(path, overrides))
-    return list({recipe.digest(): recipe for recipe in variants}.values())
+    return list({recipe.digest(): recipe for recipe in _load(path, overrides, single=False)}.values())
 
 
-def _load(path: str | Path, overrides: Iterable[str]) -> tuple[Node, list[str]]:
-    """The tree of a file and its overrides, and the problems found so far."""
+def _load(path: str | Path, overrides: Iterable[str], single: bool) -> list[Recipe]:
+    """The recipe of a file with overrides; unless `single`, all recipes of the product of its lists."""
     problems: list[str] = []
-    bare = {key: inner.SHORTHAND for key, field in Recipe.model_fields.items() if (inner := subsection(field))}
-    shorthands = {key: name for key, name in bare.items() if name is not None}
-    tree = yaml_tree.read(Path(path).expanduser(), problems).expand(shorthands)
+    tree = yaml_tree.read(Path(path).expanduser(), problems)
     for override in overrides:
         where = f"--set {override if len(override) <= 80 else override[:77] + '...'}"
         name, equals, text = override.partition("=")
@@ -74,22 +78,15 @@ def _load(path: str | Path, overrides: Iterable[str]) -> tuple[Node, list[str]]:
             problems.append(f"{where}: expected key=value, such as stages.hidden.lr=1e-3")
             continue
         try:
-            node = yaml_tree.parse(text, lambda _line, where=where: where, problems, keys)  # type: ignore[misc]
+            tree = tree.put(keys, yaml_tree.parse(text, where, problems, keys), _SHORTHANDS)
         except UserError as error:
             problems += error.problems
-        else:
-            tree = tree.put(keys, node).expand(shorthands)
-    return tree, problems
-
-
-def _validate(tree: Node, problems: list[str]) -> list[Recipe]:
-    """Every recipe of the product of the tree's lists. Raises UserError with all problems, each once."""
     recipes = []
-    for variant in tree.product(problems):
+    for variant in [tree] if single else tree.product():
         try:
             recipes.append(Recipe.model_validate(variant.plain()))
         except ValidationError as error:
-            problems += describe(variant, error.errors(include_url=False))
+            problems += _describe(variant, error, "; `subquad study` runs all values of a list" if single else "")
     if problems:
         raise UserError(*sorted(dict.fromkeys(problems), key=_line))
     return recipes
@@ -99,3 +96,81 @@ def _line(problem: str) -> float:
     """The line of a problem in the file; overrides come after all lines, in their order."""
     place = re.match(r"(?!--set )[^:]*:(\d+): ", problem)
     return int(place[1]) if place else math.inf
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+def _describe(tree: Node, error: ValidationError, list_hint: str) -> Iterator[str]:
+    """A line for each error of pydantic, and for each conflict between sections whose own values are valid."""
+    valid, unknown, lines = tree, "", []
+    for each in error.errors(include_url=False):
+        path = tuple(str(key) for key in each["loc"])
+        node, text = tree.find(path), _explain(path, each)
+        valid = valid.put(path, Node(None, ""), {})
+        unknown += text if each["type"] == "extra_forbidden" else ""
+        hint = list_hint if isinstance(node.value, list) else ""
+        lines.append((f"'{'.'.join(path)}'" if each["type"] == "missing" else None, f"{node.where}: {text}{hint}"))
+    # A missing key that is the nearest name of an unknown one is misspelled: the line of the unknown one is enough.
+    yield from (line for missing, line in lines if missing is None or missing not in unknown)
+    for path, text in conflicts(valid.plain()):
+        yield f"{tree.find(path).where}: {'.'.join(path)}: {text}"
+
+
+def _explain(path: KeyPath, error: Any) -> str:
+    """An error of pydantic as: key, value, expected value."""
+    dotted, kind = ".".join(path), error["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key {dotted!r}{_nearest_key(path)}"
+    if kind == "missing":
+        description = " ".join((_section_at(path[:-1]).model_fields[path[-1]].description or "").split())
+        return f"{dotted} is missing; expected: {description.partition('. ')[0].removesuffix('.')}"
+    if kind == "value_error":
+        return f"{dotted}: {error['ctx']['error']}"
+    if kind == "literal_error":
+        names = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+        expected = f"one of {', '.join(names)}{nearest(error['input'], names).partition('; expected')[0]}"
+    elif kind == "model_type":
+        expected = f"a mapping with the keys {', '.join(_keys(_section_at(path)))}"
+    else:
+        expected = _EXPECTED.get(kind) or f"a number {error['msg'].removeprefix('Input should be ')}"
+    return f"{dotted}: got {format_value(error['input'])}, expected {expected}"
+
+
+def _nearest_key(path: KeyPath) -> str:
+    """The end of a message about an unknown key: the same name elsewhere in the recipe, else the nearest sibling."""
+    prefix = "".join(f"{key}." for key in path[:-1])
+    sibling = nearest(path[-1], _keys(_section_at(path[:-1])))
+    elsewhere = [key for key in _dotted_keys() if key.rpartition(".")[2] == path[-1]]
+    if "did you mean" not in sibling and elsewhere:
+        depth = min(key.count(".") for key in elsewhere)
+        return f"; did you mean {' or '.join(repr(key) for key in elsewhere if key.count('.') == depth)}?"
+    return sibling.replace("did you mean '", f"did you mean '{prefix}")
+
+
+def _section_at(path: KeyPath) -> type[Section]:
+    """The section at a path. A key that is no field names a stage of another package or a source of a mixture."""
+    section: type[Section] = Recipe
+    for key in path:
+        if key in section.model_fields:
+            section = _subsection(section.model_fields[key]) or section
+        else:
+            section = STAGES[key].Options if section is Stages and key in STAGES else MixtureSource
+    return section
+
+
+def _keys(section: type[Section]) -> list[str]:
+    return list(STAGES if section is Stages else section.model_fields)
+
+
+def _subsection(field: FieldInfo) -> type[Section] | None:
+    """The section of a field, which may be null; None for a plain value."""
+    types = (field.annotation, *get_args(field.annotation))
+    return next((each for each in types if isinstance(each, type) and issubclass(each, Section)), None)
+
+
+def _dotted_keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if (inner := _subsection(field)) is not None:
+            yield from _dotted_keys(inner, f"{prefix}{name}.")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from subquad.config.schema import Recipe
+from subquad.config.yaml_tree import KeyPath
 
 
 def run_name(recipe: Recipe, recipes: Sequence[Recipe]) -> str:
@@ -13,10 +14,13 @@ def run_name(recipe: Recipe, recipes: Sequence[Recipe]) -> str:
     as in `gla-copy_qkv=false-seed=1`. Keys within a stage or within mixer_kwargs are added only if needed."""
     mine = recipe.model_dump(mode="json")
     variants = [r.model_dump(mode="json") for r in recipes if r.student.name == recipe.student.name]
-    short = _shallow(mine, variants)
-    rivals = [variant for variant in variants if _shallow(variant, variants) == short]
+
+    def shallow(one: Any) -> list[tuple[KeyPath, Any]]:
+        return [found for found in _differences(one, variants) if len(found[0]) <= 2]
+
+    rivals = [variant for variant in variants if shallow(variant) == shallow(mine)]
     parts = [recipe.student.name]
-    for path, value in [*short, *(found for found in _differences(mine, rivals) if len(found[0]) > 2)]:
+    for path, value in [*shallow(mine), *(found for found in _differences(mine, rivals) if len(found[0]) > 2)]:
         text = json.dumps(value) if not isinstance(value, str) else value
         parts.append(f"{'.'.join(path[1:] or path)}={text}")
     name = "-".join(parts)
@@ -30,11 +34,7 @@ def different_keys(one: Recipe, other: Recipe) -> list[str]:
     return list(dict.fromkeys(".".join(path) for x, y in ((a, b), (b, a)) for path, _ in _differences(x, [y])))
 
 
-def _shallow(mine: Any, variants: list[Any]) -> list[tuple[tuple[str, ...], Any]]:
-    return [found for found in _differences(mine, variants) if len(found[0]) <= 2]
-
-
-def _differences(mine: Any, all_values: list[Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _differences(mine: Any, all_values: list[Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Paths at which `all_values` differ, with the value of `mine`; "on" for a stage that others skip, else "off"."""
     if all(value == mine for value in all_values):
         return

@@ -2,33 +2,50 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic.types import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
-from subquad.config import yaml_tree
-from subquad.config.section import (
-    Fraction,
-    KeyPath,
-    NonEmptyStr,
-    Section,
-    format_value,
-    raise_validation_error,
-    read_stage,
-)
+from subquad.config.yaml_tree import KeyPath, dump, format_value
 from subquad.mixers.options import SOFTMAX, find_options
 from subquad.registry import STAGES
 from subquad.utils import UserError
+
+NonEmptyStr = Annotated[str, Field(min_length=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def raise_mistakes(mistakes: Iterable[tuple[KeyPath, object]]) -> None:
+    """Raises one ValidationError for all mistakes, if any: their paths below the validated value, and messages."""
+    details = [
+        InitErrorDetails(type=PydanticCustomError("value_error", "{error}", {"error": str(m)}), loc=path, input=None)
+        for path, m in mistakes
+    ]
+    if details:
+        raise ValidationError.from_exception_data("recipe", details)
+
+
+class Section(BaseModel, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True):
+    """A mapping in the recipe. No boolean or text stands for a number, and a validated section is immutable."""
+
+    model_config = ConfigDict(frozen=True)  # as a class argument, mypy takes it for a dataclass's
+    SHORTHAND: ClassVar[str | None] = None
+    """The key that a bare value in place of the mapping stands for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_shorthand(cls, value: Any) -> Any:
+        is_bare = value is not None and not isinstance(value, Mapping | BaseModel)
+        return {cls.SHORTHAND: value} if cls.SHORTHAND is not None and is_bare else value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_integral_floats(cls, value: Any) -> Any:
+        """Reads `1e6`, which is a float in YAML, as an integer; fields of floats convert it back."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class MixtureSource(Section):
@@ -41,8 +58,7 @@ class MixtureSource(Section):
     column: NonEmptyStr | None = None
     """Column of the text or conversations; null: `data.column`."""
     chat: bool | None = None
-    """Whether the column holds conversations; null: true where `column` is `messages`, or `data.chat` where `column` is
-    not given."""
+    """Whether the column holds conversations; null: `data.chat`, or where `column` is given, if it is `messages`."""
     split: NonEmptyStr | None = None
     """Split of a dataset of the hub; null: `data.split`."""
     subset: NonEmptyStr | None = None
@@ -54,13 +70,11 @@ _MIXTURE = TypeAdapter(dict[str, MixtureSource])
 
 def _read_source(value: Any) -> Any:
     """Validates a mixture, so that pydantic reports the mistakes of one alternative of the union only."""
-    if isinstance(value, Mapping):
-        if not value or not all(value):
-            raise UserError("got a mixture without a source, expected names of sources with their weights")
+    if isinstance(value, Mapping) and value and all(value):
         return _MIXTURE.validate_python(dict(value))
-    if not isinstance(value, str) or not value:
-        raise UserError(f"got {format_value(value)}, expected the name of a source, or a mapping of names to weights")
-    return value
+    if isinstance(value, str) and value:
+        return value
+    raise UserError(f"got {format_value(value)}, expected the name of a source, or a mapping of names to weights")
 
 
 Source = Annotated[str | dict[str, MixtureSource], BeforeValidator(_read_source)]
@@ -80,8 +94,7 @@ class Data(Section):
     document_masking: bool = True
     """True: no attention and no state crosses a document boundary within a row. False: each row is one text."""
     column: NonEmptyStr = "text"
-    """Column with the text, or with the conversations if `chat`, in .jsonl files, .parquet files and datasets of the
-    hub."""
+    """Column of the text or conversations in .jsonl files, .parquet files and datasets of the hub."""
     chat: bool = False
     """The column holds conversations (lists of messages with `role` and `content`), formatted with the teacher's chat
     template. `column: messages` implies `chat: true` and vice versa."""
@@ -120,9 +133,8 @@ class Student(Section):
     copy_qkv: bool = True
     """True: initialize the query, key, value and output projections from the teacher's. False: at random."""
     calibration_tokens: PositiveInt | None = 2048
-    """Tokens of the training text for calibration: `qk_activation`, `rotary`, half-lives, beta and output scales are
-    fitted to the teacher's attention by a grid search and least squares; null: the default initialization. Without
-    effect if `copy_qkv` is false."""
+    """Tokens of the training text on which `qk_activation`, `rotary`, half-lives, beta and output scales are fitted to
+    the teacher's attention; null: the default initialization. Without effect if `copy_qkv` is false."""
     mixer_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Options of the mixer, such as `{half_life: 64}`; `subquad mixers` lists them. Calibration keeps them as given."""
     layer_types: dict[str, Any] | None = None
@@ -146,10 +158,7 @@ class Student(Section):
             mistakes = dict.fromkeys(options, f"unknown option; {mixer} has none")
         else:
             mistakes = {} if mixer is None else find_options(mixer).mistakes(options)
-        if mistakes:
-            raise_validation_error(
-                [((name,), message.removeprefix(f"{name}: "), options[name]) for name, message in mistakes.items()]
-            )
+        raise_mistakes(((name,), message.removeprefix(f"{name}: ")) for name, message in mistakes.items())
         return options
 
     @field_validator("layer_types")
@@ -157,14 +166,11 @@ class Student(Section):
     def _check_layer_types(cls, layer_types: dict[str, Any] | None, info: Any) -> dict[str, Any] | None:
         from subquad.modeling.layer_types import find_mistakes
 
-        if layer_types is None:
-            return None
-        if info.data.get("mixer_kwargs"):
+        if layer_types is not None and info.data.get("mixer_kwargs"):
             raise UserError("got layer_types and mixer_kwargs, expected the options inside layer_types")
-        if not layer_types:
+        if layer_types == {}:
             raise UserError("got an empty mapping, expected layer types such as `default: gla`")
-        if mistakes := find_mistakes(layer_types):
-            raise_validation_error([((key,), message, layer_types[key]) for key, message in mistakes])
+        raise_mistakes(((key,), message) for key, message in find_mistakes(layer_types or {}))
         return layer_types
 
     @field_validator("export_target")
@@ -220,8 +226,7 @@ class Stage(Section):
     batch_size: PositiveInt = 8
     """Rows of `data.seq_len` tokens in each step, over all processes."""
     micro_batch_size: PositiveInt | None = None
-    """Rows in each forward pass of a process, a divisor of `batch_size`; gradients are accumulated over the step. Null:
-    all rows of the process at once."""
+    """Rows in each forward pass of a process, a divisor of `batch_size`; null: all rows of the process at once."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Fraction of the steps in which the learning rate rises linearly from 0 to `lr`."""
     lr_scheduler: Literal["linear", "cosine", "constant", "wsd"] = "cosine"
@@ -270,8 +275,7 @@ class EndToEndStage(Stage):
     temperature: PositiveFloat = 1.0
     """Softmax temperature of both distributions in the divergence."""
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    """KL(teacher || student), KL(student || teacher), or the generalized Jensen-Shannon divergence (arXiv
-    2306.13649)."""
+    """KL(teacher || student), KL(student || teacher), or generalized Jensen-Shannon divergence (arXiv 2306.13649)."""
     jsd_beta: Fraction = 0.5
     """Weight of the teacher in the mixture distribution of `jsd`."""
     data: Literal["corpus", "teacher_generated"] = "corpus"
@@ -287,8 +291,16 @@ class EndToEndStage(Stage):
         return kl_weight
 
 
+def _read_stage(named: tuple[str, Any]) -> Section:
+    """The section of a stage of another package, from its name and its value."""
+    name, value = named
+    if name not in STAGES:
+        raise PydanticCustomError("extra_forbidden", "unknown stage")
+    return STAGES[name].Options.model_validate(value)
+
+
 class Stages(Section, extra="allow"):
-    __pydantic_extra__: dict[str, Annotated[Any, BeforeValidator(read_stage)]]
+    __pydantic_extra__: dict[str, Annotated[Any, BeforeValidator(_read_stage)]]
 
     matrix: MatrixStage | None = None
     """Stage 1: match each layer's mixing matrix to the teacher's attention matrix; null: skip."""
@@ -300,11 +312,11 @@ class Stages(Section, extra="allow"):
     @model_validator(mode="before")
     @classmethod
     def _name_registered(cls, stages: Any) -> Any:
-        """Gives `read_stage` the names, and leaves out stages of other packages that are null."""
+        """Gives `_read_stage` the names, and leaves out stages that are null."""
         if not isinstance(stages, Mapping):
             return stages
-        own, kept = cls.model_fields, {n: s for n, s in stages.items() if s is not None or n not in STAGES}
-        return {n: s for n, s in stages.items() if n in own} | {n: (n, s) for n, s in kept.items() if n not in own}
+        given = {name: stage for name, stage in stages.items() if stage is not None or name not in STAGES}
+        return {name: stage if name in cls.model_fields else (name, stage) for name, stage in given.items()}
 
     @model_validator(mode="after")
     def _check_any(self) -> "Stages":
@@ -358,14 +370,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_sections(self) -> "Recipe":
-        mistakes = conflicts(self.model_dump())
-        if mistakes:
-            raise_validation_error([(path, message, None) for path, message in mistakes])
+        raise_mistakes(conflicts(self.model_dump()))
         return self
 
     def to_yaml(self) -> str:
         """The recipe with every default written out; `load_recipe` reads it back as an equal one."""
-        return yaml_tree.dump(self.model_dump(mode="json"))
+        return dump(self.model_dump(mode="json"))
 
     def without_defaults(self) -> dict[str, Any]:
         """The values that differ from the defaults. They identify a run, so that a key added later changes no run."""
@@ -377,24 +387,14 @@ class Recipe(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def conflicts(recipe: Mapping[str, Any]) -> list[tuple[KeyPath, str]]:
+def conflicts(recipe: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Mistakes between sections, as paths and messages. A key whose own value is wrong is None in `recipe`."""
-
-    def value(section: str, *keys: str, default: Any = None) -> Any:
-        found: Any = recipe.get(section, {})
-        for key in keys:
-            found = found.get(key, default) if isinstance(found, Mapping) else None
-        return found
-
-    if value("evaluation", "load_best_model_at_end") is not True:
-        return []
-    found: list[tuple[KeyPath, str]] = []
-    eval_steps = value("evaluation", "eval_steps")
-    save_steps = value("checkpoint", "save_steps", default=Checkpoint().save_steps)
-    if eval_steps and save_steps and save_steps % eval_steps:
-        message = f"got {save_steps}, expected a multiple of evaluation.eval_steps ({eval_steps})"
-        found.append((("checkpoint", "save_steps"), message))
-    if any(value("stages", stage, "ema_decay") is not None for stage in recipe.get("stages") or ()):
+    evaluation = Evaluation.model_construct(**recipe.get("evaluation") or {})
+    if not evaluation.load_best_model_at_end:
+        return
+    steps, save_steps = evaluation.eval_steps, Checkpoint.model_construct(**recipe.get("checkpoint") or {}).save_steps
+    if steps and save_steps and save_steps % steps:
+        yield ("checkpoint", "save_steps"), f"got {save_steps}, expected a multiple of evaluation.eval_steps ({steps})"
+    if any(stage and stage.get("ema_decay") is not None for stage in (recipe.get("stages") or {}).values()):
         message = "got true with the ema_decay of a stage, expected one of them: no checkpoint holds the average"
-        found.append((("evaluation", "load_best_model_at_end"), message))
-    return found
+        yield ("evaluation", "load_best_model_at_end"), message

@@ -5,8 +5,9 @@ grouped, as in `20_000`.
 """
 
 import itertools
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,37 +16,7 @@ import yaml
 
 from subquad.utils import UserError
 
-_FLOAT = re.compile(
-    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)$"
-    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
-)
-_INT = re.compile(r"[-+]?[0-9][0-9_]*$")
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (as PyYAML declares it)
-
-    def construct_decimal(self, node: yaml.ScalarNode) -> int:
-        return int(node.value.replace("_", ""))
-
-
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:[tT]rue|TRUE|[fF]alse|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
-# These make the dumper quote text that would be read as a number.
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
-
-
-INVALID = object()
-"""The plain value of a node whose mistake is already reported."""
+KeyPath = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -58,157 +29,154 @@ class Node:
     def plain(self) -> Any:
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items()}
-        if isinstance(self.value, list):
-            return [child.plain() for child in self.value]
-        return self.value
+        return [child.plain() for child in self.value] if isinstance(self.value, list) else self.value
 
-    def origin(self, path: tuple[str, ...]) -> str:
-        """The place of the value at `path`, or of the innermost mapping around it that was written."""
-        if path and isinstance(self.value, dict) and path[0] in self.value:
-            return self.value[path[0]].origin(path[1:])
-        return self.where
+    def find(self, path: KeyPath) -> "Node":
+        """The value at `path`, or the innermost mapping around it that was written."""
+        inside = isinstance(self.value, dict) and path and path[0] in self.value
+        return self.value[path[0]].find(path[1:]) if inside else self
 
-    def put(self, path: tuple[str, ...], new: "Node") -> "Node":
-        """A copy with the value at `path` replaced or added; below a list, in each of its items."""
+    def put(self, path: KeyPath, new: "Node", shorthands: Mapping[str, str], name: str | None = None) -> "Node":
+        """A copy with the value at `path` replaced or added; below a list, in each of its items.
+
+        Args:
+            shorthands: the key of the mapping that a bare value stands for, as in `{"student": "mixer"}`.
+            name: the one for this node.
+        """
         if not path:
             return new
         if isinstance(self.value, list):
-            return Node([item.put(path, new) for item in self.value], self.where)
-        inside = self.value if isinstance(self.value, dict) else {}
+            return Node([item.put(path, new, shorthands, name) for item in self.value], self.where)
+        bare = {name: self} if name is not None and self.value is not None else {}
+        inside = self.value if isinstance(self.value, dict) else bare
         child = inside.get(path[0], Node(None, new.where))
-        return Node({**inside, path[0]: child.put(path[1:], new)}, self.where)
+        return Node({**inside, path[0]: child.put(path[1:], new, shorthands, shorthands.get(path[0]))}, self.where)
 
-    def expand(self, shorthands: Mapping[str, str]) -> "Node":
-        """A copy in which text under a key of `shorthands` is a mapping: `gla` becomes `{mixer: gla}` with
-        `{"student": "mixer"}`."""
-        if not isinstance(self.value, dict):
-            return self
+    def product(self) -> list["Node"]:
+        """Every tree with one item of each list; the first list of the file changes slowest. A list that is empty or
+        within a list stays."""
+        if isinstance(self.value, dict):
+            choices = [child.product() for child in self.value.values()]
+            return [Node(dict(zip(self.value, each, strict=True)), self.where) for each in itertools.product(*choices)]
+        if not isinstance(self.value, list) or not self.value:
+            return [self]
+        return [each for item in self.value for each in ([item] if isinstance(item.value, list) else item.product())]
 
-        def expanded(node: Node, name: str) -> Node:
-            if isinstance(node.value, list):
-                return Node([expanded(item, name) for item in node.value], node.where)
-            return Node({name: node}, node.where) if isinstance(node.value, str) else node
 
-        changed = {key: expanded(self.value[key], name) for key, name in shorthands.items() if key in self.value}
-        return Node({**self.value, **changed}, self.where)
+_RESOLVERS = {
+    "null": (r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    "bool": (r"(?:[tT]rue|TRUE|[fF]alse|FALSE)$", list("tTfF")),
+    "int": (r"[-+]?[0-9][0-9_]*$", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)$"
+        r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$",
+        list("-+.0123456789"),
+    ),
+}
+"""The pattern and the first characters of each type of scalar."""
 
-    def lists(self, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], "Node"]]:
-        """The outermost lists with their paths."""
-        if isinstance(self.value, list):
-            yield path, self
-        elif isinstance(self.value, dict):
-            for key, child in self.value.items():
-                yield from child.lists((*path, key))
 
-    def product(self, problems: list[str], path: tuple[str, ...] = ()) -> Iterator["Node"]:
-        """Every tree with one item of each list; the first list of the file changes slowest. Lists that are empty or
-        within a list are added to `problems`."""
-        if isinstance(self.value, list):
-            dotted = ".".join(path)
-            if not self.value:
-                problems.append(f"{self.where}: {dotted}: got an empty list, expected at least one value")
-                yield Node(INVALID, self.where)
-            for item in self.value:
-                if isinstance(item.value, list):
-                    problems.append(f"{item.where}: {dotted}: got a list within a list, expected values")
-                    yield Node(INVALID, item.where)
-                else:
-                    yield from item.product(problems, path)
-        elif isinstance(self.value, dict):
-            choices = [list(child.product(problems, (*path, key))) for key, child in self.value.items()]
-            for chosen in itertools.product(*choices):
-                yield Node(dict(zip(self.value, chosen, strict=True)), self.where)
-        else:
-            yield self
+class _Loader(yaml.SafeLoader):
+    """Builds trees. The attributes are arguments of `parse`."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (as PyYAML declares it)
+    place: Path | str
+    problems: list[str]
+
+    def tree(self, node: yaml.Node, path: KeyPath) -> Node:
+        here = _where(self.place, node.start_mark.line)
+        if isinstance(node, yaml.MappingNode):
+            return Node(self.mapping(node, path), here)
+        if isinstance(node, yaml.SequenceNode):
+            return Node([self.tree(item, path) for item in node.value], here)
+        try:
+            return Node(self.construct_object(node), here)
+        except ValueError:  # such as an integer of 5,000 digits
+            return Node(node.value, here)
+
+    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Node]:
+        inside: dict[str, Node] = {}
+        for key_node, value_node in node.value:
+            # The place of a value is that of its key: in block style the value itself begins a line further down.
+            key, here = key_node.value, _where(self.place, key_node.start_mark.line)
+            if not isinstance(key_node, yaml.ScalarNode):
+                dotted = ".".join(path) or "recipe"
+                self.problems.append(f"{here}: {dotted}: got a list or mapping as a key, expected a name")
+            elif key in inside:
+                dotted = ".".join((*path, key))
+                self.problems.append(f"{here}: {dotted}: this key is given twice, first at {inside[key].where}")
+            else:
+                inside[key] = Node(self.tree(value_node, (*path, key)).value, here)
+        return inside
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that would be read as a number."""
+
+
+for _name, (_pattern, _first) in _RESOLVERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), _first)
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+
+
+def _where(place: Path | str, line: int) -> str:
+    """A place in messages. line: counted from 0."""
+    return f"{place}:{line + 1}" if isinstance(place, Path) else place
 
 
 def read(path: Path, problems: list[str]) -> Node:
-    """The tree of a YAML file; keys that are invalid or given twice are added to `problems`.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML or holds no mapping.
-    """
+    """The tree of a YAML file. UserError if it cannot be read, is not YAML or holds no mapping."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a recipe in YAML") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a recipe in YAML") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; expected a recipe in YAML") from None
-    tree = parse(text, lambda line: f"{path}:{line}", problems)
-    if tree.value is None:
-        raise UserError(f"{path}: is empty; expected a recipe in YAML")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be read ({reason}); expected a recipe in YAML") from None
+    tree = parse(text, path, problems)
     if not isinstance(tree.value, dict):
-        raise UserError(f"{tree.where}: got a {type(tree.value).__name__}, expected a mapping of keys to values")
+        raise UserError(f"{tree.where}: got {format_value(tree.plain())}, expected a mapping of keys to values")
     return tree
 
 
-def parse(text: str, where: Callable[[int], str], problems: list[str], path: tuple[str, ...] = ()) -> Node:
+def parse(text: str, place: Path | str, problems: list[str], path: KeyPath = ()) -> Node:
     """The tree of a YAML text.
 
     Args:
-        where: the place in messages of a line, counted from 1.
+        place: the file, whose lines messages name, or the option.
         problems: receives a message for each key that is invalid or given twice.
         path: the keys above the text, for messages.
 
     Raises:
         UserError: the text is not YAML.
     """
-    loader = None
     try:
         loader = _Loader(text)
+        loader.place, loader.problems = place, problems
         root = loader.get_single_node()
-        return Node(None, where(1)) if root is None else _node(loader, root, where, problems, path)
+        return Node(None, _where(place, 0)) if root is None else loader.tree(root, path)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise UserError(f"{where(mark.line + 1 if mark else 1)}: not YAML: {error.problem}") from None
+        where = _where(place, getattr(error.problem_mark, "line", 0))
+        raise UserError(f"{where}: not YAML: {error.problem}") from None
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{where(line)}: not YAML: {error.reason}") from None
+        where = _where(place, text.count("\n", 0, error.position))
+        raise UserError(f"{where}: not YAML: {error.reason}") from None
     except RecursionError:
-        raise UserError(f"{where(1)}: not a recipe: nested too deep") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
+        raise UserError(f"{place}: not a recipe: nested too deep") from None
 
 
-def parse_value(text: str, where: str) -> Any:
-    """The value of a YAML text, as of a command line option. Raises UserError with all problems."""
+def parse_value(text: str, option: str) -> Any:
+    """The value of a YAML text given as an option. Raises UserError with all problems."""
     problems: list[str] = []
-    value = parse(text, lambda _line: where, problems).plain()
+    value = parse(text, option, problems).plain()
     if problems:
         raise UserError(*problems)
     return value
 
 
-def _node(
-    loader: _Loader, node: yaml.Node, where: Callable[[int], str], problems: list[str], path: tuple[str, ...]
-) -> Node:
-    here = where(node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        inside: dict[str, Node] = {}
-        for key_node, value_node in node.value:
-            line = where(key_node.start_mark.line + 1)
-            if not isinstance(key_node, yaml.ScalarNode):
-                problems.append(
-                    f"{line}: {'.'.join(path) or 'recipe'}: got a list or mapping as a key, expected a name"
-                )
-                continue
-            key = (*path, key_node.value)
-            if key_node.value in inside:
-                first = inside[key_node.value].where
-                problems.append(f"{line}: {'.'.join(key)}: this key is given twice, first at {first}")
-                continue
-            # The place of a value is that of its key: in block style the value itself begins a line further down.
-            inside[key_node.value] = Node(_node(loader, value_node, where, problems, key).value, line)
-        return Node(inside, here)
-    if isinstance(node, yaml.SequenceNode):
-        return Node([_node(loader, item, where, problems, path) for item in node.value], here)
-    try:
-        return Node(loader.construct_object(node), here)
-    except ValueError:  # such as an integer of 5,000 digits
-        return Node(node.value, here)
+def format_value(value: Any) -> str:
+    """A value as JSON or YAML writes it, cut to 60 characters."""
+    text = repr(value) if isinstance(value, str | float) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def dump(value: Any) -> str:

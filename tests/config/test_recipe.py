@@ -85,10 +85,7 @@ def test_float_notations(write, written, value):
             "lr_scheduler: got 'cosin', expected one of linear, cosine, constant, wsd; did you mean 'cosine'?",
         ),
         ("stages.hidden.lr_scheduler=5", "lr_scheduler: got 5"),
-        (
-            "stages.hidden=5",
-            "stages.hidden: got 5, expected a mapping with the keys tokens, lr,",
-        ),
+        ("stages.hidden=5", "stages.hidden: got 5, expected a mapping with the keys tokens, lr,"),
         ("data.seq_len=1", "data.seq_len: got 1"),
         ("data=5", "data.source: got 5"),
         ("data=", "data: got null, expected a mapping with the keys source, seq_len,"),
@@ -104,10 +101,7 @@ def test_float_notations(write, written, value):
             "student.mixer_kwargs.half_live=3",
             "student.mixer_kwargs.half_live: unknown mixer option 'half_live'; did you mean 'half_life'?",
         ),
-        (
-            "student.mixer_kwargs.half_life=long",
-            "student.mixer_kwargs.half_life: got 'long'",
-        ),
+        ("student.mixer_kwargs.half_life=long", "student.mixer_kwargs.half_life: got 'long'"),
         (
             "student={mixer: softmax, mixer_kwargs: {half_life: 3}}",
             "student.mixer_kwargs.half_life: unknown option; softmax has none",
@@ -117,10 +111,7 @@ def test_float_notations(write, written, value):
             "stages.end_to_end={tokens: 5, lr: 1, ce_weight: 0, kl_weight: 0}",
             "stages.end_to_end.kl_weight: got 0 for kl_weight and ce_weight",
         ),
-        (
-            "stages.end_to_end={tokens: 5, lr: 1, temperature: 0}",
-            "stages.end_to_end.temperature: got 0",
-        ),
+        ("stages.end_to_end={tokens: 5, lr: 1, temperature: 0}", "stages.end_to_end.temperature: got 0"),
         ("stages.matrix.lr=1", "stages.matrix.tokens is missing; expected: Training tokens"),
         ("stages.hiden.lr=1", "unknown key 'stages.hiden'; did you mean 'stages.hidden'?"),
         ("student.foo.bar=2", "unknown key 'student.foo'; expected one of mixer, copy_qkv, calibration_tokens,"),
@@ -138,7 +129,7 @@ def test_float_notations(write, written, value):
         ("stages.hidden.lr=[", "not YAML: expected the node content, but found '<stream end>'"),
         (
             "student.mixer=[gla, retnet]",
-            "student.mixer: got a list",
+            'student.mixer: got ["gla", "retnet"], expected text; `subquad study` runs all',
         ),
     ],
 )
@@ -152,10 +143,10 @@ def test_wrong_override(write, override, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "recipe.yaml: is empty; expected a recipe in YAML"),
-        ("# nothing\n", "recipe.yaml: is empty; expected a recipe in YAML"),
-        ("- a\n- b\n", "recipe.yaml:1: got a list"),
-        ("just words", "recipe.yaml:1: got a str"),
+        ("", "recipe.yaml:1: got null, expected a mapping of keys to values"),
+        ("# nothing\n", "recipe.yaml:1: got null, expected a mapping of keys to values"),
+        ("- a\n- b\n", 'recipe.yaml:1: got ["a", "b"], expected a mapping'),
+        ("just words", "recipe.yaml:1: got 'just words', expected a mapping"),
         (BASE + "seed: [1, 2\n", "recipe.yaml:10: not YAML: "),
         (BASE + "seed: 1\nseed: 2\n", "recipe.yaml:10: seed: this key is given twice, first at recipe.yaml:9"),
         (BASE + "    lr: 1\n", "recipe.yaml:9: stages.hidden.lr: this key is given twice, first at recipe.yaml:8"),
@@ -176,8 +167,8 @@ def test_wrong_override(write, override, expected):
         (BASE + "seed: !!python/object:os.system x\n", "recipe.yaml:9: not YAML: could not determine a constructor"),
         (BASE + "seed: \x01\n", "recipe.yaml:9: not YAML: special characters are not allowed"),
         ("[" * 5000, "nested too deep"),
-        (b"teacher: \xff\n", "recipe.yaml: not UTF-8 text at byte 9; expected a recipe in YAML"),
-        (BASE + "seed: [0, 1]\n", "recipe.yaml:9: seed: got a list"),
+        (b"teacher: \xff\n", "byte 0xff in position 9: invalid start byte); expected a recipe in YAML"),
+        (BASE + "seed: [0, 1]\n", "recipe.yaml:9: seed: got [0, 1], expected a whole number; `subquad study` runs"),
     ],
 )
 def test_wrong_file(write, text, expected):
@@ -261,12 +252,15 @@ evaluation: {eval_tokens: 0}
             ["evaluation.load_best_model_at_end: got true with", "seed"],
         ),
         ("student: {}\nstudent: {}\n? [a]\n: 1\nseed: -1", ["given twice", "as a key", "seed: got -1"]),
-        ("seed: [0, []]\nstudent: []\nprecision: x", ["list within a list", "empty list", "precision"]),
+        ("seed: [0, []]\nstudent: []\nprecision: x", ["seed: got []", "student.mixer: got []", "precision"]),
         (
             "student: [gla, {mixer: gla, mixer_kwargs: {a: 1, b: 2}}, retnt]\nseed: [0, -1]",
             ["'a'", "'b'", "'retnt'", "seed: got -1"],
         ),
-        ("checkpoint: {save_steps: []}\nevaluation: {eval_steps: 3, load_best_model_at_end: true}", ["empty list"]),
+        (
+            "checkpoint: {save_steps: []}\nevaluation: {eval_steps: 3, load_best_model_at_end: true}",
+            ["save_steps: got []"],
+        ),
     ],
 )
 def test_mistakes_do_not_hide_each_other(write, section, keys):
@@ -281,7 +275,8 @@ def test_a_misspelled_key_is_one_mistake(write):
 
 
 def test_missing_file_and_directory(write):
-    assert mistake("nowhere.yaml") == "nowhere.yaml: no such file; expected a recipe in YAML"
+    expected = "nowhere.yaml: cannot be read (No such file or directory); expected a recipe in YAML"
+    assert mistake("nowhere.yaml") == expected
     Path("folder").mkdir()
     assert mistake("folder").startswith("folder: cannot be read (Is a directory)")
 

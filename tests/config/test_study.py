@@ -38,8 +38,8 @@ def test_study_over_sections_and_stages(write):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("seed=[]", "--set seed=[]: seed: got an empty list"),
-        ("seed=[[0]]", "--set seed=[[0]]: seed: got a list within a list"),
+        ("seed=[]", "--set seed=[]: seed: got [], expected a whole number"),
+        ("seed=[[0]]", "--set seed=[[0]]: seed: got [0], expected a whole number"),
         ("student.mixer=[gla, retnt]", "student.mixer: unknown mixer 'retnt'; did you mean 'retnet'?"),
     ],
 )
