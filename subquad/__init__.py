@@ -6,53 +6,37 @@ After `import subquad`, `AutoModelForCausalLM.from_pretrained` loads students. T
 transformers are imported when a name that needs them is first used.
 """
 
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 from subquad import _auto_registration
+from subquad.registry import register_export_target, register_mixer, register_stage, register_suite
 from subquad.utils import quiet_imports
 
 if TYPE_CHECKING:
-    from subquad import ops
-    from subquad.modeling.configuration_subquad import SubquadConfig
-    from subquad.modeling.linearize import linearize
-    from subquad.modeling.modeling_subquad import SubquadForCausalLM
-    from subquad.modeling.teachers import load_teacher
-    from subquad.registry import register_export_target, register_mixer, register_stage, register_suite
+    from subquad import ops as ops
+    from subquad.modeling.configuration_subquad import SubquadConfig as SubquadConfig
+    from subquad.modeling.linearize import linearize as linearize
+    from subquad.modeling.modeling_subquad import SubquadForCausalLM as SubquadForCausalLM
+    from subquad.modeling.teachers import load_teacher as load_teacher
 
 __version__ = "0.1.0"
-__all__ = [
-    "SubquadConfig",
-    "SubquadForCausalLM",
-    "linearize",
-    "load_teacher",
-    "ops",
-    "register_export_target",
-    "register_mixer",
-    "register_stage",
-    "register_suite",
-]
-
 LAZY = {
-    "SubquadConfig": "subquad.modeling.configuration_subquad",
-    "SubquadForCausalLM": "subquad.modeling.modeling_subquad",
-    "linearize": "subquad.modeling.linearize",
-    "load_teacher": "subquad.modeling.teachers",
-    "register_export_target": "subquad.registry",
-    "register_mixer": "subquad.registry",
-    "register_stage": "subquad.registry",
-    "register_suite": "subquad.registry",
+    "SubquadConfig": "subquad.modeling.configuration_subquad:SubquadConfig",
+    "SubquadForCausalLM": "subquad.modeling.modeling_subquad:SubquadForCausalLM",
+    "linearize": "subquad.modeling.linearize:linearize",
+    "load_teacher": "subquad.modeling.teachers:load_teacher",
+    "ops": "subquad.ops:",
 }
-"""Names with their modules, which are imported at first use; so is the package `ops`."""
+"""What is imported at first use."""
+__all__ = [*LAZY, "register_export_target", "register_mixer", "register_stage", "register_suite"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with quiet_imports():
-        if name == "ops":
-            return importlib.import_module("subquad.ops")
-        return getattr(importlib.import_module(LAZY[name]), name)
+        return pkgutil.resolve_name(LAZY[name])
 
 
 def __dir__() -> list[str]:

@@ -9,15 +9,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # importing `importlib.abc` takes a quarter of the time of `import subquad`
-    from importlib.abc import Loader
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 
 PACKAGE = "transformers.models.auto"
-TABLE = f"{PACKAGE}.configuration_auto"
 
 
 def install() -> None:
@@ -31,39 +26,25 @@ def install() -> None:
 
 
 class _Finder:
-    """Finds the table as the finders after it do, with a loader that registers students."""
+    """Finds the table of configuration classes, with a loader that registers students after it."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: "ModuleType | None" = None
-    ) -> "ModuleSpec | None":
-        finders = list(sys.meta_path)
-        if fullname != TABLE or self not in finders:
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != f"{PACKAGE}.configuration_auto":
             return None
-        for finder in finders[finders.index(self) + 1 :]:
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
-                return spec
-        return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                self.register()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
 
     def register(self) -> None:
         importlib.import_module("subquad.modeling.configuration_subquad")
         with suppress(ValueError):
             sys.meta_path.remove(self)
-
-
-class _Loader:
-    """Another loader, and registration after it."""
-
-    def __init__(self, loader: "Loader", finder: _Finder):
-        self.loader, self.finder = loader, finder
-
-    def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: "ModuleType") -> None:
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
-        self.finder.register()

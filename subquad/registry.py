@@ -1,10 +1,10 @@
 """What other packages can add: mixers, stages, export targets and evaluation suites (CONTRIBUTING.md).
 
-Imports no torch: built-in objects are dotted paths, imported when they are used.
+Imports no torch: built-in objects are paths such as `package.module:object`, imported when they are used.
 """
 
 import functools
-import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -53,10 +53,7 @@ class Registry(Mapping[str, Any]):
             if name not in self.objects:
                 raise UserError(f"{self.kind} {name!r}: {point.value} does not register it")
         item = self.objects[name]
-        if not isinstance(item, str):
-            return item
-        module, _, attribute = item.rpartition(".")
-        return getattr(importlib.import_module(module), attribute)
+        return pkgutil.resolve_name(item) if isinstance(item, str) else item
 
     def __contains__(self, name: object) -> bool:
         return name in self.objects or name in self.entry_points
@@ -65,23 +62,23 @@ class Registry(Mapping[str, Any]):
         return iter(dict.fromkeys([*self.objects, *self.entry_points]))
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return sum(1 for _ in self)
 
 
 MIXERS = Registry(
     "mixer",
     "subquad.mixers",
     {
-        "linear_attention": "subquad.mixers.linear_attention.LinearAttention",
-        "retnet": "subquad.mixers.retnet.RetNet",
-        "mamba2": "subquad.mixers.mamba2.Mamba2",
-        "gla": "subquad.mixers.gla.GLA",
-        "metala": "subquad.mixers.metala.MetaLA",
-        "deltanet": "subquad.mixers.deltanet.DeltaNet",
-        "gated_deltanet": "subquad.mixers.gated_deltanet.GatedDeltaNet",
-        "xlstm": "subquad.mixers.xlstm.XLSTM",
-        "kda": "subquad.mixers.kda.KDA",
-        "hgrn2": "subquad.mixers.hgrn2.HGRN2",
+        "linear_attention": "subquad.mixers.linear_attention:LinearAttention",
+        "retnet": "subquad.mixers.retnet:RetNet",
+        "mamba2": "subquad.mixers.mamba2:Mamba2",
+        "gla": "subquad.mixers.gla:GLA",
+        "metala": "subquad.mixers.metala:MetaLA",
+        "deltanet": "subquad.mixers.deltanet:DeltaNet",
+        "gated_deltanet": "subquad.mixers.gated_deltanet:GatedDeltaNet",
+        "xlstm": "subquad.mixers.xlstm:XLSTM",
+        "kda": "subquad.mixers.kda:KDA",
+        "hgrn2": "subquad.mixers.hgrn2:HGRN2",
     },
 )
 """Subclasses of `subquad.mixers.Mixer`, in display order."""
@@ -89,29 +86,29 @@ STAGES = Registry(
     "stage",
     "subquad.stages",
     {
-        "matrix": "subquad.distill.stage1_matrix_mixing.MatrixMixing",
-        "hidden": "subquad.distill.stage2_hidden_alignment.HiddenAlignment",
-        "end_to_end": "subquad.distill.stage3_end_to_end.EndToEndDistillation",
+        "matrix": "subquad.distill.stage1_matrix_mixing:MatrixMixing",
+        "hidden": "subquad.distill.stage2_hidden_alignment:HiddenAlignment",
+        "end_to_end": "subquad.distill.stage3_end_to_end:EndToEndDistillation",
     },
 )
 """Subclasses of `subquad.distill.objective.Objective`, in the order in which they run."""
 EXPORT_TARGETS = Registry(
     "export target",
     "subquad.export_targets",
-    {"qwen3_5": "subquad.export.qwen3_5.Qwen3_5Converter", "bamba": "subquad.export.bamba.BambaConverter"},
+    {"qwen3_5": "subquad.export.qwen3_5:Qwen3_5Converter", "bamba": "subquad.export.bamba:BambaConverter"},
 )
 """Subclasses of `subquad.export.converter.Converter`."""
 SUITES = Registry(
     "suite",
     "subquad.suites",
     {
-        "language": "subquad.evaluate.suites.language_suite",
-        "zero-shot": "subquad.evaluate.suites.zero_shot_suite",
-        "generation": "subquad.evaluate.suites.generation_suite",
-        "long": "subquad.evaluate.suites.long_suite",
-        "efficiency": "subquad.evaluate.suites.efficiency_suite",
-        "recall": "subquad.analysis.suites.recall_suite",
-        "diagnostics": "subquad.analysis.suites.diagnostics_suite",
+        "language": "subquad.evaluate.suites:language_suite",
+        "zero-shot": "subquad.evaluate.suites:zero_shot_suite",
+        "generation": "subquad.evaluate.suites:generation_suite",
+        "long": "subquad.evaluate.suites:long_suite",
+        "efficiency": "subquad.evaluate.suites:efficiency_suite",
+        "recall": "subquad.analysis.suites:recall_suite",
+        "diagnostics": "subquad.analysis.suites:diagnostics_suite",
     },
 )
 """Functions of an evaluation and a model (`subquad.evaluate.suites`), in the order in which they run."""

@@ -87,24 +87,16 @@ def as_user_error(failure: str) -> Iterator[None]:
         raise UserError(f"{failure}: {lines[0]}") from error
 
 
-# ---------------------------------------------------------------------- run info
-
-
 def run_info() -> dict[str, Any]:
     """The header of every result file: package versions, commit and device."""
     import torch
     import transformers
 
-    from subquad import __version__
+    import subquad
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    packages = {
-        "subquad": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    return {"versions": packages, "commit": git_commit(), "device": device}
+    versions = {package.__name__: package.__version__ for package in (subquad, torch, transformers)}
+    return {"versions": {**versions, "python": platform.python_version()}, "commit": git_commit(), "device": device}
 
 
 def git_commit() -> str | None:
@@ -119,9 +111,6 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-# ---------------------------------------------------------------------- files
-
-
 def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2) + "\n")
 
@@ -131,9 +120,6 @@ def write_text_atomic(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".part")
     partial.write_text(text)
     partial.replace(path)
-
-
-# ---------------------------------------------------------------------- models and libraries
 
 
 @contextmanager
@@ -151,14 +137,13 @@ def eval_mode(model: "nn.Module") -> Iterator[None]:
 @contextmanager
 def quiet_imports() -> Iterator[None]:
     """Hides the import-time warnings of `NOISY_LOGGERS`; restores their levels on exit."""
-    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
-    before = [logger.level for logger in loggers]
+    levels = {logger: logger.level for logger in map(logging.getLogger, NOISY_LOGGERS)}
     try:
-        for logger in loggers:
+        for logger in levels:
             logger.setLevel(logging.ERROR)
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 

@@ -148,7 +148,7 @@ MISTAKES = {
     "linearize TEACHER --option half_life": "NAME=VALUE",
     "linearize TEACHER --layer-types gla": "a mapping",
     "linearize TEACHER --layer-types '{default: [gla]}'": "got [",
-    "linearize TEACHER --layer-types '{default: gal}'": "--layer-types: default: unknown mixer 'gal'; did you mean 'gla'",
+    "linearize TEACHER --layer-types '{default: gal}'": "--layer-types: default: unknown mixer 'gal'; did you mean",
     "linearize TEACHER --layer-types '{default: gla, 7: attention}'": "there is no layer 7",
     "linearize TEACHER --layer-types '{default: gla}' --mixer gla": "with --mixer or --option",
     "inspect TEACHER": "is a llama model; expected a student",

@@ -131,7 +131,7 @@ def test_entry_points_that_fail(tmp_path):
 
 
 def test_a_name_is_taken_once():
-    registry = Registry("mixer", "subquad.none", {"gla": "subquad.mixers.gla.GLA"})
+    registry = Registry("mixer", "subquad.none", {"gla": "subquad.mixers.gla:GLA"})
     one, again, other = (type("New", (), {"__module__": module}) for module in ("a", "a", "b"))
     registry.register("new", one)
     registry.register("new", again)

@@ -154,7 +154,7 @@ def test_settings_of_a_source_default_to_those_of_the_data():
         ("{a.txt: {weigth: 1}}", "unknown key 'data.source.a.txt.weigth'; did you mean 'data.source.a.txt.weight'?"),
         ("{a.txt: {chat: yes}}", "data.source.a.txt.chat: got 'yes'"),
         ("{a.txt: {column: 5}}", "data.source.a.txt.column: got 5"),
-        ("{}", "data.source: got a mixture without a source"),
+        ("{}", "data.source: got {}, expected the name of a source, or a mapping"),
         ("5", "data.source: got 5"),
         ("", "data.source: got null"),
     ],
