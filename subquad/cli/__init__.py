@@ -3,7 +3,6 @@
 Commands import torch after their arguments are checked, so that help, lists and mistakes are shown at once.
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,23 +11,8 @@ from subquad.cli import measurements, students, training
 from subquad.cli.parser import Parser
 from subquad.utils import UserError
 
-DESCRIPTION = """\
-Distill a pretrained Transformer into a subquadratic language model, and measure the result.
-
-  train      distill    train one student from a recipe
-             study      train all students of a recipe with lists, and compare them in a table
-             recipe     print a recipe with all defaults, or the JSON schema of recipes
-  create     linearize  create an untrained student
-  inspect    mixers     list the token mixers and their options
-             inspect    print a student's layers, options, parameters and cache size
-  use        generate   continue a text
-             export     convert a student for transformers, vLLM, SGLang, llama.cpp or MLX
-  measure    eval       compare students with their teacher: quality, long context, efficiency
-             report     write the HTML page of a study: tables, curves, the best student's evaluation
-             bench      benchmark operators, decoding and training on this machine
-
-TEACHER and MODEL may be: nano, smollm2-135m, a directory, a .gguf file, or a model id on the Hugging Face hub.
-"""
+DESCRIPTION = "Distill a pretrained Transformer into a subquadratic language model, and measure the result."
+REFERENCES = "TEACHER and MODEL: nano, smollm2-135m, a directory, a .gguf file, or a model id on the Hugging Face hub."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="subquad", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="subquad", description=DESCRIPTION, epilog=REFERENCES)
     parser.set_defaults(run=lambda _: parser.print_help())
     parser.commands = parser.add_subparsers(
-        metavar="COMMAND", title="options of a command", description="subquad COMMAND --help"
+        metavar="COMMAND", title="commands", description="`subquad COMMAND --help` lists the options of a command."
     )
     for group in (training, students, measurements):
         group.add_commands(parser)

@@ -36,7 +36,7 @@ def add_commands(parser: Parser) -> None:
     report = parser.command("report", run_report, "Write the HTML page of a study, figures as SVG and PDF, and tables.")
     report.option("directory", "DIR", "directory of the study", type=Path)
     report.option("--output -o", "FILE", "the page (default: DIR/report.html)", type=Path)
-    bench = parser.command("bench", run_bench, "Run a benchmark of the repository on this machine.")
+    bench = parser.command("bench", run_bench, "Measure operators, decoding or training on this machine.")
     bench.option("name", "NAME", ", ".join(BENCHMARKS), choices=BENCHMARKS)
     bench.option("args", "...", "options of the benchmark; `subquad bench NAME --help` lists them", nargs=REMAINDER)
 

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def command(self, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> "Parser":
         """Adds a command whose exit code is what `run` returns; None is 0."""
-        command = self.commands.add_parser(name, description=summary)
+        command = self.commands.add_parser(name, help=summary, description=summary)
         command.set_defaults(run=run)
         return command
 

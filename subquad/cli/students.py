@@ -33,7 +33,7 @@ def add_commands(parser: Parser) -> None:
     generate.option("--temperature", "T", "0 (default): greedy decoding", type=float, default=0.0)
     generate.option("--seed", "N", "seed of sampling (default: 0)", type=int, default=0)
     generate.flag("--chat", "format TEXT as a user message with the chat template")
-    export = parser.command("export", run_export, "Convert a student to a model that runs without Subquad.")
+    export = parser.command("export", run_export, "Convert a student for transformers, vLLM, SGLang, llama.cpp or MLX.")
     export.option("directory", "DIR", "saved student")
     formats = "gguf, which writes a file, or an export target, which writes a directory: qwen3_5, bamba ..."
     export.option("--format", "FORMAT", formats, required=True)
@@ -45,7 +45,7 @@ def run_linearize(args: Namespace) -> None:
     from subquad.config import Data
     from subquad.modeling.export_target import find_target
 
-    layer_types = read_layer_types(args)
+    types = read_layer_types(args)
     if args.export is not None:
         find_target(args.export)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
@@ -65,18 +65,12 @@ def run_linearize(args: Namespace) -> None:
     if data is not None:
         check_data(data)
     teacher, tokenizer = load_teacher(args.teacher)
-    calibration_ids = None
+    ids = None
     if data is not None:
         rows = token_rows(data, tokenizer, "train", limit=CALIBRATION_TOKENS)
-        calibration_ids = torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
-    student = linearize(
-        teacher,
-        layer_types=layer_types,
-        copy_qkv=not args.no_copy,
-        calibration_ids=calibration_ids,
-        seed=args.seed,
-        export_target=args.export,
-    )
+        ids = torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
+    options = {"copy_qkv": not args.no_copy, "seed": args.seed, "export_target": args.export}
+    student = linearize(teacher, layer_types=types, calibration_ids=ids, **options)
     student.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     name = Path(args.teacher).name if Path(args.teacher).expanduser().exists() else args.teacher

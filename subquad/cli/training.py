@@ -12,9 +12,7 @@ def add_commands(parser: Parser) -> None:
     distill = parser.command("distill", run_distill, "Train one student from a recipe.")
     distill.option("recipe", "RECIPE", "YAML file")
     distill.option("--output -o", "DIR", "saved student: new, or that of an unfinished run to resume", required=True)
-    study = parser.command(
-        "study", run_study, "Train a student for each combination of a recipe's lists, and print their table."
-    )
+    study = parser.command("study", run_study, "Train a student for each combination of lists, and compare them.")
     study.option("recipe", "RECIPE", "YAML file")
     study.option("--output -o", "DIR", "directory of the study, new or existing", type=Path, required=True)
     study.option("--jobs", "N", "parallel runs on each machine (default: 1)", type=count, default=1)
@@ -23,7 +21,9 @@ def add_commands(parser: Parser) -> None:
     study.option("--evaluate", "SUITES", "suites of `subquad eval` for all students, into DIR/evaluation", default="")
     study.flag("--dry-run", "print the remaining work and an estimate of its time, then exit")
     study.flag("--show", "print the table of finished runs, then exit")
-    recipe = parser.command("recipe", run_recipe, "Validate a recipe and print it with all defaults.")
+    recipe = parser.command(
+        "recipe", run_recipe, "Validate a recipe and print it with all defaults, or the JSON schema."
+    )
     recipe.option("recipe", "RECIPE", "YAML file", nargs="?")
     recipe.flag("--schema", "print the JSON schema of recipes, for editors")
     for command in (distill, study, recipe):
