@@ -29,23 +29,15 @@ def test_defaults_and_numbers(write):
         recipe.seed = 1
 
 
-@pytest.mark.parametrize(
-    ("written", "value"),
-    [("1e6", 1_000_000), ("2.0e+3", 2000), ("010", 10), ("1_000", 1000), ("64.0", 64)],
-)
-def test_integer_notations(write, written, value):
-    tokens = load_recipe(write(BASE), [f"stages.hidden.tokens={written}"]).stages.hidden.tokens
-    assert tokens == value
-    assert type(tokens) is int
+TOKENS = {"1e6": 1_000_000, "2.0e+3": 2000, "010": 10, "1_000": 1000, "64.0": 64}
+RATES = {"2e-3": 0.002, "2.0e-3": 0.002, ".5": 0.5, "1": 1.0, "1E-4": 1e-4}
 
 
-@pytest.mark.parametrize(
-    ("written", "value"), [("2e-3", 0.002), ("2.0e-3", 0.002), (".5", 0.5), ("1", 1.0), ("1E-4", 1e-4)]
-)
-def test_float_notations(write, written, value):
-    lr = load_recipe(write(BASE), [f"stages.hidden.lr={written}"]).stages.hidden.lr
-    assert lr == value
-    assert type(lr) is float
+@pytest.mark.parametrize(("key", "notations"), [("tokens", TOKENS), ("lr", RATES)])
+def test_notations_of_numbers(write, key, notations):
+    for written, value in notations.items():
+        found = getattr(load_recipe(write(BASE), [f"stages.hidden.{key}={written}"]).stages.hidden, key)
+        assert (found, type(found)) == (value, type(value))
 
 
 @pytest.mark.parametrize(
