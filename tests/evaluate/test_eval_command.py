@@ -220,7 +220,7 @@ ERRORS = {
     "task": (["--tasks", "lst", "--data", "items"], "did you mean 'last'"),
     "data": (["--data", "nowhere"], "data: 'nowhere'"),
     "lengths": (["--lengths", "8,x"], "--lengths: got 'x'"),
-    "limit": (["--limit", "0"], "limit: got 0"),
+    "limit": (["--limit", "0"], "--limit: got '0'"),
     "corpus": (["--corpus", "nothing.txt"], "nothing.txt"),
     "figures": (["--figures"], "--output DIR"),
     "tasks without their suite": (["--suite", "long", "--tasks", "last"], "expected zero-shot or generation"),
