@@ -10,6 +10,7 @@ import pytest
 import subquad
 from subquad import mixers
 from subquad.cli import main
+from tests.helpers.processes import run_python
 from tests.helpers.recipes import tiny_recipe
 
 
@@ -206,9 +207,7 @@ def test_interruption_is_exit_code_130(capsys, monkeypatch):
 
 
 def test_it_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "subquad.cli", "mixers"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "gated_deltanet" in done.stdout
+    assert "gated_deltanet" in run_python("-m", "subquad.cli", "mixers")
 
 
 def test_public_names_print_no_warnings_and_keep_log_levels():

@@ -1,7 +1,5 @@
 """The core works where every optional package is missing, and what needs one says which extra to install."""
 
-import subprocess
-import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -11,6 +9,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.helpers.processes import run_python
 from tests.helpers.recipes import tiny_recipe
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
@@ -32,9 +31,8 @@ def missing_modules() -> list[str]:
     return sorted(modules | {"fla", "triton", "ray"})
 
 
-def run(*argv: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", RUN, ",".join(missing_modules()), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run(*argv: object, code: int = 0) -> str:
+    return run_python("-c", RUN, ",".join(missing_modules()), *argv, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -49,36 +47,34 @@ def test_the_list_of_missing_modules_has_every_extra():
 
 
 def test_linearize_distill_and_generate_need_no_extra(inputs):
-    for argv in (
-        ["linearize", inputs / "teacher", "--mixer", "gla", "-o", inputs / "linear"],
-        ["distill", inputs / "recipe.yaml", "-o", inputs / "student"],
-        ["generate", inputs / "student", "The red", "--tokens", "3"],
-    ):
-        done = run(*argv)
-        assert done.returncode == 0, done.stderr
-        if argv[0] == "distill":
-            assert done.stdout.count('loss.svg is not drawn: matplotlib is missing; pip install "subquad[report]"') == 1
+    run("linearize", inputs / "teacher", "--mixer", "gla", "-o", inputs / "linear")
+    out = run("distill", inputs / "recipe.yaml", "-o", inputs / "student")
+    assert out.count('loss.svg is not drawn: matplotlib is missing; pip install "subquad[report]"') == 1
     assert not (inputs / "student" / "loss.svg").exists()
+    run("generate", inputs / "student", "The red", "--tokens", "3")
 
 
 def test_what_needs_an_extra_names_it(inputs, tmp_path):
     student, figures = inputs / "linear", tmp_path / "figures"
     if not student.exists():
-        assert run("linearize", inputs / "teacher", "--mixer", "gla", "-o", student).returncode == 0
+        run("linearize", inputs / "teacher", "--mixer", "gla", "-o", student)
     lora = yaml.safe_load((inputs / "recipe.yaml").read_text())
     lora["stages"]["end_to_end"]["lora"] = {"rank": 2}
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(lora))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "text.parquet").write_bytes(b"PAR1")
+    calibrate = ["linearize", inputs / "teacher", "-o", tmp_path / "linear", "--calibrate"]
     for extra, argv in (
         ("report", ["report", tmp_path]),
         ("report", ["eval", student, "--figures", "-o", figures]),
         ("export", ["export", student, "--format", "gguf", "-o", tmp_path / "student.gguf"]),
         ("export", ["linearize", tmp_path / "model.gguf", "--mixer", "gla", "-o", tmp_path / "linear"]),
         ("eval", ["eval", student, "--suite", "zero-shot", "--tasks", "piqa"]),
+        ("data", [*calibrate, tmp_path / "text.parquet"]),
+        ("data", [*calibrate, "owner/name"]),
         ("lora", ["distill", tmp_path / "lora.yaml", "-o", tmp_path / "lora"]),
         ("cluster", ["study", inputs / "recipe.yaml", "--engine", "ray", "-o", tmp_path / "study"]),
     ):
-        done = run(*argv)
-        assert done.returncode == 2, (argv, done.stdout, done.stderr)
-        assert f"subquad[{extra}]" in done.stderr, (argv, done.stderr)
-        assert "Traceback" not in done.stderr
+        message = run(*argv, code=2)
+        assert f"subquad[{extra}]" in message, (argv, message)
+        assert "Traceback" not in message

@@ -1,11 +1,8 @@
 """A package outside the repository, built from the text of CONTRIBUTING.md about other packages, and its commands."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 
 from subquad.registry import Registry
 from subquad.utils import UserError
+from tests.helpers.processes import run_python
 
 ROOT = Path(__file__).parents[1]
 LOAD = """
@@ -52,10 +50,8 @@ def workspace(tmp_path_factory):
 
 def run(directory: Path, *argv: str, code: int = 0) -> str:
     """The output of a new Python process that sees the package."""
-    environment = {**os.environ, "PYTHONPATH": f"{directory / 'site'}:{ROOT}"}
-    done = subprocess.run([sys.executable, *argv], cwd=directory, env=environment, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stderr if code else done.stdout
+    environment = {"PYTHONPATH": f"{directory / 'site'}:{ROOT}"}
+    return run_python(*argv, code=code, environment=environment, cwd=directory)
 
 
 @pytest.mark.slow

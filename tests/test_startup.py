@@ -1,13 +1,12 @@
 """Start-up: what `import subquad` and the commands without models load, and transformers' Auto classes after it."""
 
-import subprocess
-import sys
 import time
 
 import pytest
 from transformers import AutoTokenizer
 
 import subquad
+from tests.helpers.processes import run_python
 from tests.helpers.recipes import save_tiny_teacher
 
 LOAD = "AutoModelForCausalLM.from_pretrained(student)"
@@ -29,16 +28,13 @@ def recipe(tmp_path_factory):
     return path
 
 
-def run_python(program: str, *argv: object) -> str:
-    command = [sys.executable, "-c", program, *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def run(program: str, *argv: object) -> str:
+    return run_python("-c", program, *argv).strip()
 
 
 def test_import_loads_neither_torch_nor_transformers():
     program = "import subquad, sys; print({'torch', 'transformers', 'pydantic', 'yaml'} & set(sys.modules))"
-    assert run_python(program) == "set()"
+    assert run(program) == "set()"
 
 
 IMPORTS = [
@@ -68,7 +64,7 @@ MORE_IMPORTS = [
 @pytest.mark.parametrize("imports", IMPORTS + [pytest.param(each, marks=pytest.mark.slow) for each in MORE_IMPORTS])
 def test_auto_model_loads_students(student, imports):
     program = f"import sys\nstudent = sys.argv[1]\n{imports}\nprint(type({LOAD}).__name__)"
-    assert run_python(program, student) == "SubquadForCausalLM"
+    assert run(program, student) == "SubquadForCausalLM"
 
 
 def test_auto_classes_in_one_process(student):
@@ -87,7 +83,7 @@ print(table.__spec__.loader is table.__loader__, "class AutoConfig" in inspect.g
 """
     tokens = len(AutoTokenizer.from_pretrained(student)("The red fox").input_ids)
     lines = [f"subquad True {tokens}", "True", "The red", "[]", "True True"]
-    assert run_python(program, student).splitlines() == lines
+    assert run(program, student).splitlines() == lines
 
 
 @pytest.mark.slow
@@ -105,7 +101,7 @@ threads = [threading.Thread(target=load, args=[name]) for name in names]
 from transformers import AutoModelForCausalLM
 print(type({LOAD}).__name__)
 """
-    assert run_python(program, student) == "SubquadForCausalLM"
+    assert run(program, student) == "SubquadForCausalLM"
 
 
 @pytest.mark.slow
@@ -128,8 +124,7 @@ if __name__ == "__main__":
     print(queue.get(timeout=60))
     process.join()
 """)
-    done = subprocess.run([sys.executable, script, student], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "SubquadForCausalLM", done.stderr
+    assert run_python(script, student) == "SubquadForCausalLM\n"
 
 
 def test_public_names():
@@ -139,7 +134,7 @@ print(sorted(name for name in dir(subquad) if name in subquad.__all__) == sorted
 print([name for name in subquad.__all__ if getattr(subquad, name).__name__.rpartition(".")[2] != name])
 print(hasattr(subquad, "nothing"), subquad.ops.chunk.__name__)
 """
-    assert run_python(program).splitlines() == ["True", "[]", "False chunk"]
+    assert run(program).splitlines() == ["True", "[]", "False chunk"]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +159,7 @@ print(hasattr(subquad, "nothing"), subquad.ops.chunk.__name__)
 def test_light_commands_load_no_torch(argv, recipe):
     program = "import sys; from subquad.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
     program += "print('loaded', {'torch', 'transformers', 'numpy'} & set(sys.modules))"
-    out = run_python(program, *(recipe if word == "RECIPE" else word for word in argv))
+    out = run(program, *(recipe if word == "RECIPE" else word for word in argv))
     assert out.splitlines()[-1] == "loaded set()"
 
 
@@ -173,6 +168,6 @@ def test_help_takes_at_most_half_a_second():
     seconds = []
     for _ in range(5):
         begin = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "subquad.cli", "--help"], capture_output=True, check=True)
+        run_python("-m", "subquad.cli", "--help")
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) <= 0.5

@@ -2,25 +2,13 @@
 
 from functools import cache
 
-import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from subquad import SubquadForCausalLM
 from tests.helpers.students import make_student
-from tests.helpers.teachers import randomize_weights
+from tests.helpers.teachers import SIZES, random_teacher
 
-LLAMA = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+LLAMA = {**SIZES, "max_position_embeddings": 64}
 GPT = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 EXPERTS = {
@@ -111,13 +99,7 @@ LAYER_TYPES = {
 
 
 def build_teacher(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:
-    """A teacher in evaluation mode whose weights are all random, those of norms around one."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **{**NO_DROPOUT, **ARCHITECTURES[model_type], **changes})
-        )
-        return randomize_weights(model)
+    return random_teacher(model_type, seed, **{**NO_DROPOUT, **ARCHITECTURES[model_type], **changes})
 
 
 @cache

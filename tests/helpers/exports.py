@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import subquad
 from subquad import SubquadForCausalLM
 from tests.helpers.recipes import save_tiny_teacher
 from tests.helpers.students import logits, make_student
-from tests.helpers.teachers import randomize_weights
+from tests.helpers.teachers import SIZES, random_teacher
 
 PURE = {"default": "gated_deltanet"}
 REGULAR = {"default": "gated_deltanet", "1,3": "attention"}
@@ -25,28 +24,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
     "rope_theta": 1e4,
 }
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+EXPORTED = {**SIZES, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 16, "max_position_embeddings": 512}
 
 
 def teacher_of(architecture: str, seed: int = 0, **changes):
-    """A teacher with random weights, norm weights near one."""
-    sizes = {name: value for name, value in {**SIZES, **changes}.items() if value is not None}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
-        return randomize_weights(model)
+    """A `random_teacher`, without the sizes that are None in `changes`."""
+    sizes = {name: value for name, value in {**EXPORTED, **changes}.items() if value is not None}
+    return random_teacher(architecture, seed, **sizes)
 
 
 def student_of(

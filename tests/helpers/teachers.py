@@ -4,6 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -70,6 +72,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     special = {"eos_token": WORDS[0], "pad_token": WORDS[0]}
     return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
+
+
+def random_teacher(model_type: str, seed: int = 0, **sizes) -> PreTrainedModel:
+    """A teacher of any architecture in evaluation mode whose weights are all random, those of norms around one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return randomize_weights(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)))
 
 
 def randomize_weights(model: PreTrainedModel) -> PreTrainedModel:
