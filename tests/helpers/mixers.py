@@ -80,11 +80,3 @@ def rotary(positions: Tensor, head_dim: int = 8, dtype: torch.dtype = torch.floa
     frequencies = 100.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.cat([positions[..., None].double() * frequencies] * 2, dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference relative to the norm of `expected`."""
-    assert found.shape == expected.shape
-    assert found.isfinite().all()
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))

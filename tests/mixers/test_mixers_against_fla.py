@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers.mixers import build, distance, draw
+from tests.helpers.mixers import build, draw
+from tests.helpers.ops import error
 from tests.helpers.references import fla_reference
 
 CASES = [
@@ -37,8 +38,8 @@ def test_output_state_and_gradients_match_fla(name, options, spec):
     op_inputs = {key: t.detach().requires_grad_() for key, t in op_inputs.items()}
     found, (state,) = mixer.run_op(op_inputs)
     expected, expected_state = fla_output(name, op_inputs)
-    assert distance(found, expected) < 2e-6
-    assert distance(state, expected_state) < 2e-6
+    assert error(found, expected) < 2e-6
+    assert error(state, expected_state) < 2e-6
     weight = draw(*found.shape, seed=3)
     pairs = zip(
         torch.autograd.grad((found * weight).sum(), op_inputs.values()),
@@ -46,11 +47,11 @@ def test_output_state_and_gradients_match_fla(name, options, spec):
         strict=True,
     )
     for key, (found_grad, expected_grad) in zip(op_inputs, pairs, strict=True):
-        assert distance(found_grad, expected_grad) < 2e-5, key
+        assert error(found_grad, expected_grad) < 2e-5, key
     continued, (last,) = mixer.run_op(op_inputs, (state,))
     expected, expected_state = fla_output(name, op_inputs, state)
-    assert distance(continued, expected) < 2e-6
-    assert distance(last, expected_state) < 2e-6
+    assert error(continued, expected) < 2e-6
+    assert error(last, expected_state) < 2e-6
 
 
 def test_kda_layer_matches_kimi_linear():
@@ -71,7 +72,7 @@ def test_kda_layer_matches_kimi_linear():
     op_inputs |= {"log_decay": -mixer.A_log.exp()[:, None] * step, "beta": mixer.b_proj(x).sigmoid()}
     o, _ = fla_output("kda", op_inputs)
     o = F.rms_norm(o, (8,), eps=1e-8) * mixer.o_norm * mixer.g_proj(x).unflatten(-1, (3, 8)).sigmoid()
-    assert distance(mixer(x)[0], mixer.o_proj(o.flatten(-2))) < 1e-5
+    assert error(mixer(x)[0], mixer.o_proj(o.flatten(-2))) < 1e-5
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.3])
@@ -82,7 +83,7 @@ def test_hgrn2_layer_matches_its_equations(bound):
     q, v = F.silu(mixer.q_proj(x)).unflatten(-1, (3, 8)), mixer.v_proj(x).unflatten(-1, (3, 8))
     o, _ = fla_output("hgrn2", {"q": q, "k": 1 - forget, "v": v, "log_decay": forget.log()})
     o = F.rms_norm(o, (8,), eps=1e-8) * mixer.o_norm
-    assert distance(mixer(x)[0], mixer.o_proj(o.flatten(-2))) < 1e-5
+    assert error(mixer(x)[0], mixer.o_proj(o.flatten(-2))) < 1e-5
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.4])

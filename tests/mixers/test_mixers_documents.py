@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from subquad import mixers
-from tests.helpers.mixers import build, case_id, distance, draw, rotary
+from tests.helpers.mixers import build, case_id, draw, rotary
+from tests.helpers.ops import error
 
 CASES = [(name, options) for name in mixers.MIXERS for options in ({}, {"short_conv": 4, "rotary": True})]
 CASES += [("linear_attention", {"normalizer": True, "qk_activation": "elu1"}), ("mamba2", {"discretization": "zoh"})]
@@ -51,10 +52,10 @@ def test_padding_matches_unpadded_rows(mixer, continued):
     for row, case in enumerate(PADDED):
         own = None if state is None else tuple(s[row : row + 1] for s in state)
         expected, last = run_alone(mixer, x[row], [p[row] for p in positions], doc_ids[row], own)
-        assert distance(y[row, doc_ids[row]], expected) < 1e-5, case
+        assert error(y[row, doc_ids[row]], expected) < 1e-5, case
         for found, reference in zip(after, last, strict=True):
             assert found.dtype == reference.dtype
-        assert distance(continue_from(mixer, after, row), continue_from(mixer, last, 0)) < 1e-5, case
+        assert error(continue_from(mixer, after, row), continue_from(mixer, last, 0)) < 1e-5, case
 
 
 def continue_from(mixer, state, row):
@@ -75,9 +76,9 @@ def test_packing_matches_single_documents(mixer):
                 continue
             mask = doc_ids[row] == doc_id
             expected, last = run_alone(mixer, x[row], [p[row] for p in positions], mask)
-            assert distance(y[row, mask], expected) < 1e-5, (case, doc_id)
+            assert error(y[row, mask], expected) < 1e-5, (case, doc_id)
         for found, reference in zip(after, last, strict=True):  # the row's last document
-            assert distance(found[row], reference[0]) < 1e-5, case
+            assert error(found[row], reference[0]) < 1e-5, case
 
 
 def test_row_of_only_padding_has_a_state(mixer):
@@ -87,7 +88,7 @@ def test_row_of_only_padding_has_a_state(mixer):
     assert y.isfinite().all()
     assert all(s.shape[0] == 2 for s in after)
     expected, _ = run_alone(mixer, x[1], [p[0] for p in positions], doc_ids[1] == 2)
-    assert distance(y[1, 9:], expected) < 1e-5
+    assert error(y[1, 9:], expected) < 1e-5
 
 
 def test_packing_matches_gradients_of_single_documents(mixer):
@@ -100,7 +101,7 @@ def test_packing_matches_gradients_of_single_documents(mixer):
         mask = doc_ids[0] == doc_id
         total = total + (run_alone(mixer, x[0], [p[0] for p in positions], mask)[0] * weight[0, mask]).sum()
     separate = torch.autograd.grad(total, mixer.parameters())
-    assert distance(flat(packed), flat(separate)) < 1e-5
+    assert error(flat(packed), flat(separate)) < 1e-5
 
 
 def flat(tensors):
@@ -111,7 +112,7 @@ def test_packing_of_documents_shorter_than_the_convolution(mixer):
     x, positions = draw(1, 5, 24), rotary(torch.arange(5)[None])
     y, _ = mixer(x, positions, torch.tensor([[1, 1, 1, 2, 2]]))
     expected, _ = run_alone(mixer, x[0], [p[0] for p in positions], torch.tensor([False] * 3 + [True] * 2))
-    assert distance(y[0, 3:], expected) < 1e-5
+    assert error(y[0, 3:], expected) < 1e-5
 
 
 def test_packed_documents_with_a_state_raise(mixer):

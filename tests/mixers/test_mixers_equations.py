@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from subquad import mixers
 from subquad.mixers.options import OUTPUT_GATES
-from tests.helpers.mixers import SPECS, build, distance, draw, rotary
+from tests.helpers.mixers import SPECS, build, draw, rotary
+from tests.helpers.ops import error
 
 CASES = [
     ("linear_attention", {}),
@@ -125,7 +126,7 @@ def test_mixer_matches_its_equations(name, options):
     found, _ = mixer(x[None], positions)
     expected = reference_output(mixer, x, positions[0][0], positions[1][0])
     # RetNet's decays are float32 constants
-    assert distance(found[0], expected) < (1e-6 if name == "retnet" else 1e-9)
+    assert error(found[0], expected) < (1e-6 if name == "retnet" else 1e-9)
 
 
 @pytest.mark.parametrize("gate", OUTPUT_GATES)

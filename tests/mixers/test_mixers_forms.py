@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from subquad import mixers
-from tests.helpers.mixers import build, case_id, distance, draw, every_option, rotary
+from tests.helpers.mixers import build, case_id, draw, every_option, rotary
+from tests.helpers.ops import error
 
 PRECISIONS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -39,10 +40,10 @@ def test_sequence_tokens_and_pieces_agree(case, dtype):
     whole, state = mixer(x, positions)
     for sizes in ([1] * 13, [5, 1, 7], [1, 12]):
         y, after = run_pieces(mixer, x, positions, sizes)
-        assert distance(y, whole) < PRECISIONS[dtype], sizes
+        assert error(y, whole) < PRECISIONS[dtype], sizes
         assert len(after) == len(state)
         for found, expected in zip(after, state, strict=True):
-            assert distance(found, expected) < PRECISIONS[dtype], sizes
+            assert error(found, expected) < PRECISIONS[dtype], sizes
 
 
 @pytest.mark.parametrize("name", mixers.MIXERS)
@@ -50,8 +51,8 @@ def test_forms_agree_across_chunks(name):
     mixer = build(name, short_conv=4)
     x, positions = inputs(150, torch.float32)
     whole, _ = mixer(x, positions)
-    assert distance(run_pieces(mixer, x, positions, [1] * 150)[0], whole) < 1e-5
-    assert distance(run_pieces(mixer, x, positions, [70, 1, 79])[0], whole) < 1e-5
+    assert error(run_pieces(mixer, x, positions, [1] * 150)[0], whole) < 1e-5
+    assert error(run_pieces(mixer, x, positions, [70, 1, 79])[0], whole) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=dtype_name)
@@ -68,7 +69,7 @@ def test_mixing_matrix_times_v_is_the_op_output(case, dtype):
     assert M.shape == (2, 2, 21, 21)
     assert torch.equal(M, M.tril()), "the matrix is not causal"
     assert torch.equal(M, mixer.matrix(x, positions))
-    assert distance(torch.einsum("bhij,bjhv->bihv", M, op_inputs["v"]), o) < PRECISIONS[dtype]
+    assert error(torch.einsum("bhij,bjhv->bihv", M, op_inputs["v"]), o) < PRECISIONS[dtype]
 
 
 @pytest.mark.parametrize("case", every_option(), ids=case_id)
@@ -103,7 +104,7 @@ def test_bfloat16_is_close_to_float32(name):
     mixer = mixer.to(torch.bfloat16)
     found, _ = mixer(x.bfloat16(), tuple(p.bfloat16() for p in positions))
     assert found.dtype == torch.bfloat16
-    assert distance(found, expected) < 0.1
+    assert error(found, expected) < 0.1
 
 
 @pytest.mark.parametrize("name", mixers.MIXERS)
