@@ -17,6 +17,7 @@ else:
 import pytest
 from transformers import PreTrainedModel
 
+from subquad import load_teacher
 from tests.helpers.teachers import SIZES, tiny_teacher
 
 
@@ -27,6 +28,20 @@ def single_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """The package's cache directory is one of this test run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUBQUAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def nano():
+    """The model and the tokenizer; a module may change them."""
+    return load_teacher("nano")
 
 
 @pytest.fixture

@@ -13,15 +13,12 @@ from subquad.cli import main
 from tests.helpers.processes import run_python
 from tests.helpers.recipes import tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 @pytest.fixture(scope="module")
 def recipe_path(tmp_path_factory):
     return tiny_recipe(tmp_path_factory.mktemp("cli run"))
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def run(capsys, *argv):

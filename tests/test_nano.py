@@ -16,11 +16,6 @@ from subquad.distill.stage3_end_to_end import EndToEndDistillation
 
 
 @pytest.fixture(scope="module")
-def nano():
-    return subquad.load_teacher("nano")
-
-
-@pytest.fixture(scope="module")
 def held_out(nano):
     """`[24, 1025]` tokens of held-out files of the standard library."""
     _, tokenizer = nano

@@ -98,9 +98,6 @@ def _line(problem: str) -> float:
     return int(place[1]) if place else math.inf
 
 
-# ---------------------------------------------------------------------- mistakes
-
-
 def _describe(tree: Node, error: ValidationError, list_hint: str) -> Iterator[str]:
     """A line for each error of pydantic, and for each conflict between sections whose own values are valid."""
     valid, unknown, lines = tree, "", []
@@ -138,14 +135,13 @@ def _explain(path: KeyPath, error: Any) -> str:
 
 
 def _nearest_key(path: KeyPath) -> str:
-    """The end of a message about an unknown key: the same name elsewhere in the recipe, else the nearest sibling."""
-    prefix = "".join(f"{key}." for key in path[:-1])
+    """The end of a message about an unknown key: the nearest sibling, else the same name elsewhere in the recipe."""
     sibling = nearest(path[-1], _keys(_section_at(path[:-1])))
-    elsewhere = [key for key in _dotted_keys() if key.rpartition(".")[2] == path[-1]]
-    if "did you mean" not in sibling and elsewhere:
-        depth = min(key.count(".") for key in elsewhere)
-        return f"; did you mean {' or '.join(repr(key) for key in elsewhere if key.count('.') == depth)}?"
-    return sibling.replace("did you mean '", f"did you mean '{prefix}")
+    elsewhere = [key for key in _key_paths() if key[-1] == path[-1]]
+    if "did you mean" in sibling or not elsewhere:
+        return sibling.replace("did you mean '", "did you mean '" + "".join(f"{key}." for key in path[:-1]))
+    depth = min(map(len, elsewhere))
+    return f"; did you mean {' or '.join(repr('.'.join(key)) for key in elsewhere if len(key) == depth)}?"
 
 
 def _section_at(path: KeyPath) -> type[Section]:
@@ -169,8 +165,8 @@ def _subsection(field: FieldInfo) -> type[Section] | None:
     return next((each for each in types if isinstance(each, type) and issubclass(each, Section)), None)
 
 
-def _dotted_keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[str]:
+def _key_paths(section: type[Section] = Recipe, path: KeyPath = ()) -> Iterator[KeyPath]:
     for name, field in section.model_fields.items():
-        yield prefix + name
+        yield (*path, name)
         if (inner := _subsection(field)) is not None:
-            yield from _dotted_keys(inner, f"{prefix}{name}.")
+            yield from _key_paths(inner, (*path, name))

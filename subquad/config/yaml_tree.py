@@ -37,12 +37,8 @@ class Node:
         return self.value[path[0]].find(path[1:]) if inside else self
 
     def put(self, path: KeyPath, new: "Node", shorthands: Mapping[str, str], name: str | None = None) -> "Node":
-        """A copy with the value at `path` replaced or added; below a list, in each of its items.
-
-        Args:
-            shorthands: the key of the mapping that a bare value stands for, as in `{"student": "mixer"}`.
-            name: the one for this node.
-        """
+        """A copy with the value at `path` replaced or added; below a list, in each of its items. `shorthands` has the
+        key that a bare value in place of a mapping stands for, as in `{"student": "mixer"}`; `name` is that of here."""
         if not path:
             return new
         if isinstance(self.value, list):
@@ -111,7 +107,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that would be read as a number."""
+    """Quotes text that `_Loader` would read as a number."""
 
 
 for _name, (_pattern, _first) in _RESOLVERS.items():
@@ -139,15 +135,12 @@ def read(path: Path, problems: list[str]) -> Node:
 
 
 def parse(text: str, place: Path | str, problems: list[str], path: KeyPath = ()) -> Node:
-    """The tree of a YAML text.
+    """The tree of a YAML text. UserError if it is not YAML.
 
     Args:
         place: the file, whose lines messages name, or the option.
         problems: receives a message for each key that is invalid or given twice.
         path: the keys above the text, for messages.
-
-    Raises:
-        UserError: the text is not YAML.
     """
     try:
         loader = _Loader(text)

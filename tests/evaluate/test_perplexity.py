@@ -24,11 +24,6 @@ from subquad.evaluate.results import select_one
 
 
 @pytest.fixture(scope="module")
-def nano():
-    return subquad.load_teacher("nano")
-
-
-@pytest.fixture(scope="module")
 def teacher():
     torch.manual_seed(0)
     config = LlamaConfig(
