@@ -40,32 +40,30 @@ def test_notations_of_numbers(write, key, notations):
         assert (found, type(found)) == (value, type(value))
 
 
+AS_WRITTEN = """
+stages.hidden.tokens='abc' stages.hidden.tokens='5' stages.hidden.tokens=true stages.hidden.tokens=1.5
+stages.hidden.tokens=-1 stages.hidden.tokens=0 stages.hidden.lr=0 stages.hidden.lr=-0.001 stages.hidden.lr='fast'
+stages.hidden.batch_size=0 stages.hidden.warmup=1 stages.hidden.weight_decay=-1 stages.hidden.max_grad_norm=0
+stages.hidden.param_groups.mixer.lr=0 stages.hidden.micro_batch_size=3 stages.hidden.target='layer'
+stages.hidden.ema_decay=1 stages.hidden.lr_scheduler=5 data.seq_len=1 teacher='' student.copy_qkv=1 student.mixer=5
+student.mixer_kwargs=3 student.mixer_kwargs.half_life='long' checkpoint.save_total_limit=1 evaluation.eval_tokens=0
+seed=-1 seed=4294967296
+"""
+"""Overrides whose value is quoted as it is written."""
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("stages.hidden.tokens=abc", "stages.hidden.tokens: got 'abc'"),
-        ("stages.hidden.tokens='5'", "stages.hidden.tokens: got '5'"),
-        ("stages.hidden.tokens=true", "stages.hidden.tokens: got true"),
-        ("stages.hidden.tokens=1.5", "stages.hidden.tokens: got 1.5"),
+        *((override, override.replace("=", ": got ")) for override in AS_WRITTEN.split()),
         ("stages.hidden.tokens=1e999", "stages.hidden.tokens: got inf"),
-        ("stages.hidden.tokens=-1", "stages.hidden.tokens: got -1"),
-        ("stages.hidden.tokens=0", "stages.hidden.tokens: got 0"),
         ("stages.hidden.tokens=12:30", "stages.hidden.tokens: got '12:30'"),
-        ("stages.hidden.lr=0", "stages.hidden.lr: got 0"),
-        ("stages.hidden.lr=-1e-3", "stages.hidden.lr: got -0.001"),
         ("stages.hidden.lr=.nan", "stages.hidden.lr: got nan"),
         ("stages.hidden.lr=.inf", "stages.hidden.lr: got inf"),
         ("stages.hidden.lr=", "stages.hidden.lr: got null"),
-        ("stages.hidden.lr=fast", "stages.hidden.lr: got 'fast'"),
-        ("stages.hidden.batch_size=0", "stages.hidden.batch_size: got 0"),
-        ("stages.hidden.warmup=1", "stages.hidden.warmup: got 1"),
-        ("stages.hidden.weight_decay=-1", "weight_decay: got -1"),
-        ("stages.hidden.max_grad_norm=0", "max_grad_norm: got 0"),
-        ("stages.hidden.param_groups.mixer.lr=0", "groups.mixer.lr: got 0"),
+        ("teacher=", "teacher: got null"),
+        ("student.copy_qkv=yes", "student.copy_qkv: got 'yes'"),
         ("stages.hidden.param_groups.mixers.lr=1", "unknown key 'stages.hidden.param_groups.mixers'; did you mean"),
-        ("stages.hidden.micro_batch_size=3", "micro_batch_size: got 3"),
-        ("stages.hidden.target=layer", "target: got 'layer'"),
-        ("stages.hidden.ema_decay=1", "ema_decay: got 1"),
         (
             "evaluation.load_best_model_at_end=true",
             "evaluation.load_best_model_at_end: got true without evaluation.eval_steps",
@@ -76,24 +74,15 @@ def test_notations_of_numbers(write, key, notations):
             "stages.hidden.lr_scheduler=cosin",
             "lr_scheduler: got 'cosin', expected one of linear, cosine, constant, wsd; did you mean 'cosine'?",
         ),
-        ("stages.hidden.lr_scheduler=5", "lr_scheduler: got 5"),
         ("stages.hidden=5", "stages.hidden: got 5, expected a mapping with the keys tokens, lr,"),
-        ("data.seq_len=1", "data.seq_len: got 1"),
         ("data=5", "data.source: got 5"),
         ("data=", "data: got null, expected a mapping with the keys source, seq_len,"),
         ("data={seq_len: 8}", "data.source is missing; expected: `python-stdlib`, a text file"),
-        ("teacher=", "teacher: got null"),
-        ("teacher=''", "teacher: got ''"),
-        ("student.copy_qkv=yes", "student.copy_qkv: got 'yes'"),
-        ("student.copy_qkv=1", "student.copy_qkv: got 1"),
         ("student.mixer=glaa", "student.mixer: unknown mixer 'glaa'; did you mean 'gla'?"),
-        ("student.mixer=5", "student.mixer: got 5"),
-        ("student.mixer_kwargs=3", "student.mixer_kwargs: got 3"),
         (
             "student.mixer_kwargs.half_live=3",
             "student.mixer_kwargs.half_live: unknown mixer option 'half_live'; did you mean 'half_life'?",
         ),
-        ("student.mixer_kwargs.half_life=long", "student.mixer_kwargs.half_life: got 'long'"),
         (
             "student={mixer: softmax, mixer_kwargs: {half_life: 3}}",
             "student.mixer_kwargs.half_life: unknown option; softmax has none",
@@ -110,10 +99,6 @@ def test_notations_of_numbers(write, key, notations):
         ("mixer=gla", "unknown key 'mixer'; did you mean 'student.mixer'?"),
         ("lr=1", "unknown key 'lr'; did you mean 'stages.matrix.lr' or 'stages.hidden.lr' or 'stages.end_to_end.lr'?"),
         ("checkpoint.save_step=5", "unknown key 'checkpoint.save_step'; did you mean 'checkpoint.save_steps'?"),
-        ("checkpoint.save_total_limit=1", "checkpoint.save_total_limit: got 1"),
-        ("evaluation.eval_tokens=0", "evaluation.eval_tokens: got 0"),
-        ("seed=-1", "seed: got -1"),
-        ("seed=4294967296", "seed: got 4294967296"),
         ("seed=" + "9" * 5000, "seed: got '9999999999"),
         ("seed", "expected key=value, such as stages.hidden.lr=1e-3"),
         ("=1", "expected key=value, such as stages.hidden.lr=1e-3"),
