@@ -56,7 +56,7 @@ def test_errors_are_one_line_and_nothing_is_written(student, tmp_path, capsys):
     assert main(["linearize", str(directory), "--mixer", "gla", "--export", "qwen3_5", "-o", str(tmp_path / "x")]) == 2
     assert "gla cannot be exported" in capsys.readouterr().err
     assert main(["export", str(student), "--format", "qwen3", "-o", str(tmp_path / "x")]) == 2
-    assert "--format: got 'qwen3'; did you mean 'qwen3_5'?" in capsys.readouterr().err
+    assert "format: unknown 'qwen3'; did you mean 'qwen3_5'?" in capsys.readouterr().err
     assert main(["linearize", str(directory), "--export", "bambo", "-o", str(tmp_path / "x")]) == 2
     assert "unknown export target 'bambo'; did you mean 'bamba'?" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
