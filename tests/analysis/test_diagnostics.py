@@ -1,9 +1,6 @@
 """Diagnostics of models with known values: hand-built heads, known decays, one layer that differs."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,6 +23,7 @@ from subquad.evaluate.perplexity import compare
 from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError
 from tests.helpers.known_models import PREVIOUS, UNIFORM, known_heads, previous_and_uniform, previous_matrix
+from tests.helpers.processes import run_python
 
 TEXT = torch.arange(3, 15)[None]
 T = 24
@@ -300,8 +298,6 @@ print(1024 * getrusage(RUSAGE_SELF).ru_maxrss)
 @pytest.mark.parametrize("mixer", [pytest.param("gla", marks=pytest.mark.sample), "gated_deltanet"])
 def test_4096_tokens_fit_in_4_gigabytes(mixer):
     """A whole matrix of six heads has 805 MB in float64, and the comparison would hold a dozen."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, mixer], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr[-2000:]
-    peak = int(done.stdout.split()[-1])
+    peak = int(run_python("-c", PROGRAM, mixer).split()[-1])
     print(f"{mixer}: {peak / 1e9:.2f} GB")
     assert peak < 4e9

@@ -1,7 +1,5 @@
 """Tiny exportable students with random mixer parameters, and a subprocess without Subquad that runs exported models."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +7,7 @@ from torch import Tensor
 
 import subquad
 from subquad import SubquadForCausalLM
+from tests.helpers.processes import run_python
 from tests.helpers.recipes import save_tiny_teacher
 from tests.helpers.students import logits, make_student
 from tests.helpers.teachers import SIZES, random_teacher
@@ -103,8 +102,7 @@ def run_without_subquad(
     """
     for directory, tensors in inputs.items():
         torch.save((*tensors, dtype), directory / "inputs.pt")
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *inputs], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", SCRIPT, *inputs)
     return [torch.load(directory / "outputs.pt") for directory in inputs]
 
 

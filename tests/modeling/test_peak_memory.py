@@ -4,12 +4,9 @@ By default the C library keeps freed blocks of some megabytes, which alone chang
 half from run to run. MALLOC_MMAP_THRESHOLD_ makes it return them.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 
+from tests.helpers.processes import run_python
 from tests.helpers.students import MIXERS
 
 SHORT, LONG = 32_768, 65_536
@@ -45,11 +42,8 @@ print(peak_rss() - before)
 
 def peak(family: str, mixer: str, how: str, T: int) -> int:
     """Bytes by which a forward pass of one row of T tokens raises the peak memory of a process."""
-    command = [sys.executable, "-c", PEAK, family, mixer, how, str(T)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    return int(run.stdout.split()[-1])
+    environment = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    return int(run_python("-c", PEAK, family, mixer, how, T, environment=environment).split()[-1])
 
 
 CASES = [

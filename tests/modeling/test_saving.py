@@ -1,8 +1,6 @@
 """Saving and loading: equal logits in another process, config.json, and checkpoints that do not match it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import subquad
 from subquad import SubquadConfig, SubquadForCausalLM
 from subquad.utils import UserError
+from tests.helpers.processes import run_python
 from tests.helpers.students import MIXERS_AND_SOFTMAX, logits, make_student, reloaded
 from tests.helpers.teachers import tiny_teacher
 
@@ -57,8 +56,7 @@ def saved(tmp_path_factory):
         student = make_student(teacher, mixer)
         here[f"{family}-{mixer}"] = logits(student, ids)
         student.save_pretrained(root / f"{family}-{mixer}")
-    run = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS, str(root)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run_python("-c", IN_ANOTHER_PROCESS, root)
     return root, here, load_file(root / "logits.safetensors")
 
 
