@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from subquad.study.table import format_table
+from subquad.study.progress import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

@@ -36,7 +36,7 @@ def run_distill(args: Namespace) -> None:
     recipe = load_recipe(args.recipe, args.set)
     quiet_libraries()
     from subquad.distill.pipeline import distill
-    from subquad.study.table import format_table
+    from subquad.study.progress import format_table
 
     print(format_table([distill(recipe, args.output)]))
     print(f'\nThe student is in {args.output}; try: subquad generate {args.output} "Once upon a time"')
@@ -48,9 +48,8 @@ def run_study(args: Namespace) -> int:
     recipes = load_study(args.recipe, args.set)
     quiet_libraries()
     from subquad.study.grid import run_study
-    from subquad.study.progress import describe_remaining_work
+    from subquad.study.progress import describe_remaining_work, format_study
     from subquad.study.runs import find_runs
-    from subquad.study.table import format_study
 
     if args.dry_run:
         print(describe_remaining_work(recipes, args.output, args.jobs))

@@ -180,16 +180,10 @@ def check_epsilons(student: SubquadForCausalLM, eps: float, kept: AttentionTrace
 
 
 def trace_kept_attention(student: SubquadForCausalLM) -> AttentionTraces:
-    if not any(student.config.layers_with_attention):
-        return {}
-    indices = {
-        id(layer.attention): i for i, layer in enumerate(student.mixer_layers) if isinstance(layer, AttentionLayer)
-    }
-    found = {}
-    for call in trace_attention(student, random_tokens(student)):
-        i = indices[id(call.module)]
-        found[i] = read_attention(i, student.config.attention_specs[i]["path"], call, student.config.base_config), call
-    return found
+    kept = [i for i, keep in enumerate(student.config.layers_with_attention) if keep]
+    calls = trace_attention(student, random_tokens(student)) if kept else []
+    paths, base = [spec["path"] for spec in student.config.attention_specs], student.config.base_config
+    return {i: (read_attention(i, paths[i], call, base), call) for i, call in zip(kept, calls, strict=True)}
 
 
 def check_logits(student: SubquadForCausalLM, model: PreTrainedModel) -> None:

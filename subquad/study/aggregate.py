@@ -121,7 +121,6 @@ def best_group(groups: Sequence[Group], metric: str, lower_is_better: bool) -> G
 def significant_best(groups: Sequence[Group], metric: str, lower_is_better: bool) -> Group | None:
     """The best group if its interval is disjoint from those of all other groups, else None."""
     best = best_group(groups, metric, lower_is_better)
-    means = [(group, mean) for group in groups if (mean := group.mean(metric)) is not None]
-    own = next((mean for group, mean in means if group is best), None)
-    others = [mean for group, mean in means if group is not best]
-    return best if own is not None and others and all(own.intervals_disjoint(other) for other in others) else None
+    mean = None if best is None else best.mean(metric)
+    others = [other for group in groups if group is not best and (other := group.mean(metric)) is not None]
+    return best if mean is not None and others and all(mean.intervals_disjoint(other) for other in others) else None

@@ -19,9 +19,8 @@ from subquad.evaluate.runner import Evaluation
 from subquad.modeling import teachers
 from subquad.study import engines, runs
 from subquad.study.grid import run_study
-from subquad.study.progress import describe_remaining_work
+from subquad.study.progress import describe_remaining_work, format_study
 from subquad.study.runs import find_runs, study_lock
-from subquad.study.table import format_study
 from subquad.utils import UserError
 from tests.helpers.studies import HIDDEN_ONLY, SHORT, TWO_LAST_STAGES, same_weights, study_command
 
