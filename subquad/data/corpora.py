@@ -85,10 +85,6 @@ def read(source: Source) -> Iterator[Document]:
             yield document
 
 
-def _nonempty(source: Source) -> Iterator[Document]:
-    return (d for d in _all_documents(source) if len(d) and not (isinstance(d, str) and d.isspace()))
-
-
 def _split_by_characters(documents: Iterable[Document], total: int, split: SplitOrAll) -> Iterator[Document]:
     """The text before its last twentieth, or the last twentieth. The cut is at a nearby end of a line, or before the
     conversation that contains it."""
@@ -116,20 +112,24 @@ def _split_text(text: str, position: int, is_first: bool) -> tuple[str, str]:
 # ---------------------------------------------------------------------- readers
 
 
-def _all_documents(source: Source) -> Iterator[Document]:
-    """All documents of a source's files or dataset, including empty ones."""
-    if not source.files:
-        yield from _cells(_hub_rows(source), source)
-    for path in source.files:
-        kind = suffix(path)
-        if kind == ".jsonl":
-            yield from _cells(_json_rows(path, source.column), source)
-        elif kind == ".parquet":
-            yield from _cells(_parquet_rows(path, source.column), source)
-        elif kind == ".txt":
-            yield from _passages(path)
-        else:
-            yield "".join(_lines(path))
+def _nonempty(source: Source) -> Iterator[Document]:
+    """All documents of a source, without empty ones."""
+    files = [_documents_of(path, source) for path in source.files] or [_cells(_hub_rows(source), source)]
+    for document in itertools.chain.from_iterable(files):
+        if len(document) and not (isinstance(document, str) and document.isspace()):
+            yield document
+
+
+def _documents_of(path: Path, source: Source) -> Iterator[Document]:
+    kind = suffix(path)
+    if kind == ".jsonl":
+        yield from _cells(_json_rows(path, source.column), source)
+    elif kind == ".parquet":
+        yield from _cells(_parquet_rows(path, source.column), source)
+    elif kind == ".txt":
+        yield from _passages(path)
+    else:
+        yield "".join(_lines(path))
 
 
 def _passages(path: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from subquad.data.chat import ASSISTANT, Conversation, Span, Template
+from subquad.data.chat import ASSISTANT, Conversation, Template
 from subquad.data.corpora import Document
 from subquad.utils import UserError
 
@@ -97,7 +97,10 @@ class Encoder(Dataset):
                 "or a chat template with {% generation %}"
             )
         encoding = self.backend.encode(text, add_special_tokens=False)
-        return _set_flags(encoding.ids, _overlaps_spans(encoding.offsets, spans))
+        starts, ends = np.array(spans).T
+        offsets = np.array(encoding.offsets).reshape(-1, 2)
+        next_span = np.searchsorted(ends, offsets[:, 0], side="right")  # the first that ends after the token begins
+        return _set_flags(encoding.ids, offsets[:, 1] > np.append(starts, np.inf)[next_span])
 
     def _tokenize(self, texts: list[str]) -> Iterable[list[int]]:
         if self.backend is not None:
@@ -106,23 +109,13 @@ class Encoder(Dataset):
         return self.tokenizer(texts, **options)["input_ids"] if texts else []  # type: ignore[return-value]
 
 
-def _set_flags(ids: Sequence[int], in_loss: Sequence[bool] | None = None) -> np.ndarray:
+def _set_flags(ids: Sequence[int], in_loss: Sequence[bool] | np.ndarray | None = None) -> np.ndarray:
     """The tokens of one document, with flags at its start and at tokens that are not in the loss (None: all are)."""
     tokens = np.array(ids, np.uint32)
     if in_loss is not None:
         tokens[~np.array(in_loss, bool)] |= LOSS_IGNORED
     tokens[:1] |= DOC_START
     return tokens
-
-
-def _overlaps_spans(offsets: list[Span], spans: list[Span]) -> list[bool]:
-    """Whether each token has a character in one of the spans, which are sorted."""
-    overlaps, index = [], 0
-    for start, end in offsets:
-        while index < len(spans) and spans[index][1] <= start:
-            index += 1
-        overlaps.append(index < len(spans) and end > spans[index][0])
-    return overlaps
 
 
 # ---------------------------------------------------------------------- all documents of a source

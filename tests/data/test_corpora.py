@@ -1,16 +1,25 @@
-"""Sources: their documents, the validation split, and errors."""
+"""Sources: their documents in every format and compression, the validation split, and errors."""
 
 import gzip
+import importlib
 import json
 import lzma
+import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from subquad.config import Data
 from subquad.data import check_data, corpora, documents, sources, stdlib
+from subquad.data.chat import Conversation
 from subquad.utils import UserError
 
+zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress}
+TEXTS = ["first ünï", "second\nof two lines", "third"]
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 PROSE = "First line.\nSecond line.\n\nAnother paragraph, ünï.\n"
 
 
@@ -24,6 +33,16 @@ def write(name: str, content: str | bytes) -> str:
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
     return name
+
+
+def parquet(**columns) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+MANY_ROWS = parquet(text=[f"{i} " * 50 for i in range(5000)])
+INVALID_UTF8 = pyarrow.array([b"ok", b"a\xff"]).view(pyarrow.string())
 
 
 def error_of(source: str, split: str = "all") -> str:
@@ -47,12 +66,9 @@ def test_standard_library_order_mixes_directories():
     assert len(set(first)) > 8
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress], ids=["plain", "gz", "xz"])
-def test_text_with_separators(compress):
-    suffix = {bytes: "", gzip.compress: ".gz", lzma.compress: ".xz"}[compress]
+def test_text_with_separators():
     text = "One.\n\nStill one.\n<|endoftext|>\nTwo <|endoftext|> inside.\n  <|endoftext|>  \n\n<|endoftext|>\nThree."
-    name = write(f"a.txt{suffix}", compress(text.encode()))
-    assert list(documents(name, "all")) == ["One.\n\nStill one.", "Two <|endoftext|> inside.", "Three."]
+    assert list(documents(write("a.txt", text), "all")) == ["One.\n\nStill one.", "Two <|endoftext|> inside.", "Three."]
 
 
 def test_text_without_separators_is_cut_at_blank_lines():
@@ -72,16 +88,59 @@ def test_text_without_blank_lines_is_cut_at_a_line_end():
     assert all(set(text.split("\n")) == {"a line of text"} for text in found)
 
 
-def test_line_ends_and_byte_order_mark():
-    name = write("a.txt", b"\xef\xbb\xbfOne.\r\nTwo.\r\n<|endoftext|>\r\nThree.\r\n")
-    assert list(documents(name, "all")) == ["One.\nTwo.", "Three."]
-
-
 def test_json_lines():
     lines = [json.dumps({"text": t, "id": i}) for i, t in enumerate(["a\nb", "", "  ", "ü"])]
     assert list(documents(write("a.jsonl", "\n".join(lines) + "\n\n"), "all")) == ["a\nb", "ü"]
-    assert list(documents(write("b.jsonl.gz", gzip.compress("\n".join(lines).encode())), "all")) == ["a\nb", "ü"]
     assert list(documents(write("c.jsonl", '{"text": "half \\ud800 a character"}'), "all")) == ["half ? a character"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_every_format_in_every_compression(suffix):
+    contents = {
+        "a.txt": "\n<|endoftext|>\n".join(TEXTS).encode(),
+        "a.jsonl": "\n".join(json.dumps({"text": text}) for text in TEXTS).encode(),
+        "a.parquet": parquet(id=[1, 2, 3], text=TEXTS),
+    }
+    for name, content in contents.items():
+        write(name + suffix, COMPRESS[suffix](content))
+        assert list(documents(name + suffix, "all")) == TEXTS
+    write("a.md" + suffix, COMPRESS[suffix](TEXTS[1].encode()))
+    assert list(documents("a.md" + suffix, "all")) == [TEXTS[1]]
+    assert len(list(documents(".", "all"))) == 3 * len(TEXTS) + 1
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files_of_several_frames(suffix):
+    parts = [b"one\n", b"", b"two\n" * 50_000]
+    write(f"a.md{suffix}", b"".join(map(COMPRESS[suffix], parts)))
+    assert list(documents(f"a.md{suffix}", "all")) == [b"".join(parts).decode()]
+
+
+def test_carriage_returns_are_removed():
+    for suffix, compress in COMPRESS.items():
+        write(f"a.txt{suffix}", compress(b"\xef\xbb\xbfOne.\r\nTwo.\r\n<|endoftext|>\r\nThree.\r\n"))
+        assert list(documents(f"a.txt{suffix}", "all")) == ["One.\nTwo.", "Three."]
+    write("a.jsonl", b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
+    assert list(documents("a.jsonl", "all")) == ["a", "b"]
+
+
+def test_columns_by_name():
+    write("a.parquet", parquet(body=["x", "y"], text=["no", "no"]))
+    assert list(documents("a.parquet", "all", column="body")) == ["x", "y"]
+    large = pyarrow.array(["x", "", "y"], pyarrow.large_string()), pyarrow.array(["x", "y", "x"]).dictionary_encode()
+    write("b.parquet", parquet(large=large[0], coded=large[1]))
+    assert list(documents("b.parquet", "all", column="large")) == ["x", "y"]
+    assert list(documents("b.parquet", "all", column="coded")) == ["x", "y", "x"]
+    write("a.jsonl", '{"body": "x", "text": 5}')
+    assert list(documents("a.jsonl", "all", column="body")) == ["x"]
+
+
+def test_conversations_in_parquet():
+    # Tables have every key in every row, null where a message lacks it.
+    talks = [[{**TALK[0], "name": None}, {**TALK[1], "name": "bot"}], []]
+    write("a.parquet", parquet(messages=talks))
+    (found,) = documents("a.parquet", "all", column="messages", chat=True)
+    assert found == Conversation((TALK[0], {**TALK[1], "name": "bot"}), "a.parquet: row 1")
 
 
 def test_directory():
@@ -159,6 +218,19 @@ def test_with_a_validation_source_the_other_is_used_whole():
         ("a.txt.gz", b"not packed", "a.txt.gz: damaged .gz file, after byte 0"),
         ("a.txt.xz", b"not packed", "a.txt.xz: damaged .xz file, after byte 0"),
         ("a.txt.gz", gzip.compress(PROSE.encode(), mtime=0)[:-9], "a.txt.gz: damaged .gz file"),
+        ("a.txt.zst", b"not packed", "a.txt.zst: damaged .zst file, after byte 0 of its content ("),
+        ("a.txt.zst", zstd.compress(b"text\n" * 99)[:-3], "a.txt.zst: damaged .zst file, after byte"),
+        ("a.txt.zst", zstd.compress(b"good\n\xe9"), "a.txt.zst: got 0xe9 at byte 5"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 99)[:-30], "a.jsonl.xz: damaged .xz file, after byte"),
+        ("a.parquet", b"PAR1", "a.parquet: damaged .parquet file, after row 0 ("),
+        ("a.parquet", b"", "a.parquet: damaged .parquet file, after row 0 ("),
+        ("a.parquet.gz", b"PAR1", "a.parquet.gz: damaged .gz file, after row 0 ("),
+        ("a.parquet", MANY_ROWS[:200] + bytes(3800) + MANY_ROWS[4000:], "a.parquet: damaged .parquet file, after row "),
+        ("a.parquet", MANY_ROWS[:-100], "a.parquet: damaged .parquet file, after row 0 ("),
+        ("a.parquet", parquet(body=["x"], id=[1]), "a.parquet: got the keys ['body', 'id']"),
+        ("a.parquet", parquet(text=["x", None]), "a.parquet: row 2: text: got NoneType"),
+        ("a.parquet", parquet(text=[1]), "a.parquet: row 1: text: got int"),
+        ("a.parquet", parquet(text=INVALID_UTF8), "a.parquet: row 2: invalid at byte 1"),
         ("a.jsonl", '{"text": "a"}\nnot json', "a.jsonl:2: not JSON (Expecting value"),
         ("a.jsonl", '{"txt": "a", "id": 1}', "a.jsonl:1: got the keys ['txt', 'id']"),
         ("a.jsonl", '{"text": 5}', "a.jsonl:1: text: got int"),
@@ -196,6 +268,10 @@ def test_check_data():
     check_data(Data(source="python-stdlib", validation=good))
     for data, expected in [
         (Data(source=empty), "data.source 'b.txt': got no text"),
+        (
+            Data(source=write("e.parquet", parquet(text=pyarrow.array([], pyarrow.string())))),
+            "'e.parquet': got no text",
+        ),
         (Data(source=good, validation=empty), "data.validation 'b.txt': got no text"),
         (Data(source=good, validation=bad), "c.txt: got 0xff at byte 0"),
         (Data(source="d.txt"), "data.source 'd.txt': no such file or directory; did you mean "),
