@@ -35,6 +35,9 @@ def run(program: str, *argv: object) -> str:
 def test_import_loads_neither_torch_nor_transformers():
     program = "import subquad, sys; print({'torch', 'transformers', 'pydantic', 'yaml'} & set(sys.modules))"
     assert run(program) == "set()"
+    # imported where text is read
+    program = "import subquad.data, sys; print({'datasets', 'pyarrow', 'pandas'} & set(sys.modules))"
+    assert run(program) == "set()"
 
 
 IMPORTS = [

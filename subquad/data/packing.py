@@ -1,7 +1,12 @@
 """Packing: documents, tokenized once into a cache on disk, cut into rows of `seq_len` tokens in a seeded order."""
 
 import functools
+import hashlib
+import json
+import logging
 import math
+import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,18 +20,21 @@ from transformers import PreTrainedTokenizerBase
 
 from subquad import __version__
 from subquad.config import Data
-from subquad.data.cache import cached_tokens, flat_tokens
 from subquad.data.corpora import read
 from subquad.data.encoding import DOC_START, LOSS_IGNORED, TOKEN_MASK, Encoder, token_stream
 from subquad.data.mixtures import MixtureSchedule
 from subquad.data.sources import Source, Split, resolve_sources
-from subquad.utils import UserError
+from subquad.utils import UserError, cache_dir
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
 
+logger = logging.getLogger(__name__)
+
 MIN_CACHED_TOKENS = 2**16
+WRITTEN_AT_ONCE = 16
+"""Arrays of tokens that are kept in memory until they are written to the cache."""
 IGNORE_INDEX = -100
 """Label of a token that is excluded from the loss."""
 
@@ -110,7 +118,7 @@ class PackedDataset(Dataset):
 
     @functools.cached_property
     def _tokens(self) -> list["pyarrow.ChunkedArray"]:
-        return [flat_tokens(source.dataset) for source in self.sources]
+        return [_flat_tokens(source.dataset) for source in self.sources]
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
         if self._orders.get(source, (None,))[0] != epoch:
@@ -162,7 +170,7 @@ def token_rows(
     for k, source in enumerate(sources):
         needed = None if max_rows is None else schedule.max_count(k, max_rows)
         dataset = _token_dataset(source, encoder, None if needed is None else needed * seq_len)
-        count = len(flat_tokens(dataset))
+        count = len(_flat_tokens(dataset))
         if count < seq_len:
             kind = "training" if split == "train" else "validation"
             raise UserError(
@@ -175,9 +183,58 @@ def token_rows(
 
 
 def _token_dataset(source: Source, encoder: Encoder, needed: int | None) -> "datasets.Dataset":
-    """A dataset of the cache with at least `needed` tokens (None: all), or all tokens if there are fewer."""
+    """At least `needed` tokens of a source (None: all), or all if there are fewer, as a dataset of arrays, `uint32`.
+
+    A missing or damaged dataset is written completely or not at all. If several processes need the same one, one writes
+    it and the others wait.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    import datasets
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"tokens": np.empty(0, np.uint32), "checksum": 0}  # an empty text has a type, too
+        for tokens in token_stream(encoder, read(source), limit, source.name):
+            yield {"tokens": tokens, "checksum": zlib.crc32(tokens.data)}
+
     # Limits are powers of two, so that runs of similar length share a dataset.
     limit = math.inf if needed is None else max(MIN_CACHED_TOKENS, 1 << (needed - 1).bit_length())
     chat_key = [encoder.tokenizer.chat_template, encoder.assistant_only_loss] if source.chat else []
-    key = [__version__, encoder.fingerprint(), source.fingerprint(), limit, chat_key]
-    return cached_tokens(key, source.name, lambda: token_stream(encoder, read(source), limit, source.name))
+    key = json.dumps([__version__, encoder.fingerprint(), source.fingerprint(), limit, chat_key], sort_keys=True)
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
+    directory = cache_dir() / "tokens"
+    entry = directory / "generator" / f"default-fingerprint={fingerprint}" / "0.0.0"
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # it counts arrays; `token_stream` has one that counts tokens
+    try:
+        dataset = datasets.Dataset.from_generator(
+            rows, cache_dir=str(directory), fingerprint=fingerprint, writer_batch_size=WRITTEN_AT_ONCE
+        )
+        tokens, checksums = dataset.data.column("tokens"), dataset.data.column("checksum")
+        if any(zlib.crc32(t.values.to_numpy()) != c.as_py() for t, c in zip(tokens, checksums, strict=True)):
+            raise ValueError("wrong checksum")
+        return dataset
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        problem = error.__cause__ or error  # of `rows`
+        if entry.exists():
+            logger.warning("token cache %s is damaged (%s); tokenizing %s again", entry, problem, source.name)
+            shutil.rmtree(entry)
+        elif isinstance(problem, OSError):
+            reason = problem.strerror or problem
+            raise UserError(
+                f"token cache {directory}: cannot be written ({reason}); set SUBQUAD_CACHE to another directory"
+            ) from None
+        else:
+            raise problem from None
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
+    return _token_dataset(source, encoder, needed)
+
+
+def _flat_tokens(dataset: "datasets.Dataset") -> "pyarrow.ChunkedArray":
+    """All tokens of a dataset of the cache, mapped into memory."""
+    import pyarrow
+
+    return pyarrow.chunked_array([chunk.flatten() for chunk in dataset.data.column("tokens").chunks])

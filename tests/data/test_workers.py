@@ -135,24 +135,23 @@ def test_encoder_matches_the_tokenizer(make_tokenizer):
 SCRIPT = """
 import os, sys, time
 mode = sys.argv[1]
-from subquad.data import encoding
-from subquad.data.cache import cached_tokens
+from subquad.config import Data
+from subquad.data import encoding, packing
 from tests.data.test_workers import TALKS, TEMPLATE, byte_tokenizer
 
-def talks():
+def talks(source):
     for i, talk in enumerate(TALKS):
         if i == 150:
             print("half", flush=True)
             time.sleep(60 if mode == "hang" else 0.5)
         yield talk
 
+packing.read = talks
 encoding.BATCH_CHARACTERS, encoding.IN_PROCESS_BATCHES = 500, 1
 os.sched_getaffinity = lambda process: {0, 1}
 tokenizer = byte_tokenizer(eos_token="<|endoftext|>")
 tokenizer.chat_template = TEMPLATE
-encoder = encoding.Encoder(tokenizer)
-dataset = cached_tokens("key", "a source", lambda: encoding.token_stream(encoder, talks(), 10**9, "a source"))
-print(sum(map(len, dataset["tokens"])), flush=True)
+print(len(packing.token_rows(Data(source="README.md", seq_len=8), tokenizer, "train")), flush=True)
 """
 
 
@@ -179,6 +178,6 @@ def test_killed_process_leaves_no_cache_and_two_at_once_share_one(cache, chat):
     (path,) = cache()  # the incomplete file of the killed process is gone
     assert ".incomplete" not in str(path)
     chat.assistant_only_loss = False
-    count = len(chat.encode(TALKS))
+    count = len(chat.encode(TALKS)) // 8
     # One tokenized, the other waited for it.
     assert sorted(out for out, _ in outputs) == [f"{count}\n", f"half\n{count}\n"]
