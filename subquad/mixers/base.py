@@ -13,7 +13,7 @@ from torch import Tensor
 
 from subquad import ops
 from subquad.mixers.conv import short_conv_padded, short_conv_step
-from subquad.mixers.gate_init import GATE_BIAS_INIT
+from subquad.mixers.gate_init import GATE_BIAS_INIT, log_decay_from_half_life
 from subquad.mixers.norms import head_norm, qk_norm
 from subquad.mixers.options import MixerOptions
 from subquad.mixers.packing import PackedDocuments
@@ -32,7 +32,8 @@ with k = v = 0 the input gate affects only mLSTM's stabilizer, on which the outp
 class Mixer(nn.Module):
     """Base of all mixers.
 
-    A subclass defines `Options` and `gates`, and `build_gates` and `reset_gates` where it has parameters of its own.
+    A subclass defines `Options` and `gates`; where it has parameters of its own also `build_gates`, and `reset_gates`
+    or `set_log_decay`.
     """
 
     name: ClassVar[str]
@@ -61,11 +62,11 @@ class Mixer(nn.Module):
             self.k_proj = nn.Linear(D, H * K, bias=qkv_bias)
         self.v_proj = nn.Linear(D, H * V, bias=qkv_bias)
         self.o_proj = nn.Linear(H * V, D, bias=output_bias)
-        if self.options.short_conv:
-            self.q_conv = nn.Parameter(torch.empty(H * K, self.options.short_conv))
+        if width := self.options.short_conv:
+            self.q_conv = nn.Parameter(torch.empty(H * K, width))
             if self.has_key_projection:
-                self.k_conv = nn.Parameter(torch.empty(H * K, self.options.short_conv))
-            self.v_conv = nn.Parameter(torch.empty(H * V, self.options.short_conv))
+                self.k_conv = nn.Parameter(torch.empty(H * K, width))
+            self.v_conv = nn.Parameter(torch.empty(H * V, width))
         if self.options.qk_norm:
             if spec.qk_norm is None:
                 raise UserError("qk_norm: got True, expected False: the teacher has no supported norm of q and k")
@@ -77,7 +78,9 @@ class Mixer(nn.Module):
             self.o_norm = nn.Parameter(torch.empty(H, V))
         if self.options.output_gate != "none":
             self.g_proj = nn.Linear(D, H * V, bias=self.has_biases)
+        shared = {name for name, _ in self.named_parameters()}
         self.build_gates()
+        self.gate_names = [name for name, _ in self.named_parameters() if name not in shared]
         self.reset_parameters()
 
     # ------------------------------------------------------------------ defined by each mixer
@@ -86,7 +89,19 @@ class Mixer(nn.Module):
         """Creates the parameters of the gates."""
 
     def reset_gates(self) -> None:
-        """Initializes the parameters of the gates."""
+        """Initializes the parameters of the gates: zero, but for the decay if `half_life` is an option."""
+        for name in self.gate_names:
+            nn.init.zeros_(self.get_parameter(name))
+        if hasattr(self.options, "half_life"):
+            self.set_half_life(self.per_head(self.options.half_life))
+
+    def set_half_life(self, half_life: Tensor) -> None:
+        """Sets the decay of each head to a half-life of `half_life: [H]` tokens where its projection is zero."""
+        self.set_log_decay(log_decay_from_half_life(half_life))
+
+    def set_log_decay(self, log_decay: Tensor) -> None:
+        """Sets the bias of each head to that `log_decay: [H]`, float64, where the projection is zero."""
+        raise NotImplementedError
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns further inputs of the op, such as `log_decay`, computed from `x: [B, T, hidden]`.
@@ -187,27 +202,22 @@ class Mixer(nn.Module):
         Raises:
             ValueError: document ids together with a state.
         """
-        if isinstance(doc_ids, Tensor) and doc_ids.dtype != torch.bool:
-            doc_ids = PackedDocuments(doc_ids)
-        if isinstance(doc_ids, PackedDocuments):
+        documents = padding_mask = cu_seqlens = None
+        if isinstance(doc_ids, Tensor) and doc_ids.dtype == torch.bool:
+            padding_mask = doc_ids.unsqueeze(-1)
+        elif doc_ids is not None:
+            documents = doc_ids if isinstance(doc_ids, PackedDocuments) else PackedDocuments(doc_ids)
             if state is not None:
                 raise ValueError("doc_ids: packed documents cannot continue from a state; call the mixer without one")
-            return self._forward_packed(x, position_embeddings, doc_ids)
-        padding_mask = None if doc_ids is None else doc_ids.unsqueeze(-1)
-        inputs, conv_states = self.op_inputs(x, position_embeddings, padding_mask, state)
-        o, op_state = self.run_op(inputs, None if state is None else state[len(conv_states) :])
-        return self.output(o, x, inputs), (*conv_states, *op_state)
-
-    def _forward_packed(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, documents: PackedDocuments
-    ) -> tuple[Tensor, State]:
-        if position_embeddings is not None:
-            position_embeddings = documents.pack(position_embeddings[0]), documents.pack(position_embeddings[1])
-        x = documents.pack(x)
-        inputs, conv_states = self.op_inputs(x, position_embeddings, cu_seqlens=documents.cu_seqlens)
-        o, op_state = self.run_op(inputs, cu_seqlens=documents.cu_seqlens)
-        y = documents.unpack(self.output(o, x, inputs))
-        return y, tuple(state[documents.last_documents] for state in (*conv_states, *op_state))
+            x, cu_seqlens = documents.pack(x), documents.cu_seqlens
+            if position_embeddings is not None:
+                position_embeddings = documents.pack(position_embeddings[0]), documents.pack(position_embeddings[1])
+        inputs, conv_states = self.op_inputs(x, position_embeddings, padding_mask, state, cu_seqlens)
+        o, op_state = self.run_op(inputs, None if state is None else state[len(conv_states) :], cu_seqlens)
+        y, states = self.output(o, x, inputs), (*conv_states, *op_state)
+        if documents is None:
+            return y, states
+        return documents.unpack(y), tuple(state[documents.last_documents] for state in states)
 
     def pre_norm_output(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The output before norm and gate, skip connection included, `[B, T, H, V]`."""
@@ -227,7 +237,7 @@ class Mixer(nn.Module):
         self, inputs: dict[str, Any], state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """The op's output `[B, T, H, V]` and its new state."""
-        initial_state = None if not state else state[0]
+        initial_state = state[0] if state else None
         if inputs["q"].shape[1] == 1 and cu_seqlens is None:
             o, new_state = ops.step(**inputs, initial_state=initial_state)
         else:

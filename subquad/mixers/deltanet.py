@@ -27,7 +27,7 @@ class DeltaNet(Mixer):
         self.b_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads, bias=self.has_biases)
 
     def reset_gates(self) -> None:
-        nn.init.zeros_(self.b_proj.weight)
+        super().reset_gates()
         if self.has_biases:  # else `init_from_teacher` sets it
             self.set_beta_init(self.per_head(self.options.beta_init))
 

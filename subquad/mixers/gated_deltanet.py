@@ -15,7 +15,7 @@ from torch import Tensor
 
 from subquad.mixers.deltanet import DeltaNet
 from subquad.mixers.exportable import ExportableMixer
-from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus, log_decay_from_half_life
+from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import GatedDeltaNetOptions
 
@@ -36,12 +36,6 @@ class GatedDeltaNet(ExportableMixer, DeltaNet):
         self.A_log = nn.Parameter(torch.empty(H))
         self.dt_bias = nn.Parameter(torch.empty(H))
 
-    def reset_gates(self) -> None:
-        super().reset_gates()
-        nn.init.zeros_(self.a_proj.weight)
-        nn.init.zeros_(self.A_log)
-        self.set_half_life(self.per_head(self.options.half_life))
-
     def init_bias_free_gates(self, bias_direction: Tensor) -> None:
         super().init_bias_free_gates(bias_direction)
         self.bias_direction = bias_direction
@@ -56,9 +50,8 @@ class GatedDeltaNet(ExportableMixer, DeltaNet):
         logit = torch.logit(beta).unsqueeze(-1)
         self.b_proj.weight.copy_(logit * self.bias_direction.to(logit))
 
-    def set_half_life(self, half_life: Tensor) -> None:
-        """Sets the bias of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""
-        self.dt_bias.copy_(inverse_softplus(-log_decay_from_half_life(half_life)))
+    def set_log_decay(self, log_decay: Tensor) -> None:
+        self.dt_bias.copy_(inverse_softplus(-log_decay))
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         dt = F.softplus(upcast(self.a_proj(x)) + upcast(self.dt_bias))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.base import CalibrationGrid, Mixer
-from subquad.mixers.gate_init import HALF_LIVES, inverse_logsigmoid, log_decay_from_half_life
+from subquad.mixers.gate_init import HALF_LIVES, inverse_logsigmoid
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import GLAOptions
 
@@ -30,18 +30,12 @@ class GLA(Mixer):
         self.decay_up = nn.Linear(self.options.decay_rank, H * K)
 
     def reset_gates(self) -> None:
+        super().reset_gates()
         nn.init.normal_(self.decay_down.weight, std=self.spec.hidden_size**-0.5)
-        nn.init.zeros_(self.decay_up.weight)
-        self.set_half_life(self.per_head(self.options.half_life))
 
-    def set_half_life(self, half_life: Tensor) -> None:
-        """Sets the bias of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""
-        log_decay = log_decay_from_half_life(self.channel_half_lives(half_life))
+    def set_log_decay(self, log_decay: Tensor) -> None:
+        log_decay = log_decay.view(self.spec.num_heads, -1).expand(-1, self.spec.head_dim)
         self.decay_up.bias.copy_(inverse_logsigmoid(GATE_LOGIT_NORMALIZER * log_decay).flatten())
-
-    def channel_half_lives(self, half_life: Tensor) -> Tensor:
-        """Half-lives of all channels, `[H, K]`, from those of the heads, `[H]`."""
-        return half_life.unsqueeze(-1).expand(-1, self.spec.head_dim)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """g, `[B, T, H, K]`, in float32 at least."""

@@ -28,10 +28,6 @@ class HGRN2(Mixer):
     def build_gates(self) -> None:
         self.f_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads * self.spec.head_dim)
 
-    def reset_gates(self) -> None:
-        nn.init.zeros_(self.f_proj.weight)
-        self.set_half_life(self.per_head(self.options.half_life))
-
     def set_half_life(self, half_life: Tensor) -> None:
         """Sets the biases to half-lives from one token to `half_life: [H]` tokens where the projection is zero."""
         decay = torch.exp2(-1 / spread_half_lives(half_life, self.spec.head_dim))

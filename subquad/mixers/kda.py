@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.deltanet import DeltaNet
-from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus, log_decay_from_half_life
+from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import KDAOptions
 
@@ -34,14 +34,9 @@ class KDA(DeltaNet):
     def reset_gates(self) -> None:
         super().reset_gates()
         nn.init.normal_(self.decay_down.weight, std=self.spec.hidden_size**-0.5)
-        nn.init.zeros_(self.decay_up.weight)
-        nn.init.zeros_(self.A_log)
-        self.set_half_life(self.per_head(self.options.half_life))
 
-    def set_half_life(self, half_life: Tensor) -> None:
-        """Sets the biases of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""
-        bias = inverse_softplus(-log_decay_from_half_life(half_life))
-        self.dt_bias.copy_(bias.unsqueeze(-1).expand_as(self.dt_bias))
+    def set_log_decay(self, log_decay: Tensor) -> None:
+        self.dt_bias.copy_(inverse_softplus(-log_decay).unsqueeze(-1).expand_as(self.dt_bias))
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         logits = upcast(self.decay_up(self.decay_down(x))).unflatten(-1, (self.spec.num_heads, -1))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.exportable import ExportableMixer
-from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus, log_decay_from_half_life
+from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import Mamba2Options
 
@@ -33,17 +33,8 @@ class Mamba2(ExportableMixer):
         if self.options.discretization == "zoh":
             self.A_log = nn.Parameter(torch.empty(self.spec.num_heads))
 
-    def reset_gates(self) -> None:
-        super().reset_gates()
-        nn.init.zeros_(self.a_proj.weight)
-        self.set_half_life(self.per_head(self.options.half_life))
-        nn.init.zeros_(self.D)
-        if self.options.discretization == "zoh":
-            nn.init.zeros_(self.A_log)
-
-    def set_half_life(self, half_life: Tensor) -> None:
-        """Sets the bias of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""
-        self.a_proj.bias.copy_(inverse_softplus(-log_decay_from_half_life(half_life)))
+    def set_log_decay(self, log_decay: Tensor) -> None:
+        self.a_proj.bias.copy_(inverse_softplus(-log_decay))
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         dt = F.softplus(upcast(self.a_proj(x)))

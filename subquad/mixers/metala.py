@@ -26,12 +26,9 @@ class MetaLA(GLA):
         super().build_gates()
         self.self_augmentation = nn.Parameter(torch.empty(self.spec.num_heads, self.spec.head_dim))
 
-    def reset_gates(self) -> None:
-        super().reset_gates()
-        nn.init.zeros_(self.self_augmentation)
-
-    def channel_half_lives(self, half_life: Tensor) -> Tensor:
-        return spread_half_lives(half_life, self.spec.head_dim)
+    def set_half_life(self, half_life: Tensor) -> None:
+        """Sets the biases to half-lives from one token to `half_life: [H]` tokens where the projection is zero."""
+        super().set_half_life(spread_half_lives(half_life, self.spec.head_dim))
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         log_decay = self.log_decay(x)

@@ -4,9 +4,20 @@ Imports no torch: the command line and recipes check options before any model is
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from subquad.mixers.spec import AttentionSpec
 from subquad.registry import MIXERS
@@ -21,9 +32,19 @@ ATTENTION = "attention"
 """The layer type that keeps the teacher's attention, with an optional window."""
 KEPT_ATTENTION = (SOFTMAX, ATTENTION)
 """The layer types that are no mixer of this package or another."""
-QK_ACTIVATIONS = ("silu", "elu1", "relu", "none")
-OUTPUT_GATES = ("swish", "sigmoid", "none")
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+QKActivation = Literal["silu", "elu1", "relu", "none"]
+OutputGate = Literal["swish", "sigmoid", "none"]
+
+
+class Rule(NamedTuple):
+    """What an option must be, besides its type; in its annotation."""
+
+    expected: str
+    valid: Callable[[Any], bool]
+
+
+FRACTION = Rule("a number between 0 and 1", lambda x: 0 < x < 1)
 
 
 @dataclass(frozen=True)
@@ -33,9 +54,9 @@ class MixerOptions:
     source: ClassVar[str] = ""
     """One line: the mixer's paper and what distinguishes the mixer."""
 
-    qk_activation: str = "silu"
+    qk_activation: QKActivation = "silu"
     """Feature map of queries and keys: silu, elu1 (elu + 1), relu or none."""
-    short_conv: int = 0
+    short_conv: Annotated[int, Rule("0 (no convolution) or a width of at least 2", lambda w: w == 0 or w >= 2)] = 0
     """Width of the causal depthwise convolution on q, k and v; 0: no convolution. Initialized to the identity."""
     rotary: bool = False
     """Keep the teacher's rotary embedding of queries and keys."""
@@ -43,24 +64,16 @@ class MixerOptions:
     """Keep the teacher's norm of queries and keys, with its weights. Applied before the rotary embedding."""
     output_norm: bool = True
     """RMS norm of each head's output, with a weight per channel."""
-    output_gate: str = "swish"
+    output_gate: OutputGate = "swish"
     """Gate on the output, computed from x: swish, sigmoid or none."""
 
     def __post_init__(self) -> None:
+        # Of each option, the annotation in the class that introduces it: one that changes a default may say less.
+        annotations: dict[str, Any] = {}
+        for base in type(self).__mro__:
+            annotations |= get_type_hints(base, include_extras=True)
         for field in fields(self):
-            value, expected = getattr(self, field.name), type(field.default)
-            accepted = (int, float) if expected is float else expected
-            if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
-                raise UserError(f"{field.name}: got {value!r}, expected {TYPE_NAMES[expected]}")
-        self.check_choice("qk_activation", QK_ACTIVATIONS)
-        self.check_choice("output_gate", OUTPUT_GATES)
-        if self.short_conv < 0 or self.short_conv == 1:
-            raise UserError(f"short_conv: got {self.short_conv}, expected 0 (no convolution) or a width of at least 2")
-
-    def check_choice(self, name: str, choices: Iterable[str]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise UserError(f"{name}: got {value!r}{nearest(value, choices)}")
+            _check(field.name, getattr(self, field.name), annotations[field.name])
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -90,17 +103,26 @@ class MixerOptions:
                 return mistakes
 
 
+def _check(name: str, value: object, annotation: Any) -> None:
+    kind, *rules = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    if get_origin(kind) is Literal:
+        if value not in (choices := get_args(kind)):
+            raise UserError(f"{name}: got {value!r}{nearest(value, choices)}")
+        return
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{name}: got {value!r}, expected {TYPE_NAMES[kind]}")
+    for rule in rules:
+        if not rule.valid(value):
+            raise UserError(f"{name}: got {value}, expected {rule.expected}")
+
+
 @dataclass(frozen=True)
 class DecayOptions(MixerOptions):
     """Options of mixers with a learned decay."""
 
-    half_life: float = 64.0
+    half_life: Annotated[float, Rule("a positive, finite number of tokens", lambda x: 0 < x < math.inf)] = 64.0
     """Initial half-life of the state in tokens."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.half_life < math.inf:
-            raise UserError(f"half_life: got {self.half_life}, expected a positive, finite number of tokens")
 
 
 @dataclass(frozen=True)
@@ -108,24 +130,18 @@ class ExportOptions(DecayOptions):
     """Options that make a mixer equal to a layer of a published architecture (docs/serving.md). Off by default;
     `linearize(..., export_target=...)` sets them."""
 
-    v_activation: str = "none"
+    v_activation: Literal["silu", "none"] = "none"
     """Activation of values after their convolution: silu or none."""
     biases: bool = True
     """False: no biases in the q, k, v and o projections, nor in the gates."""
-    norm_eps: float = 1e-8
+    norm_eps: Annotated[float, FRACTION] = 1e-8
     """Epsilon of the output norm."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_choice("v_activation", ("silu", "none"))
-        if not 0 < self.norm_eps < 1:
-            raise UserError(f"norm_eps: got {self.norm_eps}, expected a number between 0 and 1")
 
 
 @dataclass(frozen=True)
 class LinearAttentionOptions(MixerOptions):
     source: ClassVar[str] = "Linear attention (arXiv 2006.16236): a feature map replaces the softmax kernel."
-    output_gate: str = "none"
+    output_gate: OutputGate = "none"
     normalizer: bool = False
     """Divide by phi(q) . sum of phi(k), which requires a positive phi (elu1, relu). Without effect before an output
     norm."""
@@ -149,24 +165,15 @@ class RetNetOptions(MixerOptions):
 class Mamba2Options(ExportOptions):
     source: ClassVar[str] = "Mamba-2 (arXiv 2405.21060) in MOHAWK's discrete form (arXiv 2408.10189): a decay per head."
     short_conv: int = 4
-    discretization: str = "unit"
+    discretization: Literal["unit", "zoh"] = "unit"
     """unit: MOHAWK's discrete form; zoh: Mamba-2's, with a step size."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_choice("discretization", ("unit", "zoh"))
 
 
 @dataclass(frozen=True)
 class GLAOptions(DecayOptions):
     source: ClassVar[str] = "Gated linear attention (arXiv 2312.06635): a decay per channel from a low-rank projection."
-    decay_rank: int = 16
+    decay_rank: Annotated[int, Rule("at least 1", lambda rank: rank >= 1)] = 16
     """Rank of the decay's projection."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.decay_rank < 1:
-            raise UserError(f"decay_rank: got {self.decay_rank}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -180,20 +187,15 @@ class MetaLAOptions(GLAOptions):
 class DeltaNetOptions(MixerOptions):
     source: ClassVar[str] = "DeltaNet (arXiv 2406.06484): the delta rule, without decay."
     short_conv: int = 4
-    output_gate: str = "none"
-    beta_init: float = 0.05
+    output_gate: OutputGate = "none"
+    beta_init: Annotated[float, FRACTION] = 0.05
     """Initial beta."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.beta_init < 1:
-            raise UserError(f"beta_init: got {self.beta_init}, expected a number between 0 and 1")
 
 
 @dataclass(frozen=True)
 class GatedDeltaNetOptions(DeltaNetOptions, ExportOptions):
     source: ClassVar[str] = "Gated DeltaNet (arXiv 2412.06464): the delta rule with Mamba-2's decay per head."
-    output_gate: str = "swish"
+    output_gate: OutputGate = "swish"
     half_life: float = 32.0
     beta_init: float = 0.1
 
@@ -201,13 +203,13 @@ class GatedDeltaNetOptions(DeltaNetOptions, ExportOptions):
 @dataclass(frozen=True)
 class XLSTMOptions(DecayOptions):
     source: ClassVar[str] = "xLSTM's mLSTM (arXiv 2405.04517): a decay per head, exponential input gate, normalizer."
-    output_gate: str = "sigmoid"
+    output_gate: OutputGate = "sigmoid"
 
 
 @dataclass(frozen=True)
 class KDAOptions(DeltaNetOptions, DecayOptions):
     source: ClassVar[str] = "Kimi Delta Attention (arXiv 2510.26692): the delta rule with a decay per channel."
-    output_gate: str = "sigmoid"
+    output_gate: OutputGate = "sigmoid"
     half_life: float = 32.0
     beta_init: float = 0.1
 
@@ -215,16 +217,11 @@ class KDAOptions(DeltaNetOptions, DecayOptions):
 @dataclass(frozen=True)
 class HGRN2Options(DecayOptions):
     source: ClassVar[str] = "HGRN2 (arXiv 2404.07904): a decay per channel and no key projection, k = 1 - decay."
-    output_gate: str = "none"
+    output_gate: OutputGate = "none"
     half_life: float = 256.0
     """Longest initial half-life of a head's channels, in tokens; the shortest is one token."""
-    lower_bound: float = 0.0
-    """Lower bound of a channel's decay factor, from 0 to below 0.5."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.lower_bound < 0.5:
-            raise UserError(f"lower_bound: got {self.lower_bound}, expected a number from 0 to below 0.5")
+    lower_bound: Annotated[float, Rule("a number from 0 to below 0.5", lambda x: 0 <= x < 0.5)] = 0.0
+    """Lower bound of a channel's decay factor."""
 
 
 OPTIONS: dict[str, type[MixerOptions]] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from subquad import ops
 from subquad.mixers.base import Mixer, State
-from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus, log_decay_from_half_life
+from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus
 from subquad.mixers.options import XLSTMOptions
 
 
@@ -28,16 +28,9 @@ class XLSTM(Mixer):
         self.i_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads)
         self.f_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads)
 
-    def reset_gates(self) -> None:
-        for projection in (self.i_proj, self.f_proj):
-            nn.init.zeros_(projection.weight)
-        nn.init.zeros_(self.i_proj.bias)
-        self.set_half_life(self.per_head(self.options.half_life))
-
-    def set_half_life(self, half_life: Tensor) -> None:
-        """Sets the bias of each head to a half-life of `half_life: [H]` tokens where the projection is zero."""
+    def set_log_decay(self, log_decay: Tensor) -> None:
         # log f = logsigmoid(b) = -softplus(-b)
-        self.f_proj.bias.copy_(-inverse_softplus(-log_decay_from_half_life(half_life)))
+        self.f_proj.bias.copy_(-inverse_softplus(-log_decay))
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"input_gate": self.i_proj(x), "forget_gate": self.f_proj(x)}

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops import checks
+from subquad.ops.checks import Shapes, check_cu_seqlens, compute_dtype
 from subquad.ops.engine.functions import OnceDifferentiable, VmapByLoopFunction
 from subquad.ops.engine.workspace import Workspace
 
@@ -48,41 +49,43 @@ def short_conv(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; an unknown activation.
     """
-    documents = check_conv(x, weight, bias, initial_state, cu_seqlens, activation)
-    _, T, D = x.shape
-    state = x.new_zeros(documents, weight.shape[1] - 1, D) if initial_state is None else initial_state
-    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
-    return ShortConv.apply(x, weight, bias, state, DocumentBounds(bounds), activation == "silu")
+    shapes = Shapes()
+    shapes.check("x", x, "BTD")
+    shapes.check("weight", weight, "DW")
+    if weight.shape[1] < 1:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [D, W] with W of at least 1")
+    if bias is not None:
+        shapes.check("bias", bias, "D")
+    shapes.sizes |= {"N": check_cu_seqlens(x, cu_seqlens), "P": weight.shape[1] - 1}
+    N, P, D = (shapes.sizes[letter] for letter in "NPD")
+    if initial_state is None:
+        initial_state = x.new_zeros(N, P, D)
+    shapes.check("initial_state", initial_state, "NPD", dtype=x.dtype)
+    if activation not in (None, "silu"):
+        raise ValueError(f'activation: got {activation!r}, expected None or "silu"')
+    bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    return ShortConv.apply(x, weight, bias, initial_state, ConvSpec(bounds, activation == "silu"))
 
 
-class DocumentBounds:
-    """Boundaries of documents in tokens, [0, T] without documents. A class, since `torch.func` would unpack a list."""
+@dataclass(frozen=True)
+class ConvSpec:
+    """The arguments of a call that are not tensors. No tuple, which `torch.func` would unpack."""
 
-    def __init__(self, bounds: list[int]) -> None:
-        self.bounds = bounds
-        self.packed = len(bounds) > 2
-
-
-class ConvTile(NamedTuple):
-    start: int  # token
-    end: int
-    states: slice  # of the document, or of the whole batch
-    first: bool  # in its document
-    last: bool
+    bounds: list[int]
+    """Boundaries of documents in tokens, [0, T] without documents."""
+    silu: bool
 
 
 class ShortConv(VmapByLoopFunction):
-    """(x, weight, bias, state, bounds, silu) -> (y, last inputs). Saves only its inputs; recomputes the rest."""
+    """(x, weight, bias, state, spec) -> (y, last inputs). Saves only its inputs; recomputes the rest."""
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, bounds: DocumentBounds, silu: bool
-    ) -> tuple[Tensor, Tensor]:
-        tiles = ConvTiles(x, weight, bias, state, bounds)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, spec: ConvSpec) -> tuple[Tensor, Tensor]:
+        tiles = ConvTiles(x, weight, bias, state, spec)
         y, final_state = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
         for tile in tiles:
             inputs, sums = tiles.convolve(tile)
-            y[:, tile.start : tile.end] = F.silu(sums, inplace=True) if silu else sums
+            y[:, tile.start : tile.end] = F.silu(sums, inplace=True) if spec.silu else sums
             if tile.last:
                 final_state[tile.states] = inputs[:, tile.end - tile.start :]
         tiles.work.release()
@@ -90,31 +93,23 @@ class ShortConv(VmapByLoopFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.bounds, ctx.silu = inputs
+        *tensors, ctx.spec = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*ShortConvBackward.apply(dy, d_final, *ctx.saved_tensors, ctx.bounds, ctx.silu), None, None)
+        return (*ShortConvBackward.apply(dy, d_final, *ctx.saved_tensors, ctx.spec), None)
 
 
 class ShortConvBackward(OnceDifferentiable):
-    """(dy, d_final, x, weight, bias, state, bounds, silu) -> the gradients of x, weight, bias and state."""
+    """(dy, d_final, x, weight, bias, state, spec) -> the gradients of x, weight, bias and state."""
 
     @staticmethod
-    def forward(
-        dy: Tensor | None,
-        d_final: Tensor | None,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        state: Tensor,
-        bounds: DocumentBounds,
-        silu: bool,
-    ) -> tuple[Tensor | None, ...]:
+    def forward(dy: Tensor | None, d_final: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
+        x, _, bias, state, spec = args
         dy = torch.zeros_like(x) if dy is None else dy
-        tiles, history = ConvTiles(x, weight, bias, state, bounds), state.shape[1]
+        tiles, history = ConvTiles(*args), state.shape[1]
         dx, d_state = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
         d_taps, d_bias = torch.zeros_like(tiles.taps), torch.zeros_like(tiles.taps[0])
         carry = tiles.work("carry", x.shape[0], history, x.shape[2])
@@ -124,7 +119,7 @@ class ShortConvBackward(OnceDifferentiable):
                 carry.zero_() if d_final is None else carry.copy_(d_final[tile.states])
             n = tile.end - tile.start
             d_sums = tiles.work("d_sums", *sums.shape).copy_(dy[:, tile.start : tile.end])
-            if silu:
+            if spec.silu:
                 d_sums = torch.ops.aten.silu_backward(d_sums, sums)
             # The first `history` inputs belong to the previous tile, which receives their gradient by `carry`.
             d_inputs = tiles.work("d_inputs", *inputs.shape)
@@ -142,12 +137,20 @@ class ShortConvBackward(OnceDifferentiable):
         return dx, d_taps.mT, None if bias is None else d_bias, d_state
 
 
+class ConvTile(NamedTuple):
+    start: int  # token
+    end: int
+    states: slice  # of the document, or of the whole batch
+    first: bool  # in its document
+    last: bool
+
+
 class ConvTiles:
     """The tiles of all documents (or of the batch), and the convolution of one tile."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, bounds: DocumentBounds) -> None:
-        dtype = checks.compute_dtype(x)
-        self.x, self.state, self.bounds = x, state, bounds
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, spec: ConvSpec) -> None:
+        dtype = compute_dtype(x)
+        self.x, self.state, self.bounds = x, state, spec.bounds
         self.taps = weight.to(dtype).mT.contiguous()
         self.bias = None if bias is None else bias.to(dtype)
         self.work = Workspace(x, dtype)
@@ -156,8 +159,8 @@ class ConvTiles:
         B, _, D = self.x.shape
         elements = TILE_ELEMENTS if self.x.device.type == "cpu" else self.x.numel()
         size = max(32, 2 * self.state.shape[1], elements // max(1, B * D))
-        for document, (start, end) in enumerate(itertools.pairwise(self.bounds.bounds)):
-            states = slice(document, document + 1) if self.bounds.packed else slice(0, B)
+        for document, (start, end) in enumerate(itertools.pairwise(self.bounds)):
+            states = slice(document, document + 1) if len(self.bounds) > 2 else slice(0, B)
             # An empty document has one empty tile, which returns its state unchanged.
             for tile_start in range(start, max(end, start + 1), size):
                 tile_end = min(tile_start + size, end)
@@ -178,32 +181,3 @@ class ConvTiles:
         for w in range(history):
             sums.addcmul_(inputs[:, w : w + n], self.taps[w])
         return inputs, sums if self.bias is None else sums.add_(self.bias)
-
-
-def check_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    activation: str | None,
-) -> int:
-    """Returns the number of documents, as `checks.check_cu_seqlens`."""
-    checks.check_tensor("x", x)
-    if x.dim() != 3:
-        raise ValueError(f"x: got shape {list(x.shape)}, expected 3 dimensions, [batch, time, channels]")
-    D = x.shape[-1]
-    checks.check_tensor("weight", weight, like=x)
-    if weight.dim() != 2 or weight.shape[0] != D or weight.shape[1] < 1:
-        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [D, W] = [{D}, at least 1]")
-    if bias is not None:
-        checks.check_tensor("bias", bias, like=x)
-        checks.check_shape("bias", bias, (D,), dims="[D]")
-    documents = checks.check_cu_seqlens(x, cu_seqlens)
-    if initial_state is not None:
-        checks.check_tensor("initial_state", initial_state, like=x, same_dtype=True)
-        expected = (documents, weight.shape[1] - 1, D)
-        checks.check_shape("initial_state", initial_state, expected, dims="[B or documents, W - 1, D]")
-    if activation not in (None, "silu"):
-        raise ValueError(f'activation: got {activation!r}, expected None or "silu"')
-    return documents

@@ -12,12 +12,11 @@ import importlib
 import importlib.util
 import logging
 import os
-import sys
 
 import torch
 from torch import Tensor
 
-from subquad.ops.checks import any_requires_grad
+from subquad.ops.checks import Inputs, any_requires_grad
 
 BACKENDS = ("auto", "torch", "fla")
 BACKEND_VARIABLE = "SUBQUAD_BACKEND"
@@ -42,13 +41,7 @@ def use_fla(backend: str | None, q: Tensor) -> bool:
 
 def installed() -> bool:
     """Whether `fla` and Triton can be imported; `sys.modules["fla"] = None` hides them."""
-    return all(_found(name) for name in ("fla", "triton"))
-
-
-def _found(name: str) -> bool:
-    if name in sys.modules:
-        return sys.modules[name] is not None
-    return importlib.util.find_spec(name) is not None
+    return all(importlib.util.find_spec(name) is not None for name in ("fla", "triton"))
 
 
 def unsupported_reason(op: str, q: Tensor, v: Tensor, beta: Tensor | None, gradients: bool) -> str | None:
@@ -78,29 +71,30 @@ def warn_once(op: str, reason: str) -> None:
     logger.warning("ops.%s: computed by PyTorch instead of fla: %s", op, reason)
 
 
-def run_kernel(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    scale: float,
-    cu_seqlens: Tensor | None = None,
+def run(
+    backend: str | None, op: str, inputs: Inputs, scale: float, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | None:
-    """Computes `op`, "chunk" or "step", with fla's kernel; logs the reason and returns None if it is not supported."""
-    gradients = any_requires_grad(q, k, v, log_decay, beta, initial_state)
-    if (reason := unsupported_reason(op, q, v, beta, gradients)) is not None:
+    """Computes `op`, "chunk" or "step", with fla's kernel.
+
+    Returns None if PyTorch should compute it, and logs the reason if fla was chosen but does not support the call.
+    """
+    if not use_fla(backend, inputs.q):
+        return None
+    if (reason := unsupported_reason(op, inputs.q, inputs.v, inputs.beta, any_requires_grad(*inputs))) is not None:
         warn_once(op, reason)
         return None
-    if op == "chunk" and gradients and (log_decay is not None or beta is not None) and refuses_scalar_decay():
+    return run_kernel(op, inputs, scale, cu_seqlens)
+
+
+def run_kernel(op: str, inputs: Inputs, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, k, v, log_decay, beta, initial_state, *_ = inputs
+    decays = log_decay is not None or beta is not None
+    if op == "chunk" and decays and any_requires_grad(*inputs) and refuses_scalar_decay():
         log_decay = _per_channel(log_decay, k)
     family, decay_name = _kernel(log_decay, beta, op)
     arguments: dict = {"scale": scale, "initial_state": initial_state, "output_final_state": True}
     if log_decay is not None:
-        B, T, _, _ = q.shape
-        per_token = log_decay.expand(B, T, -1) if log_decay.dim() == 1 else log_decay
+        per_token = log_decay.expand(*q.shape[:2], -1) if log_decay.dim() == 1 else log_decay
         arguments[decay_name] = per_token.float().contiguous()
     elif beta is not None and op == "chunk":
         arguments["g"] = q.new_zeros(q.shape[:3], dtype=torch.float32)

@@ -38,10 +38,7 @@ def matrix(
     Raises:
         TypeError, ValueError: as `step`; `rows` with a step.
     """
-    checks.check_qk(q, k)
-    checks.check_log_decay(q, log_decay)
-    if beta is not None:
-        checks.check_gate("beta", q, beta)
+    checks.check_recurrence(checks.Inputs(q, k, k, log_decay, beta))
     B, T, H, K = q.shape
     first, end = checks.check_rows(rows, T)
     dtype, dtype_out, scale = checks.compute_dtype(q), q.dtype, K**-0.5 if scale is None else scale

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops import checks
-from subquad.ops.chunk import chunk_unchecked
+from subquad.ops.checks import Inputs, check_recurrence, compute_dtype
+from subquad.ops.engine.autograd import chunked_recurrence
 from subquad.ops.matrix import matrix
 from subquad.ops.recurrence import step
 
@@ -45,20 +45,22 @@ def normalized(
     Raises:
         TypeError, ValueError: as `chunk`; an unknown form.
     """
-    check_normalized(q, k, v, log_decay, initial_state, form, chunk_size, cu_seqlens)
+    dtype = compute_dtype(q)
+    shapes = check_recurrence(Inputs(q, k, v, log_decay), chunk_size, cu_seqlens, form)
+    shapes.check_states(initial_state, dtype, S="NHKV", z="NHK")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     state = None
     if initial_state is not None:
         S, z = initial_state
         state = torch.cat([S, z.unsqueeze(-1)], -1)
     if form == "chunk":
-        o, state = chunk_unchecked(q, k, v, log_decay, None, state, scale, chunk_size, cu_seqlens, eps)
-        return o, (state[..., :-1], state[..., -1])
-    dtype = checks.compute_dtype(q)
-    values = F.pad(v.to(dtype), (0, 1), value=1.0)
-    o, state = step(q.to(dtype), k.to(dtype), values, log_decay, None, state, scale)
-    o = o[..., :-1] / (o[..., -1:] + eps)
-    return o.to(q.dtype), (state[..., :-1], state[..., -1])
+        inputs = Inputs(q, k, v, log_decay, None, state)
+        o, state, _ = chunked_recurrence(inputs, scale, chunk_size, cu_seqlens, eps)
+    else:
+        values = F.pad(v.to(dtype), (0, 1), value=1.0)
+        o, state = step(q.to(dtype), k.to(dtype), values, log_decay, None, state, scale)
+        o = (o[..., :-1] / (o[..., -1:] + eps)).to(q.dtype)
+    return o, (state[..., :-1], state[..., -1])
 
 
 def normalized_matrix(
@@ -73,19 +75,6 @@ def normalized_matrix(
 
     rows: compute only these rows of M, [B, H, len(rows), T]; a slice without a step.
     """
-    dtype = checks.compute_dtype(q)
+    dtype = compute_dtype(q)
     M = matrix(q.to(dtype), k.to(dtype), log_decay, scale=scale, rows=rows)
     return (M / (M.sum(-1, keepdim=True) + eps)).to(q.dtype)
-
-
-def check_normalized(q, k, v, log_decay, initial_state, form, chunk_size, cu_seqlens) -> None:
-    checks.check_recurrence(q, k, v, log_decay, None, None, chunk_size, cu_seqlens)
-    checks.check_form(form, cu_seqlens)
-    if initial_state is None:
-        return
-    checks.check_tuple("initial_state", initial_state, ("S", "z"))
-    _, _, H, K = q.shape
-    documents = checks.check_cu_seqlens(q, cu_seqlens)
-    S, z = initial_state
-    checks.check_state("initial_state S", q, S, (documents, H, K, v.shape[-1]), dims="[B or documents, H, K, V]")
-    checks.check_state("initial_state z", q, z, (documents, H, K), dims="[B or documents, H, K]")

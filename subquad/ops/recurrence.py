@@ -47,68 +47,46 @@ def step(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; a positive log decay.
     """
-    checks.check_recurrence(q, k, v, log_decay, beta, initial_state)
-    if inplace:
-        checks.check_inplace(initial_state, (q, k, v, log_decay, beta))
+    inputs = checks.Inputs(q, k, v, log_decay, beta, initial_state)
+    checks.check_recurrence(inputs)
+    differentiable = checks.any_requires_grad(*inputs)
+    if inplace and initial_state is None:
+        raise ValueError("inplace: got True without initial_state, expected a state to write into")
+    if inplace and differentiable:
+        raise ValueError("inplace: got tensors that require gradients, expected torch.no_grad() or detached ones")
     B, T, H, K = q.shape
     V = v.shape[-1]
     dtype, scale = checks.compute_dtype(q), K**-0.5 if scale is None else scale
     if T == 0:
         return v.clone(), q.new_zeros(B, H, K, V, dtype=dtype) if initial_state is None else initial_state
-    if fla.use_fla(backend, q):
-        results = fla.run_kernel("step", q, k, v, log_decay, beta, initial_state, scale)
-        if results is not None:
-            o, state = results
-            return (o, initial_state.copy_(state)) if inplace and initial_state is not None else results
+    if (results := fla.run(backend, "step", inputs, scale)) is not None:
+        o, state = results
+        return (o, initial_state.copy_(state)) if inplace and initial_state is not None else results
     S = q.new_zeros(B, H, K, V, dtype=dtype) if initial_state is None else initial_state
-    queries, keys, values = (q.to(dtype) * scale).unsqueeze(-2), k.to(dtype).unsqueeze(-1), v.to(dtype).unsqueeze(-2)
-    decay = None if log_decay is None else expand_log_decay(log_decay.to(dtype), B, T).exp().unsqueeze(-1)
-    strength = None if beta is None else beta.to(dtype)[..., None, None]
-    if checks.any_requires_grad(q, k, v, log_decay, beta, initial_state):
-        outputs, S = _steps_out_of_place(queries, keys, values, decay, strength, S)
-    else:
-        S = S if inplace or initial_state is None else S.clone()
-        outputs, S = _steps_in_place(queries, keys, values, decay, strength, S)
+    if not (differentiable or inplace or initial_state is None):
+        S = S.clone()
+    none = [None] * T
+    queries, keys = (q.to(dtype) * scale).unsqueeze(-2).unbind(1), k.to(dtype).unsqueeze(-1).unbind(1)
+    values = v.to(dtype).unsqueeze(-2).unbind(1)
+    decays = none if log_decay is None else _expand(log_decay.to(dtype), B, T).exp().unsqueeze(-1).unbind(1)
+    betas = none if beta is None else beta.to(dtype)[..., None, None].unbind(1)
+    outputs = []
+    for query, key, value, decay, strength in zip(queries, keys, values, decays, betas, strict=True):
+        if differentiable:
+            S = S if decay is None else S * decay
+            value = value if strength is None else strength * (value - key.mT @ S)
+            S = S + key * value
+        else:  # in the memory of S, since dispatch and reading S bound the speed of decoding
+            S = S if decay is None else S.mul_(decay)
+            value = value if strength is None else (value - key.mT @ S).mul_(strength)
+            S.addcmul_(key, value)
+        outputs.append(query @ S)
     # [B, H, 1, V] each; transposing one token to [B, 1, H, V] takes no copy.
-    o = torch.cat(outputs, 2).transpose(1, 2) if len(outputs) != 1 else outputs[0].transpose(1, 2)
+    o = torch.cat(outputs, 2).transpose(1, 2) if T > 1 else outputs[0].transpose(1, 2)
     return o.to(q.dtype), S
 
 
-def _steps_out_of_place(
-    queries: Tensor, keys: Tensor, values: Tensor, decay: Tensor | None, beta: Tensor | None, S: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """The definition. Queries [B, T, H, 1, K], keys [B, T, H, K, 1], values [B, T, H, 1, V]; outputs [B, H, 1, V]."""
-    outputs = []
-    for t in range(queries.shape[1]):
-        if decay is not None:
-            S = S * decay[:, t]
-        value = values[:, t]
-        if beta is not None:
-            value = beta[:, t] * (value - keys[:, t].mT @ S)
-        S = S + keys[:, t] * value
-        outputs.append(queries[:, t] @ S)
-    return outputs, S
-
-
-def _steps_in_place(
-    queries: Tensor, keys: Tensor, values: Tensor, decay: Tensor | None, beta: Tensor | None, S: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """The same in the memory of S, since dispatch and reading S bound the speed of decoding."""
-    outputs = []
-    none = [None] * queries.shape[1]
-    decays = none if decay is None else decay.unbind(1)
-    betas = none if beta is None else beta.unbind(1)
-    for q, k, v, d, b in zip(queries.unbind(1), keys.unbind(1), values.unbind(1), decays, betas, strict=True):
-        if d is not None:
-            S.mul_(d)
-        if b is not None:
-            v = (v - k.mT @ S).mul_(b)
-        S.addcmul_(k, v)
-        outputs.append(q @ S)
-    return outputs, S
-
-
-def expand_log_decay(log_decay: Tensor, B: int, T: int) -> Tensor:
+def _expand(log_decay: Tensor, B: int, T: int) -> Tensor:
     """A fixed, scalar or per-channel log decay as [B, T, H, 1] or [B, T, H, K]."""
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(B, T, -1)

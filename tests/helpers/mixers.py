@@ -1,22 +1,24 @@
 """Cases of the mixers' tests: every mixer with every value of every option, and random parameters."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from subquad import mixers
 from subquad.mixers import AttentionSpec, Mixer
-from subquad.mixers.options import OUTPUT_GATES, QK_ACTIVATIONS
+from subquad.mixers.options import OutputGate, QKActivation
 
 SPECS = {
     "plain": AttentionSpec(hidden_size=24, num_heads=3, num_kv_heads=3, head_dim=8, value_dim=8),
     "biased": AttentionSpec(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True),
 }
 SHARED_OPTIONS = {
-    "qk_activation": QK_ACTIVATIONS,
+    "qk_activation": get_args(QKActivation),
     "short_conv": (0, 2, 4),
     "rotary": (True, False),
     "output_norm": (True, False),
-    "output_gate": OUTPUT_GATES,
+    "output_gate": get_args(OutputGate),
     "half_life": (3.0,),
 }
 OWN_OPTIONS: dict[str, tuple[dict, ...]] = {

@@ -66,7 +66,9 @@ def differentiate(op, case, dtype=torch.float64, seed=1, **kwargs):
 
 
 def flatten(outputs):
-    """(o, state) or (o, (S, n, m)) as a flat list of tensors."""
+    """o, (o, state) or (o, (S, n, m)) as a flat list of tensors."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
     o, state = outputs
     return [o, *(state if isinstance(state, tuple) else (state,))]
 

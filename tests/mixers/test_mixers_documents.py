@@ -28,10 +28,10 @@ PACKED = {
 }
 
 
-def run_alone(mixer, x, positions, mask, state=None):
-    """Output `[n, hidden]` and state of the tokens of one row at `mask`, without the others."""
-    piece = tuple(p[None, mask] for p in positions)
-    y, after = mixer(x[None, mask], piece, state=state)
+def run_alone(mixer, x, positions, row, mask, state=None):
+    """Output `[n, hidden]` and state of the tokens of a row at `mask`, without the others."""
+    piece = tuple(p[row % len(p)][None, mask] for p in positions)
+    y, after = mixer(x[row][None, mask], piece, state=state)
     return y[0], after
 
 
@@ -51,7 +51,7 @@ def test_padding_matches_unpadded_rows(mixer, continued):
     assert y.isfinite().all()
     for row, case in enumerate(PADDED):
         own = None if state is None else tuple(s[row : row + 1] for s in state)
-        expected, last = run_alone(mixer, x[row], [p[row] for p in positions], doc_ids[row], own)
+        expected, last = run_alone(mixer, x, positions, row, doc_ids[row], own)
         assert error(y[row, doc_ids[row]], expected) < 1e-5, case
         for found, reference in zip(after, last, strict=True):
             assert found.dtype == reference.dtype
@@ -75,7 +75,7 @@ def test_packing_matches_single_documents(mixer):
             if doc_id == 0:
                 continue
             mask = doc_ids[row] == doc_id
-            expected, last = run_alone(mixer, x[row], [p[row] for p in positions], mask)
+            expected, last = run_alone(mixer, x, positions, row, mask)
             assert error(y[row, mask], expected) < 1e-5, (case, doc_id)
         for found, reference in zip(after, last, strict=True):  # the row's last document
             assert error(found[row], reference[0]) < 1e-5, case
@@ -87,7 +87,7 @@ def test_row_of_only_padding_has_a_state(mixer):
     y, after = mixer(x, positions, doc_ids)
     assert y.isfinite().all()
     assert all(s.shape[0] == 2 for s in after)
-    expected, _ = run_alone(mixer, x[1], [p[0] for p in positions], doc_ids[1] == 2)
+    expected, _ = run_alone(mixer, x, positions, 1, doc_ids[1] == 2)
     assert error(y[1, 9:], expected) < 1e-5
 
 
@@ -99,7 +99,7 @@ def test_packing_matches_gradients_of_single_documents(mixer):
     total = 0
     for doc_id in (1, 2):
         mask = doc_ids[0] == doc_id
-        total = total + (run_alone(mixer, x[0], [p[0] for p in positions], mask)[0] * weight[0, mask]).sum()
+        total = total + (run_alone(mixer, x, positions, 0, mask)[0] * weight[0, mask]).sum()
     separate = torch.autograd.grad(total, mixer.parameters())
     assert error(flat(packed), flat(separate)) < 1e-5
 
@@ -111,7 +111,7 @@ def flat(tensors):
 def test_packing_of_documents_shorter_than_the_convolution(mixer):
     x, positions = draw(1, 5, 24), rotary(torch.arange(5)[None])
     y, _ = mixer(x, positions, torch.tensor([[1, 1, 1, 2, 2]]))
-    expected, _ = run_alone(mixer, x[0], [p[0] for p in positions], torch.tensor([False] * 3 + [True] * 2))
+    expected, _ = run_alone(mixer, x, positions, 0, torch.tensor([False] * 3 + [True] * 2))
     assert error(y[0, 3:], expected) < 1e-5
 
 

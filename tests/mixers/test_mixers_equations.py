@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from subquad import mixers
-from subquad.mixers.options import OUTPUT_GATES
+from subquad.mixers.options import OutputGate
 from tests.helpers.mixers import SPECS, build, draw, rotary
 from tests.helpers.ops import error
 
@@ -129,7 +130,7 @@ def test_mixer_matches_its_equations(name, options):
     assert error(found[0], expected) < (1e-6 if name == "retnet" else 1e-9)
 
 
-@pytest.mark.parametrize("gate", OUTPUT_GATES)
+@pytest.mark.parametrize("gate", get_args(OutputGate))
 @pytest.mark.parametrize("name", mixers.MIXERS)
 def test_set_output_scale_sets_the_rms_of_each_head(name, gate):
     # Projections of usual size, so that the norm's epsilon is negligible relative to the op's output.
@@ -144,30 +145,35 @@ def test_set_output_scale_sets_the_rms_of_each_head(name, gate):
     assert torch.allclose(found, rms, rtol=0.02)
 
 
-@pytest.mark.parametrize("name", ["gla", "mamba2", "gated_deltanet", "xlstm"])
+def initial_inputs(name, **options):
+    """The inputs of the op where all parameters were random and are reset."""
+    mixer = build(name, **options)
+    mixer.reset_parameters()
+    return mixer.op_inputs(draw(2, 4, 24))[0]
+
+
+@pytest.mark.parametrize("name", ["gla", "mamba2", "gated_deltanet", "xlstm", "kda"])
 def test_initial_decay_over_the_half_life_is_one_half(name):
-    mixer = mixers.create(name, SPECS["plain"], half_life=20.0)
-    x = draw(1, 5, 24) * 0
-    op_inputs, _ = mixer.op_inputs(x)
+    op_inputs = initial_inputs(name, half_life=20.0)
     log_decay = F.logsigmoid(op_inputs["forget_gate"]) if name == "xlstm" else op_inputs["log_decay"]
     assert torch.allclose((20 * log_decay).exp(), torch.tensor(0.5), rtol=1e-4)
 
 
-def test_metala_initial_half_lives_run_from_one_token_to_the_longest():
-    op_inputs, _ = mixers.create("metala", SPECS["plain"], half_life=128.0).op_inputs(draw(1, 3, 24))
+@pytest.mark.parametrize(("name", "options"), [("metala", {}), ("hgrn2", {}), ("hgrn2", {"lower_bound": 0.4})], ids=str)
+def test_initial_half_lives_run_from_one_token_to_the_longest(name, options):
+    op_inputs = initial_inputs(name, half_life=128.0, **options)
     half_lives = math.log(0.5) / op_inputs["log_decay"][0, 0]
     assert torch.allclose(half_lives, 128.0 ** torch.linspace(0, 1, 8).expand(3, 8), rtol=1e-3)
 
 
 def test_retnet_decay_per_head():
-    op_inputs, _ = mixers.create("retnet", SPECS["plain"]).op_inputs(draw(2, 4, 24))
-    assert torch.allclose(op_inputs["log_decay"].exp(), 1 - torch.tensor([1 / 32, 1 / 64, 1 / 128]).expand(2, 4, 3))
+    log_decay = initial_inputs("retnet")["log_decay"]
+    assert torch.allclose(log_decay.exp(), 1 - torch.tensor([1 / 32, 1 / 64, 1 / 128]).expand(2, 4, 3))
 
 
-@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "kda"])
 def test_initial_beta(name):
-    op_inputs, _ = mixers.create(name, SPECS["plain"], beta_init=0.2).op_inputs(draw(1, 3, 24))
-    assert torch.allclose(op_inputs["beta"], torch.tensor(0.2))
+    assert torch.allclose(initial_inputs(name, beta_init=0.2)["beta"], torch.tensor(0.2))
 
 
 @pytest.mark.parametrize("width", [2, 4])

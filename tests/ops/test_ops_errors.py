@@ -16,6 +16,8 @@ def arguments():
         "v": zeros(B, T, H, V),
         "log_decay": zeros(B, T, H),
         "beta": zeros(B, T, H),
+        "input_gate": zeros(B, T, H),
+        "forget_gate": zeros(B, T, H),
     }
 
 
@@ -53,82 +55,62 @@ PACKED = [
 ]
 
 
-def assert_raises(op, change, error, message, drop=()):
-    args = {n: x for n, x in (arguments() | change).items() if n not in drop}
+FORM = ({"form": "parallel"}, ValueError, "form: got 'parallel'")
+STATE = torch.zeros(B, H, K, V)
+ERRORS = {
+    "step": SHARED + WITH_STATE,
+    "chunk": SHARED + WITH_STATE + PACKED,
+    "matrix": [
+        *SHARED,
+        ({"rows": 3}, TypeError, "rows: got int"),
+        ({"rows": slice(0, 4, 2)}, ValueError, "rows: got a step of 2"),
+    ],
+    "mlstm": [
+        FORM,
+        ({"input_gate": torch.zeros(B, T, H, K)}, ValueError, r"input_gate: got shape \[2, 5, 3, 4\]"),
+        ({"forget_gate": None}, TypeError, "forget_gate: got NoneType"),
+        ({"initial_state": STATE}, TypeError, r"initial_state: got Tensor, .*\(S, n, m\)"),
+        ({"initial_state": (STATE,) * 2}, ValueError, "initial_state: got 2 tensors"),
+        ({"initial_state": (STATE,) * 3}, ValueError, r"initial_state n: got shape \[2, 3, 4, 6\]"),
+    ],
+    "normalized": [FORM, ({"initial_state": (STATE,) * 2}, ValueError, r"initial_state z: got shape \[2, 3, 4, 6\]")],
+}
+ARGUMENTS = {
+    "matrix": ("q", "k", "log_decay", "beta"),
+    "mlstm": ("q", "k", "v", "input_gate", "forget_gate"),
+    "normalized": ("q", "k", "v", "log_decay"),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "error", "message"),
+    [(op, *case) for op, cases in ERRORS.items() for case in cases],
+    ids=lambda x: "",
+)
+def test_errors_name_the_argument(op, change, error, message):
+    given = arguments()
+    taken = {name: given[name] for name in ARGUMENTS.get(op, ("q", "k", "v", "log_decay", "beta"))}
     with pytest.raises(error, match=message):
-        op(**args)
-
-
-@pytest.mark.parametrize(("change", "error", "message"), SHARED + WITH_STATE, ids=lambda x: "")
-def test_step_errors(change, error, message):
-    assert_raises(ops.step, change, error, message)
-
-
-@pytest.mark.parametrize(("change", "error", "message"), SHARED + WITH_STATE + PACKED, ids=lambda x: "")
-def test_chunk_errors(change, error, message):
-    assert_raises(ops.chunk, change, error, message)
-
-
-@pytest.mark.parametrize(("change", "error", "message"), SHARED, ids=lambda x: "")
-def test_matrix_errors(change, error, message):
-    assert_raises(ops.matrix, change, error, message, drop=("v",))
+        getattr(ops, op)(**taken | change)
 
 
 @pytest.mark.parametrize("bounds", [[1, 5], [0, 4], [0, 3, 2, 5]], ids=str)
 def test_cu_seqlens_must_rise_from_zero_to_the_length(bounds):
-    args = {n: x[:1] for n, x in arguments().items()}
+    args = {n: arguments()[n][:1] for n in "qkv"}
     with pytest.raises(ValueError, match=r"cu_seqlens: got \[.*T = 5"):
         ops.chunk(**args, cu_seqlens=torch.tensor(bounds))
 
 
 def test_initial_state_needs_one_state_per_document():
-    args = {n: x[:1] for n, x in arguments().items()}
+    args = {n: arguments()[n][:1] for n in "qkv"}
     with pytest.raises(ValueError, match=r"initial_state: got shape \[1, 3, 4, 6\], .*\[2, 3, 4, 6\]"):
         ops.chunk(**args, initial_state=torch.zeros(1, H, K, V), cu_seqlens=torch.tensor([0, 2, 5]))
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"input_gate": torch.zeros(B, T, H, K)}, ValueError, r"input_gate: got shape \[2, 5, 3, 4\]"),
-        ({"forget_gate": None}, TypeError, "forget_gate: got NoneType"),
-        ({"form": "parallel"}, ValueError, "form: got 'parallel'"),
-        ({"initial_state": torch.zeros(B, H, K, V)}, TypeError, r"initial_state: got Tensor, .*\(S, n, m\)"),
-        ({"initial_state": (torch.zeros(B, H, K, V),) * 2}, ValueError, "initial_state: got 2 tensors"),
-        ({"initial_state": (torch.zeros(B, H, K, V),) * 3}, ValueError, r"initial_state n: got shape \[2, 3, 4, 6\]"),
-    ],
-    ids=lambda x: "",
-)
-def test_mlstm_errors(change, error, message):
-    gates = {"input_gate": torch.zeros(B, T, H), "forget_gate": torch.zeros(B, T, H)}
-    assert_raises(ops.mlstm, gates | change, error, message, drop=("log_decay", "beta"))
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"form": "parallel"}, ValueError, "form: got 'parallel'"),
-        ({"initial_state": (torch.zeros(B, H, K, V),) * 2}, ValueError, r"initial_state z: got shape \[2, 3, 4, 6\]"),
-    ],
-    ids=lambda x: "",
-)
-def test_normalized_errors(change, error, message):
-    assert_raises(ops.normalized, change, error, message, drop=("beta",))
-
-
 def test_inplace_needs_a_state_and_no_gradients():
-    args = arguments()
+    args = {n: arguments()[n] for n in "qkv"}
     with pytest.raises(ValueError, match="inplace: got True without initial_state"):
         ops.step(**args, inplace=True)
     state = torch.zeros(B, H, K, V, requires_grad=True)
     with pytest.raises(ValueError, match="inplace: got tensors that require gradients"):
         ops.step(**args, initial_state=state, inplace=True)
-
-
-@pytest.mark.parametrize(
-    ("rows", "error", "message"),
-    [(3, TypeError, "rows: got int"), (slice(0, 4, 2), ValueError, "rows: got a step of 2")],
-    ids=["int", "step"],
-)
-def test_rows_errors(rows, error, message):
-    assert_raises(ops.matrix, {"rows": rows}, error, message, drop=("v",))

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from subquad import ops
 from subquad.ops.engine.workspace import MAX_VIEWS, Workspace
 from tests.helpers.ops import VARIANTS, differentiate, draw
 
+updates = pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
 ROWS_OF_A_LONG_MATRIX = """
 import sys
 sys.path[:0] = ["tests/ops"]
@@ -72,7 +73,7 @@ def held_bytes() -> int:
     return sum(buffer.nbytes for buffer in Workspace(torch.empty(0), torch.float32).buffers.values())
 
 
-@pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
+@updates
 def test_buffers_of_a_large_call_are_released(delta):
     """A matrix of a chunk of 2,048 tokens has 16.8 MB; a call holds several."""
     case = {n: x.float() for n, x in draw(("scalar", delta), B=1, T=2048, H=1, state=False).items() if x is not None}
@@ -98,7 +99,7 @@ def test_buffers_of_a_usual_call_are_kept():
     assert held_bytes() == held
 
 
-@pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
+@updates
 def test_results_do_not_depend_on_the_order_of_sizes(delta):
     variants = [variant for variant in VARIANTS if variant[1] == delta]
     cases = [
@@ -120,11 +121,8 @@ def test_threads_do_not_share_scratch_memory():
             got = differentiate(ops.chunk, cases[n], torch.float32)
             wrong.extend(name for name in got if not torch.equal(got[name], sequential[n][name]))
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
     assert not wrong
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from subquad import ops
-from subquad.ops.mlstm import INITIAL_STABILIZER
+from subquad.ops.engine.scalar_decay import INITIAL_STABILIZER
 from tests.helpers.ops import assert_close, definition, differentiate, draw, draw_gates, error, errors, flatten, rounded
 
 
@@ -71,7 +71,7 @@ def test_mlstm_chunk_is_as_accurate_as_step_in_float32(T, K, V):
     case = draw_mlstm(T, K=K, V=V)
 
     def outputs_only(form):
-        return lambda **args: (run(form)(**args)[0], args["q"].new_zeros(0))
+        return lambda **args: run(form)(**args)[0]
 
     reference = differentiate(outputs_only("step"), case)
     worst = dict.fromkeys(reference, 0.0)
@@ -96,14 +96,13 @@ def test_mlstm_states_with_moderate_gates(T):
     assert_close(differentiate(run("chunk"), case, torch.float64), reference, 1e-12)
 
 
-def test_mlstm_large_batch_is_split():
-    case = draw_mlstm(40, B=50, H=7, K=8, V=8, state=True)
-    assert_close(differentiate(run("chunk"), case), differentiate(run("step"), case), 1e-10)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 2, 7, 16, 64, 128])
-def test_mlstm_does_not_depend_on_chunk_size(chunk_size):
-    case = draw_mlstm(130, state=True)
+@pytest.mark.parametrize(
+    ("sizes", "chunk_size"),
+    [({"T": 40, "B": 50, "H": 7, "K": 8, "V": 8}, None), *(({"T": 130}, size) for size in (1, 2, 7, 16, 64, 128))],
+    ids=str,
+)
+def test_mlstm_does_not_depend_on_chunk_size_and_on_splitting_a_large_batch(sizes, chunk_size):
+    case = draw_mlstm(**sizes, state=True)
     got = differentiate(run("chunk", chunk_size=chunk_size), case)
     assert_close(got, differentiate(run("step"), case), 1e-10)
 
@@ -152,10 +151,8 @@ def test_mlstm_packed_documents_match_separate_documents():
     case["n"] = rounded(torch.randn(6, 2, 16, generator=gen).double())
     m = torch.randn(6, 2, generator=gen).double()
 
-    def packed(q, k, v, input_gate, forget_gate, S, n):
-        cu = torch.tensor(bounds)
-        o, (S, n, m_) = ops.mlstm(q, k, v, input_gate, forget_gate, (S, n, m.to(S.dtype)), cu_seqlens=cu)
-        return o, (S, n, m_)
+    def packed(*, S, n, **args):
+        return ops.mlstm(**args, initial_state=(S, n, m), cu_seqlens=torch.tensor(bounds))
 
     def separate(q, k, v, input_gate, forget_gate, S, n):
         results = []
@@ -208,12 +205,10 @@ def test_gradients_of_half_precision_inputs(op):
 
     def in_half(**args):
         half = {n: x.bfloat16() for n, x in args.items()}
-        return getattr(ops, op)(**half)[0].float(), args["q"].new_zeros(0)
+        return getattr(ops, op)(**half)[0].float()
 
-    def by_step(**args):
-        return getattr(ops, op)(**args, form="step")[0], args["q"].new_zeros(0)
-
-    assert_close(differentiate(in_half, case, torch.float32), differentiate(by_step, case), 1e-2)
+    by_step = differentiate(lambda **args: getattr(ops, op)(**args, form="step")[0], case)
+    assert_close(differentiate(in_half, case, torch.float32), by_step, 1e-2)
 
 
 @pytest.mark.parametrize("K", [128, 256])

@@ -19,204 +19,193 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from subquad.ops.checks import any_requires_grad, compute_dtype
+from subquad.ops.checks import Inputs, any_requires_grad, compute_dtype
+from subquad.ops.engine import segments
 from subquad.ops.engine.channel_decay import ChannelDecay
 from subquad.ops.engine.functions import OnceDifferentiable, VmapByLoopFunction
 from subquad.ops.engine.product_tree import queries_and_keys
-from subquad.ops.engine.scalar_decay import LogCumDecay, ScalarDecay, cumulative_log_decay
-from subquad.ops.engine.segments import ChunkedView, ChunkLayout, Segment, StateScan
-from subquad.ops.engine.updates import AdditiveUpdate, DeltaUpdate, SavedForBackward
+from subquad.ops.engine.scalar_decay import ScalarDecay
+from subquad.ops.engine.segments import ChunkedView, ChunkLayout, DocumentPadding, Segment
+from subquad.ops.engine.updates import AdditiveUpdate, DeltaUpdate
 from subquad.ops.engine.workspace import Workspace
-
-
-class ChunkInputs(NamedTuple):
-    """The tensors of a call, padded. Only the first seven have gradients; the last five are for mLSTM's gates."""
-
-    q: Tensor  # [B, T, H, K]
-    k: Tensor
-    v: Tensor  # [B, T, H, V]
-    log_decay: Tensor | None  # [B, T, H] or [B, T, H, K]
-    beta: Tensor | None  # [B, T, H]
-    input_gate: Tensor | None  # [B, T, H]
-    initial_state: Tensor | None  # [documents, BH, K, V], with a normalizer V + 1
-    cum_decay_at_queries: Tensor | None = None  # the fields of `LogCumDecay`
-    cum_decay_at_keys: Tensor | None = None
-    cum_decay_at_start: Tensor | None = None
-    cum_decay_at_end: Tensor | None = None
-    floor: Tensor | None = None  # [B, T, H], of the normalizer
 
 
 @dataclass(frozen=True)
 class ChunkSpec:
-    """The arguments of a call that are not tensors.
+    """The arguments of a call that are not tensors. No tuple, which `torch.func` would unpack.
 
     With `eps` (a normalizer), v has one more channel of ones, and the output is divided by what queries read from it,
-    x: by max(|x|, floor), or by x + eps without a floor.
+    x: by x + eps, under mLSTM by max(|x|, exp(-m)).
     """
 
-    layout: ChunkLayout
+    C: int
+    bounds: list[int] | None  # of documents, in padded tokens
     scale: float
-    dtype: torch.dtype  # of the computation and the states
     save: bool  # whether intermediates are saved for the backward pass
     eps: float | None
     needs_grad: tuple[bool, ...] = ()  # of each input; set in the backward pass
 
 
 def chunked_recurrence(
-    inputs: ChunkInputs, layout: ChunkLayout, scale: float, eps: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns o [B, T, H, V] and the final states [documents, BH, K, V], with a normalizer V + 1."""
-    if layout.B > 1 and 2 * layout.matrices_per_segment < layout.BH:
-        return _split_batch(inputs, layout, scale, eps)
-    save = any_requires_grad(*inputs)
-    spec = ChunkSpec(layout, scale, compute_dtype(inputs.q), save, eps)
+    inputs: Inputs, scale: float, chunk_size: int | None, cu_seqlens: Tensor | None, eps: float | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns o [B, T, H, V], the final states [B or documents, H, K, V], with a normalizer V + 1, and of mLSTM the
+    final stabilizers [B or documents, H], float64."""
+    B, T, H, _ = inputs.q.shape
+    C = segments.chunk_length(T, chunk_size)
+    matrices = segments.matrices_per_segment(inputs.q, inputs.v, C)
+    if inputs.log_decay is not None and inputs.log_decay.dim() == 1:
+        inputs = inputs._replace(log_decay=inputs.log_decay.expand(B, T, H))
+    if B > 1 and 2 * matrices < B * H:  # one chunk of the whole batch would exceed the CPU cache
+        size = max(1, matrices // H)
+        parts = zip(*([None] * -(-B // size) if x is None else x.split(size) for x in inputs), strict=True)
+        results = [chunked_recurrence(Inputs._make(part), scale, chunk_size, None, eps) for part in parts]
+        outputs, states, stabilizers = zip(*results, strict=True)
+        return torch.cat(outputs), torch.cat(states), None if stabilizers[0] is None else torch.cat(stabilizers)
+    padding = DocumentPadding(cu_seqlens, C, inputs.q.device)
+    inputs = padding.pad(inputs)
+    spec = ChunkSpec(C, padding.bounds, scale, any_requires_grad(*inputs), eps)
     if torch.compiler.is_compiling():
         from subquad.ops.engine import compiled
 
-        return compiled.chunked_recurrence(inputs, spec)
-    o, final_state, *_ = ChunkedRecurrence.apply(*inputs, spec)
-    return o, final_state
+        o, final_state, last_m = compiled.chunked_recurrence(inputs, spec)
+    else:
+        o, final_state, last_m, *_ = ChunkedRecurrence.apply(*inputs, spec)
+    return padding.unpad(o), final_state, last_m
 
 
-def empty_outputs(inputs: ChunkInputs, spec: ChunkSpec) -> tuple[Tensor | None, ...]:
-    """Allocates the outputs of `ChunkedRecurrence`: o and the final states, and what is saved for the backward pass: A,
-    U, (I + L)^-1, the states before each chunk, and the normalizer's denominator and its slope."""
-    q, v, layout, C = inputs.q, inputs.v, spec.layout, spec.layout.C
-    K, V = q.shape[-1], v.shape[-1] + (spec.eps is not None)
+def empty_outputs(inputs: Inputs, spec: ChunkSpec) -> tuple[Any, ...]:
+    """Allocates the outputs of `ChunkedRecurrence`: o, the final states, the final stabilizers of mLSTM, and what is
+    saved for the backward pass: the states before each chunk, A, U, (I + L)^-1, and the normalizer's denominator and
+    slope, its derivative with respect to what queries read from the last channel of v."""
+    q, v, C = inputs.q, inputs.v, spec.C
+    layout, H, K, V = ChunkLayout(q, v, C, spec.bounds), q.shape[2], q.shape[-1], v.shape[-1] + (spec.eps is not None)
     chunks = layout.N if spec.save else layout.chunks_per_segment
-    m = chunks * layout.BH
-    options: dict[str, Any] = {"dtype": spec.dtype}
-    A = U = inverse = denominator = slope = None
+    m, num_states = chunks * layout.BH, layout.num_documents * layout.B
+    options: dict[str, Any] = {"dtype": compute_dtype(q)}
+    last_m = A = U = inverse = denominator = slope = None
+    if inputs.input_gate is not None:
+        last_m = q.new_empty(num_states, H, dtype=torch.float64)
     if inputs.beta is None:
         A = q.new_empty(m, C, C, **options)
     else:
         U, inverse = q.new_empty(m, C, V, **options), q.new_zeros(m, C * (C + 1), **options)
     if spec.eps is not None:
         denominator, slope = (q.new_ones(q.shape[:3], **options) for _ in range(2))
-    final_state = q.new_empty(layout.num_documents, layout.BH, K, V, **options)
-    chunk_states = q.new_empty(chunks + 1, layout.BH, K, V, **options)
-    return q.new_empty(v.shape), final_state, A, U, inverse, chunk_states, denominator, slope
-
-
-def _split_batch(inputs: ChunkInputs, layout: ChunkLayout, scale: float, eps: float | None) -> tuple[Tensor, Tensor]:
-    """Computes a few sequences at a time where one chunk of the whole batch would exceed the CPU cache."""
-    H, matrices = layout.H, layout.matrices_per_segment
-    size = max(1, matrices // H)
-
-    def split(name: str, x: Tensor | None) -> Sequence[Tensor | None]:
-        if x is None:
-            return [None] * -(-layout.B // size)
-        by_head = name == "initial_state" or name.startswith("cum_decay")  # [..., BH, ...]
-        return x.split(size * H, 1) if by_head else x.split(size, 0)
-
-    pieces = [split(name, x) for name, x in inputs._asdict().items()]
-    results = []
-    for piece in map(ChunkInputs._make, zip(*pieces, strict=True)):
-        piece_layout = ChunkLayout(piece.q.shape[0], layout.T, H, layout.C, matrices)
-        results.append(chunked_recurrence(piece, piece_layout, scale, eps))
-    outputs, states = zip(*results, strict=True)
-    return torch.cat(outputs), torch.cat(states, 1)
+    final_state = q.new_empty(num_states, H, K, V, **options)
+    states = q.new_empty(chunks + 1, layout.BH, K, V, **options)
+    return q.new_empty(v.shape), final_state, last_m, states, A, U, inverse, denominator, slope
 
 
 class ChunkedRecurrence(VmapByLoopFunction):
-    """(*ChunkInputs, spec) -> (o, final states, *saved), see `empty_outputs`."""
+    """(*Inputs, spec) -> (o, final states, final stabilizers, *saved), see `empty_outputs`."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        inputs, spec = ChunkInputs(*args[:-1]), args[-1]
-        layout, work = spec.layout, Workspace(inputs.q, spec.dtype)
-        decay = make_decay(spec, inputs, work)
+        inputs, spec = Inputs(*args[:-1]), args[-1]
         outputs = empty_outputs(inputs, spec)
-        o, final_state, A, U, inverse, chunk_states, denominator, slope = outputs
-        assert o is not None and final_state is not None and chunk_states is not None  # noqa: PT018
-        saved = SavedForBackward(StateScan(layout, chunk_states, spec.save), A, U, inverse)
-        normalizer = None
-        if denominator is not None and slope is not None:
-            normalizer = Normalizer(spec, inputs.floor, denominator, slope)
-        update = (AdditiveUpdate if inputs.beta is None else DeltaUpdate)(decay, saved, work)
-        ends = inputs.initial_state, final_state
-        loader, o_chunks = SegmentLoader(spec, inputs, work), ChunkedView(layout, o)
+        o, final_state, last_m, *saved, denominator, slope = outputs
+        call = ChunkedCall(inputs, spec, saved)
+        layout, initial, final = call.layout, call.by_document(inputs.initial_state), call.by_document(final_state)
+        if call.decay.last_m is not None:
+            last_m.copy_(call.decay.last_m.view_as(last_m))
+        normalizer = None if spec.eps is None else Normalizer(spec.eps, call, denominator, slope)
+        o_chunks = ChunkedView(layout, o)
         for segment in layout.segments():
-            queries, keys = loader.queries_and_keys(segment)
-            reads = update.forward(segment, queries, keys, loader.values(segment), ends)
-            if normalizer is not None:
-                reads = normalizer.divide(reads, segment)
-            o_chunks.store(reads, segment)
+            queries, keys = call.queries_and_keys(segment)
+            reads = call.update.forward(segment, queries, keys, call.values(segment), (initial, final))
+            o_chunks.store(reads if normalizer is None else normalizer.divide(reads, segment), segment)
         for document in layout.empty_documents:
-            final_state[document] = 0 if inputs.initial_state is None else inputs.initial_state[document]
-        work.release()
+            final[document] = 0 if initial is None else initial[document]
+        call.work.release()
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *tensors, ctx.spec = inputs
-        o, _, *saved = output
-        ctx.mark_non_differentiable(*(x for x in saved if x is not None))
-        ctx.save_for_backward(*tensors, *saved, o if ctx.spec.eps is not None else None)
+        o, _, *rest = output
+        ctx.mark_non_differentiable(*(x for x in rest if x is not None))
+        ctx.save_for_backward(*tensors, *rest[1:], o if ctx.spec.eps is not None else None)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         spec = replace(ctx.spec, needs_grad=ctx.needs_input_grad)
-        grads = ChunkedRecurrenceBackward.apply(do, d_final, *ctx.saved_tensors, spec)
-        return (*grads, *(None,) * (len(ctx.needs_input_grad) - len(grads)))
+        return (*ChunkedRecurrenceBackward.apply(do, d_final, *ctx.saved_tensors, spec), None, None)
 
 
 class ChunkedRecurrenceBackward(OnceDifferentiable):
-    """(do, d_final, *ChunkInputs, *saved, o, spec) -> the gradients of the first seven inputs."""
+    """(do, d_final, *Inputs, *saved, o, spec) -> the gradients of the first seven inputs."""
 
     @staticmethod
     def forward(do: Tensor | None, d_final: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
-        *tensors, A, U, inverse, chunk_states, denominator, slope, o, spec = args
-        inputs, layout = ChunkInputs(*tensors), spec.layout
+        *tensors, states, A, U, inverse, denominator, slope, o, spec = args
+        inputs = Inputs(*tensors)
         V, additive = inputs.v.shape[-1], inputs.beta is None
-        saved = SavedForBackward(StateScan(layout, chunk_states, True), A, U, inverse)
-        work = Workspace(inputs.q, spec.dtype)
-        decay = make_decay(spec, inputs, work)
-        grads = InputGrads(spec, inputs, chunk_states, work)
-        output_grad = OutputGrad(spec, do if do is not None else torch.zeros_like(inputs.v), o, denominator, slope)
-        update = (AdditiveUpdate if additive else DeltaUpdate)(decay, saved, work)
-        loader = SegmentLoader(spec, inputs, work)
-        d_ends = torch.zeros_like(chunk_states[0]), d_final, grads.d_initial
+        call = ChunkedCall(inputs, spec, (states, A, U, inverse))
+        layout, work, decay, update = call.layout, call.work, call.decay, call.update
+        grads = InputGrads(call, inputs, spec.needs_grad)
+        do = torch.zeros_like(inputs.v) if do is None else do
+        do_chunks, reciprocal, d_last = ChunkedView(layout, do), None, None
+        if denominator is not None:  # through the division, and of the last channel that q reads
+            each = denominator.reciprocal()
+            d_each = torch.linalg.vecdot(do.to(each), o.to(each)).mul_(each).mul_(slope).neg_()
+            reciprocal, d_last = ChunkedView(layout, each), ChunkedView(layout, d_each)
+        d_initial = states.new_empty(layout.num_documents, *states.shape[1:])
+        d_ends = torch.zeros_like(states[0]), call.by_document(d_final), d_initial
         for segment in reversed(layout.segments()):
-            raw_queries, raw_keys = loader.queries_and_keys(segment, "raw")
+            raw_queries, raw_keys = call.queries_and_keys(segment, "raw")
             m, C, R, K = raw_queries.shape
-            d_reads = output_grad.load(segment, work("reads", m, C, R, chunk_states.shape[-1]))
-            saved_A = saved.of_segment(A, segment) if additive else None
+            d_reads = work("reads", m, C, R, states.shape[-1])
+            do_chunks.load(segment, d_reads[:, :, 0, :V], by=reciprocal)
+            if d_last is not None:
+                d_last.load(segment, d_reads[:, :, 0, V:])
+            saved_A = update.of_segment(A, segment) if additive else None
             queries, keys, A_segment = decay.recompute(segment, raw_queries, raw_keys, saved_A)
-            values = loader.values(segment) if additive else saved.of_segment(U, segment)
+            values = call.values(segment) if additive else update.of_segment(U, segment)
             G, d_values = update.backward(segment, queries, keys, A_segment, d_reads, d_ends)
-            grads.v_chunks.store(d_values[..., :V], segment)
-            S, flat = saved.states.before(segment), d_reads.view(m, C * R, -1)
+            S, flat = update.before(segment), d_reads.view(m, C * R, -1)
             dA = torch.bmm(flat, values.mT, out=work("dA", m, C * R, C)).view(m, C, R, C)
             d_queries, d_keys = queries_and_keys(work, "gradients", m, C, R, K)
             torch.bmm(flat, S.flatten(0, 1).mT, out=d_queries.view(m, C * R, K))
             torch.bmm(values, G.flatten(0, 1).mT, out=d_keys)
             d_gates = decay.backward(segment, dA, d_queries, d_keys, G, S, grads.needs_gates)
-            grads.store(segment, d_queries, d_keys, raw_queries, d_gates)
-        results = grads.results(d_final)
+            grads.store(segment, d_queries, d_keys, d_values[..., :V], raw_queries, d_gates)
+        for document in layout.empty_documents:
+            d_initial[document] = 0 if d_ends[1] is None else d_ends[1][document]
         work.release()
-        return results
+        return grads.results(d_initial)
 
 
-class SegmentLoader:
-    """Copies the segments of q, k, v and beta into scratch memory."""
+class ChunkedCall:
+    """What the forward and the backward pass of a call share: its decay and update, and the segments of its inputs."""
 
-    def __init__(self, spec: ChunkSpec, inputs: ChunkInputs, work: Workspace) -> None:
-        self.spec, self.work = spec, work
-        self.q, self.k, self.v = (ChunkedView(spec.layout, x) for x in (inputs.q, inputs.k, inputs.v))
-        self.beta = None if inputs.beta is None else ChunkedView(spec.layout, inputs.beta)
-        self.K, self.V = inputs.q.shape[-1], inputs.v.shape[-1]
+    def __init__(self, inputs: Inputs, spec: ChunkSpec, saved: Sequence[Any]) -> None:
+        self.spec, self.V = spec, inputs.v.shape[-1]
+        self.layout = layout = ChunkLayout(inputs.q, inputs.v, spec.C, spec.bounds)
+        self.work = work = Workspace(inputs.q, compute_dtype(inputs.q))
+        per_channel = inputs.log_decay is not None and inputs.log_decay.dim() == 4
+        self.decay = (ChannelDecay if per_channel else ScalarDecay)(layout, inputs, work)
+        self.update = (AdditiveUpdate if inputs.beta is None else DeltaUpdate)(
+            layout, self.decay, work, spec.save, *saved
+        )
+        self.q, self.k, self.v = (ChunkedView(layout, x) for x in (inputs.q, inputs.k, inputs.v))
+        self.beta = None if inputs.beta is None else ChunkedView(layout, inputs.beta)
+
+    def by_document(self, states: Tensor | None) -> Any:
+        """States [B or documents, H, K, V] as [documents, BH, K, V]; None stays None."""
+        layout = self.layout
+        return None if states is None else states.reshape(layout.num_documents, layout.BH, *states.shape[2:])
 
     def queries_and_keys(self, segment: Segment, name: str = "decayed") -> tuple[Tensor, Tensor]:
         """Queries [m, C, R, K] (scale q; delta rule: also k) and keys [m, C, K] (delta rule: beta k)."""
-        m, C, R = segment.n * self.spec.layout.BH, self.spec.layout.C, 1 if self.beta is None else 2
-        queries, keys = queries_and_keys(self.work, name, m, C, R, self.K)
+        m, C, R = segment.n * self.layout.BH, self.layout.C, 1 if self.beta is None else 2
+        queries, keys = queries_and_keys(self.work, name, m, C, R, self.q.full.shape[-1])
         self.q.load(segment, queries[:, :, 0], self.spec.scale)
         self.k.load(segment, keys, by=self.beta)
         if R == 2:
@@ -225,7 +214,7 @@ class SegmentLoader:
 
     def values(self, segment: Segment) -> Tensor:
         """Values [m, C, V]; with a normalizer one more channel of ones."""
-        m, C, V = segment.n * self.spec.layout.BH, self.spec.layout.C, self.V
+        m, C, V = segment.n * self.layout.BH, self.layout.C, self.V
         if self.spec.eps is None:
             return self.v.load(segment, self.work("values", m, C, V))
         values = self.work("values", m, C, V + 1)
@@ -235,113 +224,49 @@ class SegmentLoader:
 
 
 class Normalizer:
-    """Divides reads [m, C, V + 1] by a function of their last channel.
+    """Divides reads [m, C, V + 1] by a function of their last channel. Stores the denominator and its slope."""
 
-    Stores the denominator and its slope, the derivative with respect to the last channel, both [B, T, H].
-    """
-
-    def __init__(self, spec: ChunkSpec, floor: Tensor | None, denominator: Tensor, slope: Tensor) -> None:
-        assert spec.eps is not None
-        self.eps, self.floor = spec.eps, None if floor is None else ChunkedView(spec.layout, floor)
-        self.denominator, self.slope = ChunkedView(spec.layout, denominator), ChunkedView(spec.layout, slope)
+    def __init__(self, eps: float, call: ChunkedCall, denominator: Tensor, slope: Tensor) -> None:
+        self.eps, self.floor = eps, call.decay.floor
+        self.denominator, self.slope = (ChunkedView(call.layout, x) for x in (denominator, slope))
 
     def divide(self, reads: Tensor, segment: Segment) -> Tensor:
-        m, C, _ = reads.shape
         x = reads[..., -1:]
         if self.floor is None:
             denominator = x + self.eps
         else:
-            floor = self.floor.load(segment, x.new_empty(m, C, 1))
-            size = x.abs()
+            floor, size = self.floor[segment.chunks].reshape(x.shape), x.abs()
             denominator = size.maximum(floor)
             self.slope.store(x.sign() * (size > floor), segment)
         self.denominator.store(denominator, segment)
         return reads[..., :-1].div_(denominator)
 
 
-class OutputGrad:
-    """The gradient of what q reads: that of the output, with a normalizer through its division."""
-
-    def __init__(
-        self, spec: ChunkSpec, do: Tensor, o: Tensor | None, denominator: Tensor | None, slope: Tensor | None
-    ) -> None:
-        self.V, self.do = do.shape[-1], ChunkedView(spec.layout, do)
-        self.reciprocal = self.d_last = None
-        if denominator is not None:
-            assert o is not None
-            assert slope is not None
-            reciprocal, dtype = denominator.reciprocal(), denominator.dtype
-            d_last = torch.linalg.vecdot(do.to(dtype), o.to(dtype)).mul_(reciprocal).mul_(slope).neg_()
-            self.reciprocal, self.d_last = ChunkedView(spec.layout, reciprocal), ChunkedView(spec.layout, d_last)
-
-    def load(self, segment: Segment, d_reads: Tensor) -> Tensor:
-        """Fills `d_reads[:, :, 0]` of [m, C, R, V], with a normalizer V + 1."""
-        self.do.load(segment, d_reads[:, :, 0, : self.V], by=self.reciprocal)
-        if self.d_last is not None:
-            self.d_last.load(segment, d_reads[:, :, 0, self.V :])
-        return d_reads
-
-
 class InputGrads:
-    """The gradients of the inputs, filled segment by segment."""
+    """The gradients of the inputs that need one, filled segment by segment."""
 
-    def __init__(self, spec: ChunkSpec, inputs: ChunkInputs, chunk_states: Tensor, work: Workspace) -> None:
-        layout = spec.layout
-        q, k, v, log_decay, beta, *_ = inputs
-        _, _, _, needs_decay, _, needs_input_gate, self.needs_initial, *_ = spec.needs_grad
-        self.spec, self.work, self.beta, self.needs_gates = spec, work, beta, needs_decay or needs_input_gate
-        self.dq, self.dk, self.dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        self.q_chunks, self.k_chunks, self.v_chunks = (ChunkedView(layout, x) for x in (self.dq, self.dk, self.dv))
-        self.d_initial = chunk_states.new_empty(layout.num_documents, *chunk_states.shape[1:])
-        gate_shape = layout.N, layout.BH, layout.C
-        self.d_log_decay = self.d_beta = self.d_input_gate = self.channel_decay_chunks = None
-        if self.needs_gates and log_decay is not None and log_decay.dim() == 4:
-            self.d_log_decay = log_decay.new_empty(log_decay.shape)
-            self.channel_decay_chunks = ChunkedView(layout, self.d_log_decay)
-        elif self.needs_gates and log_decay is not None:
-            self.d_log_decay = chunk_states.new_empty(gate_shape)
-        if needs_input_gate:
-            self.d_input_gate = chunk_states.new_empty(gate_shape)
-        if beta is not None:
-            self.d_beta = chunk_states.new_empty(gate_shape)
-            self.beta_chunks = layout.gates_to_chunks(beta, chunk_states.dtype)
+    def __init__(self, call: ChunkedCall, inputs: Inputs, needs_grad: Sequence[bool]) -> None:
+        self.call, self.inputs = call, inputs
+        needed = {name for name, needs in zip(Inputs._fields, needs_grad, strict=False) if needs}
+        self.needs_gates, self.needs_initial = bool(needed & {"log_decay", "input_gate"}), "initial_state" in needed
+        given = {name: getattr(inputs, name) for name in needed - {"initial_state"}}
+        self.grads = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in given.items()}
+        self.views = {name: ChunkedView(call.layout, grad) for name, grad in self.grads.items()}
 
-    def store(self, segment: Segment, d_queries: Tensor, d_keys: Tensor, raw_queries: Tensor, d_gates: tuple) -> None:
-        s = slice(segment.first, segment.first + segment.n)
-        if self.beta is not None:
-            m, C, _ = d_keys.shape
-            assert self.d_beta is not None
-            self.d_beta[s] = self.work.dot(d_keys, raw_queries[:, :, 1]).view(segment.n, -1, C)
-            d_keys.mul_(self.beta_chunks[s].reshape(m, C, 1)).add_(d_queries[:, :, 1])
-        self.q_chunks.store(d_queries[:, :, 0], segment, self.spec.scale)
-        self.k_chunks.store(d_keys, segment)
-        if self.channel_decay_chunks is not None:
-            self.channel_decay_chunks.store(d_gates[0], segment)
-        elif self.d_log_decay is not None:
-            self.d_log_decay[s] = d_gates[0]
-        if self.d_input_gate is not None:
-            self.d_input_gate[s] = d_gates[1]
+    def store(
+        self, segment: Segment, d_queries: Tensor, d_keys: Tensor, d_values: Tensor, raw_queries: Tensor, d_gates: tuple
+    ) -> None:
+        call, (m, C, _) = self.call, d_keys.shape
+        found = {"q": d_queries[:, :, 0], "k": d_keys, "v": d_values, "log_decay": d_gates[0], "input_gate": d_gates[1]}
+        if call.beta is not None:
+            found["beta"] = call.work.dot(d_keys, raw_queries[:, :, 1])
+            beta = call.beta.load(segment, call.work("beta", m, C, 1))
+            d_keys.mul_(beta).add_(d_queries[:, :, 1])
+        for name, view in self.views.items():
+            view.store(found[name].view(m, C, -1), segment, call.spec.scale if name == "q" else 1.0)
 
-    def results(self, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        layout = self.spec.layout
-        for document in layout.empty_documents:
-            self.d_initial[document] = 0 if d_final is None else d_final[document]
-
-        def gate(x: Tensor | None) -> Tensor | None:
-            return None if x is None else layout.chunks_to_gates(x)
-
-        d_log_decay = self.d_log_decay if self.channel_decay_chunks is not None else gate(self.d_log_decay)
-        d_initial = self.d_initial if self.needs_initial else None
-        return self.dq, self.dk, self.dv, d_log_decay, gate(self.d_beta), gate(self.d_input_gate), d_initial
-
-
-def make_decay(spec: ChunkSpec, inputs: ChunkInputs, work: Workspace) -> ScalarDecay | ChannelDecay:
-    log_decay = inputs.log_decay
-    if log_decay is not None and log_decay.dim() == 4:
-        return ChannelDecay(spec.layout, log_decay, work)
-    cum_decay = None
-    if inputs.cum_decay_at_queries is not None:
-        cum_decay = LogCumDecay(*(x for x in inputs[7:11] if x is not None))
-    elif log_decay is not None:
-        cum_decay = cumulative_log_decay(spec.layout, log_decay)
-    return ScalarDecay(spec.layout, cum_decay, work, spec.dtype, inputs.input_gate is not None)
+    def results(self, d_initial: Tensor) -> tuple[Tensor | None, ...]:
+        """In the order of `Inputs`, without that of the stabilizer."""
+        if self.needs_initial and self.inputs.initial_state is not None:
+            self.grads["initial_state"] = d_initial.view(self.inputs.initial_state.shape)
+        return tuple(self.grads.get(name) for name in Inputs._fields[:-1])

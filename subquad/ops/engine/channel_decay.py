@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subquad.ops.checks import Inputs
 from subquad.ops.engine.product_tree import ProductTree, queries_and_keys
 from subquad.ops.engine.scalar_decay import LOG2E
 from subquad.ops.engine.segments import ChunkedView, ChunkLayout, Segment
@@ -22,8 +23,12 @@ from subquad.ops.engine.workspace import Workspace
 class ChannelDecay:
     """The methods of `ScalarDecay` for a log decay [B, T, H, K]."""
 
-    def __init__(self, layout: ChunkLayout, log_decay: Tensor, work: Workspace) -> None:
-        self.layout, self.log_decay, self.work = layout, ChunkedView(layout, log_decay), work
+    floor: Tensor | None = None
+    last_m: Tensor | None = None
+
+    def __init__(self, layout: ChunkLayout, inputs: Inputs, work: Workspace) -> None:
+        assert inputs.log_decay is not None
+        self.layout, self.log_decay, self.work = layout, ChunkedView(layout, inputs.log_decay), work
 
     def total(self, segment: Segment) -> Tensor:
         """The decay of the state over each chunk, [n, BH, K, 1]."""

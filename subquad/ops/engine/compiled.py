@@ -5,41 +5,27 @@ custom operation runs the eager code; its fake implementation gives the shapes. 
 a missing tensor is returned as an empty one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from subquad.ops.checks import compute_dtype
+from subquad.ops.checks import Inputs
 from subquad.ops.engine import autograd
-from subquad.ops.engine.segments import ChunkLayout
 
-INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? input_gate, Tensor? initial_state"
-MLSTM_GATES = (
-    "Tensor? cum_decay_at_queries, Tensor? cum_decay_at_keys, Tensor? cum_decay_at_start, Tensor? cum_decay_at_end, "
-    "Tensor? floor"
-)
-SPEC = "SymInt[] sizes, SymInt[]? bounds, float scale, bool save, float? eps"
-SAVED = "Tensor A, Tensor U, Tensor inverse, Tensor chunk_states, Tensor denominator, Tensor slope"
+INPUTS = ", ".join(f"Tensor{'?' if name in Inputs._field_defaults else ''} {name}" for name in Inputs._fields)
+SPEC = "SymInt C, SymInt[]? bounds, float scale, bool save, float? eps"
+SAVED = "Tensor states, Tensor A, Tensor U, Tensor inverse, Tensor denominator, Tensor slope"
 
 
-def chunked_recurrence(inputs: autograd.ChunkInputs, spec: autograd.ChunkSpec) -> tuple[Tensor, Tensor]:
-    layout = spec.layout
-    sizes = [layout.B, layout.T, layout.H, layout.C, layout.matrices_per_segment]
-    o, final_state, *_ = forward(*inputs, sizes, layout.bounds, spec.scale, spec.save, spec.eps)
-    return o, final_state
+def chunked_recurrence(inputs: Inputs, spec: autograd.ChunkSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    o, final_state, last_m, *_ = forward(*inputs, spec.C, spec.bounds, spec.scale, spec.save, spec.eps)
+    return o, final_state, None if inputs.input_gate is None else last_m
 
 
-def _spec(q: Tensor, args: Sequence[Any], needs_grad: Sequence[bool] = ()) -> autograd.ChunkSpec:
-    sizes, bounds, scale, save, eps = args
-    B, T, H, C, matrices = sizes
-    layout = ChunkLayout(B, T, H, C, matrices, None if bounds is None else list(bounds))
-    return autograd.ChunkSpec(layout, scale, compute_dtype(q), save, eps, tuple(needs_grad))
-
-
-def _none_if_empty(x: Tensor) -> Tensor | None:
-    return x if x.numel() else None
+def _call(args: tuple) -> tuple[Inputs, autograd.ChunkSpec]:
+    return Inputs(*args[:8]), autograd.ChunkSpec(*args[8:])
 
 
 def _empty_if_none(q: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
@@ -47,50 +33,47 @@ def _empty_if_none(q: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor,
 
 
 @torch.library.custom_op(
-    "subquad::chunk", mutates_args=(), schema=f"({INPUTS}, {MLSTM_GATES}, {SPEC}) -> (Tensor, Tensor, {SAVED})"
+    "subquad::chunk", mutates_args=(), schema=f"({INPUTS}, {SPEC}) -> (Tensor, Tensor, Tensor, {SAVED})"
 )
 def forward(*args: Any) -> tuple[Tensor, ...]:
-    return _empty_if_none(args[0], autograd.ChunkedRecurrence.forward(*args[:12], _spec(args[0], args[12:])))
+    inputs, spec = _call(args)
+    return _empty_if_none(inputs.q, autograd.ChunkedRecurrence.forward(*inputs, spec))
 
 
 @forward.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    inputs, spec = autograd.ChunkInputs(*args[:12]), _spec(args[0], args[12:])
-    return _empty_if_none(args[0], autograd.empty_outputs(inputs, spec))
+    return _empty_if_none(args[0], autograd.empty_outputs(*_call(args)))
 
 
 @torch.library.custom_op(
     "subquad::chunk_backward",
     mutates_args=(),
-    schema=f"(Tensor? do, Tensor? d_final, {INPUTS}, {MLSTM_GATES}, {SAVED}, Tensor o, {SPEC}, bool[] needs_grad)"
+    schema=f"(Tensor? do, Tensor? d_final, {SAVED}, Tensor o, {INPUTS}, {SPEC}, bool[] needs_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(do: Tensor | None, d_final: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    inputs, saved, o, spec_args, needs_grad = args[:12], args[12:18], args[18], args[19:24], args[24]
-    spec = _spec(inputs[0], spec_args, needs_grad)
-    grads = autograd.ChunkedRecurrenceBackward.forward(do, d_final, *inputs, *map(_none_if_empty, saved), o, spec)
-    each = zip(inputs, grads, needs_grad, strict=False)
-    return _empty_if_none(
-        inputs[0], (g.to(x.dtype).contiguous() if need and g is not None else None for x, g, need in each)
-    )
+    saved, (inputs, spec) = (x if x.numel() else None for x in args[:6]), _call(args[7:])
+    grads = autograd.ChunkedRecurrenceBackward.forward(do, d_final, *inputs, *saved, args[6], spec)
+    return _empty_if_none(inputs.q, grads)
 
 
 @backward.register_fake
 def _(do: Tensor | None, d_final: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    each = zip(args[:7], args[24], strict=False)
-    return _empty_if_none(args[0], (x.new_empty(x.shape) if need and x is not None else None for x, need in each))
+    inputs, spec = _call(args[7:])
+    needed = (x if needs else None for x, needs in zip(inputs, spec.needs_grad, strict=False))
+    return _empty_if_none(inputs.q, (None if x is None else x.new_empty(x.shape) for x in needed))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:12], *output[2:], output[0])
-    ctx.spec_args = inputs[12:]
+    ctx.save_for_backward(*output[3:], output[0], *inputs[:8])
+    ctx.spec_args = inputs[8:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, do: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     needs_grad = list(ctx.needs_input_grad[:7])
     grads = backward(do, d_final, *ctx.saved_tensors, *ctx.spec_args, needs_grad)
-    return (*(g if need else None for g, need in zip(grads, needs_grad, strict=True)), *[None] * 10)
+    return (*(g if needs else None for g, needs in zip(grads, needs_grad, strict=True)), *[None] * 6)
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)

@@ -100,12 +100,10 @@ class TreeSide:
 
     def factor_backward(self) -> None:
         """The gradient of the factor [.., K]: saved values times gradients, summed over tokens."""
-        if not self.terms:
+        if self.terms:
+            _sum_of_products(self.terms, out=self.d_factor)
+        else:
             torch.sum(torch.mul(self.saved, self.grad, out=self.product), -2, out=self.d_factor)
-            return
-        torch.mul(*self.terms[0], out=self.d_factor)
-        for saved, grad in self.terms[1:]:
-            self.d_factor.addcmul_(saved, grad)
 
 
 class BlockDot:
@@ -132,12 +130,16 @@ class BlockMatmul:
         self.terms = [(x[:, :, j : j + 1], y[:, j : j + 1]) for j in range(x.shape[2])] if small else []
 
     def run(self) -> None:
-        if not self.terms:
+        if self.terms:
+            _sum_of_products(self.terms, out=self.out)
+        else:
             torch.bmm(self.x, self.y, out=self.out)
-            return
-        torch.mul(*self.terms[0], out=self.out)
-        for x, y in self.terms[1:]:
-            self.out.addcmul_(x, y)
+
+
+def _sum_of_products(terms: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
+    torch.mul(*terms[0], out=out)
+    for x, y in terms[1:]:
+        out.addcmul_(x, y)
 
 
 def _stack(x: Tensor, y: Tensor) -> Tensor:

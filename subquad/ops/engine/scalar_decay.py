@@ -15,12 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.ops.checks import Inputs, compute_dtype
 from subquad.ops.engine.product_tree import queries_and_keys
 from subquad.ops.engine.segments import ChunkLayout, Segment
 from subquad.ops.engine.workspace import Workspace
 
 LOG2E = 1 / math.log(2)
 MIN_LOG_DECAY = -1000.0  # its exp is zero even in float64; -inf would make differences of sums NaN
+INITIAL_STABILIZER = -(2.0**100)
+"""m before the first token: finite, since -inf minus -inf is NaN, and exact in every dtype."""
 
 
 class LogCumDecay(NamedTuple):
@@ -34,49 +37,79 @@ class LogCumDecay(NamedTuple):
 
 def cumulative_log_decay(layout: ChunkLayout, log_decay: Tensor) -> LogCumDecay:
     """Of a log decay [B, T, H]: its cumulative sum within each chunk."""
-    sums = (layout.gates_to_chunks(log_decay, torch.float64).clamp_min_(MIN_LOG_DECAY) * LOG2E).cumsum(-1)
+    sums = (layout.gates_to_chunks(log_decay).clamp_min_(MIN_LOG_DECAY) * LOG2E).cumsum(-1)
     return LogCumDecay(sums, sums, torch.zeros_like(sums[..., :1]), sums[..., -1:])
 
 
-class ScalarDecay:
-    """Computes products and decays of the chunks of a segment; `cum_decay` is None where nothing decays."""
+def stabilized_cum_decay(
+    layout: ChunkLayout, f: Tensor, i: Tensor, initial_m: Tensor
+) -> tuple[LogCumDecay, Tensor, Tensor]:
+    """The cumulative log decay relative to the running maximum of i_t - (f_1 + ... + f_t), of each document, of mLSTM.
 
-    def __init__(
-        self,
-        layout: ChunkLayout,
-        cum_decay: LogCumDecay | None,
-        work: Workspace,
-        dtype: torch.dtype,
-        input_gate: bool = False,
-    ) -> None:
-        self.layout, self.cum_decay, self.work, self.input_gate = layout, cum_decay, work, input_gate
-        self.P = self.E = self.totals = None
-        if cum_decay is not None:
-            at_queries, at_keys, at_start, at_end = cum_decay
-            self.from_step = torch.ones(layout.C, layout.C, dtype=dtype, device=at_queries.device).triu_()  # i >= t
-            self.after_step = self.from_step.triu(1)
-            self.P = torch.exp2((at_queries - at_start).to(dtype)).unsqueeze(-1)
-            self.E = torch.exp2((at_end - at_keys).to(dtype)).unsqueeze(-1)
-            self.totals = torch.exp2((at_end - at_start).to(dtype)).unsqueeze(-1)
+    Returns it, the stabilizer m_t = f_1 + ... + f_t + maximum [N, BH, C], and the last m of each document [.., BH].
+    """
+    N, BH, C = layout.N, layout.BH, layout.C
+
+    def by_chunk(x: Tensor) -> Tensor:
+        return x.view(BH, N, -1).transpose(0, 1)
+
+    f, i = layout.gates_to_chunks(f), layout.gates_to_chunks(i, fill=-torch.inf)
+    f, i = (x.transpose(0, 1).reshape(BH, N * C) for x in (f, i))
+    documents, last_m = [], []
+    initial_m = initial_m.double().reshape(layout.num_documents, BH, 1).clamp_min(INITIAL_STABILIZER)
+    for (first, end), document_m in zip(layout.chunk_ranges, initial_m, strict=True):
+        t = slice(first * C, end * C)
+        sums = f[:, t].cumsum(-1)
+        maxima = torch.cat([document_m, i[:, t] - sums], -1).cummax(-1)[0]
+        documents.append((sums, maxima[:, 1:], maxima[:, :-1:C]))
+        last_m.append(maxima[:, -1] + sums[:, -1] if first < end else maxima[:, -1])
+    sums, maxima, maxima_at_start = (torch.cat(x, -1) for x in zip(*documents, strict=True))
+    at_queries, at_keys = by_chunk(maxima * -LOG2E), by_chunk((sums - i) * LOG2E)
+    cum_decay = LogCumDecay(at_queries, at_keys, by_chunk(maxima_at_start * -LOG2E), at_queries[..., -1:])
+    return cum_decay, by_chunk(sums + maxima), torch.stack(last_m)
+
+
+class ScalarDecay:
+    """Computes products and decays of the chunks of a segment; `cum_decay` is None where nothing decays.
+
+    `floor` and `last_m` are of mLSTM: exp(-m_t) [N, BH, C], and the last stabilizer of each document [.., BH].
+    """
+
+    def __init__(self, layout: ChunkLayout, inputs: Inputs, work: Workspace) -> None:
+        self.layout, self.work, self.input_gate = layout, work, inputs.input_gate is not None
+        self.cum_decay = self.floor = self.last_m = None
+        if inputs.log_decay is None:
+            return
+        dtype, C = compute_dtype(inputs.q), layout.C
+        if inputs.input_gate is None or inputs.stabilizer is None:
+            self.cum_decay = cumulative_log_decay(layout, inputs.log_decay)
+        else:
+            gates = inputs.log_decay, inputs.input_gate, inputs.stabilizer
+            self.cum_decay, m, self.last_m = stabilized_cum_decay(layout, *gates)
+            self.floor = (-m).to(dtype).exp()
+        at_queries, at_keys, at_start, at_end = self.cum_decay
+        self.from_step = torch.ones(C, C, dtype=dtype, device=at_queries.device).triu_()  # i >= t
+        self.after_step = self.from_step.triu(1)
+        self.P = torch.exp2((at_queries - at_start).to(dtype)).unsqueeze(-1)
+        self.E = torch.exp2((at_end - at_keys).to(dtype)).unsqueeze(-1)
+        self.totals = torch.exp2((at_end - at_start).to(dtype)).unsqueeze(-1)
 
     def total(self, segment: Segment) -> Tensor | None:
         """The decay of the state over each chunk, [n, BH, 1, 1]."""
-        return None if self.totals is None else self.totals[segment.first : segment.first + segment.n]
+        return None if self.cum_decay is None else self.totals[segment.chunks]
 
     def _pairwise_decay(self, segment: Segment) -> Tensor | None:
         """2^(a_i - c_j) as [m, C, C]; undefined above the diagonal, possibly inf."""
         if self.cum_decay is None:
             return None
-        s, C = slice(segment.first, segment.first + segment.n), self.layout.C
+        s, C = segment.chunks, self.layout.C
         D = self.work("D", segment.n, self.layout.BH, C, C)
         torch.sub(self.cum_decay.at_queries[s].unsqueeze(-1), self.cum_decay.at_keys[s].unsqueeze(-2), out=D)
         return D.exp2_().view(-1, C, C)
 
     def _factors(self, segment: Segment) -> tuple[Tensor, Tensor]:
         """P as [m, C, 1, 1] and E as [m, C, 1]."""
-        assert self.P is not None
-        assert self.E is not None
-        s, C = slice(segment.first, segment.first + segment.n), self.layout.C
+        s, C = segment.chunks, self.layout.C
         return self.P[s].reshape(-1, C, 1, 1), self.E[s].reshape(-1, C, 1)
 
     def forward(self, segment: Segment, queries: Tensor, keys: Tensor, A: Tensor, L: Tensor | None) -> None:
@@ -172,8 +205,6 @@ class ScalarDecay:
         by_key = self.work.dot(self.keys, d_keys)
         by_step = torch.matmul(self.from_step, W, out=self.work("by_step", m, C, C)).tril_(-1).sum(-1)
         by_step.addmm_(by_query, self.from_step.mT).addmm_(by_key, self.after_step)
-        total = self.total(segment)
-        assert total is not None
-        d_total = self.work.dot(G.flatten(-2), S.flatten(-2)) * total[..., 0, 0]
+        d_total = self.work.dot(G.flatten(-2), S.flatten(-2)) * self.totals[segment.chunks][..., 0, 0]
         d_log_decay = by_step.view(segment.n, -1, C) + d_total.unsqueeze(-1)
         return d_log_decay, (W.tril_().sum(-2) + by_key).view(segment.n, -1, C) if self.input_gate else None

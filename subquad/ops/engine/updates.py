@@ -6,132 +6,174 @@ values [m, C, V], reads [m, C, (R,) V], states [n, BH, K, V].
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from subquad.ops.engine.channel_decay import ChannelDecay
 from subquad.ops.engine.scalar_decay import ScalarDecay
-from subquad.ops.engine.segments import Segment, StateScan
+from subquad.ops.engine.segments import ChunkLayout, Segment
 from subquad.ops.engine.workspace import Workspace
 
 Decay = ScalarDecay | ChannelDecay
 
 
-class SavedForBackward(NamedTuple):
-    """Intermediates of the forward pass: of all chunks for the backward pass; of one segment without gradients."""
+class AdditiveUpdate:
+    """Each state follows from the one before by one multiplication and one addition.
 
-    states: StateScan
-    A: Tensor | None = None  # [N BH, C, C]; additive update
-    U: Tensor | None = None  # [N BH, C, V]; delta rule
-    inverse: Tensor | None = None  # [N BH, C (C + 1)]; delta rule, see `unit_lower_inverse`
+    Args:
+        save: whether intermediates of all chunks are kept for the backward pass; else those of one segment.
+        states: [chunks + 1, BH, K, V], the state before each chunk.
+        saved: A [chunks BH, C, C] for the additive update; for the delta rule U [chunks BH, C, V] and the inverse
+            [chunks BH, C (C + 1)], see `unit_lower_inverse`.
+    """
+
+    def __init__(
+        self, layout: ChunkLayout, decay: Decay, work: Workspace, save: bool, states: Tensor, *saved: Tensor | None
+    ) -> None:
+        self.layout, self.decay, self.work, self.save, self.states = layout, decay, work, save, states
+        (self.A, self.U, self.inverse), self.by_chunk = saved, states.unbind(0)
+
+    def offset(self, segment: Segment) -> int:
+        """Index in `states` of the segment's first chunk."""
+        return segment.first if self.save else 0
+
+    def before(self, segment: Segment) -> Tensor:
+        """The states before each chunk of the segment, [n, BH, K, V]."""
+        return self.states[self.offset(segment) :][: segment.n]
 
     def of_segment(self, x: Tensor | None, segment: Segment) -> Tensor:
         """The segment's matrices of A, U or inverse."""
         assert x is not None
-        BH = self.states.layout.BH
-        return x[self.states.offset(segment) * BH :][: segment.n * BH]
+        return x[self.offset(segment) * self.layout.BH :][: segment.n * self.layout.BH]
 
+    def forward(self, segment: Segment, queries: Tensor, keys: Tensor, values: Tensor, ends: tuple) -> Tensor:
+        """Returns O [m, C, V]. `ends` are the states before each document (None: zeros) and, to be filled, after it."""
+        A, U = self.update_states(segment, queries, keys, values, ends)
+        reads = torch.bmm(A, U, out=self.work("reads", *U.shape))
+        return reads.baddbmm_(queries[:, :, 0], self.before(segment).flatten(0, 1))
 
-class StateUpdate:
-    """An update with the decay, what the forward pass saves, and scratch memory of a call.
-
-    `forward` returns O [m, C, V]; its `ends` are the states before the first token (None: zeros) and, to be filled,
-    after the last. `backward` returns the gradients of the states after each chunk, G [n, BH, K, V], and of V
-    [m, C, V]; its `d_ends` are the carry [BH, K, V] to the segment before, and the gradients of the final states and,
-    to be filled, of the initial ones.
-    """
-
-    def __init__(self, decay: Decay, saved: SavedForBackward, work: Workspace) -> None:
-        self.decay, self.saved, self.work = decay, saved, work
-
-
-class AdditiveUpdate(StateUpdate):
-    """Each state follows from the one before by one multiplication and one addition."""
-
-    def forward(
-        self, segment: Segment, queries: Tensor, keys: Tensor, values: Tensor, ends: tuple[Tensor | None, Tensor]
-    ) -> Tensor:
-        saved, work, (m, C, _, K), V = self.saved, self.work, queries.shape, values.shape[-1]
-        A = saved.of_segment(saved.A, segment)
+    def update_states(
+        self, segment: Segment, queries: Tensor, keys: Tensor, values: Tensor, ends: tuple
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the states; returns A and U."""
+        (m, _, K), V = keys.shape, values.shape[-1]
+        A = self.of_segment(self.A, segment)
         self.decay.forward(segment, queries, keys, A, None)
-        added = torch.bmm(keys.mT, values, out=work("added", m, K, V)).view(segment.n, -1, K, V).unbind(0)
-        total = _by_chunk(self.decay.total(segment))
-        for i, before, after in saved.states.forward(segment, *ends):
-            if total is None:
-                torch.add(added[i], before, out=after)
-            else:
-                torch.addcmul(added[i], before, total[i], out=after)
-        reads = torch.bmm(A, values, out=work("reads", m, C, V))
-        return reads.baddbmm_(queries.view(m, C, K), saved.states.before(segment).flatten(0, 1))
+        added = torch.bmm(keys.mT, values, out=self.work("added", m, K, V)).view(segment.n, -1, K, V).unbind(0)
+        for i, decay, before, after in self.scan(segment, ends):
+            _add_decayed(added[i], before, decay, out=after)
+        return A, values
 
     def backward(
         self, segment: Segment, queries: Tensor, keys: Tensor, A: Tensor, d_reads: Tensor, d_ends: tuple
     ) -> tuple[Tensor, Tensor]:
-        work, (m, C, _, K), n = self.work, queries.shape, segment.n
-        do, V = d_reads[:, :, 0], d_reads.shape[-1]
-        d_state = torch.bmm(queries[:, :, 0].mT, do, out=work("d_state", m, K, V)).view(n, -1, K, V).unbind(0)
-        G, total = work("G", n, *d_state[0].shape), _by_chunk(self.decay.total(segment))
-        for i, d_after, d_before in self.saved.states.backward(segment, G, *d_ends):
-            if total is None:
-                torch.add(d_state[i], d_after, out=d_before)
-            else:
-                torch.addcmul(d_state[i], d_after, total[i], out=d_before)
-        d_values = torch.bmm(keys, G.flatten(0, 1), out=work("d_values", m, C, V))
+        """Returns the gradients of the states after each chunk, G [n, BH, K, V], and of V [m, C, V].
+
+        `d_ends` are the carry [BH, K, V] to the segment before, and the gradients of the final states (None: zeros)
+        and, to be filled, of the initial ones.
+        """
+        do = d_reads[:, :, 0]
+        d_states, G = self._start_backward(queries, do, segment.n)
+        for i, decay, d_after, d_before in self.scan_backward(segment, G, d_ends):
+            _add_decayed(d_states[i], d_after, decay, out=d_before)
+        d_values = torch.bmm(keys, G.flatten(0, 1), out=self.work("d_values", *do.shape))
         return G, d_values.baddbmm_(A.mT, do)
 
+    def scan(self, segment: Segment, ends: tuple) -> Iterator[tuple[int, Tensor | None, Tensor, Tensor]]:
+        """Yields for each chunk i (i, its decay, the state before, the tensor to fill with the state after)."""
+        layout, states, offset, decays = self.layout, self.by_chunk, self.offset(segment), self._decays(segment)
+        if not self.save and segment.first not in layout.first_chunks:
+            states[0].copy_(states[layout.chunks_per_segment])
+        for i in range(segment.n):
+            chunk = segment.first + i
+            if chunk in layout.first_chunks:
+                _copy_or_zero(ends[0], layout.first_chunks[chunk], out=states[offset + i])
+            yield i, decays[i], states[offset + i], states[offset + i + 1]
+            if chunk in layout.last_chunks:
+                ends[1][layout.last_chunks[chunk]].copy_(states[offset + i + 1])
 
-class DeltaUpdate(StateUpdate):
+    def scan_backward(
+        self, segment: Segment, G: Tensor, d_ends: tuple
+    ) -> Iterator[tuple[int, Tensor | None, Tensor, Tensor]]:
+        """Yields for each chunk i, last first, (i, its decay, the gradient of the state after, the tensor to fill with
+        that of the state before). `G` collects the former."""
+        layout, each_G, decays, (carry, d_final, d_initial) = self.layout, G.unbind(0), self._decays(segment), d_ends
+        each_G[-1].copy_(carry)
+        for i in reversed(range(segment.n)):
+            chunk = segment.first + i
+            if chunk in layout.last_chunks:
+                _copy_or_zero(d_final, layout.last_chunks[chunk], out=each_G[i])
+            d_before = each_G[i - 1] if i else carry
+            yield i, decays[i], each_G[i], d_before
+            if chunk in layout.first_chunks:
+                d_initial[layout.first_chunks[chunk]].copy_(d_before)
+
+    def _decays(self, segment: Segment) -> tuple[Tensor | None, ...]:
+        total = self.decay.total(segment)
+        return (None,) * segment.n if total is None else total.unbind(0)
+
+    def _start_backward(self, queries: Tensor, do: Tensor, n: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The gradients of the state before each chunk that its outputs cause, and memory for G."""
+        size = queries.shape[-1], do.shape[-1]
+        d_states = torch.bmm(queries[:, :, 0].mT, do, out=self.work("d_state", len(do), *size)).view(n, -1, *size)
+        return d_states.unbind(0), self.work("G", *d_states.shape)
+
+
+def _copy_or_zero(states: Tensor | None, document: int, out: Tensor) -> None:
+    if states is None:
+        out.zero_()
+    else:
+        out.copy_(states[document])
+
+
+def _add_decayed(x: Tensor, state: Tensor, decay: Tensor | None, out: Tensor) -> None:
+    if decay is None:
+        torch.add(x, state, out=out)
+    else:
+        torch.addcmul(x, state, decay, out=out)
+
+
+class DeltaUpdate(AdditiveUpdate):
     """U depends on the state and is computed in the scan, (I + L)^-1 before it."""
 
-    def forward(
-        self, segment: Segment, queries: Tensor, keys: Tensor, values: Tensor, ends: tuple[Tensor | None, Tensor]
-    ) -> Tensor:
-        saved, work, (m, C, _, K), V, n = self.saved, self.work, queries.shape, values.shape[-1], segment.n
+    def update_states(
+        self, segment: Segment, queries: Tensor, keys: Tensor, values: Tensor, ends: tuple
+    ) -> tuple[Tensor, Tensor]:
+        (m, C, _, K), V, n, work = queries.shape, values.shape[-1], segment.n, self.work
         A, L = work("A", m, C, C), padded_square(work("L", m, C * (C + 1)), C)
         self.decay.forward(segment, queries, keys, A, L)
-        inverse, U = saved.of_segment(saved.inverse, segment), saved.of_segment(saved.U, segment).view(n, -1, C, V)
+        inverse, U = self.of_segment(self.inverse, segment), self.of_segment(self.U, segment)
         unit_lower_inverse(L, inverse, work)
         inverses = padded_square(inverse, C).unflatten(0, (n, -1)).unbind(0)
         key_queries, writes = queries[:, :, 1].view(n, -1, C, K).unbind(0), keys.mT.view(n, -1, K, C).unbind(0)
-        each_V, each_U = values.view(n, -1, C, V).unbind(0), U.unbind(0)
-        total = _by_chunk(self.decay.total(segment))
-        for i, before, after in saved.states.forward(segment, *ends):
+        each_V, each_U = values.view(n, -1, C, V).unbind(0), U.view(n, -1, C, V).unbind(0)
+        for i, decay, before, after in self.scan(segment, ends):
             each_V[i].baddbmm_(key_queries[i], before, alpha=-1)
             torch.bmm(inverses[i], each_V[i], out=each_U[i])
-            after.copy_(before) if total is None else torch.mul(before, total[i], out=after)
+            after.copy_(before) if decay is None else torch.mul(before, decay, out=after)
             after.baddbmm_(writes[i], each_U[i])
-        reads = torch.bmm(A, U.flatten(0, 1), out=work("reads", m, C, V))
-        return reads.baddbmm_(queries[:, :, 0], saved.states.before(segment).flatten(0, 1))
+        return A, U
 
     def backward(
         self, segment: Segment, queries: Tensor, keys: Tensor, A: Tensor, d_reads: Tensor, d_ends: tuple
     ) -> tuple[Tensor, Tensor]:
         """Also writes -dV, the gradient of what keys read, to `d_reads[:, :, 1]`."""
-        saved, work, (m, C, _, K), n = self.saved, self.work, queries.shape, segment.n
-        do, V = d_reads[:, :, 0], d_reads.shape[-1]
-        inverses = padded_square(saved.of_segment(saved.inverse, segment), C).mT.unflatten(0, (n, -1)).unbind(0)
-        d_state = torch.bmm(queries[:, :, 0].mT, do, out=work("d_state", m, K, V)).view(n, -1, K, V).unbind(0)
+        (m, C, _, K), do, V, n, work = queries.shape, d_reads[:, :, 0], d_reads.shape[-1], segment.n, self.work
+        inverses = padded_square(self.of_segment(self.inverse, segment), C).mT.unflatten(0, (n, -1)).unbind(0)
+        d_states, G = self._start_backward(queries, do, n)
         dU = torch.bmm(A.mT, do, out=work("d_values", m, C, V)).view(n, -1, C, V).unbind(0)
-        d_values = work("solved", n, m // n, C, V)
+        d_values = work("solved", m, C, V)
+        dV = d_values.view(n, -1, C, V).unbind(0)
         key_queries, writes = queries[:, :, 1].mT.view(n, -1, K, C).unbind(0), keys.view(n, -1, C, K).unbind(0)
-        dV, G, total = d_values.unbind(0), work("G", n, *d_state[0].shape), _by_chunk(self.decay.total(segment))
-        for i, d_after, d_before in saved.states.backward(segment, G, *d_ends):
+        for i, decay, d_after, d_before in self.scan_backward(segment, G, d_ends):
             dU[i].baddbmm_(writes[i], d_after)
             torch.bmm(inverses[i], dU[i], out=dV[i])
-            if total is None:
-                torch.add(d_state[i], d_after, out=d_before)
-            else:
-                torch.addcmul(d_state[i], d_after, total[i], out=d_before)
+            _add_decayed(d_states[i], d_after, decay, out=d_before)
             d_before.baddbmm_(key_queries[i], dV[i], alpha=-1)
-        flat = d_values.view(m, C, V)
-        torch.neg(flat, out=d_reads[:, :, 1])
-        return G, flat
-
-
-def _by_chunk(total: Tensor | None) -> tuple[Tensor, ...] | None:
-    return None if total is None else total.unbind(0)
+        torch.neg(d_values, out=d_reads[:, :, 1])
+        return G, d_values
 
 
 def padded_square(flat: Tensor, C: int) -> Tensor:
