@@ -193,7 +193,7 @@ def check_logits(student: SubquadForCausalLM, model: PreTrainedModel) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else student.device
     same = [m.dtype == torch.float32 and m.device == device for m in (model, student)]
     pairs = zip((model, student), same, strict=True)
-    float32 = [m if keep else copy.deepcopy(m).to(device, torch.float32) for m, keep in pairs]
+    float32 = [m if keep else copy.deepcopy(m).to(device, torch.float32) for m, keep in pairs]  # type: ignore[arg-type]
     tokens = random_tokens(student).to(device)
     context = getattr(student.config, "max_position_embeddings", 2048)
     last = min(context, student.config.max_learned_positions or 2**31) - 1
