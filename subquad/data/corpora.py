@@ -5,14 +5,15 @@ Any problem with a file is a `UserError` with the file's name and the position i
 """
 
 import contextlib
+import gzip
 import itertools
 import json
+import lzma
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
-
-from fsspec.implementations.local import LocalFileSystem
 
 from subquad.config import Data
 from subquad.data import stdlib
@@ -20,9 +21,16 @@ from subquad.data.chat import Conversation, replace_surrogates
 from subquad.data.sources import STDLIB, Source, SplitOrAll, nearest_source, resolve, resolve_sources, suffix
 from subquad.utils import UserError, as_user_error
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 Document = str | Conversation
 Row = tuple[str, Any]
 """A row of a table: its file and number for errors, and what is in it, by column."""
+
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
 
 DOC_SEPARATOR = "<|endoftext|>"
 PASSAGE_CHARACTERS = 20_000
@@ -226,7 +234,7 @@ def _cells(rows: Iterable[Row], source: Source) -> Iterator[Document]:
 def _open(path: Path, position: Callable[[], str]) -> Iterator[IO[bytes]]:
     """Opens a file, uncompressed. A UserError names the position of damage that is found while reading."""
     try:
-        with LocalFileSystem().open(path, compression="infer") as file:
+        with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
             yield file
     except (UserError, MemoryError):
         raise
