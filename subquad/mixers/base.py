@@ -4,6 +4,8 @@ A mixer maps `x: [B, T, hidden]` to `y: [B, T, hidden]` without any knowledge of
 continues from a state, or returns its mixing matrix.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from subquad import ops
 from subquad.mixers.conv import short_conv_padded, short_conv_step
-from subquad.mixers.gate_init import GATE_BIAS_INIT, log_decay_from_half_life
+from subquad.mixers.gate_init import GATE_BIAS_INIT
 from subquad.mixers.norms import head_norm, qk_norm
 from subquad.mixers.options import MixerOptions
 from subquad.mixers.packing import PackedDocuments
@@ -40,6 +42,8 @@ class Mixer(nn.Module):
     Options: ClassVar[type[MixerOptions]] = MixerOptions
     has_key_projection: ClassVar[bool] = True
     gate_before_norm: ClassVar[bool] = False
+    normalized_ops: tuple[Callable, Callable] | None = None
+    """An operator with a normalizer, and its matrix, in place of `ops.step`, `ops.chunk` and `ops.matrix`."""
     norm_eps: float = 1e-8
     """Epsilon of the output norm; see `head_norm`."""
     CALIBRATED_PARAMS: CalibrationGrid = ()
@@ -97,7 +101,7 @@ class Mixer(nn.Module):
 
     def set_half_life(self, half_life: Tensor) -> None:
         """Sets the decay of each head to a half-life of `half_life: [H]` tokens where its projection is zero."""
-        self.set_log_decay(log_decay_from_half_life(half_life))
+        self.set_log_decay(-math.log(2.0) / half_life.double())
 
     def set_log_decay(self, log_decay: Tensor) -> None:
         """Sets the bias of each head to that `log_decay: [H]`, float64, where the projection is zero."""
@@ -231,14 +235,18 @@ class Mixer(nn.Module):
     def mixing_matrix(self, inputs: dict[str, Tensor], rows: slice | None = None) -> Tensor:
         """The mixing matrix, or the given rows of it, from the op's inputs."""
         without_v: dict[str, Any] = {name: t for name, t in inputs.items() if name != "v"}
-        return ops.matrix(**without_v, rows=rows)
+        return (self.normalized_ops[1] if self.normalized_ops else ops.matrix)(**without_v, rows=rows)
 
     def run_op(
         self, inputs: dict[str, Any], state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """The op's output `[B, T, H, V]` and its new state."""
+        one_token = inputs["q"].shape[1] == 1 and cu_seqlens is None
+        if self.normalized_ops:
+            form = "step" if one_token else "chunk"
+            return self.normalized_ops[0](**inputs, initial_state=state or None, form=form, cu_seqlens=cu_seqlens)
         initial_state = state[0] if state else None
-        if inputs["q"].shape[1] == 1 and cu_seqlens is None:
+        if one_token:
             o, new_state = ops.step(**inputs, initial_state=initial_state)
         else:
             o, new_state = ops.chunk(**inputs, initial_state=initial_state, cu_seqlens=cu_seqlens)

@@ -1,7 +1,5 @@
 """Initial values of gates: half-lives in tokens, and the inverse functions that turn a gate's value into its bias."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,11 +10,6 @@ LONGEST_HALF_LIVES = HALF_LIVES[3:]
 GATE_BIAS_INIT = {"swish": 1.2784645427610738, "sigmoid": 0.0}
 """Initial bias of the output gate: swish(1.278...) = 1. sigmoid(0) = 1/2, where its gradient is largest; the output
 norm compensates the factor."""
-
-
-def log_decay_from_half_life(half_life: Tensor) -> Tensor:
-    """Log decay per token of a state whose half-life is `half_life` tokens, in float64."""
-    return -math.log(2.0) / half_life.double()
 
 
 def spread_half_lives(longest: Tensor, channels: int) -> Tensor:

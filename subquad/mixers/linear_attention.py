@@ -7,12 +7,8 @@ each head's output replaces the normalizer (arXiv 2210.10340). The paper's form 
 normalizer=True, output_norm=False`. The rotary embedding, if kept, precedes phi.
 """
 
-from typing import Any
-
-from torch import Tensor
-
 from subquad import ops
-from subquad.mixers.base import Mixer, State
+from subquad.mixers.base import Mixer
 from subquad.mixers.options import LinearAttentionOptions
 
 
@@ -21,15 +17,6 @@ class LinearAttention(Mixer):
     Options = LinearAttentionOptions
     options: LinearAttentionOptions
 
-    def mixing_matrix(self, inputs: dict[str, Tensor], rows: slice | None = None) -> Tensor:
-        if not self.options.normalizer:
-            return super().mixing_matrix(inputs, rows)
-        return ops.normalized_matrix(inputs["q"], inputs["k"], rows=rows)
-
-    def run_op(
-        self, inputs: dict[str, Any], state: State | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        if not self.options.normalizer:
-            return super().run_op(inputs, state, cu_seqlens)
-        form = "step" if inputs["q"].shape[1] == 1 and cu_seqlens is None else "chunk"
-        return ops.normalized(**inputs, initial_state=state or None, form=form, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]
+    def build_gates(self) -> None:
+        if self.options.normalizer:
+            self.normalized_ops = (ops.normalized, ops.normalized_matrix)

@@ -7,13 +7,11 @@ Per head: S [K, V], q, k and n [K], v [V]; f and i are scalars. S and n are comp
 the log gates, for numerical stability.
 """
 
-from typing import Any
-
 import torch.nn as nn
 from torch import Tensor
 
 from subquad import ops
-from subquad.mixers.base import Mixer, State
+from subquad.mixers.base import Mixer
 from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus
 from subquad.mixers.options import XLSTMOptions
 
@@ -22,6 +20,7 @@ class XLSTM(Mixer):
     name = "xlstm"
     Options = XLSTMOptions
     options: XLSTMOptions
+    normalized_ops = (ops.mlstm, ops.mlstm_matrix)
     CALIBRATED_PARAMS = (("half_life", HALF_LIVES),)
 
     def build_gates(self) -> None:
@@ -34,12 +33,3 @@ class XLSTM(Mixer):
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"input_gate": self.i_proj(x), "forget_gate": self.f_proj(x)}
-
-    def mixing_matrix(self, inputs: dict[str, Tensor], rows: slice | None = None) -> Tensor:
-        return ops.mlstm_matrix(inputs["q"], inputs["k"], inputs["input_gate"], inputs["forget_gate"], rows=rows)
-
-    def run_op(
-        self, inputs: dict[str, Any], state: State | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        form = "step" if inputs["q"].shape[1] == 1 and cu_seqlens is None else "chunk"
-        return ops.mlstm(**inputs, initial_state=state or None, form=form, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]
