@@ -2,18 +2,17 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from subquad.config import Data, Recipe, load_recipe
 from subquad.data import check_data
 from subquad.evaluate.lm_eval import find_tasks
-from subquad.evaluate.long_context import check_lengths
 from subquad.evaluate.results import Result
-from subquad.evaluate.runner import EvalModel, evaluate, load_eval_model
+from subquad.evaluate.runner import evaluate, load_eval_model
 from subquad.evaluate.suites import Settings, settings_for
 from subquad.evaluate.table import format_tables
 from subquad.modeling.teachers import check_reference
@@ -24,8 +23,7 @@ SEQ_LEN = 512
 """Tokens per row of a validation text given without a recipe."""
 
 
-@dataclass(frozen=True)
-class EvalReport:
+class EvalReport(NamedTuple):
     """All results, the error messages of failed jobs by job name, and the header of the result file."""
 
     results: list[Result]
@@ -36,8 +34,7 @@ class EvalReport:
         return {**self.header, "failed": self.failed, "results": [result.as_dict() for result in self.results]}
 
     def table(self) -> str:
-        failed = [f"{name} failed: {message}" for name, message in self.failed.items()]
-        return "\n".join([format_tables(self.results), *failed])
+        return "\n".join([format_tables(self.results), *(f"{job} failed: {why}" for job, why in self.failed.items())])
 
 
 def run(
@@ -62,32 +59,33 @@ def run(
     recipe = find_recipe(models[0])
     settings = settings_for(suites)
     if lengths is not None:
-        check_lengths(lengths)
+        if min(lengths, default=0) < 2:
+            raise UserError(f"lengths: got {list(lengths)}, expected numbers of tokens of at least 2")
         given = tuple(lengths)
         settings = replace(settings, lengths=given, cost_lengths=given, recall_lengths=given)
     if limit is not None:
         if limit < 1:
             raise UserError(f"limit: got {limit}, expected at least 1")
         settings = replace(settings, limit=limit)
-    directory = check_output(output)
-    if figures and directory is None:
+    check_output(output)
+    if figures and output is None:
         raise UserError("figures: expected an output directory (--output DIR) to draw them into")
     if figures:
         with needs_extra("figures", "report"):
             import matplotlib  # noqa: F401
     teacher = teacher or (None if recipe is None else recipe.teacher)
-    for reference in [*models, *([teacher] if teacher is not None else [])]:
+    for reference in [*models, *([] if teacher is None else [teacher])]:
         check_reference(reference)
     settings = replace(settings, text=validation_text(corpus, recipe))
     check_data(settings.text)
     settings = resolve_tasks(settings, data, tasks, include)
     loaded = [load_eval_model(reference, name) for reference, name in zip(models, short_names(models), strict=True)]
-    reference_model: EvalModel | None = None
+    reference_model = None
     if teacher is not None:
         same = list(models) == [teacher]
         reference_model = replace(loaded[0], name=f"{teacher} (teacher)") if same else load_eval_model(teacher)
     source = None if recipe is None else recipe.model_dump(mode="json")
-    results, failed = evaluate(loaded, reference_model, settings, directory, source, figures)
+    results, failed = evaluate(loaded, reference_model, settings, output, source, figures)
     return EvalReport(results, failed, {**run_info(), "recipe": source})
 
 
@@ -100,17 +98,16 @@ def find_recipe(model: str) -> Recipe | None:
         return None
 
 
-def check_output(output: str | None) -> Path | None:
+def check_output(output: str | None) -> None:
     """Raises UserError if it is a file, or a directory that holds something other than an evaluation."""
-    if output is None:
-        return None
-    directory = Path(output)
-    if directory.exists() and not directory.is_dir():
+    directory = None if output is None else Path(output)
+    if directory is None or not directory.exists():
+        return
+    if not directory.is_dir():
         raise UserError(f"output: {output!r} is a file, expected a directory")
-    is_evaluation = (directory / "results.json").exists() or (directory / "jobs").exists()
-    if directory.exists() and any(directory.iterdir()) and not is_evaluation:
+    names = {path.name for path in directory.iterdir()}
+    if names and not names & {"results.json", "jobs"}:
         raise UserError(f"output: {output!r} is not empty and holds no evaluation, expected a new directory")
-    return directory
 
 
 def validation_text(source: str | None, recipe: Recipe | None) -> Data:
@@ -125,21 +122,20 @@ def resolve_tasks(settings: Settings, data: str | None, tasks: Sequence[str] | N
 
     The default tasks need a hub: without tasks and `data`, a limited evaluation leaves out zero-shot.
     """
-    if "zero-shot" not in settings.suites and "generation" not in settings.suites:
+    zero_shot = "zero-shot" in settings.suites
+    if not zero_shot and "generation" not in settings.suites:
         if tasks is not None:
-            raise UserError(
-                f"tasks: got suites {', '.join(settings.suites)}, expected zero-shot or generation among them"
-            )
+            given = ", ".join(settings.suites)
+            raise UserError(f"tasks: got suites {given}, expected zero-shot or generation among them")
         return settings
-    if tasks is None and data is None and (settings.limit is not None or "zero-shot" not in settings.suites):
-        if "zero-shot" in settings.suites:
+    if tasks is None and data is None and (settings.limit is not None or not zero_shot):
+        if zero_shot:
             logger.warning("zero-shot is left out: --limit needs --data or --tasks to choose its tasks")
         return replace(settings, suites=tuple(suite for suite in settings.suites if suite != "zero-shot"))
-    include_path = None if include is None else Path(include)
-    if include_path is not None and not include_path.is_dir():
+    if include is not None and not Path(include).is_dir():
         raise UserError(f"include path: {include!r} is not a directory")
-    found = find_tasks(tasks, None if data is None else Path(data), include_path)
-    return replace(settings, tasks=tuple(found), include=include_path)
+    directories = [None if path is None else Path(path) for path in (data, include)]
+    return replace(settings, tasks=tuple(find_tasks(tasks, *directories)), include=directories[1])
 
 
 def short_names(models: Sequence[str]) -> list[str]:

@@ -29,7 +29,6 @@ DECODED_TOKENS = 16
 """Tokens decoded after each prefill."""
 
 
-@torch.no_grad()
 def decode_speed(model: PreTrainedModel, prompt: Tensor, tokens: int = 64) -> dict[str, float]:
     """Greedy decoding of `tokens` tokens after `prompt: [B, T]`.
 
@@ -37,11 +36,9 @@ def decode_speed(model: PreTrainedModel, prompt: Tensor, tokens: int = 64) -> di
     """
     with eval_mode(model):
         out = prefill(model, prompt)
-        seconds = decode(model, out, tokens)
-    return {
-        "decode_tokens_per_second": len(prompt) / statistics.median(seconds),
-        "state_bytes": cache_bytes(out[CACHE_ARGUMENT]),
-    }
+        _, seconds = decode(model, out, tokens)
+    speed = len(prompt) / statistics.median(seconds)
+    return {"decode_tokens_per_second": speed, "state_bytes": cache_bytes(out[CACHE_ARGUMENT])}
 
 
 @torch.no_grad()
@@ -53,15 +50,18 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> Any:
 
 
 @torch.no_grad()
-def decode(model: PreTrainedModel, out: Any, tokens: int) -> list[float]:
-    """Seconds of each of `tokens` greedy steps after a prefill with output `out`, whose cache is updated."""
-    cache, input_ids, seconds = out[CACHE_ARGUMENT], out.logits[:, -1:].argmax(-1), []
-    for _ in range(tokens):
-        step = functools.partial(model, input_ids=input_ids, use_cache=True, **{CACHE_ARGUMENT: cache})
+def decode(model: PreTrainedModel, out: Any, steps: int) -> tuple[Tensor, list[float]]:
+    """Greedy decoding after a prefill with output `out`, whose cache is updated.
+
+    Returns `[B, 1 + steps]` tokens, of which the first follows from the prefill, and the seconds of each step.
+    """
+    written, seconds = [out.logits[:, -1:].argmax(-1)], []
+    for _ in range(steps):
+        step = functools.partial(model, written[-1], use_cache=True, **{CACHE_ARGUMENT: out[CACHE_ARGUMENT]})
         result, elapsed = timed(step, model.device)
-        input_ids = result.logits[:, -1:].argmax(-1)
+        written.append(result.logits[:, -1:].argmax(-1))
         seconds.append(elapsed)
-    return seconds
+    return torch.cat(written, dim=1), seconds
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
@@ -106,7 +106,7 @@ def cache_bytes(cache: Cache) -> int:
     if isinstance(cache, SubquadCache):
         return cache.nbytes()
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return sum(t.nbytes for t in tensors if t is not None)
 
 
 def efficiency_results(
@@ -125,57 +125,45 @@ def efficiency_results(
     longer.
     """
     results: dict[str, list[Result]] = {name: [] for name in models}
-    measured: dict[tuple[str, int], tuple[int, float]] = {}
     for batch in batches:
+        before = dict.fromkeys(models, (1, 0.0))  # length and seconds of the last prefill
         for length in sorted(lengths):
-            fast = {}
-            for name, model in models.items():
-                before, seconds = measured.get((name, batch), (length, 0.0))
-                if seconds * (length / before) ** 2 <= max_prefill_seconds:
-                    fast[name] = model
-                else:
-                    logger.info("%s: skipped %d tokens x %d, the prefill takes too long", name, length, batch)
+            expected = {name: seconds * (length / shorter) ** 2 for name, (shorter, seconds) in before.items()}
+            for name in (name for name in models if expected[name] > max_prefill_seconds):
+                logger.info("%s: skipped %d tokens x %d, the prefill takes too long", name, length, batch)
+            fast = {name: model for name, model in models.items() if expected[name] <= max_prefill_seconds}
             for name, found in _measure(fast, length, batch, repeats).items():
                 results[name] += found
-                measured[name, batch] = length, found[0].value
+                before[name] = length, found[0].value
     return results
 
 
-@torch.no_grad()
 def _measure(models: Mapping[str, PreTrainedModel], length: int, batch: int, repeats: int) -> dict[str, list[Result]]:
-    prefills: dict[str, list[float]] = {name: [] for name in models}
-    steps: dict[str, list[float]] = {name: [] for name in models}
-    sizes: dict[str, list[Result]] = {}
+    seconds: dict[str, dict[str, list[float]]] = {m: {"prefill_seconds": [], "seconds_per_token": []} for m in models}
+    sizes: dict[str, dict[str, int | None]] = {}
     generator = torch.Generator().manual_seed(length)
     for repeat in range(repeats + 1):
         for name, model in models.items():
             vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment, union-attr]
-            ids = torch.randint(vocabulary, (batch, length), generator=generator)
-            read = functools.partial(prefill, model, ids)
+            read = functools.partial(prefill, model, torch.randint(vocabulary, (batch, length), generator=generator))
             with eval_mode(model):
                 if repeat == 0:  # also the warm-up
                     out, peak = peak_memory(read, model.device)
-                    found = {"peak_bytes": peak, "cache_bytes": cache_bytes(out[CACHE_ARGUMENT])}
-                    sizes[name] = [
-                        Result(TASK, metric, float(size), n=1, length=length, batch=batch)
-                        for metric, size in found.items()
-                        if size is not None
-                    ]
+                    sizes[name] = {"peak_bytes": peak, "cache_bytes": cache_bytes(out[CACHE_ARGUMENT])}
                     decode(model, out, 2)
                 else:
-                    out, seconds = timed(read, model.device)
-                    prefills[name].append(seconds)
-                    steps[name].append(statistics.median(decode(model, out, DECODED_TOKENS)))
+                    out, elapsed = timed(read, model.device)
+                    seconds[name]["prefill_seconds"].append(elapsed)
+                    steps = decode(model, out, DECODED_TOKENS)[1]
+                    seconds[name]["seconds_per_token"].append(statistics.median(steps))
+    at: dict[str, Any] = {"length": length, "batch": batch}
     return {
         name: [
-            _timing("prefill_seconds", prefills[name], length, batch),
-            _timing("seconds_per_token", steps[name], length, batch),
-            *sizes[name],
+            *(
+                Result(TASK, metric, statistics.median(own), low=min(own), high=max(own), n=repeats, **at)
+                for metric, own in seconds[name].items()
+            ),
+            *(Result(TASK, metric, float(size), n=1, **at) for metric, size in sizes[name].items() if size is not None),
         ]
         for name in models
     }
-
-
-def _timing(metric: str, seconds: Sequence[float], length: int, batch: int) -> Result:
-    median, n = statistics.median(seconds), len(seconds)
-    return Result(TASK, metric, median, low=min(seconds), high=max(seconds), n=n, length=length, batch=batch)

@@ -1,4 +1,4 @@
-"""Greedy generation: continuations compared with the teacher's, repetition, and last-word tasks.
+"""Greedy generation: continuations compared with the teacher's, and repetition.
 
 Linearized models lose more in generation than likelihoods show (arXiv 2603.26556).
 """
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subquad.evaluate.efficiency import decode, prefill
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import mean
-from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.utils import eval_mode
 
 LENGTHS = (16, 64, 256)
@@ -20,20 +20,11 @@ DEGENERATE_SHARE = 0.5
 """A continuation with a larger share of repeated n-grams is degenerate."""
 
 
-@torch.no_grad()
 def continuations(model: PreTrainedModel, prompts: Tensor, tokens: int, batch_size: int = 16) -> Tensor:
     """Greedy continuations of `prompts: [N, T]`: `[N, tokens]`. An end-of-text token does not stop them."""
-    written = []
     with eval_mode(model):
-        for batch in prompts.split(batch_size):
-            input_ids, cache, tokens_out = batch.to(model.device), None, []
-            for _ in range(tokens):
-                out = model(input_ids=input_ids, use_cache=True, **{CACHE_ARGUMENT: cache})
-                cache = out[CACHE_ARGUMENT]
-                input_ids = out.logits[:, -1:].argmax(-1)
-                tokens_out.append(input_ids)
-            written.append(torch.cat(tokens_out, dim=1).cpu())
-    return torch.cat(written)
+        batches = [decode(model, prefill(model, batch), tokens - 1)[0].cpu() for batch in prompts.split(batch_size)]
+    return torch.cat(batches)
 
 
 def common_prefix(a: Tensor, b: Tensor) -> Tensor:
@@ -52,19 +43,17 @@ def repeated_ngram_share(tokens: Tensor, n: int = NGRAM) -> Tensor:
 
 def repetition_results(task: str, written: Tensor) -> list[Result]:
     """`repetition` (mean share of repeated n-grams) and `degenerate_rate` of continuations `[N, T]`."""
-    shares = repeated_ngram_share(written)
-    length = written.shape[1]
+    shares, length = repeated_ngram_share(written), written.shape[1]
+    degenerate = (shares > DEGENERATE_SHARE).double()
     return [
         mean(task, "repetition", shares, length=length),
-        mean(task, "degenerate_rate", (shares > DEGENERATE_SHARE).double(), length=length),
+        mean(task, "degenerate_rate", degenerate, length=length),
     ]
 
 
 def agreement_results(task: str, written: Tensor, reference: Tensor, lengths: Sequence[int] = LENGTHS) -> list[Result]:
     """Continuations `[N, T]` against the teacher's of the same prompts: `common_prefix` (mean tokens before the first
     difference) and `same_continuation` (share of rows equal over the first 16, 64, 256 tokens)."""
-    same = common_prefix(written, reference)
-    results = [mean(task, "common_prefix", same, length=written.shape[1])]
-    return results + [
-        mean(task, "same_continuation", (same >= n).double(), length=n) for n in lengths if n <= written.shape[1]
-    ]
+    same, tokens = common_prefix(written, reference), written.shape[1]
+    shares = [mean(task, "same_continuation", (same >= n).double(), length=n) for n in lengths if n <= tokens]
+    return [mean(task, "common_prefix", same, length=tokens), *shares]

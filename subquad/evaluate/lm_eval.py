@@ -1,8 +1,7 @@
 """Zero-shot benchmarks by `lm-eval` (extra `subquad[eval]`) on a loaded model.
 
 A task is a name: one that lm-eval ships, whose data comes from a hub, or one of a directory of definitions. A local
-file `NAME.jsonl` (also .gz) in one of four formats (`FORMATS`) becomes such a directory, with the usual prompt and
-metrics.
+file `NAME.jsonl` (also .gz) in one of four formats (`FORMATS`) becomes such a directory.
 """
 
 import functools
@@ -10,8 +9,6 @@ import gzip
 import hashlib
 import json
 import logging
-import re
-import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,59 +23,13 @@ from subquad.utils import UserError, cache_dir, eval_mode, nearest, needs_extra,
 HUB_TASKS = ("lambada_openai", "arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "openbookqa", "boolq")
 """The default tasks."""
 
-ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
-NORMALIZED = {**ACCURACY, "metric": "acc_norm"}
-PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
-CHOICE = {"output_type": "multiple_choice", "metric_list": [ACCURACY]}
-LAST_WORDS = ("context", "continuation")
-FORMATS: dict[tuple[str, ...], dict[str, Any]] = {
-    ("query", "choices", "gold"): {
-        **CHOICE,
-        "doc_to_text": "{{query.strip()}}\nAnswer:",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "metric_list": [ACCURACY, NORMALIZED],
-    },
-    ("context_options", "continuation", "gold"): {
-        **CHOICE,
-        "doc_to_text": "gold",
-        "doc_to_choice": "context_options",
-        "doc_to_target": "continuation",
-    },
-    LAST_WORDS: {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{context}}",
-        "doc_to_target": "{{' ' + continuation.strip()}}",
-        "target_delimiter": "",
-        "metric_list": [PERPLEXITY, ACCURACY],
-    },
-    ("sentence_good", "sentence_bad"): {
-        **CHOICE,
-        "doc_to_text": "",
-        "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
-        "doc_to_target": 0,
-    },
+FORMATS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "contexts": ("context_options", "continuation", "gold"),
+    "last_words": ("context", "continuation"),
+    "minimal_pairs": ("sentence_good", "sentence_bad"),
 }
-"""The keys of an item, and its task definition for lm-eval: multiple choice; several contexts with one continuation
-(WinoGrande); last words (LAMBADA); minimal pairs (BLiMP)."""
-
-PUNCTUATION = re.escape(string.punctuation + "“”‘’—…")
-FIRST_WORD = rf"^\s*[{PUNCTUATION}]*(\S*?)[{PUNCTUATION}]*(?:\s|$)"
-"""The first word of a text without surrounding punctuation: `Signs` of ` "Signs," he`."""
-GENERATED_WORDS: dict[str, Any] = {
-    "output_type": "generate_until",
-    "doc_to_text": "{{context}}",
-    "doc_to_target": "word",
-    "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 8},
-    "filter_list": [
-        {
-            "name": "first_word",
-            "filter": [{"function": "regex", "regex_pattern": FIRST_WORD}, {"function": "take_first"}],
-        }
-    ],
-    "metric_list": [{**ACCURACY, "metric": "exact_match"}],
-}
-"""The task definition of last words that are generated. `word` is the `FIRST_WORD` of the continuation."""
+"""The keys of an item by format, whose task definition is `tasks/FORMAT.yaml`."""
 
 
 @dataclass(frozen=True)
@@ -148,57 +99,49 @@ def local_files(data: Path) -> dict[str, Path]:
 def local_task(name: str, file: Path) -> Task:
     """Writes the items of a file and their task definition, NAME.yaml, into a directory of the cache.
 
-    The items are those of the file with the keys of the format only: lm-eval cannot load files with a key of several
-    types, as BLiMP has one.
+    Only the keys of the format are written: lm-eval cannot load files with a key of several types, as BLiMP has one.
 
     Raises:
         UserError: a line is not an item of the format of the first line, with file and line.
     """
-    keys, items = read_items(file)
-    definitions = {name: FORMATS[keys]}
-    if keys == LAST_WORDS:
-        items = [{**item, "word": re.findall(FIRST_WORD, item["continuation"])[0]} for item in items]
-        definitions[f"{name}_generated"] = GENERATED_WORDS
-    content = "".join(json.dumps(item) + "\n" for item in items)
-    digest = hashlib.sha256(f"{definitions}{content}".encode()).hexdigest()[:16]
+    items = list(read_items(file))
+    if not items:
+        raise UserError(f"{file}: got no items, expected one JSON object per line")
+    form = next((form for form, keys in FORMATS.items() if set(keys) <= items[0].keys()), None)
+    if form is None:
+        known = "; ".join(", ".join(keys) for keys in FORMATS.values())
+        raise UserError(f"{file}: got items of an unknown format, expected the keys {known}")
+    for number, item in enumerate(items, 1):
+        if missing := [key for key in FORMATS[form] if key not in item]:
+            raise UserError(f"{file}: item {number} has no {', '.join(missing)}")
+    content = "".join(json.dumps({key: item[key] for key in FORMATS[form]}) + "\n" for item in items)
+    definitions = {name: form, **({f"{name}_generated": "generated_words"} if form == "last_words" else {})}
+    texts = {task: (Path(__file__).parent / "tasks" / f"{form}.yaml").read_text() for task, form in definitions.items()}
+    digest = hashlib.sha256(f"{texts}{content}".encode()).hexdigest()[:16]
     directory = cache_dir() / "items" / f"{name}-{digest}"
     directory.mkdir(parents=True, exist_ok=True)
-    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(directory / f"{name}.jsonl")}}}
     write_text_atomic(directory / f"{name}.jsonl", content)
-    for task, definition in definitions.items():
-        text = yaml.safe_dump({"task": task, **source, "test_split": "test", **definition})
-        write_text_atomic(directory / f"{task}.yaml", text)
-    generated = [Task(task, directory) for task in definitions if task != name]
-    return Task(name, directory, *generated)
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(directory / f"{name}.jsonl")}}}
+    for task, text in texts.items():
+        write_text_atomic(
+            directory / f"{task}.yaml", yaml.safe_dump({"task": task, **source, "test_split": "test"}) + text
+        )
+    return Task(name, directory, *(Task(task, directory) for task in texts if task != name))
 
 
-def read_items(file: Path) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """The format of a JSON Lines file, a key of `FORMATS`, and its items, with the keys of the format only."""
+def read_items(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file. Raises UserError with file and line if a line is none."""
     opened: Any = gzip.open if file.suffix == ".gz" else open
-    keys: tuple[str, ...] = ()
-    items = []
-    number = 0
     try:
         with opened(file, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                item = json.loads(line)
-                present = item.keys() if isinstance(item, dict) else ()
-                keys = keys or next((known for known in FORMATS if set(known) <= set(present)), ())
-                if not keys:
-                    expected = "; ".join(", ".join(known) for known in FORMATS)
-                    raise UserError(f"{file}: got items of an unknown format, expected the keys {expected}")
-                if missing := [key for key in keys if key not in present]:
-                    raise UserError(f"{file}: line {number} has no {', '.join(missing)}")
-                items.append({key: item[key] for key in keys})
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {number} is not JSON: {error}") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+                try:
+                    if line.strip():
+                        yield dict(json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise UserError(f"{file}: line {number} is not a JSON object: {error}") from error
+    except (UnicodeDecodeError, OSError, EOFError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
-    if not items:
-        raise UserError(f"{file}: got no items, expected one JSON object per line")
-    return keys, items
 
 
 @functools.lru_cache(maxsize=32)
@@ -247,22 +190,19 @@ def zero_shot(
     with eval_mode(model):
         lm = HFLM(model, max_length=getattr(config, "max_position_embeddings", None) or 2048, **options)
         try:
-            loaded = {} if limit is None else dict(_single_tasks(get_task_dict([task.name], manager)))
+            loaded = _single_tasks(get_task_dict([task.name], manager))
+            samples = {name: evenly_spaced(len(one.eval_docs), limit) for name, one in loaded}
             found: Any = lm_eval.simple_evaluate(
-                lm,
-                tasks=[task.name],
-                task_manager=manager,
-                bootstrap_iters=1000,
-                samples={name: evenly_spaced(len(one.eval_docs), limit) for name, one in loaded.items()} or None,
+                lm, tasks=[task.name], task_manager=manager, bootstrap_iters=1000, samples=samples
             )
         except Exception as error:
             cause = error.__cause__ or error  # `datasets` wraps the cause
             lines = str(cause).strip().splitlines() or [type(cause).__name__]
             raise UserError(f"task {task.name!r}: lm-eval cannot run it: {lines[0]}") from error
     results = [result for name, values in found["results"].items() for result in _task_results(name, values, found)]
-    samples = found["samples"].get(task.name, [])
-    scores = [float(sample[metric]) for sample in samples for metric in ("acc", "exact_match") if metric in sample]
-    chances = [1 / n if n > 1 else 0.0 for n in (len(sample["arguments"]) for sample in samples)]
+    items = found["samples"].get(task.name, [])
+    scores = [float(item[metric]) for item in items for metric in ("acc", "exact_match") if metric in item]
+    chances = [1 / n if n > 1 else 0.0 for n in (len(item["arguments"]) for item in items)]
     return TaskResult(results, scores, sum(chances) / max(1, len(chances)))
 
 

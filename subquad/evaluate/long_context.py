@@ -4,7 +4,6 @@ A document is read in chunks with a cache between them: for a student, memory ba
 """
 
 import logging
-import math
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +19,7 @@ from subquad.evaluate.statistics import estimate
 from subquad.modeling.attention.tracing import find_max_learned_positions
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.utils import UserError, eval_mode
+from subquad.utils import eval_mode
 
 logger = logging.getLogger(__name__)
 CHUNK_TOKENS = 512
@@ -37,12 +36,10 @@ def long_documents(data: Data, tokenizer: PreTrainedTokenizerBase, tokens: int, 
         UserError: there is not one row of text.
     """
     separated = data.model_copy(update={"seq_len": tokens, "document_masking": True})
-    rows = token_rows(separated, tokenizer, "validation", limit=16 * count * tokens)
     within: list[Tensor] = []
     across: list[Tensor] = []
-    for i in range(len(rows)):
-        item = rows[i]
-        (within if int(item["position_ids"][-1]) == tokens - 1 else across).append(item["input_ids"])
+    for row in token_rows(separated, tokenizer, "validation", limit=16 * count * tokens):
+        (within if int(row["position_ids"][-1]) == tokens - 1 else across).append(row["input_ids"])
         if len(within) == count:
             break
     if not within:
@@ -86,31 +83,22 @@ def context_results(task: str, losses: Tensor, lengths: Sequence[int]) -> list[R
     - `degradation_length`: the first L whose `perplexity_by_position` is more than 10% above the lowest before it.
       There is no such result if perplexity never rises so far.
     """
-    whole, by_position = [], []
-    before = 0
-    for length in sorted(lengths):
-        if length > losses.shape[1] + 1:
-            break
-        whole.append(_perplexity(task, "perplexity", losses[:, : length - 1], length))
-        by_position.append(_perplexity(task, "perplexity_by_position", losses[:, before : length - 1], length))
-        before = length - 1
-    lowest = math.inf
-    degraded = None
-    for result in by_position:
-        if degraded is None and result.value > DEGRADED * lowest:
-            degraded = result.length
-        lowest = min(lowest, result.value)
-    ends = [] if degraded is None else [Result(task, "degradation_length", float(degraded), n=len(losses))]
-    return [*whole, *by_position, *ends]
+    ends = [length for length in sorted(lengths) if length <= losses.shape[1] + 1]
+    starts = [0, *(length - 1 for length in ends)]
+    whole = [_perplexity(task, "perplexity", losses[:, : end - 1], end) for end in ends]
+    by_position = [
+        _perplexity(task, "perplexity_by_position", losses[:, start : end - 1], end)
+        for start, end in zip(starts, ends, strict=False)
+    ]
+    results = [*whole, *by_position]
+    for i, result in enumerate(by_position[1:], 1):
+        if result.value > DEGRADED * min(before.value for before in by_position[:i]):
+            return [*results, Result(task, "degradation_length", float(ends[i]), n=len(losses))]
+    return results
 
 
 def _perplexity(task: str, metric: str, losses: Tensor, length: int) -> Result:
     """The units of the bootstrap are pieces of up to 256 tokens."""
     pieces = [piece for row in losses for piece in row.double().split(256)]
-    sums = torch.stack([torch.stack([piece.sum(), torch.tensor(float(len(piece))).double()]) for piece in pieces])
+    sums = torch.tensor([[piece.sum(), len(piece)] for piece in pieces], dtype=torch.float64)
     return estimate(task, metric, sums, lambda s: (s[..., 0] / s[..., 1]).exp(), losses.numel(), length=length)
-
-
-def check_lengths(lengths: Sequence[int]) -> None:
-    if not lengths or min(lengths) < 2:
-        raise UserError(f"lengths: got {list(lengths)}, expected numbers of tokens of at least 2")

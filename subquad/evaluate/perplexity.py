@@ -1,6 +1,7 @@
 """Metrics on validation text: perplexity, bits per byte, KL divergence from the teacher, agreement with it."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -23,6 +24,7 @@ CHUNK_TOKENS = 256
 UNIGRAM_TOKENS = 200_000
 """Training tokens that the unigram model counts (`unigram_perplexity`, `recovered_share`)."""
 
+MAX_LOSS = math.log(sys.float_info.max)
 SUMS = ("tokens", "loss", "bytes", "teacher_loss", "kl", "top1", "top5")
 
 
@@ -44,38 +46,29 @@ def token_sums(
     """
     rows = []
     count_bytes = None if tokenizer is None else byte_counter(tokenizer)
-    with eval_mode(model):
-        for batch in batches:
-            ids, inputs, labels = _unpack(batch)
-            logits = _logits(model, ids, inputs)
-            teacher_logits = None
-            if teacher is not None and teacher is not model:
-                with eval_mode(teacher):
-                    teacher_logits = _logits(teacher, ids, inputs)
-            elif teacher is model:
-                teacher_logits = logits
-            for b in range(len(ids)):
-                counted = labels[b] != IGNORE_INDEX
-                reference = None if teacher_logits is None else teacher_logits[b][counted]
-                sums = prediction_sums(logits[b][counted], reference, labels[b][counted])
-                sums[2] = 0 if count_bytes is None else count_bytes(ids[b][counted], labels[b][counted])
-                rows.append(sums)
+    for batch in map(_as_mapping, batches):
+        logits = _logits(model, batch)
+        reference = logits if teacher is model else None if teacher is None else _logits(teacher, batch)
+        for b, (ids, labels) in enumerate(zip(batch["input_ids"], next_labels(batch), strict=True)):
+            counted = labels != IGNORE_INDEX
+            targets = labels[counted]
+            sums = prediction_sums(logits[b][counted], None if reference is None else reference[b][counted], targets)
+            if count_bytes is not None:
+                sums[2] = count_bytes(ids[counted], targets)
+            rows.append(sums)
     if not rows or not sum(row[0] for row in rows):
         raise ValueError("batches: got no predicted token, expected at least one batch of at least two tokens")
     return torch.stack(rows)
 
 
-def _unpack(batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Token ids, other inputs of the model, and the label of each position."""
-    if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
-    inputs = {name: batch[name] for name in ("position_ids",) if name in batch}
-    return batch["input_ids"], inputs, next_labels(batch)
+def _as_mapping(batch: Batch) -> Mapping[str, Tensor]:
+    return {"input_ids": batch} if isinstance(batch, Tensor) else batch
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    return model(input_ids=ids.to(model.device), use_cache=False, **inputs).logits
+def _logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids") if name in batch}
+    with eval_mode(model):
+        return model(**inputs, use_cache=False).logits
 
 
 def kl_divergence(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -118,11 +111,16 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, batches: Iterabl
     return {
         "loss": loss / count,
         "teacher_loss": teacher_loss / count,
-        "perplexity": math.exp(loss / count),
-        "teacher_perplexity": math.exp(teacher_loss / count),
+        "perplexity": perplexity(loss / count),
+        "teacher_perplexity": perplexity(teacher_loss / count),
         "kl": kl / count,
         "top1_agreement": agreement / count,
     }
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where a float cannot hold it."""
+    return math.inf if loss > MAX_LOSS else math.exp(loss)
 
 
 def language_results(task: str, sums: Tensor, unigram: float | None = None) -> list[Result]:
@@ -130,20 +128,19 @@ def language_results(task: str, sums: Tensor, unigram: float | None = None) -> l
 
     unigram: the loss of the unigram model in nats (`unigram_loss`), needed for `recovered_share`.
     """
-    statistics: dict[str, Callable[[Tensor], Tensor]] = {
-        "loss": lambda s: s[..., 1] / s[..., 0],
-        "perplexity": lambda s: (s[..., 1] / s[..., 0]).exp(),
-    }
+
+    def per_token(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda s: s[..., SUMS.index(name)] / s[..., 0]
+
+    loss, teacher_loss = per_token("loss"), per_token("teacher_loss")
+    statistics = {"loss": loss, "perplexity": lambda s: loss(s).exp()}
     if sums[:, 2].sum():
         statistics["bits_per_byte"] = lambda s: s[..., 1] / s[..., 2] / math.log(2)
     if sums[:, 3].sum():
-        statistics["kl"] = lambda s: s[..., 4] / s[..., 0]
-        statistics["top1_agreement"] = lambda s: s[..., 5] / s[..., 0]
-        statistics["top5_agreement"] = lambda s: s[..., 6] / s[..., 0]
+        agreement = {f"top{k}_agreement": per_token(f"top{k}") for k in (1, 5)}
+        statistics |= {"kl": per_token("kl"), **agreement}
         if unigram is not None:
-            statistics["recovered_share"] = lambda s: recovered_share(
-                s[..., 1] / s[..., 0], s[..., 3] / s[..., 0], unigram
-            )
+            statistics["recovered_share"] = lambda s: recovered_share(loss(s), teacher_loss(s), unigram)
     count = int(sums[:, 0].sum())
     return [estimate(task, metric, sums, statistic, count) for metric, statistic in statistics.items()]
 
@@ -157,7 +154,7 @@ def unigram_loss(train: Iterable[Tensor], validation: Iterable[Batch], vocabular
     for batch in train:
         counts += torch.bincount(batch.flatten(), minlength=vocabulary)
     log_p = (counts / counts.sum()).log()
-    targets = torch.cat([_unpack(batch)[2].flatten() for batch in validation])
+    targets = torch.cat([next_labels(_as_mapping(batch)).flatten() for batch in validation])
     return -log_p[targets[targets != IGNORE_INDEX]].mean().item()
 
 

@@ -5,7 +5,7 @@ with the fields of `Result`, without those that are None: `pandas.DataFrame(json
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 ALL_TASKS = "all tasks"
@@ -45,15 +45,19 @@ class Result:
         """Everything that identifies the measurement; results with equal keys are duplicates."""
         return self.model, self.task, self.metric, self.length, self.batch, self.depth, self.layer, self.head
 
+    @property
+    def column(self) -> tuple[str, int | None, int | None]:
+        """Its column in a table with a line per model: metric, length and batch size."""
+        return self.metric, self.length, self.batch
+
     def as_dict(self) -> dict[str, Any]:
         """The fields that are not None."""
-        first = {"model": self.model, "teacher": self.teacher}
-        return {name: value for name, value in {**first, **asdict(self)}.items() if value is not None}
+        values = {"model": self.model, "teacher": self.teacher, **asdict(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Result":
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        return cls(**values)
 
 
 def label_results(model: str, teacher: str | None, results: Iterable[Result]) -> list[Result]:

@@ -38,12 +38,9 @@ LIBRARIES = ("subquad", "torch", "transformers", "lm-eval")
 
 
 @functools.cache
-def versions() -> tuple[Any, ...]:
-    """`FORMAT` and the installed versions of `LIBRARIES`; None for one that is not installed."""
-    return FORMAT, *(
-        importlib.metadata.version(name) if any(importlib.metadata.distributions(name=name)) else None
-        for name in LIBRARIES
-    )
+def versions() -> list[Any]:
+    """`FORMAT` and the installed versions of `LIBRARIES`; none for one that is not installed."""
+    return [FORMAT, *([found.version for found in importlib.metadata.distributions(name=name)] for name in LIBRARIES)]
 
 
 @dataclass(frozen=True)
@@ -75,15 +72,9 @@ class EvalModel:
 
 
 def load_eval_model(reference: str, name: str | None = None) -> EvalModel:
-    """Loads a model to evaluate.
+    """Loads a model to evaluate: anything that `load_teacher` loads. Raises UserError if there is no such model.
 
-    Args:
-        reference: any reference of a teacher (nano, smollm2-135m, a directory, a .gguf file, a hub id), or a student's
-            directory.
-        name: default: the name of the directory or file, else `reference`.
-
-    Raises:
-        UserError: there is no such model.
+    name: default: the name of the directory or file, else `reference`.
     """
     path, given = resolve_reference(reference), Path(reference).expanduser()
     model, tokenizer = load_teacher(reference)
@@ -137,28 +128,25 @@ class Evaluation:
     def outcome(self, name: str, model: EvalModel, dependencies: Sequence[Any], compute: Callable[[], Any]) -> Any:
         """The outcome of the job `name: model`: `compute()`, which is JSON, once; None if it raises UserError.
 
-        dependencies: everything besides model, name and versions of libraries that the outcome depends on, other models
-            too.
+        dependencies: everything besides model, name and versions of libraries that the outcome depends on.
         """
         job = f"{name}: {model.name}"
         if job in self.outcomes or job in self.failed:
             return self.outcomes.get(job)
         file = None if self.output is None else self.output / "jobs" / f"{job_key(job, model, *dependencies)}.json"
-        if file is not None and file.exists():
-            logger.info("%s: finished already", job)
-            self.outcomes[job] = json.loads(file.read_text())["outcome"]
-            return self.outcomes[job]
-        logger.info("%s", job)
+        stored = file is not None and file.exists()
+        logger.info("%s%s", job, ": finished already" if stored else "")
         try:
-            self.outcomes[job] = compute()
+            outcome = json.loads(file.read_text())["outcome"] if file is not None and stored else compute()
         except UserError as error:
             self.failed[job] = str(error)
             logger.warning("%s failed: %s", job, error)
             return None
-        if file is not None:
+        self.outcomes[job] = outcome
+        if file is not None and not stored:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(file, {"job": job, "outcome": self.outcomes[job]})
-        return self.outcomes[job]
+            write_json_atomic(file, {"job": job, "outcome": outcome})
+        return outcome
 
     def results(
         self, name: str, model: EvalModel, dependencies: Sequence[Any], compute: Callable[[], Iterable[Result]]
@@ -192,8 +180,7 @@ class Evaluation:
 
     def validation_ids(self, model: EvalModel, tokens: int) -> Tensor:
         """The token ids of these rows, `[rows, text.seq_len]`."""
-        rows = self.validation_rows(model, tokens)
-        return torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
+        return torch.stack([row["input_ids"] for row in self.validation_rows(model, tokens)])
 
 
 def job_key(job: str, *dependencies: Any) -> str:
@@ -251,16 +238,14 @@ def evaluate(
 def check_models(models: Sequence[EvalModel], teacher: EvalModel | None) -> None:
     """Raises UserError for two models of one name, or a model whose vocabulary differs from the teacher's."""
     names = [model.name for model in [*models, *([] if teacher is None else [teacher])]]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"models: got {name!r} twice, expected different names")
-    for model in models:
-        if teacher is not None and (
-            model.vocab_size != teacher.vocab_size or model.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
-        ):
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"models: got {repeated[0]!r} twice, expected different names")
+    for model in [] if teacher is None else models:
+        sizes = teacher.vocab_size, model.vocab_size
+        if sizes[0] != sizes[1] or model.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
             raise UserError(
-                f"teacher: {teacher.name!r} and {model.name!r} have different vocabularies ({teacher.vocab_size} and "
-                f"{model.vocab_size} tokens); expected the teacher that {model.name!r} was made from"
+                f"teacher: {teacher.name!r} and {model.name!r} have different vocabularies ({sizes[0]} and {sizes[1]} "
+                f"tokens); expected the teacher that {model.name!r} was made from"
             )
 
 

@@ -1,5 +1,7 @@
-"""Results as text tables: one table per task, a line per model, a column per metric."""
+"""Results as tables: one table per task, a line per model, a column per metric, length and batch size."""
 
+import math
+import re
 from collections.abc import Callable, Sequence
 
 from subquad.evaluate.results import ALL_TASKS, Result
@@ -12,6 +14,24 @@ SECONDS = ("prefill_seconds", "seconds_per_token")
 SHARES = ("acc", "chance", "recovered_share", "same_continuation", "degenerate_rate", "repetition")
 """Beginnings of metrics that are printed in percent."""
 HIDDEN = ("loss", "teacher_above_chance", "difference")
+METRIC_LABELS = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy (length-normalized)",
+    "acc_generated": "accuracy (generated)",
+    "kl": "KL",
+    "cka": "CKA",
+    "top1_agreement": "top-1 agreement",
+    "top5_agreement": "top-5 agreement",
+    "topk_mass_overlap": "top-k mass overlap",
+    "topk_mass_overlap_chance": "top-k mass overlap by chance",
+    "frobenius": "Frobenius distance",
+    "half_life": "half-life",
+    "seconds_per_token": "decoding time per token",
+    "prefill_seconds": "prefill time",
+    "cache_bytes": "cache",
+    "peak_bytes": "peak memory",
+}
+"""Labels of metrics whose name with spaces would read badly."""
 
 
 def in_tables(result: Result) -> bool:
@@ -29,32 +49,29 @@ def format_tables(results: Sequence[Result]) -> str:
 
 def task_table(results: Sequence[Result]) -> str:
     """The results of one task: a line per model, a column per metric, length and batch size."""
-    models = list(dict.fromkeys(result.model for result in results))
-    columns = list(dict.fromkeys((result.metric, result.length, result.batch) for result in results))
-    lines = [["", *[column_title(*column) for column in columns]]]
-    for model in models:
-        cells = {(result.metric, result.length, result.batch): result for result in results if result.model == model}
-        lines.append([model, *[format_result(cells[column]) if column in cells else "" for column in columns]])
-    return "\n\n".join(
-        text_table([[line[0], *line[i : i + MAX_COLUMNS]] for line in lines])
-        for i in range(1, len(lines[0]), MAX_COLUMNS)
-    )
+    columns = list(dict.fromkeys(result.column for result in results))
+    lines = [["", *(column_title(*column) for column in columns)]]
+    for model in dict.fromkeys(result.model for result in results):
+        cells = {result.column: format_result(result) for result in results if result.model == model}
+        lines.append([model, *(cells.get(column, "") for column in columns)])
+    parts = range(1, len(lines[0]), MAX_COLUMNS)
+    return "\n\n".join(text_table([[line[0], *line[i : i + MAX_COLUMNS]] for line in lines]) for i in parts)
 
 
-def column_title(metric: str, length: int | None, batch: int | None) -> str:
-    """`cache bytes 1,024 x8`"""
-    parts = [] if length is None else [f"{length:,}"]
-    if batch is not None and batch > 1:
-        parts.append(f"x{batch}")
-    return " ".join([metric.replace("_", " "), *parts])
+def column_title(metric: str, length: int | None = None, batch: int | None = None) -> str:
+    """`cache (1,024 tokens × 8)`, `attention mass at distance 2–3`."""
+    label = METRIC_LABELS.get(metric, metric.replace("_", " "))
+    if distances := re.fullmatch(r"mass_(\d+)(?:_(\d+))?", metric):
+        label = "attention mass at distance " + "–".join(part for part in distances.groups() if part)
+    if length is None:
+        return label
+    return f"{label} ({length:,} tokens{f' × {batch}' if batch is not None and batch > 1 else ''})"
 
 
 def format_result(result: Result) -> str:
-    """`23.1 ±0.4`; empty for NaN."""
-    if result.value != result.value:
-        return ""
+    """`23.1 ±0.4`"""
     show = value_formatter(result.metric)
-    error = "" if result.stderr is None or result.stderr != result.stderr else f" ±{show(result.stderr)}"
+    error = "" if result.stderr is None or math.isnan(result.stderr) else f" ±{show(result.stderr)}"
     return show(result.value) + error
 
 

@@ -1,7 +1,6 @@
 """The tables of a report: all students (`grid_table`) and evaluations (`evaluation_tables`), as HTML, CSV and LaTeX."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,29 +9,9 @@ import pandas as pd
 
 from subquad.analysis.plot_style import color, mixer_label
 from subquad.evaluate.results import Result, select
-from subquad.evaluate.table import format_result, in_tables
+from subquad.evaluate.table import column_title, format_result, in_tables
 from subquad.report.figures import PlotModel, file_name
 from subquad.study.aggregate import Group, Mean, group_labels, significant_best
-
-METRIC_LABELS = {
-    "acc": "accuracy",
-    "acc_norm": "accuracy (length-normalized)",
-    "acc_generated": "accuracy (generated)",
-    "kl": "KL",
-    "cka": "CKA",
-    "top1_agreement": "top-1 agreement",
-    "top5_agreement": "top-5 agreement",
-    "topk_mass_overlap": "top-k mass overlap",
-    "topk_mass_overlap_chance": "top-k mass overlap by chance",
-    "frobenius": "Frobenius distance",
-    "half_life": "half-life",
-    "seconds_per_token": "decoding time per token",
-    "prefill_seconds": "prefill time",
-    "cache_bytes": "cache",
-    "peak_bytes": "peak memory",
-}
-"""Labels of metrics whose name with spaces would read badly."""
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -172,11 +151,11 @@ def evaluation_tables(results: Sequence[Result], models: Sequence[PlotModel]) ->
     shown = [r for r in results if in_tables(r)]
     for task in dict.fromkeys(r.task for r in shown):
         own = select(shown, task=task)
-        columns = dict.fromkeys((r.metric, r.length, r.batch) for r in own)
+        columns = dict.fromkeys(r.column for r in own)
         lines = []
         for model in models:
             cells = {
-                (r.metric, r.length, r.batch): Cell(format_result(r), r.value, low=r.low, high=r.high)
+                r.column: Cell(format_result(r), r.value, low=r.low, high=r.high)
                 for r in select(own, model=model.name)
             }
             if cells:
@@ -184,13 +163,3 @@ def evaluation_tables(results: Sequence[Result], models: Sequence[PlotModel]) ->
                 lines.append({"model": name} | {column_title(*c): cells.get(c, MISSING) for c in columns})
         tables.append(Table(f"evaluation-{file_name(task)}", f"Evaluation on {task}", lines))
     return tables
-
-
-def column_title(metric: str, length: int | None = None, batch: int | None = None) -> str:
-    """`cache (1,024 tokens × 8)`, `attention mass at distance 2–3`."""
-    label = METRIC_LABELS.get(metric, metric.replace("_", " "))
-    if distances := re.fullmatch(r"mass_(\d+)(?:_(\d+))?", metric):
-        label = "attention mass at distance " + "–".join(part for part in distances.groups() if part)
-    if length is None:
-        return label
-    return f"{label} ({length:,} tokens{f' × {batch}' if batch is not None and batch > 1 else ''})"

@@ -17,7 +17,7 @@ from subquad.evaluate.perplexity import token_sums
 from subquad.evaluate.results import Result, select, select_one
 from subquad.evaluate.runner import EvalModel, Evaluation, evaluate, load_eval_model
 from subquad.evaluate.suites import QUICK, STANDARD_SUITES, Settings, settings_for
-from subquad.evaluate.table import format_tables
+from subquad.evaluate.table import column_title, format_tables
 from subquad.registry import SUITES
 from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
@@ -114,7 +114,7 @@ def test_recall_diagnostics_and_figures(workspace, tmp_path, capsys):
     files = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     expected = {"student-matrices", "student-decays", "student-recall", "teacher-recall", "cka"}
     assert files == {f"{name}.{kind}" for name in expected for kind in ("svg", "png")}
-    assert "topk mass overlap" in capsys.readouterr().out
+    assert "top-k mass overlap" in capsys.readouterr().out
 
 
 def test_json_is_the_only_output(workspace, capsys):
@@ -220,6 +220,8 @@ ERRORS = {
     "task": (["--tasks", "lst", "--data", "items"], "did you mean 'last'"),
     "data": (["--data", "nowhere"], "data: 'nowhere'"),
     "lengths": (["--lengths", "8,x"], "--lengths: got 'x'"),
+    "short length": (["--lengths", "512,1"], "lengths: got [512, 1]"),
+    "no length": (["--lengths", ""], "lengths: got []"),
     "limit": (["--limit", "0"], "--limit: got '0'"),
     "corpus": (["--corpus", "nothing.txt"], "nothing.txt"),
     "figures": (["--figures"], "--output DIR"),
@@ -313,12 +315,18 @@ def test_table_has_a_line_per_model_and_a_column_per_metric():
     ]
     text = format_tables(results)
     assert "20.50 ±0.25" in text
-    assert "cache bytes 1,024 x8" in text
+    assert "cache (1,024 tokens × 8)" in text
     assert "1.0 MiB" in text
     assert "2.0 ms" in text
     lines = text.splitlines()
     assert lines[0] == "text"
     assert sum(line.startswith("nano") for line in lines) == 1
+
+
+def test_column_titles_are_readable():
+    assert column_title("topk_mass_overlap") == "top-k mass overlap"
+    assert column_title("mass_2_3", 256) == "attention mass at distance 2–3 (256 tokens)"
+    assert column_title("accuracy_ratio_above_chance") == "accuracy ratio above chance"
 
 
 def test_several_students_with_one_teacher(workspace, tmp_path, capsys):

@@ -16,7 +16,7 @@ from subquad.cli import main
 from subquad.config import load_study
 from subquad.report.figures import pareto_front
 from subquad.report.page import write_report
-from subquad.report.tables import MISSING, Cell, Table, column_title
+from subquad.report.tables import MISSING, Cell, Table
 from subquad.study.grid import run_study
 from tests.helpers.recipes import tiny_recipe
 from tests.helpers.studies import STAGE_SETS, synthetic_recipes, write_study
@@ -220,10 +220,3 @@ def test_special_characters_in_latex_and_csv(tmp_path):
     assert r"a\_b \& 5\% × 2 & \textbf{1.5} \\" in (tmp_path / "t.tex").read_text()
     table.to_csv(tmp_path / "t.csv")
     assert list(csv.reader((tmp_path / "t.csv").open())) == [["name", "value, %"], ["a_b & 5% × 2", "1.5"], ["x^2", ""]]
-
-
-def test_column_titles_are_readable():
-    assert column_title("topk_mass_overlap") == "top-k mass overlap"
-    assert column_title("cache_bytes", 1024, 8) == "cache (1,024 tokens × 8)"
-    assert column_title("mass_2_3", 256) == "attention mass at distance 2–3 (256 tokens)"
-    assert column_title("accuracy_ratio_above_chance") == "accuracy ratio above chance"
