@@ -13,6 +13,7 @@ from subquad.evaluate.table import column_title, format_result, in_tables
 from subquad.report.figures import PlotModel, file_name
 from subquad.study.aggregate import Group, Mean, group_labels, significant_best
 
+
 @dataclass(frozen=True)
 class Cell:
     """A cell of a table.
@@ -155,8 +156,7 @@ def evaluation_tables(results: Sequence[Result], models: Sequence[PlotModel]) ->
         lines = []
         for model in models:
             cells = {
-                r.column: Cell(format_result(r), r.value, low=r.low, high=r.high)
-                for r in select(own, model=model.name)
+                r.column: Cell(format_result(r), r.value, low=r.low, high=r.high) for r in select(own, model=model.name)
             }
             if cells:
                 name = Cell(model.label, color=None if model.mixer is None else color(model.mixer))
