@@ -9,7 +9,7 @@ from subquad.modeling.linearize import linearize
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import needs_extra
 
-SINKS = 4
+WINDOW, SINKS = 512, 4
 
 
 def int8_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
@@ -28,6 +28,6 @@ def int8_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
     return quantized
 
 
-def windowed_teacher(teacher: PreTrainedModel, window: int, sinks: int = SINKS) -> SubquadForCausalLM:
+def windowed_teacher(teacher: PreTrainedModel, window: int = WINDOW, sinks: int = SINKS) -> SubquadForCausalLM:
     """The teacher with all attention limited to the last `window` tokens and the first `sinks` (arXiv 2309.17453)."""
     return linearize(teacher, layer_types={"default": {"mixer": "attention", "window": window, "sinks": sinks}}).eval()

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.data import token_rows
 from subquad.data.packing import PackedDataset
-from subquad.evaluate.baselines import SINKS, int8_teacher, windowed_teacher
+from subquad.evaluate.baselines import SINKS, WINDOW, int8_teacher, windowed_teacher
 from subquad.evaluate.results import Result, label_results
 from subquad.evaluate.suites import Settings
 from subquad.modeling.teachers import load_teacher, resolve_reference
@@ -91,13 +91,11 @@ def load_eval_model(reference: str, name: str | None = None) -> EvalModel:
 class Evaluation:
     """What a suite measures, and where it stores what it has measured.
 
-    Args:
-        output: a directory; jobs whose outcome it holds are not computed again. None: nothing is written.
-        figures: whether suites that have figures draw them into `output`/figures.
+    output: a directory; jobs whose outcome it holds are not computed again. None: nothing is written. figures: whether
+    suites that have figures draw them into `output`/figures.
 
-    Attributes:
-        models: the students, the teacher and, with `settings.baselines`, the baseline models.
-        failed: the error messages of failed jobs by job name.
+    `models` are the students, the teacher and, with `settings.baselines`, the baseline models; `failed` has the error
+    messages of failed jobs by job name.
 
     Raises:
         UserError: models that cannot be compared (`check_models`).
@@ -115,12 +113,9 @@ class Evaluation:
         self.students, self.teacher, self.settings = list(students), teacher, settings
         self.output = None if output is None else Path(output)
         self.figures = self.output / "figures" if self.output is not None and figures else None
-        self.models = list(students)
-        if teacher is not None:
-            self.models += [
-                teacher,
-                *(baseline_models(teacher, settings.baseline_window) if settings.baselines else []),
-            ]
+        self.models = [*students, *([] if teacher is None else [teacher])]
+        if teacher is not None and settings.baselines:
+            self.models += baseline_models(teacher)
         self.outcomes: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
         self._cache: dict[tuple[int, Any], Any] = {}
@@ -249,10 +244,9 @@ def check_models(models: Sequence[EvalModel], teacher: EvalModel | None) -> None
             )
 
 
-def baseline_models(teacher: EvalModel, window: int) -> list[EvalModel]:
-    """The teacher in int8, and with sliding-window attention of `window` tokens."""
-    windowed = windowed_teacher(teacher.model, window)
+def baseline_models(teacher: EvalModel) -> list[EvalModel]:
+    """The teacher in int8, and with sliding-window attention."""
+    models = {"int8": int8_teacher, f"window {WINDOW}+{SINKS}": windowed_teacher}
     return [
-        replace(teacher, name=f"{teacher.name}, int8", model=int8_teacher(teacher.model)),
-        replace(teacher, name=f"{teacher.name}, window {window}+{SINKS}", model=windowed),
+        replace(teacher, name=f"{teacher.name}, {name}", model=make(teacher.model)) for name, make in models.items()
     ]

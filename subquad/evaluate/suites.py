@@ -7,6 +7,7 @@ A suite is a function of an `Evaluation` and one of its models that returns the 
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,6 @@ class Settings:
     """Directory of task definitions for lm-eval (its `--include_path`)."""
     limit: int | None = None
     """Maximum number of items per task."""
-    batch_size: int = 16
     prompts: int = 64
     """Number of validation rows whose beginning is continued."""
     prompt_tokens: int = 64
@@ -69,8 +69,6 @@ class Settings:
     """Lengths with a longer expected prefill are skipped."""
     baselines: bool = False
     """Also measure the teacher in int8 and with a sliding window."""
-    baseline_window: int = 512
-    """Tokens of that window."""
     recall_lengths: tuple[int, ...] = (128, 256, 512)
     """Context lengths of the recall tasks."""
     recall_items: int = 8
@@ -139,35 +137,28 @@ def language_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
     return language_results(e.text_name, torch.tensor(found, dtype=torch.float64), baseline)
 
 
-def task_scores(
-    e: "Evaluation", model: "EvalModel | None", suite: str, task: Task, limit: int | None
+def task_result(
+    e: "Evaluation", suite: str, model: "EvalModel | None", task: Task, limit: int | None
 ) -> TaskResult | None:
-    """The result of a task; None without a model, or if the task fails."""
+    """None without a model, or if the task fails."""
     if model is None:
         return None
-    options: dict[str, Any] = {"batch_size": e.settings.batch_size, "include": e.settings.include}
-    outcome = e.outcome(
-        f"{suite} {task.name}",
-        model,
-        (task.key, limit),
-        lambda: asdict(zero_shot(model.model, model.tokenizer, task, limit=limit, **options)),
-    )
+    run = partial(zero_shot, model.model, model.tokenizer, task, limit=limit, include=e.settings.include)
+    outcome = e.outcome(f"{suite} {task.name}", model, (task.key, limit), lambda: asdict(run()))
     return None if outcome is None else TaskResult.from_dict(outcome)
 
 
 def zero_shot_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
     results: list[Result] = []
-    scores: dict[str, TaskScores] = {}
+    pairs: dict[str, TaskScores] = {}
     for task in e.settings.tasks:
-        found, reference = (task_scores(e, m, "zero-shot", task, e.settings.limit) for m in (model, e.teacher))
-        if found is not None:
-            results += [*found.results, Result(task.name, "chance", found.chance, n=len(found.scores))]
-            if reference is not None and found.scores:
-                own, others = (torch.tensor(one.scores, dtype=torch.float64) for one in (found, reference))
-                scores[task.name] = TaskScores(own, others, found.chance)
-    for name, pair in scores.items():
-        results += accuracy_results(name, pair)
-    return results + summary_results(scores)
+        own, reference = (task_result(e, "zero-shot", one, task, e.settings.limit) for one in (model, e.teacher))
+        if own is not None:
+            results += [*own.results, Result(task.name, "chance", own.chance, n=len(own.scores))]
+            if reference is not None and own.scores:
+                pairs[task.name] = TaskScores(own.scores, reference.scores, own.chance)
+                results += accuracy_results(task.name, pairs[task.name])
+    return results + summary_results(pairs)
 
 
 def generation_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
@@ -185,12 +176,12 @@ def generation_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
     own, reference = written(model), None if e.teacher is None else written(e.teacher)
     if own is not None:
         results += generation.repetition_results(e.text_name, own)
-        if reference is not None:
-            results += generation.agreement_results(e.text_name, own, reference)
+    if own is not None and reference is not None:
+        results += generation.agreement_results(e.text_name, own, reference)
     for task in s.tasks:
-        if task.generated is not None:
-            found = task_scores(e, model, "generation", task.generated, s.lastword_items)
-            results += [] if found is None else [mean(task.name, "acc_generated", torch.tensor(found.scores))]
+        found = task.generated and task_result(e, "generation", model, task.generated, s.lastword_items)
+        if found is not None:
+            results.append(mean(task.name, "acc_generated", torch.tensor(found.scores)))
     return results
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,15 +15,16 @@ TOLERANCES = (0.0, 0.01, 0.02, 0.05, 0.1)
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of student and teacher on the same items, `[n]` each, and the expected score of guessing."""
+    """Scores of student and teacher on the same items, and the expected score of guessing."""
 
-    student: Tensor
-    teacher: Tensor
+    student: Sequence[float]
+    teacher: Sequence[float]
     chance: float
 
+    @cached_property
     def columns(self) -> Tensor:
-        """`[n, 3]`: student, teacher, ones."""
-        return torch.stack([self.student.double(), self.teacher.double(), torch.ones(len(self.student)).double()], 1)
+        """`[n, 3]`, float64: student, teacher, ones."""
+        return torch.tensor([self.student, self.teacher, [1.0] * len(self.student)], dtype=torch.float64).T
 
     def ratio_above_chance(self, sums: Tensor) -> Tensor:
         """(student - chance) / (teacher - chance) from sums of the columns."""
@@ -32,14 +34,14 @@ class TaskScores:
     @property
     def teacher_above_chance(self) -> bool:
         """Whether the teacher's accuracy exceeds chance by more than two standard errors."""
-        teacher = self.teacher.double()
-        return len(teacher) > 1 and bool(teacher.mean() - self.chance > 2 * teacher.std() / len(teacher) ** 0.5)
+        scores = self.columns[:, 1]
+        return len(scores) > 1 and bool(scores.mean() - self.chance > 2 * scores.std() / len(scores) ** 0.5)
 
 
 def accuracy_results(task: str, scores: TaskScores) -> list[Result]:
     """`accuracy_ratio` (student / teacher), `accuracy_ratio_above_chance`, `difference` (student - teacher), each with
     an interval by paired bootstrap, and `teacher_above_chance` (0 or 1)."""
-    columns = scores.columns()
+    columns = scores.columns
     return [
         estimate(task, "accuracy_ratio", columns, lambda s: s[..., 0] / s[..., 1]),
         estimate(task, "accuracy_ratio_above_chance", columns, scores.ratio_above_chance),
@@ -57,15 +59,14 @@ def summary_results(tasks: Mapping[str, TaskScores]) -> list[Result]:
     results = []
     known = [scores for scores in tasks.values() if scores.teacher_above_chance]
     if known:
-        ratios = [float(scores.ratio_above_chance(scores.columns().sum(0))) for scores in known]
-        drawn = [s.ratio_above_chance(resampled_sums(s.columns(), seed)) for seed, s in enumerate(known)]
+        ratios = [float(scores.ratio_above_chance(scores.columns.sum(0))) for scores in known]
+        drawn = [s.ratio_above_chance(resampled_sums(s.columns, seed)) for seed, s in enumerate(known)]
         mean, interval = sum(ratios) / len(ratios), spread(torch.stack(drawn).mean(0))
         results.append(Result(ALL_TASKS, "accuracy_ratio_above_chance", mean, n=len(known), **interval))
-    pairs = [(float(pair.student.mean()), float(pair.teacher.mean())) for pair in tasks.values()]
-    rates = [(f"win_and_tie@{t:g}", win_and_tie_rate(pairs, t)) for t in TOLERANCES] if pairs else []
-    return results + [Result(ALL_TASKS, metric, rate, n=len(pairs)) for metric, rate in rates]
-
-
-def win_and_tie_rate(pairs: Sequence[tuple[float, float]], tolerance: float) -> float:
-    """The share of (student, teacher) task scores with student >= (1 - tolerance) teacher (arXiv 2603.15590)."""
-    return sum(student >= (1 - tolerance) * teacher for student, teacher in pairs) / len(pairs)
+    if not tasks:
+        return results
+    students, teachers, _ = torch.stack([scores.columns.mean(0) for scores in tasks.values()]).unbind(1)
+    for tolerance in TOLERANCES:  # win-and-tie rate, arXiv 2603.15590
+        rate = (students >= (1 - tolerance) * teachers).double().mean()
+        results.append(Result(ALL_TASKS, f"win_and_tie@{tolerance:g}", float(rate), n=len(tasks)))
+    return results

@@ -42,8 +42,8 @@ def test_one_unit_has_no_interval_and_none_is_refused():
 
 @pytest.fixture
 def scores():
-    teacher = torch.tensor([1.0] * 80 + [0.0] * 20)
-    student = torch.tensor([1.0] * 65 + [0.0] * 35)
+    teacher = [1.0] * 80 + [0.0] * 20
+    student = [1.0] * 65 + [0.0] * 35
     return TaskScores(student, teacher, chance=0.5)
 
 
@@ -64,17 +64,15 @@ def test_model_compared_with_itself(scores):
 
 def test_paired_intervals_are_narrow():
     """Errors on the same items leave almost no uncertainty about the difference."""
-    teacher = torch.tensor([1.0, 0.0] * 200)
-    student = teacher.clone()
-    student[0] = 0
-    pairs = TaskScores(student, teacher, 0.0), TaskScores(student.roll(1), teacher, 0.0)
+    teacher = [1.0, 0.0] * 200
+    student = [0.0, *teacher[1:]]
+    pairs = TaskScores(student, teacher, 0.0), TaskScores([0.0, *student[:-1]], teacher, 0.0)
     paired, unpaired = (select_one(accuracy_results("task", pair), metric="difference").stderr for pair in pairs)
     assert paired < unpaired / 10
 
 
 def test_mean_excludes_tasks_with_the_teacher_at_chance(scores):
-    guessing = torch.tensor([1.0, 0.0] * 50)
-    unknown = TaskScores(1 - guessing, guessing, 0.5)
+    unknown = TaskScores([0.0, 1.0] * 50, [1.0, 0.0] * 50, 0.5)
     results = summary_results({"known": scores, "unknown": unknown})
     found = select_one(results, metric="accuracy_ratio_above_chance")
     assert found.n == 1
@@ -86,7 +84,7 @@ def test_mean_excludes_tasks_with_the_teacher_at_chance(scores):
 
 def test_win_and_tie_rate_at_tolerances():
     means = [(0.5, 0.5), (0.96, 1.0), (0.2, 0.4), (0.6, 0.5)]
-    tasks = {str(pair): TaskScores(*(torch.full((2,), mean) for mean in pair), 0.0) for pair in means}
+    tasks = {str(pair): TaskScores(*([mean] * 2 for mean in pair), 0.0) for pair in means}
     rates = {result.metric: result.value for result in summary_results(tasks) if "@" in result.metric}
     assert rates == {f"win_and_tie@{t}": 0.5 if t < 0.05 else 0.75 for t in (0, 0.01, 0.02, 0.05, 0.1)}
 
