@@ -76,7 +76,14 @@ def find_tasks(names: Sequence[str] | None, data: Path | None, include: Path | N
         UserError: a name that is neither a file in `data` nor a task of lm-eval; a file that cannot be read; lm-eval is
             not installed.
     """
-    files = {} if data is None else local_files(data)
+    files = {}
+    if data is not None:
+        if not data.is_dir():
+            raise UserError(f"data: {str(data)!r} is not a directory, expected one with files NAME.jsonl(.gz)")
+        found = sorted([*data.glob("*.jsonl"), *data.glob("*.jsonl.gz")])
+        if not found:
+            raise UserError(f"data: {str(data)!r} holds no NAME.jsonl or NAME.jsonl.gz")
+        files = {file.name.partition(".jsonl")[0]: file for file in found}
     chosen = names or list(files) or HUB_TASKS
     others = [name for name in chosen if name not in files]
     known = task_manager(include, bool(others)).all_tasks
@@ -84,16 +91,6 @@ def find_tasks(names: Sequence[str] | None, data: Path | None, include: Path | N
         if name not in known:
             raise UserError(f"tasks: got {name!r}{nearest(name, [*files, *known])[:200]}")
     return [local_task(name, files[name]) if name in files else Task(name) for name in chosen]
-
-
-def local_files(data: Path) -> dict[str, Path]:
-    """The files of tasks in a directory, by the task's name."""
-    if not data.is_dir():
-        raise UserError(f"data: {str(data)!r} is not a directory, expected one with files NAME.jsonl or NAME.jsonl.gz")
-    files = sorted([*data.glob("*.jsonl"), *data.glob("*.jsonl.gz")])
-    if not files:
-        raise UserError(f"data: {str(data)!r} holds no NAME.jsonl or NAME.jsonl.gz")
-    return {file.name.partition(".jsonl")[0]: file for file in files}
 
 
 def local_task(name: str, file: Path) -> Task:

@@ -115,7 +115,9 @@ class Evaluation:
         self.figures = self.output / "figures" if self.output is not None and figures else None
         self.models = [*students, *([] if teacher is None else [teacher])]
         if teacher is not None and settings.baselines:
-            self.models += baseline_models(teacher)
+            makers = {"int8": int8_teacher, f"window {WINDOW}+{SINKS}": windowed_teacher}
+            for name, make in makers.items():
+                self.models.append(replace(teacher, name=f"{teacher.name}, {name}", model=make(teacher.model)))
         self.outcomes: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
         self._cache: dict[tuple[int, Any], Any] = {}
@@ -128,20 +130,23 @@ class Evaluation:
         job = f"{name}: {model.name}"
         if job in self.outcomes or job in self.failed:
             return self.outcomes.get(job)
-        file = None if self.output is None else self.output / "jobs" / f"{job_key(job, model, *dependencies)}.json"
+        file = None
+        if self.output is not None:
+            key = [job, versions(), model, *dependencies]
+            everything = json.dumps(key, sort_keys=True, default=lambda value: getattr(value, "key", str(value)))
+            file = self.output / "jobs" / f"{hashlib.sha256(everything.encode()).hexdigest()[:16]}.json"
         stored = file is not None and file.exists()
         logger.info("%s%s", job, ": finished already" if stored else "")
         try:
-            outcome = json.loads(file.read_text())["outcome"] if file is not None and stored else compute()
+            self.outcomes[job] = json.loads(file.read_text())["outcome"] if file is not None and stored else compute()
         except UserError as error:
             self.failed[job] = str(error)
             logger.warning("%s failed: %s", job, error)
             return None
-        self.outcomes[job] = outcome
         if file is not None and not stored:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(file, {"job": job, "outcome": outcome})
-        return outcome
+            write_json_atomic(file, {"job": job, "outcome": self.outcomes[job]})
+        return self.outcomes[job]
 
     def results(
         self, name: str, model: EvalModel, dependencies: Sequence[Any], compute: Callable[[], Iterable[Result]]
@@ -176,16 +181,6 @@ class Evaluation:
     def validation_ids(self, model: EvalModel, tokens: int) -> Tensor:
         """The token ids of these rows, `[rows, text.seq_len]`."""
         return torch.stack([row["input_ids"] for row in self.validation_rows(model, tokens)])
-
-
-def job_key(job: str, *dependencies: Any) -> str:
-    """The name of a job's file: a hash of name, versions and dependencies."""
-
-    def describe(value: Any) -> str:
-        return value.key if isinstance(value, EvalModel) else str(value)
-
-    text = json.dumps([job, versions(), *dependencies], sort_keys=True, default=describe)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def evaluate(
@@ -235,18 +230,11 @@ def check_models(models: Sequence[EvalModel], teacher: EvalModel | None) -> None
     names = [model.name for model in [*models, *([] if teacher is None else [teacher])]]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"models: got {repeated[0]!r} twice, expected different names")
-    for model in [] if teacher is None else models:
-        sizes = teacher.vocab_size, model.vocab_size
-        if sizes[0] != sizes[1] or model.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+    if teacher is None:
+        return
+    for model in models:
+        if model.vocab_size != teacher.vocab_size or model.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
             raise UserError(
-                f"teacher: {teacher.name!r} and {model.name!r} have different vocabularies ({sizes[0]} and {sizes[1]} "
-                f"tokens); expected the teacher that {model.name!r} was made from"
+                f"teacher: {teacher.name!r} and {model.name!r} have different vocabularies ({teacher.vocab_size} and "
+                f"{model.vocab_size} tokens); expected the teacher that {model.name!r} was made from"
             )
-
-
-def baseline_models(teacher: EvalModel) -> list[EvalModel]:
-    """The teacher in int8, and with sliding-window attention."""
-    models = {"int8": int8_teacher, f"window {WINDOW}+{SINKS}": windowed_teacher}
-    return [
-        replace(teacher, name=f"{teacher.name}, {name}", model=make(teacher.model)) for name, make in models.items()
-    ]

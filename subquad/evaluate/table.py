@@ -4,16 +4,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from subquad.evaluate.results import ALL_TASKS, Result
+from subquad.evaluate.results import ALL_TASKS, Result, select
 
 MAX_COLUMNS = 7
 """Columns side by side; further ones are printed below."""
 
-BYTES = ("peak_bytes", "cache_bytes")
-SECONDS = ("prefill_seconds", "seconds_per_token")
 SHARES = ("acc", "chance", "recovered_share", "same_continuation", "degenerate_rate", "repetition")
 """Beginnings of metrics that are printed in percent."""
-HIDDEN = ("loss", "teacher_above_chance", "difference")
 METRIC_LABELS = {
     "acc": "accuracy",
     "acc_norm": "accuracy (length-normalized)",
@@ -36,26 +33,27 @@ METRIC_LABELS = {
 
 def in_tables(result: Result) -> bool:
     """Whether a result is shown in tables: it is of the whole model, and not a secondary number."""
-    per_task_ratio = result.metric == "accuracy_ratio_above_chance" and result.task != ALL_TASKS
-    return result.layer is None and result.depth is None and result.metric not in HIDDEN and not per_task_ratio
+    secondary = ["loss", "teacher_above_chance", "difference"]
+    secondary += ["accuracy_ratio_above_chance"] if result.task != ALL_TASKS else []
+    return result.layer is None and result.depth is None and result.metric not in secondary
 
 
 def format_tables(results: Sequence[Result]) -> str:
-    """A table for each task. A cell is a value and its standard error, `23.1 ±0.4`."""
+    """A table for each task: a line per model, a column per metric, length and batch size."""
     shown = [result for result in results if in_tables(result) and not result.metric.startswith("mass_")]
-    tasks = dict.fromkeys(result.task for result in shown)
-    return "\n\n".join(f"{task}\n{task_table([r for r in shown if r.task == task])}" for task in tasks)
-
-
-def task_table(results: Sequence[Result]) -> str:
-    """The results of one task: a line per model, a column per metric, length and batch size."""
-    columns = list(dict.fromkeys(result.column for result in results))
-    lines = [["", *(column_title(*column) for column in columns)]]
-    for model in dict.fromkeys(result.model for result in results):
-        cells = {result.column: format_result(result) for result in results if result.model == model}
-        lines.append([model, *(cells.get(column, "") for column in columns)])
-    parts = range(1, len(lines[0]), MAX_COLUMNS)
-    return "\n\n".join(text_table([[line[0], *line[i : i + MAX_COLUMNS]] for line in lines]) for i in parts)
+    tables = []
+    for task in dict.fromkeys(result.task for result in shown):
+        own = select(shown, task=task)
+        columns = list(dict.fromkeys(result.column for result in own))
+        lines = [["", *(column_title(*column) for column in columns)]]
+        for model in dict.fromkeys(result.model for result in own):
+            cells = {result.column: format_result(result) for result in select(own, model=model)}
+            lines.append([model, *(cells.get(column, "") for column in columns)])
+        parts = [
+            [[line[0], *line[i : i + MAX_COLUMNS]] for line in lines] for i in range(1, len(lines[0]), MAX_COLUMNS)
+        ]
+        tables.append(f"{task}\n" + "\n\n".join(map(text_table, parts)))
+    return "\n\n".join(tables)
 
 
 def column_title(metric: str, length: int | None = None, batch: int | None = None) -> str:
@@ -77,9 +75,9 @@ def format_result(result: Result) -> str:
 
 def value_formatter(metric: str) -> Callable[[float], str]:
     """How values of a metric are printed: bytes, seconds, percent, or a number."""
-    if metric in BYTES:
+    if metric in ("peak_bytes", "cache_bytes"):
         return lambda x: f"{x / 2**20:,.1f} MiB"
-    if metric in SECONDS:
+    if metric in ("prefill_seconds", "seconds_per_token"):
         return lambda x: f"{1e3 * x:,.1f} ms" if x < 1 else f"{x:,.2f} s"
     if metric.startswith(SHARES) or metric.endswith("agreement") or "@" in metric:
         return lambda x: f"{x:.1%}"
