@@ -60,7 +60,7 @@ class TaskResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TaskResult":
         """From `dataclasses.asdict`."""
-        return cls(**{**values, "results": [Result.from_dict(result) for result in values["results"]]})
+        return cls([Result(**result) for result in values["results"]], values["scores"], values["chance"])
 
 
 # ---------------------------------------------------------------------- tasks

@@ -55,10 +55,6 @@ class Result:
         values = {"model": self.model, "teacher": self.teacher, **asdict(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Result":
-        return cls(**values)
-
 
 def label_results(model: str, teacher: str | None, results: Iterable[Result]) -> list[Result]:
     """The results with the fields `model` and `teacher` set."""

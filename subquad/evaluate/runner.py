@@ -153,7 +153,7 @@ class Evaluation:
     ) -> list[Result]:
         """As `outcome`, of results; none if the job fails."""
         outcome = self.outcome(name, model, dependencies, lambda: [result.as_dict() for result in compute()])
-        return [Result.from_dict(result) for result in outcome or ()]
+        return [Result(**result) for result in outcome or ()]
 
     @property
     def text_key(self) -> dict[str, Any]:

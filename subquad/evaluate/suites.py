@@ -179,7 +179,8 @@ def generation_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
     if own is not None and reference is not None:
         results += generation.agreement_results(e.text_name, own, reference)
     for task in s.tasks:
-        found = task.generated and task_result(e, "generation", model, task.generated, s.lastword_items)
+        words = task.generated
+        found = None if words is None else task_result(e, "generation", model, words, s.lastword_items)
         if found is not None:
             results.append(mean(task.name, "acc_generated", torch.tensor(found.scores)))
     return results
@@ -211,4 +212,4 @@ def efficiency_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
         return {name: [result.as_dict() for result in results] for name, results in found.items()}
 
     outcome = e.outcome(TASK, e.models[0], ([(one.name, one) for one in e.models], *options), measure)
-    return [Result.from_dict(result) for result in outcome[model.name]] if outcome else []
+    return [Result(**result) for result in outcome[model.name]] if outcome else []

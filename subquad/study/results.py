@@ -108,7 +108,7 @@ def evaluation_results(output: Path) -> list[Result]:
     results: dict[tuple[Any, ...], Result] = {}
     for path in sorted(output.glob(f"evaluation*/{RESULTS}")):
         for values in (read_json(path) or {}).get("results", []):
-            result = Result.from_dict(values)
+            result = Result(**values)
             results.setdefault(result.key, result)
     return list(results.values())
 

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,10 +40,15 @@ def workspace(tmp_path_factory):
     return directory
 
 
-def arguments(workspace, *more, models=("student",)):
-    names = [str(workspace / name) for name in models]
-    text = ["--corpus", str(workspace / "text.txt"), "--lengths", "8,32"]
-    return ["eval", *names, "--teacher", str(workspace / "teacher"), *text, *more]
+def arguments(workspace, *more, corpus="text.txt", lengths="8,32"):
+    text = ["--corpus", str(workspace / corpus), "--lengths", lengths]
+    return ["eval", str(workspace / "student"), "--teacher", str(workspace / "teacher"), *text, *more]
+
+
+def read(output):
+    """The header and the results of an output directory."""
+    found = json.loads((output / "results.json").read_text())
+    return found, [Result(**values) for values in found["results"]]
 
 
 def assert_documented(metrics, page):
@@ -52,10 +59,9 @@ def assert_documented(metrics, page):
 
 def test_quick_evaluation_writes_results(workspace, tmp_path, capsys):
     assert cli.main(arguments(workspace, "--data", str(workspace / "items"), "--output", str(tmp_path / "out"))) == 0
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {"versions", "device", "recipe", "results"} <= set(results)
-    assert results["jobs"]["complete"]
-    found = [Result.from_dict(values) for values in results["results"]]
+    header, found = read(tmp_path / "out")
+    assert {"versions", "device", "recipe"} <= set(header)
+    assert header["jobs"]["complete"]
     assert {result.model for result in found} == {"student", "teacher"}
     of_teacher = select(found, model="teacher")
     assert select_one(of_teacher, metric="kl").value == 0
@@ -63,20 +69,9 @@ def test_quick_evaluation_writes_results(workspace, tmp_path, capsys):
     assert select_one(of_teacher, task="text.txt", metric="recovered_share").value == 1
     assert select_one(found, model="student", metric="kl").value > 0.01
     metrics = {result.metric for result in found}
-    assert {
-        "perplexity",
-        "bits_per_byte",
-        "top5_agreement",
-        "acc",
-        "acc_generated",
-        "chance",
-        "common_prefix",
-        "degenerate_rate",
-        "perplexity_by_position",
-        "prefill_seconds",
-        "seconds_per_token",
-        "cache_bytes",
-    } <= metrics
+    expected = {"perplexity", "bits_per_byte", "top5_agreement", "acc", "acc_generated", "chance", "common_prefix"}
+    expected |= {"degenerate_rate", "perplexity_by_position", "prefill_seconds", "seconds_per_token", "cache_bytes"}
+    assert expected <= metrics
     assert_documented(metrics, "evaluation.md")
     shown = capsys.readouterr().out
     assert "text.txt" in shown
@@ -85,19 +80,10 @@ def test_quick_evaluation_writes_results(workspace, tmp_path, capsys):
 
 def test_recall_diagnostics_and_figures(workspace, tmp_path, capsys):
     (workspace / "long.txt").write_text((workspace / "text.txt").read_text() * 2)
-    args = [
-        "eval",
-        str(workspace / "student"),
-        "--teacher",
-        str(workspace / "teacher"),
-        "--corpus",
-        str(workspace / "long.txt"),
-    ]
-    args += ["--suite", "recall,diagnostics", "--lengths", "128", "--output", str(tmp_path / "out"), "--figures"]
-    assert cli.main(args) == 0
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["jobs"]["failed"] == {}
-    found = [Result.from_dict(values) for values in results["results"]]
+    more = ["--suite", "recall,diagnostics", "--output", str(tmp_path / "out"), "--figures"]
+    assert cli.main(arguments(workspace, *more, corpus="long.txt", lengths="128")) == 0
+    header, found = read(tmp_path / "out")
+    assert header["jobs"]["failed"] == {}
     of_teacher = select(found, model="teacher", layer=None, head=None)
     assert select_one(of_teacher, metric="topk_mass_overlap").value == 1
     of_student = select(found, model="student", layer=None, head=None)
@@ -117,14 +103,6 @@ def test_recall_diagnostics_and_figures(workspace, tmp_path, capsys):
     assert "top-k mass overlap" in capsys.readouterr().out
 
 
-def test_json_is_the_only_output(workspace, capsys):
-    assert cli.main(arguments(workspace, "--suite", "language", "--json")) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (
-        select_one([Result.from_dict(row) for row in found["results"]], model="student", metric="perplexity").value > 1
-    )
-
-
 def test_finished_jobs_are_not_computed_again(workspace, tmp_path, monkeypatch, capsys):
     """After an interruption in the second job, the first is reused, and the results equal those of one run."""
     calls = []
@@ -139,17 +117,14 @@ def test_finished_jobs_are_not_computed_again(workspace, tmp_path, monkeypatch, 
     monkeypatch.setattr(suites.long_context, "position_losses", interrupted)
     args = arguments(workspace, "--suite", "long", "--output", str(tmp_path / "out"))
     assert cli.main(args) == 130
-    partial = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert partial["jobs"] == {"complete": False, "finished": 1, "failed": {}}
+    assert read(tmp_path / "out")[0]["jobs"] == {"complete": False, "finished": 1, "failed": {}}
     monkeypatch.setattr(suites.long_context, "position_losses", original)
     assert cli.main(args) == 0
     shown = capsys.readouterr().out
     assert "long context: student: finished already" in shown
     assert "long context: teacher: finished already" not in shown
-    whole = arguments(workspace, "--suite", "long", "--output", str(tmp_path / "whole"))
-    assert cli.main(whole) == 0
-    results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("out", "whole")]
-    assert results[0] == results[1]
+    assert cli.main(arguments(workspace, "--suite", "long", "--output", str(tmp_path / "whole"))) == 0
+    assert read(tmp_path / "out")[1] == read(tmp_path / "whole")[1]
 
 
 def few_tokens(workspace):
@@ -165,9 +140,10 @@ def perplexity(model, settings, output):
 def test_changed_model_is_evaluated_again(workspace, tmp_path):
     teacher, tokenizer = subquad.load_teacher(workspace / "teacher")
     other, settings = subquad.linearize(teacher, "gla"), few_tokens(workspace)
-    first = perplexity(EvalModel("it", teacher, tokenizer, ("a",)), settings, tmp_path)
-    assert perplexity(EvalModel("it", other, tokenizer, ("a",)), settings, tmp_path) == first  # the stored outcome
-    assert perplexity(EvalModel("it", other, tokenizer, ("b",)), settings, tmp_path) != first
+    cases = ((teacher, "a"), (other, "a"), (other, "b"))
+    models = [EvalModel("it", model, tokenizer, (identity,)) for model, identity in cases]
+    first, stored, new = (perplexity(model, settings, tmp_path) for model in models)
+    assert first == stored != new
 
 
 def test_models_in_memory_are_known_by_their_content(workspace, tmp_path, monkeypatch):
@@ -204,10 +180,7 @@ def test_rows_of_two_tokenizers_in_memory_are_not_mixed_up(workspace):
 
 
 def test_identity_depends_on_the_files(workspace, tmp_path):
-    import shutil
-
-    directory = tmp_path / "student"
-    shutil.copytree(workspace / "student", directory)
+    directory = shutil.copytree(workspace / "student", tmp_path / "student")
     before = load_eval_model(str(directory)).identity
     assert load_eval_model(str(directory)).identity == before
     student = subquad.linearize(subquad.load_teacher(workspace / "teacher")[0], "retnet")
@@ -251,27 +224,17 @@ def test_different_vocabulary_is_refused(workspace):
 
 
 def test_teacher_and_text_come_from_the_students_recipe(workspace, tmp_path):
-    recipe = (workspace / "recipe.yaml").read_text()
-    (workspace / "student" / "recipe.yaml").write_text(recipe)
-    try:
-        report = command.run([str(workspace / "student")], suites=["language"])
-    finally:
-        (workspace / "student" / "recipe.yaml").unlink()
+    student = shutil.copytree(workspace / "student", tmp_path / "student")
+    shutil.copy(workspace / "recipe.yaml", student)
+    report = command.run([str(student)], suites=["language"])
     assert {result.teacher for result in report.results} == {"teacher"}
     assert report.header["recipe"]["teacher"] == str(workspace / "teacher")
 
 
 def test_failed_job_leaves_the_others(workspace, monkeypatch):
-    def broken(*args, **kwargs):
-        raise UserError("no hub here")
-
-    monkeypatch.setattr(suites, "zero_shot", broken)
-    report = command.run(
-        [str(workspace / "student")],
-        suites=["language", "zero-shot"],
-        corpus=str(workspace / "text.txt"),
-        data=str(workspace / "items"),
-    )
+    monkeypatch.setattr(suites, "zero_shot", Mock(side_effect=UserError("no hub here")))
+    options = {"corpus": str(workspace / "text.txt"), "data": str(workspace / "items")}
+    report = command.run([str(workspace / "student")], suites=["language", "zero-shot"], **options)
     assert report.failed == {"zero-shot last: student": "no hub here"}
     assert select(report.results, metric="perplexity")
     assert "no hub here" in report.table()
@@ -329,16 +292,15 @@ def test_column_titles_are_readable():
     assert column_title("accuracy_ratio_above_chance") == "accuracy ratio above chance"
 
 
-def test_several_students_with_one_teacher(workspace, tmp_path, capsys):
-    student = subquad.linearize(subquad.load_teacher(workspace / "teacher")[0], "retnet")
-    student.save_pretrained(tmp_path / "other")
-    subquad.load_teacher(workspace / "teacher")[1].save_pretrained(tmp_path / "other")
-    torch.manual_seed(0)
-    args = ["eval", str(workspace / "student"), str(tmp_path / "other"), "--teacher", str(workspace / "teacher")]
-    assert cli.main([*args, "--corpus", str(workspace / "text.txt"), "--suite", "language"]) == 0
-    shown = capsys.readouterr().out
-    for name in ("student", "other", "teacher"):
-        assert name in shown
+def test_several_students_with_one_teacher_and_json_as_the_only_output(workspace, tmp_path, capsys):
+    teacher, tokenizer = subquad.load_teacher(workspace / "teacher")
+    subquad.linearize(teacher, "retnet").save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    command, *more = arguments(workspace, "--suite", "language", "--json")
+    assert cli.main([command, str(tmp_path / "other"), *more]) == 0
+    found = select([Result(**row) for row in json.loads(capsys.readouterr().out)["results"]], metric="perplexity")
+    assert [result.model for result in found] == ["other", "student", "teacher"]
+    assert all(result.value > 1 for result in found)
 
 
 def test_limit_without_tasks_names_what_is_left_out(caplog):

@@ -36,7 +36,7 @@ def our_prompts(kind, tokenizer, monkeypatch):
     depths = [i / (ITEMS - 1) for i in range(ITEMS)]
     for item in make_items(f"needle_{kind}_repeated", source, LENGTH, depths, 1):
         (question,) = item.questions
-        prompt = torch.cat([item.context, question.query])
+        prompt = item.context + question.query
         key = re.search(r"of the (\S+) is", tokenizer.decode(question.query))[1]
         yield tokenizer.decode(prompt), key, tokenizer.decode(question.answer).strip(), len(prompt)
 

@@ -101,7 +101,7 @@ def test_results_round_trip_through_dicts():
         "stderr": 0.1,
         "length": 512,
     }
-    assert Result.from_dict(named.as_dict()) == named
+    assert Result(**named.as_dict()) == named
     assert select([named], model="gla", length=512) == [named]
     with pytest.raises(LookupError, match="0 results"):
         select_one([named], metric="kl")
