@@ -64,8 +64,6 @@ def run(
         given = tuple(lengths)
         settings = replace(settings, lengths=given, cost_lengths=given, recall_lengths=given)
     if limit is not None:
-        if limit < 1:
-            raise UserError(f"limit: got {limit}, expected at least 1")
         settings = replace(settings, limit=limit)
     check_output(output)
     if figures and output is None:
