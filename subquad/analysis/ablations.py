@@ -37,11 +37,7 @@ def mean_loss(model: PreTrainedModel, rows: Tensor) -> float:
 
 
 def ablation_results(
-    model: PreTrainedModel,
-    rows: Tensor,
-    score: Score = mean_loss,
-    metric: str = "loss",
-    window: int = 64,
+    model: PreTrainedModel, rows: Tensor, score: Score = mean_loss, metric: str = "loss", window: int = 64
 ) -> list[Result]:
     """A model's score on texts `rows: [N, T]` of token ids, intact and under each ablation that applies to it.
 

@@ -13,25 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.analysis.layer_access import (
-    LayerAccess,
-    Sums,
-    layer_access_pair,
-    layer_results,
-    run_on,
-    sums_by_layer,
-)
-from subquad.analysis.mixing_matrices import (
-    MatrixPairs,
-    chance_overlap,
-    comparison_statistics,
-    comparison_sums,
-    matrix_statistics,
-    matrix_sums,
-    normalized_abs_rows,
-    state_statistics,
-    state_sums,
-)
+from subquad.analysis import mixing_matrices as matrices
+from subquad.analysis.layer_access import LayerAccess, Sums, layer_access_pair, layer_results, run_on, sums_by_layer
+from subquad.analysis.mixing_matrices import MatrixPairs, normalized_abs_rows
 from subquad.evaluate.perplexity import prediction_sums
 from subquad.evaluate.results import Result
 from subquad.mixers import Mixer
@@ -74,10 +58,10 @@ def matrix_results(model: PreTrainedModel, rows: Tensor) -> list[Result]:
 
     def measure(index: int, recorded: LayerActivations) -> Iterator[Sums]:
         for first, M in matrix_chunks(access.mixer_layers[index], recorded):
-            yield matrix_sums(M, first)
+            yield matrices.matrix_sums(M, first)
 
     sums = sums_by_layer(rows, measure, (access, access.mixing_modules))
-    return layer_results("matrices", [matrix_statistics(layer) for layer in sums], rows.numel(), rows.shape[1])
+    return layer_results("matrices", [matrices.matrix_statistics(layer) for layer in sums], rows.numel(), rows.shape[1])
 
 
 def comparison_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor, top: int = 8) -> list[Result]:
@@ -97,12 +81,12 @@ def comparison_results(student: PreTrainedModel, teacher: PreTrainedModel, rows:
     def measure(index: int, recorded: LayerActivations) -> Iterator[Sums]:
         chunks = (matrix_chunks(access.mixer_layers[index], recorded) for access in (ours, theirs))
         for (first, M), (_, A) in zip(*chunks, strict=True):
-            yield comparison_sums(M, A, first, top)
+            yield matrices.comparison_sums(M, A, first, top)
 
     with eval_mode(student):
         sums = sums_by_layer(rows, measure, (theirs, theirs.mixing_modules))
-    results = layer_results("matrices", [comparison_statistics(layer) for layer in sums], rows.numel(), T)
-    chance = chance_overlap(T, top)
+    results = layer_results("matrices", [matrices.comparison_statistics(layer) for layer in sums], rows.numel(), T)
+    chance = matrices.chance_overlap(T, top)
     return [*results, Result("matrices", "topk_mass_overlap_chance", chance, n=rows.numel(), length=T)]
 
 
@@ -209,11 +193,13 @@ def hidden_state_results(student: PreTrainedModel, teacher: PreTrainedModel, row
         raise UserError(f"rows: got texts of {rows.shape[1]} token, expected at least 2 (the first is left out)")
 
     def measure(_index: int, a: LayerActivations, b: LayerActivations) -> Iterator[Sums]:
-        yield state_sums(a.output[0, 1:], b.output[0, 1:].to(student.device))
+        yield matrices.state_sums(a.output[0, 1:], b.output[0, 1:].to(student.device))
 
     pair = layer_access_pair(student, teacher)
     sums = sums_by_layer(rows, measure, *((access, access.decoder_layers) for access in pair))
-    return layer_results("states", [state_statistics(layer) for layer in sums], rows[:, 1:].numel(), rows.shape[1])
+    return layer_results(
+        "states", [matrices.state_statistics(layer) for layer in sums], rows[:, 1:].numel(), rows.shape[1]
+    )
 
 
 def output_error_results(student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> list[Result]:

@@ -183,14 +183,8 @@ def pack_pairs(pairs: MatrixPairs) -> list[dict[str, Any]]:
 
 
 def unpack_pairs(packed: Sequence[Mapping[str, Any]]) -> MatrixPairs:
-    def unpack(text: str, tokens: int) -> Tensor:
-        values = np.frombuffer(base64.b64decode(text), "<f2").astype(np.float32)
-        return torch.from_numpy(values).view(tokens, tokens)
+    def unpack(item: Mapping[str, Any], side: str) -> Tensor:
+        values = np.frombuffer(base64.b64decode(item[side]), "<f2").astype(np.float32)
+        return torch.from_numpy(values).view(item["tokens"], -1)
 
-    return {
-        (item["layer"], item["head"]): (
-            unpack(item["student"], item["tokens"]),
-            unpack(item["teacher"], item["tokens"]),
-        )
-        for item in packed
-    }
+    return {(item["layer"], item["head"]): (unpack(item, "student"), unpack(item, "teacher")) for item in packed}

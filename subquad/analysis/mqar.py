@@ -91,18 +91,12 @@ def mqar_results(
     results = []
     for name, count in itertools.product(names, heads):
         sized = replace(setting or MQARSettings(), heads=count)
-        models = {rate: trained_model(name, replace(sized, lr=rate)) for rate in rates}
+        models = {rate: train_model(build_model(name, sized), replace(sized, lr=rate)) for rate in rates}
         rate = max(rates, key=lambda rate: accuracy(models[rate], sized, "validation")[0])
         acc, n = accuracy(models[rate], sized, "test")
         make = partial(Result, f"mqar_state_{sized.state}", length=sized.length, model=name)
         results += [make("acc", acc, (acc * (1 - acc) / n) ** 0.5, n=n), make("lr", rate)]
     return results
-
-
-def trained_model(mixer: str, setting: MQARSettings) -> SubquadForCausalLM:
-    model = build_model(mixer, setting)
-    train_model(model, setting)
-    return model
 
 
 def sequences(setting: MQARSettings, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -147,8 +141,8 @@ def build_model(mixer: str, setting: MQARSettings) -> SubquadForCausalLM:
     return model
 
 
-def train_model(model: SubquadForCausalLM, setting: MQARSettings) -> None:
-    """AdamW on new sequences in every step, with linear warmup and cosine decay."""
+def train_model(model: SubquadForCausalLM, setting: MQARSettings) -> SubquadForCausalLM:
+    """Trains `model` and returns it: AdamW on new sequences in every step, with linear warmup and cosine decay."""
     generator = torch.Generator().manual_seed(setting.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, weight_decay=0.1)
     steps = max(1, round(WARMUP * setting.steps))
@@ -165,6 +159,7 @@ def train_model(model: SubquadForCausalLM, setting: MQARSettings) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+    return model
 
 
 @torch.no_grad()

@@ -16,19 +16,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subquad.analysis import plot_style as style
 from subquad.analysis.diagnostics import half_lives, sample_matrix_pairs
 from subquad.analysis.mixing_matrices import MatrixPairs, normalized_abs_rows
-from subquad.analysis.plot_style import (
-    MIXER_STYLES,
-    RC_PARAMS,
-    add_legend,
-    color,
-    format_tick,
-    legend_line,
-    new_figure,
-    points_by,
-    save_figure,
-)
 from subquad.analysis.recall_tasks import NUM_DISTRACTORS, TASKS
 from subquad.evaluate.results import Result, select
 from subquad.utils import UserError
@@ -72,7 +62,7 @@ def half_life_figure(layers: Sequence[Tensor | None], title: str) -> Figure:
     """
     if all(layer is None for layer in layers):
         raise UserError("half-lives: no layer has a decay, expected at least one")
-    figure, axes = new_figure(1.8 + 0.8 * len(layers), 3.6)
+    figure, axes = style.new_figure(1.8 + 0.8 * len(layers), 3.6)
     channels, medians = [], []
     for index, layer in enumerate(layers):
         axes.axvline(index + 0.5, color="0.85", linewidth=0.6)
@@ -84,15 +74,10 @@ def half_life_figure(layers: Sequence[Tensor | None], title: str) -> Figure:
             x = index + 0.8 * ((number + 0.5) / len(heads) - 0.5)
             medians.append((x, values.median().item()))
             channels += [(x, value) for value in values.tolist() if len(values) > 1]
-    axes.plot(*np.array(channels).reshape(-1, 2).T, ".", label="channel", color=color("gla"), alpha=0.25, markersize=4)
-    axes.plot(
-        *np.array(medians).T,
-        "_",
-        label="median of a head",
-        color=color("gated_deltanet"),
-        markersize=8,
-        markeredgewidth=2,
-    )
+    look: dict[str, Any] = {"color": style.color("gla"), "alpha": 0.25, "markersize": 4}
+    axes.plot(*np.array(channels).reshape(-1, 2).T, ".", label="channel", **look)
+    look = {"color": style.color("gated_deltanet"), "markersize": 8, "markeredgewidth": 2}
+    axes.plot(*np.array(medians).T, "_", label="median of a head", **look)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e6 else f"{value:.0e}")
     axes.set(xlabel="layer (heads side by side; gray: no decay)", ylabel="half-life (tokens)", title=title)
@@ -153,8 +138,8 @@ def heat_maps(
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=ink)
         axes.set_title(textwrap.fill(title, 24), fontsize=8)
         axes.grid(False)
-        axes.set_xticks(range(len(across)), map(format_tick, across), rotation=90 if len(across) > 5 else 0)
-        axes.set_yticks(range(len(down)), ["" if y is None else format_tick(y) for y in down])
+        axes.set_xticks(range(len(across)), map(style.format_tick, across), rotation=90 if len(across) > 5 else 0)
+        axes.set_yticks(range(len(down)), ["" if y is None else style.format_tick(y) for y in down])
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     figure.supylabel(labels[0], fontsize=9)
@@ -165,23 +150,23 @@ def heat_maps(
 
 def cka_figure(results: Sequence[Result]) -> Figure:
     """Linear CKA by layer, a line for each model. results: those of single layers."""
-    figure, axes = new_figure(5.6, 3.6)
+    figure, axes = style.new_figure(5.6, 3.6)
     entries = []
     names = dict.fromkeys(result.model for result in results)
-    for name, (ink, marker) in zip(names, itertools.cycle(MIXER_STYLES.values()), strict=False):
-        x, y = zip(*points_by("layer", select(results, model=name)), strict=True)
+    for name, (ink, marker) in zip(names, itertools.cycle(style.MIXER_STYLES.values()), strict=False):
+        x, y = zip(*style.points_by("layer", select(results, model=name)), strict=True)
         axes.plot(x, y, marker=marker, color=ink)
-        entries.append(legend_line(name, marker=marker, color=ink))
+        entries.append(style.legend_line(name, marker=marker, color=ink))
     axes.set(xlabel="layer", ylabel="cka", title="Linear CKA of hidden states with the teacher")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    add_legend(figure, (), entries)
+    style.add_legend(figure, (), entries)
     return figure
 
 
 # ---------------------------------------------------------------------- files
 
 
-@matplotlib.rc_context(RC_PARAMS)
+@matplotlib.rc_context(style.RC_PARAMS)
 def draw_student(
     name: str, model: PreTrainedModel, teacher: PreTrainedModel | None, rows: Tensor, directory: Path
 ) -> None:
@@ -189,24 +174,24 @@ def draw_student(
     stem = name.replace("/", "-")
     if teacher is not None:
         pairs = sample_matrix_pairs(model, teacher, rows)
-        save_figure(matrices_figure(pairs, f"{name}: mixing matrices"), directory / f"{stem}-matrices", *FILES)
+        style.save_figure(matrices_figure(pairs, f"{name}: mixing matrices"), directory / f"{stem}-matrices", *FILES)
     layers = half_lives(model, rows)
     if any(layer is not None for layer in layers):
-        save_figure(half_life_figure(layers, f"{name}: half-lives"), directory / f"{stem}-decays", *FILES)
+        style.save_figure(half_life_figure(layers, f"{name}: half-lives"), directory / f"{stem}-decays", *FILES)
 
 
-@matplotlib.rc_context(RC_PARAMS)
+@matplotlib.rc_context(style.RC_PARAMS)
 def draw_recall(results: Sequence[Result], directory: Path) -> None:
     """Draws the recall results of each model."""
     recall = [result for result in results if result.task in TASKS]
     for name in dict.fromkeys(result.model for result in recall):
         figure = recall_figure(select(recall, model=name), f"{name}: recall")
-        save_figure(figure, directory / f"{name.replace('/', '-')}-recall", *FILES)
+        style.save_figure(figure, directory / f"{name.replace('/', '-')}-recall", *FILES)
 
 
-@matplotlib.rc_context(RC_PARAMS)
+@matplotlib.rc_context(style.RC_PARAMS)
 def draw_cka(results: Sequence[Result], directory: Path) -> None:
     """Draws linear CKA by layer, all models in one figure."""
     by_layer = [result for result in results if result.metric == "cka" and result.layer is not None]
     if by_layer:
-        save_figure(cka_figure(by_layer), directory / "cka", *FILES)
+        style.save_figure(cka_figure(by_layer), directory / "cka", *FILES)

@@ -17,19 +17,9 @@ import matplotlib
 from subquad.analysis.plot_style import RC_PARAMS, save_figure
 from subquad.analysis.plots import matrices_figure
 from subquad.evaluate.results import Result
+from subquad.report import figures
 from subquad.report.diagram import draw_student
-from subquad.report.figures import (
-    COSTS,
-    LONG_CONTEXT,
-    NamedFigure,
-    PlotModel,
-    diagnostic_figures,
-    length_figures,
-    loss_figures,
-    pareto_figure,
-    recall_figures,
-    recovered_figure,
-)
+from subquad.report.figures import NamedFigure, PlotModel
 from subquad.report.tables import Table, evaluation_tables, grid_table
 from subquad.report.text import report_notes, summary
 from subquad.study.aggregate import Group, best_group, group_by_seed, group_labels
@@ -123,11 +113,16 @@ def report_sections(
     best = [one for own in by_mixer.values() if (one := best_group(own, "perplexity", lower_is_better=True))]
     labels, names = group_labels(groups), {run.name for run in runs}
     others = [PlotModel(name, name, None) for name in dict.fromkeys(r.model for r in results) if name not in names]
-    students = {group.name: plot_models(group, labels[group.name]) for group in groups}
+    students: dict[str, list[PlotModel]] = {}
+    for group in groups:
+        for run in group.runs:
+            seed = f", seed {run.recipe.seed}" if len(group.runs) > 1 else ""
+            model = PlotModel(run.name, labels[group.name] + seed, group.mixer)
+            students.setdefault(group.name, []).append(model)
     best_models = [*others, *(model for group in best for model in students[group.name])]
     first_runs = [next(run for run in group.runs if run.state == "finished") for group in best]
     one_seed = [model for model in best_models if model.mixer is None or model.name in {run.name for run in first_runs}]
-    diagnostics = diagnostic_figures(results, best_models, one_seed)
+    diagnostics = figures.diagnostic_figures(results, best_models, one_seed)
     matrices = saved_matrices(directory)
     for model in one_seed:
         if model.name in matrices:
@@ -135,24 +130,19 @@ def report_sections(
             caption = f"{model.label}: the teacher's attention and the student's mixing matrices on the same input"
             diagnostics.append(NamedFigure(f"matrices-{model.mixer}", caption, figure))
     all_models = [*others, *(model for own in students.values() for model in own)]
+    overview = figures.recovered_figure(groups) + figures.pareto_figure(groups)
+    costs = figures.length_figures(results, best_models, figures.COSTS, "cost-")
     sections = [
-        Section("All students", recovered_figure(groups) + pareto_figure(groups), [grid_table(groups)], GRID_TEXT),
-        Section("Time and memory by context length", length_figures(results, best_models, COSTS, "cost-")),
-        Section("Long context", length_figures(results, best_models, LONG_CONTEXT)),
-        Section("Recall", recall_figures(results, one_seed)),
+        Section("All students", overview, [grid_table(groups)], GRID_TEXT),
+        Section("Time and memory by context length", costs),
+        Section("Long context", figures.length_figures(results, best_models, figures.LONG_CONTEXT)),
+        Section("Recall", figures.recall_figures(results, one_seed)),
         Section("Mixing matrices and hidden states", diagnostics),
-        Section("Training", loss_figures(groups)),
+        Section("Training", figures.loss_figures(groups)),
         Section("The student", student_figures(groups)),
         Section("Evaluation", (), evaluation_tables(results, all_models), EVALUATION_TEXT),
     ]
     return [section for section in sections if section.figures or section.tables]
-
-
-def plot_models(group: Group, label: str) -> list[PlotModel]:
-    many = len(group.runs) > 1
-    return [
-        PlotModel(run.name, label + (f", seed {run.recipe.seed}" if many else ""), group.mixer) for run in group.runs
-    ]
 
 
 def student_figures(groups: Sequence[Group]) -> list[NamedFigure]:

@@ -4,13 +4,7 @@ import pytest
 import torch
 
 from subquad.analysis.plot_style import points_by, save_figure
-from subquad.analysis.plots import (
-    MIN_SHARE,
-    cka_figure,
-    half_life_figure,
-    matrices_figure,
-    recall_figure,
-)
+from subquad.analysis.plots import MIN_SHARE, cka_figure, half_life_figure, matrices_figure, recall_figure
 from subquad.evaluate.results import Result
 from subquad.utils import UserError
 from tests.helpers.known_models import previous_matrix, uniform_matrix

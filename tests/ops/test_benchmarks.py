@@ -114,7 +114,7 @@ def test_every_benchmark_has_help(name, capsys):
 
 
 def test_bench_mqar_prints_and_writes_results(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("subquad.analysis.mqar.train_model", lambda model, setting: None)
+    monkeypatch.setattr("subquad.analysis.mqar.train_model", lambda model, setting: model)
     path = tmp_path / "mqar.json"
     assert cli.main(["bench", "mqar", "--only", "gla", "--json", str(path)]) == 0
     results = json.loads(path.read_text())
