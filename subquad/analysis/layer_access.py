@@ -120,16 +120,17 @@ def run_on(module: nn.Module, recorded: LayerActivations) -> Tensor:
 
 def layer_access_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[LayerAccess, LayerAccess]:
     """Access to both models. Raises UserError if their numbers of layers, heads or channels differ."""
-    ours, theirs = (LayerAccess(model).mixer_layers for model in (student, teacher))
+    pair = LayerAccess(student), LayerAccess(teacher)
+    ours, theirs = ([layer.spec for layer in access.mixer_layers] for access in pair)
     if len(ours) != len(theirs):
         raise UserError(f"layers: the student has {len(ours)}, the teacher {len(theirs)}; expected equally many")
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        if (a.spec.num_heads, a.spec.hidden_size) != (b.spec.num_heads, b.spec.hidden_size):
+        if (a.num_heads, a.hidden_size) != (b.num_heads, b.hidden_size):
             raise UserError(
-                f"layer {index}: the student has {a.spec.num_heads} heads and hidden size {a.spec.hidden_size}, the "
-                f"teacher {b.spec.num_heads} and {b.spec.hidden_size}; expected a student of this teacher"
+                f"layer {index}: the student has {a.num_heads} heads and hidden size {a.hidden_size}, the teacher "
+                f"{b.num_heads} and {b.hidden_size}; expected a student of this teacher"
             )
-    return LayerAccess(student), LayerAccess(teacher)
+    return pair
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def add_legend(figure: Figure, mixers: Iterable[str], extra: Iterable[Line2D] = 
 
 def points_by(field: str, results: Iterable[Result]) -> list[tuple[float, float]]:
     """(x, value) with x the layer or length of results, by increasing x; the mean where several have one x. Results of
-    heads count where a layer has no other."""
+    heads count only if there are no others."""
     values: dict[float, list[float]] = {}
     found = [result for result in results if getattr(result, field) is not None]
     for result in [result for result in found if result.head is None] or found:

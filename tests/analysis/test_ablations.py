@@ -21,6 +21,7 @@ from subquad.analysis.diagnostics import find_log_decay, mean_log_decays
 from subquad.analysis.layer_access import LayerAccess
 from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError
+from tests.helpers.known_models import snapshot
 
 TEXT = torch.arange(3, 15)[None]
 HYBRID = {"default": "gated_deltanet", "1": "attention"}
@@ -190,15 +191,6 @@ def test_only_applicable_ablations_are_run(teacher, rows):
 
 
 # ---------------------------------------------------------------------- state afterwards
-
-
-def snapshot(model) -> dict:
-    """Everything that could change; weights by identity and version, so that any write shows."""
-    weights = {name: (id(t), t._version) for name, t in model.state_dict(keep_vars=True).items()}
-    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
-    own = {name: sorted(m.__dict__) for name, m in model.named_modules()}
-    windows = [getattr(m, "window", None) for m in model.modules()]
-    return {"weights": weights, "hooks": hooks, "own": own, "windows": windows, "training": model.training}
 
 
 ABLATIONS = {

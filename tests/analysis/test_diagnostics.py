@@ -22,7 +22,7 @@ from subquad.analysis.layer_access import LayerAccess, layer_access_pair
 from subquad.evaluate.perplexity import compare
 from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError
-from tests.helpers.known_models import PREVIOUS, UNIFORM, known_heads, previous_and_uniform, previous_matrix
+from tests.helpers.known_models import PREVIOUS, UNIFORM, known_heads, previous_and_uniform, previous_matrix, snapshot
 from tests.helpers.processes import run_python
 
 TEXT = torch.arange(3, 15)[None]
@@ -46,6 +46,10 @@ def of_head(found, metric: str, head: int) -> list[float]:
     return [row.value for row in select(found, metric=metric, head=head)]
 
 
+def value(found, metric: str, layer: int | None = None) -> float:
+    return select_one(found, metric=metric, layer=layer, head=None).value
+
+
 def test_statistics_of_known_heads(known_model, rows):
     found = matrix_results(known_model, rows)
     assert of_head(found, "mass_1", PREVIOUS) == pytest.approx([1, 1], abs=1e-6)
@@ -53,10 +57,10 @@ def test_statistics_of_known_heads(known_model, rows):
     assert of_head(found, "entropy", PREVIOUS) == pytest.approx([0, 0], abs=1e-4)
     expected = sum(math.log(i + 1) for i in range(T)) / T
     assert of_head(found, "entropy", UNIFORM) == pytest.approx([expected] * 2, rel=1e-5)
-    assert select_one(found, metric="entropy", layer=None, head=None).value == pytest.approx(expected / 2, rel=1e-4)
+    assert value(found, "entropy") == pytest.approx(expected / 2, rel=1e-4)
     heads = known_heads(T)
     cosine = ((heads[0] * heads[1]).sum() / heads[0].norm() / heads[1].norm()).item()
-    assert select_one(found, metric="diversity", layer=1).value == pytest.approx((1 - cosine) ** 0.5, rel=1e-4)
+    assert value(found, "diversity", 1) == pytest.approx((1 - cosine) ** 0.5, rel=1e-4)
     assert {row.n for row in found} == {2 * T}
 
 
@@ -84,9 +88,8 @@ def test_model_compared_with_itself(make_teacher, rows, family, side):
     if side == "student":
         model = subquad.linearize(model, layer_types=LAYER_TYPES[family], scale_ids=TEXT)
     found = diagnostics_results(model, rows, model, top=4)
-    assert {row.value for row in select(found, metric="topk_mass_overlap")} == {1}
-    assert {row.value for row in select(found, metric="frobenius")} == {0}
-    assert {row.value for row in select(found, metric="cka")} == {1}
+    for metric, exact in (("topk_mass_overlap", 1), ("frobenius", 0), ("cka", 1)):
+        assert {row.value for row in select(found, metric=metric)} == {exact}
     for metric, expected in (("row_cosine", 1), ("cosine", 1), ("mixer_error", 0), ("layer_error", 0), ("swap_kl", 0)):
         values = [row.value for row in select(found, metric=metric)]
         assert values
@@ -100,13 +103,11 @@ def test_student_differs_from_its_teacher(make_teacher, rows, family):
     found = diagnostics_results(student, rows, teacher, top=4)
     back = diagnostics_results(teacher, rows, student, top=4)  # either model may take either role
     for metric, worse in (("topk_mass_overlap", 0.99), ("cka", 0.9999), ("row_cosine", 0.99)):
-        assert select_one(found, metric=metric, layer=None, head=None).value < worse
-        assert select_one(back, metric=metric, layer=None, head=None).value < worse
+        assert value(found, metric) < worse
+        assert value(back, metric) < worse
     for metric in ("frobenius", "mixer_error", "layer_error", "swap_kl"):
-        assert select_one(found, metric=metric, layer=None, head=None).value > 1e-3
-    assert select_one(back, metric="cka", layer=0).value == pytest.approx(
-        select_one(found, metric="cka", layer=0).value
-    )
+        assert value(found, metric) > 1e-3
+    assert value(back, "cka", 0) == pytest.approx(value(found, "cka", 0))
 
 
 @pytest.mark.parametrize("mixer", ["gla", "deltanet", "gated_deltanet", "mamba2", "xlstm", "metala"])
@@ -126,8 +127,8 @@ def test_kept_attention_has_overlap_one(make_teacher, rows):
     teacher = make_teacher()
     student = subquad.linearize(teacher, layer_types={"default": "gla", "0": "attention"}, scale_ids=TEXT)
     found = comparison_results(student, teacher, rows, top=4)
-    assert select_one(found, metric="topk_mass_overlap", layer=0, head=None).value == 1
-    assert select_one(found, metric="topk_mass_overlap", layer=1, head=None).value < 0.95
+    assert value(found, "topk_mass_overlap", 0) == 1
+    assert value(found, "topk_mass_overlap", 1) < 0.95
 
 
 def test_copied_projections_increase_overlap_and_cka():
@@ -138,9 +139,7 @@ def test_copied_projections_increase_overlap_and_cka():
     for copy_qkv in (False, True):
         student = subquad.linearize(nano, "gated_deltanet", copy_qkv=copy_qkv, scale_ids=ids)
         found = comparison_results(student, nano, ids) + hidden_state_results(student, nano, ids)
-        values[copy_qkv] = [
-            select_one(found, metric=m, layer=None, head=None).value for m in ("topk_mass_overlap", "cka")
-        ]
+        values[copy_qkv] = [value(found, m) for m in ("topk_mass_overlap", "cka")]
     assert values[False][0] < values[True][0] < 0.9
     assert values[False][1] < values[True][1] < 0.999
 
@@ -199,15 +198,15 @@ def test_only_the_replaced_layer_has_an_error(teacher, rows):
     student = subquad.linearize(teacher, layer_types={"default": "attention", "1": "gla"}, scale_ids=TEXT)
     found = output_error_results(student, teacher, rows) + swap_results(student, teacher, rows)
     for metric in ("mixer_error", "layer_error", "swap_kl"):
-        assert abs(select_one(found, metric=metric, layer=0).value) < 1e-6
-        assert select_one(found, metric=metric, layer=1).value > 1e-2
-        mean = select_one(found, metric=metric, layer=None).value
-        assert mean == pytest.approx(select_one(found, metric=metric, layer=1).value / 2, rel=1e-3)
+        assert abs(value(found, metric, 0)) < 1e-6
+        assert value(found, metric, 1) > 1e-2
+        mean = value(found, metric)
+        assert mean == pytest.approx(value(found, metric, 1) / 2, rel=1e-3)
     # the teacher with its only different layer swapped in is the student
     whole = compare(student, teacher, [rows])
-    assert select_one(found, metric="swap_kl", layer=1).value == pytest.approx(whole["kl"], rel=1e-4)
+    assert value(found, "swap_kl", 1) == pytest.approx(whole["kl"], rel=1e-4)
     rise = whole["loss"] - whole["teacher_loss"]
-    assert select_one(found, metric="swap_loss", layer=1).value == pytest.approx(rise, rel=1e-3, abs=1e-6)
+    assert value(found, "swap_loss", 1) == pytest.approx(rise, rel=1e-3, abs=1e-6)
 
 
 def test_mixer_with_zero_output_has_error_one(teacher, rows):
@@ -215,14 +214,8 @@ def test_mixer_with_zero_output_has_error_one(teacher, rows):
     with torch.no_grad():
         student.mixer_layers[0].mixer.o_proj.weight.zero_()
     found = output_error_results(student, teacher, rows)
-    assert select_one(found, metric="mixer_error", layer=0).value == 1
-    assert select_one(found, metric="mixer_error", layer=1).value != pytest.approx(1, abs=1e-3)
-
-
-def snapshot(model) -> tuple:
-    modules = {name: id(module) for name, module in model.named_modules()}
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    return modules, hooks, {name: (id(t), t._version) for name, t in model.state_dict(keep_vars=True).items()}
+    assert value(found, "mixer_error", 0) == 1
+    assert value(found, "mixer_error", 1) != pytest.approx(1, abs=1e-3)
 
 
 def test_models_are_restored(make_teacher, rows):
@@ -232,23 +225,17 @@ def test_models_are_restored(make_teacher, rows):
     diagnostics_results(student, rows, teacher, top=4)
     diagnostics_results(teacher, rows, student, top=4)
     assert (snapshot(teacher), snapshot(student)) == before
-    assert teacher.training
-    assert student.training
 
 
 def test_models_are_restored_after_a_failure(teacher, rows):
     student = subquad.linearize(teacher, "gla", scale_ids=TEXT)
     before = snapshot(teacher), snapshot(student)
     ours, theirs = layer_access_pair(student, teacher)
-
-    def fail() -> None:
-        with ours.installed(), theirs.installed(), theirs.with_layer(1, ours):
-            assert theirs.decoder_layers[1] is ours.decoder_layers[1]
-            assert theirs.mixing_modules[0] is theirs.mixer_layers[0]
-            raise RuntimeError("intended")
-
-    with pytest.raises(RuntimeError, match="intended"):
-        fail()
+    failure = pytest.raises(RuntimeError, match="intended")
+    with failure, ours.installed(), theirs.installed(), theirs.with_layer(1, ours):
+        assert theirs.decoder_layers[1] is ours.decoder_layers[1]
+        assert theirs.mixing_modules[0] is theirs.mixer_layers[0]
+        raise RuntimeError("intended")
     assert (snapshot(teacher), snapshot(student)) == before
 
 
@@ -265,14 +252,14 @@ def test_installed_mixer_layers_do_not_change_a_transformer(make_teacher, rows):
 def test_models_with_different_layers_are_refused(make_teacher, rows):
     teacher = make_teacher()
     student = subquad.linearize(teacher, "gla", scale_ids=TEXT)
-    with pytest.raises(UserError, match="layers"):
-        swap_results(student, make_teacher(num_hidden_layers=3), rows)
-    with pytest.raises(UserError, match="layer 0"):
-        hidden_state_results(student, make_teacher(num_attention_heads=2), rows)
-    with pytest.raises(UserError, match="top: got 24"):
-        comparison_results(student, teacher, rows, top=24)
-    with pytest.raises(UserError, match="rows"):
-        hidden_state_results(student, teacher, rows[:, :1])
+    for message, measure, other, texts in (
+        ("layers", swap_results, make_teacher(num_hidden_layers=3), rows),
+        ("layer 0", hidden_state_results, make_teacher(num_attention_heads=2), rows),
+        ("rows", hidden_state_results, teacher, rows[:, :1]),
+        ("top: got 8", comparison_results, teacher, rows[:, :8]),
+    ):
+        with pytest.raises(UserError, match=message):
+            measure(student, other, texts)
 
 
 # ---------------------------------------------------------------------- memory

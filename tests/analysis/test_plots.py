@@ -78,7 +78,7 @@ def test_cka_figure_has_a_line_of_its_own_style_per_model():
     assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 11
 
 
-def test_points_are_means_over_heads_only_where_a_layer_has_no_result_of_its_own():
+def test_points_are_means_over_heads_only_without_results_of_layers():
     heads = [Result("matrices", "entropy", value, layer=1, head=head) for head, value in enumerate((1.0, 4.0))]
     assert points_by("layer", [*heads, Result("matrices", "entropy", 9.0)]) == [(1, 2.5)]
     assert points_by("layer", [*heads, Result("matrices", "entropy", 3.0, layer=1)]) == [(1, 3)]

@@ -1,4 +1,4 @@
-"""Models built by hand, whose attention or answers are known."""
+"""Models built by hand, whose attention or answers are known, and a snapshot of any model."""
 
 import math
 
@@ -99,3 +99,16 @@ class Copier(PreTrainedModel):
             if t and matched[:t].any():
                 predicted[t] = row[matched[:t].argmax() + 1]
         return predicted
+
+
+def snapshot(model: PreTrainedModel) -> dict:
+    """Everything that a measurement could change; weights by identity and version, so that any write shows."""
+    modules = dict(model.named_modules())
+    return {
+        "modules": {name: id(module) for name, module in modules.items()},
+        "weights": {name: (id(t), t._version) for name, t in model.state_dict(keep_vars=True).items()},
+        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
+        "own": {name: sorted(m.__dict__) for name, m in modules.items()},
+        "windows": [getattr(m, "window", None) for m in modules.values()],
+        "training": {name: m.training for name, m in modules.items()},
+    }
