@@ -62,16 +62,12 @@ def test_what_needs_an_extra_names_it(inputs, tmp_path):
     lora["stages"]["end_to_end"]["lora"] = {"rank": 2}
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(lora))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    (tmp_path / "text.parquet").write_bytes(b"PAR1")
-    calibrate = ["linearize", inputs / "teacher", "-o", tmp_path / "linear", "--calibrate"]
     for extra, argv in (
         ("report", ["report", tmp_path]),
         ("report", ["eval", student, "--figures", "-o", figures]),
         ("export", ["export", student, "--format", "gguf", "-o", tmp_path / "student.gguf"]),
         ("export", ["linearize", tmp_path / "model.gguf", "--mixer", "gla", "-o", tmp_path / "linear"]),
         ("eval", ["eval", student, "--suite", "zero-shot", "--tasks", "piqa"]),
-        ("data", [*calibrate, tmp_path / "text.parquet"]),
-        ("data", [*calibrate, "owner/name"]),
         ("lora", ["distill", tmp_path / "lora.yaml", "-o", tmp_path / "lora"]),
         ("cluster", ["study", inputs / "recipe.yaml", "--engine", "ray", "-o", tmp_path / "study"]),
     ):
