@@ -2,7 +2,6 @@
 layer's mixing matrix is fitted to the teacher's attention matrix."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from subquad.distill.documents import document_slices
 from subquad.distill.layerwise import LayerwiseDistillation
 from subquad.distill.objective import Batch, slices
 from subquad.modeling.attention.activations import LayerActivations
-from subquad.modeling.attention.scores import attention_probabilities, slice_arguments
+from subquad.modeling.attention.scores import AttentionProbabilities, slice_arguments
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 MatrixRows = Callable[[slice], Tensor]
@@ -42,7 +41,7 @@ class MatrixMixing(LayerwiseDistillation):
             count, length = rows.stop - rows.start, tokens.stop - tokens.start
             loss = matrix_distance(
                 mixer_layer.matrix_rows(*args, **kwargs),
-                partial(attention_probabilities, attention.module, attention.spec.window, 0, args, kwargs),
+                AttentionProbabilities(attention.module, attention.spec.window, 0, args, kwargs),
                 length,
                 mixer_layer.scale_invariant,
                 self.stage.row_chunk_size,

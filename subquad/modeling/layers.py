@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from subquad.mixers import AttentionSpec, Mixer
 from subquad.mixers.norms import head_norm
 from subquad.modeling.attention.activations import hidden_states_of
-from subquad.modeling.attention.scores import attention_probabilities
+from subquad.modeling.attention.scores import AttentionProbabilities
 from subquad.modeling.cache import CACHE_ARGUMENT, RecurrentCacheLayer, SlidingWindowCacheLayer, SubquadCache
 from subquad.modeling.masks import additive_mask, doc_ids_and_positions, new_documents
 from subquad.utils import UserError
@@ -121,18 +121,16 @@ class AttentionLayer(nn.Module):
         super().__init__()
         self.attention, self.spec, self.index, self.sinks = attention, spec, index, sinks
         self.window = min((w for w in (window, spec.window) if w is not None), default=None)
-        if qk_norm is not None:
-            self.add_qk_norms(qk_norm)
-
-    def add_qk_norms(self, eps: float) -> None:
-        projections = {name: getattr(self.attention, name, None) for name in ("q_proj", "k_proj")}
-        if self.spec.qk_norm is not None or not all(isinstance(p, nn.Linear) for p in projections.values()):
+        if qk_norm is None:
+            return
+        projections = {name: getattr(attention, name, None) for name in ("q_proj", "k_proj")}
+        if spec.qk_norm is not None or not all(isinstance(p, nn.Linear) for p in projections.values()):
             raise UserError(
-                f"qk_norm: {type(self.attention).__name__} of layer {self.index} has such a norm already, or no linear "
+                f"qk_norm: {type(attention).__name__} of layer {index} has such a norm already, or no linear "
                 "q_proj and k_proj to add one to; leave qk_norm out"
             )
         for name, projection in projections.items():
-            setattr(self.attention, name, NormedProjection(projection, self.spec.head_dim, eps))  # type: ignore[arg-type]
+            setattr(attention, name, NormedProjection(projection, spec.head_dim, qk_norm))  # type: ignore[arg-type]
 
     def added_qk_norms(self) -> dict[str, nn.Parameter]:
         """Weights `[K]` of the norms of "q" and "k" that were added."""
@@ -167,7 +165,7 @@ class AttentionLayer(nn.Module):
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
         """As of a mixer: of the attention probabilities."""
-        return lambda rows: attention_probabilities(self.attention, self.window, self.sinks, args, kwargs, rows)
+        return AttentionProbabilities(self.attention, self.window, self.sinks, args, kwargs)
 
     def matrix_parameters(self) -> list[nn.Parameter]:
         """All parameters: where q, k and v share a projection they cannot be separated. Where they are separate, those

@@ -4,7 +4,7 @@ One class serves every architecture and every mixer. It holds a model of the tea
 modules are replaced as the configuration says. Embeddings, MLPs, norms and head are the teacher's.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,7 +76,10 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         model, info = loaded
         shapes = [f"{key} {list(got)} for {list(expected)}" for key, got, expected in info["mismatched_keys"]]
         problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "wrong shape": shapes}
-        wrong = [f"{problem}: {_first_keys(keys)}" for problem, keys in problems.items() if keys]
+        wrong = []
+        for problem, keys in problems.items():
+            more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+            wrong += [f"{problem}: {', '.join(sorted(keys)[:6])}{more}"] if keys else []
         if wrong:
             raise UserError(f"the weights do not match config.json; {'; '.join(wrong)}")
         return (model, info) if output_loading_info else model
@@ -194,11 +197,6 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         # Read once here, and not at each token. transformers 5.17 finds the new tokens after a cache by the mask.
         if mask is not None and not (cache and cache.get_seq_length()) and bool(mask.all()):
             del model_kwargs["attention_mask"]
-
-
-def _first_keys(keys: Collection[str], limit: int = 6) -> str:
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(sorted(keys)[:limit]) + more
 
 
 def make_mixer_layer(

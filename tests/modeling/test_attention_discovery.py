@@ -15,7 +15,7 @@ from transformers import (
 
 import subquad
 from subquad.modeling.attention.discovery import discover_attention
-from subquad.modeling.attention.scores import attention_probabilities
+from subquad.modeling.attention.scores import AttentionProbabilities
 from subquad.utils import UserError
 from tests.helpers.architectures import ARCHITECTURES, build_teacher
 from tests.helpers.students import SCALE_IDS, logits
@@ -253,9 +253,10 @@ def test_attention_probabilities_reproduce_the_teachers_heads(make_teacher, ids,
     activations = layer_activations(teacher, attention_layers, ids)
     for info, layer in zip(attention_layers, activations, strict=True):
         attention = info.module
-        P = attention_probabilities(attention, info.spec.window, 0, layer.args, layer.kwargs)
+        probabilities = AttentionProbabilities(attention, info.spec.window, 0, layer.args, layer.kwargs)
+        P = probabilities()
         assert P.shape == (3, 4, 11, 11)
-        some = attention_probabilities(attention, info.spec.window, 0, layer.args, layer.kwargs, slice(4, 9))
+        some = probabilities(slice(4, 9))
         assert torch.allclose(some, P[:, :, 4:9], atol=1e-6)
         assert torch.allclose(P.sum(-1), torch.ones(()), atol=1e-5)
         assert torch.equal(P, P.tril())

@@ -11,7 +11,7 @@ import subquad
 from subquad.modeling.attention import discovery, scores
 from subquad.modeling.attention.activations import capture_activations
 from subquad.modeling.attention.discovery import discover_attention
-from subquad.modeling.attention.scores import attention_probabilities
+from subquad.modeling.attention.scores import AttentionProbabilities
 from subquad.utils import UserError
 from tests.helpers.students import SCALE_IDS, checksum
 from tests.helpers.teachers import tiny_teacher
@@ -61,7 +61,7 @@ def test_two_threads_ask_for_rows_of_two_teachers_at_once():
     def some_rows(n):
         attention, args, kwargs = calls[n]
         with torch.no_grad():
-            return attention_probabilities(attention, None, 0, args, kwargs, rows[n])
+            return AttentionProbabilities(attention, None, 0, args, kwargs)(rows[n])
 
     expected = [some_rows(n) for n in range(2)]
 
@@ -95,9 +95,9 @@ def test_errors_of_row_slicing_are_raised_and_not_remembered(error, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(module, "eager_attention_forward", fails_for_some_rows)
             with pytest.raises(RuntimeError, match=str(error)[-20:]):
-                attention_probabilities(attention, None, 0, args, kwargs, slice(2, 4))
+                AttentionProbabilities(attention, None, 0, args, kwargs)(slice(2, 4))
         assert not scores._row_slicing
-        attention_probabilities(attention, None, 0, args, kwargs, slice(2, 4))
+        AttentionProbabilities(attention, None, 0, args, kwargs)(slice(2, 4))
     assert scores._row_slicing == {type(attention): True}
 
 

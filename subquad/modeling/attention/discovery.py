@@ -144,7 +144,12 @@ def discover_attention(model: PreTrainedModel) -> list[AttentionInfo]:
 def read_attention(index: int, path: str, call: AttentionCall, config: Any) -> AttentionInfo:
     """The attention of one traced call; UserError if a mixer cannot replace it."""
     name = f"layer {index} ({type(call.module).__name__})"
-    check_causal(call, name)
+    if getattr(call.module, "is_causal", True) is False:
+        raise UserError(f"{name} uses bidirectional attention; only causal attention is supported")
+    if call.is_chunked:
+        raise cannot_linearize(name, "it uses chunked attention; expected full or sliding attention")
+    if adds_to_scores(call):
+        raise cannot_linearize(name, "more than a mask is added to its scores (such as ALiBi or a gate)")
     slices = {}
     for part, values in (("q", call.query), ("k", call.key), ("v", call.value)):
         if (found := find_projection(call, values)) is None:
@@ -174,16 +179,6 @@ def read_attention(index: int, path: str, call: AttentionCall, config: Any) -> A
         num_outputs=len(call.forward.result) if isinstance(call.forward.result, tuple) else 0,
     )
     return AttentionInfo(index, path, call.module, spec, slices, output, norms)
-
-
-def check_causal(call: AttentionCall, name: str) -> None:
-    """Raises UserError unless attention is causal, unchunked, and computed from q, k and a mask alone."""
-    if getattr(call.module, "is_causal", True) is False:
-        raise UserError(f"{name} uses bidirectional attention; only causal attention is supported")
-    if call.is_chunked:
-        raise cannot_linearize(name, "it uses chunked attention; expected full or sliding attention")
-    if adds_to_scores(call):
-        raise cannot_linearize(name, "more than a mask is added to its scores (such as ALiBi or a gate)")
 
 
 def adds_to_scores(call: AttentionCall) -> bool:

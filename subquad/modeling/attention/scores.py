@@ -8,7 +8,7 @@ get some rows, the function is given only the queries of these rows. Where this 
 import inspect
 import sys
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,22 +43,6 @@ AttentionInterface.register(ROW_SLICED, _row_sliced_attention)
 AttentionMaskInterface.register(ROW_SLICED, eager_mask)
 
 
-def attention_probabilities(
-    attention: nn.Module, window: int | None, sinks: int, args: tuple, kwargs: dict[str, Any], rows: slice = slice(None)
-) -> Tensor:
-    """Rows of the attention probabilities of one layer, `[B, H, rows, T]`; differentiable.
-
-    window: tokens that a query attends to, itself included; None for all.
-    sinks: first tokens that every query also attends to.
-    args, kwargs: of the attention module's forward, for sequences of one document each, without padding or cache.
-    """
-    matrix = _Matrix(attention, window, sinks, args, kwargs)
-    start, stop, _ = rows.indices(matrix.size)
-    if stop - start < matrix.size and matrix.supports_row_slicing():
-        return matrix.rows(slice(start, stop))
-    return matrix.whole()[:, :, rows]
-
-
 def slice_arguments(
     args: tuple, kwargs: dict[str, Any], tokens: slice, batch: slice = slice(None)
 ) -> tuple[tuple, dict]:
@@ -91,8 +75,14 @@ def replace_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any], mask: T
 
 
 @dataclass
-class _Matrix:
-    """The attention probabilities for the arguments of `attention_probabilities`."""
+class AttentionProbabilities:
+    """The attention probabilities of one layer; called with a slice of rows, gives these, `[B, H, rows, T]`;
+    differentiable.
+
+    window: tokens that a query attends to, itself included; None for all.
+    sinks: first tokens that every query also attends to.
+    args, kwargs: of the attention module's forward, for sequences of one document each, without padding or cache.
+    """
 
     attention: nn.Module
     window: int | None
@@ -100,14 +90,17 @@ class _Matrix:
     args: tuple
     kwargs: dict[str, Any]
 
-    @property
-    def size(self) -> int:
-        return hidden_states_of(self.args, self.kwargs).shape[1]
+    def __call__(self, rows: slice = slice(None)) -> Tensor:
+        T = hidden_states_of(self.args, self.kwargs).shape[1]
+        start, stop, _ = rows.indices(T)
+        if stop - start < T and self.supports_row_slicing():
+            return self.some_rows(slice(start, stop))
+        return self.whole()[:, :, rows]
 
     def run(self, implementation: str, rows: slice) -> Any:
         """The result of the attention module, with the rows of a mask."""
         x = hidden_states_of(self.args, self.kwargs)
-        keys = doc_ids, positions = doc_ids_and_positions(None, len(x), self.size, x.device)
+        keys = doc_ids, positions = doc_ids_and_positions(None, len(x), x.shape[1], x.device)
         mask = additive_mask((doc_ids[:, rows], positions[:, rows]), keys, self.window, self.sinks, x.dtype)
         with attention_implementation(self.attention, implementation):
             return self.attention(*self.args, **{**self.kwargs, "attention_mask": mask})
@@ -115,7 +108,7 @@ class _Matrix:
     def whole(self) -> Tensor:
         return self.run("eager", slice(None))[1]
 
-    def rows(self, rows: slice) -> Tensor:
+    def some_rows(self, rows: slice) -> Tensor:
         """No elements where the module has no eager function, or computes attention itself."""
         found: list[Tensor] = []
         token = _request.set((rows, found))
@@ -131,15 +124,16 @@ class _Matrix:
 
         An error other than a mismatch of shapes, such as too little memory, is raised and says nothing about the class.
         """
-        if type(self.attention) not in _row_slicing:
-            arguments = slice_arguments(self.args, self.kwargs, slice(0, PROBE_LENGTH))
-            probe, rows = _Matrix(self.attention, self.window, self.sinks, *arguments), slice(2, 4)
+        kind = type(self.attention)
+        if kind not in _row_slicing:
+            args, kwargs = slice_arguments(self.args, self.kwargs, slice(0, PROBE_LENGTH))
+            probe, rows = replace(self, args=args, kwargs=kwargs), slice(2, 4)
             whole = probe.whole()[:, :, rows]
             try:
-                some = probe.rows(rows)
+                some = probe.some_rows(rows)
             except RuntimeError as error:
                 if not is_shape_mismatch(error):
                     raise
                 some = torch.empty(0)
-            _row_slicing[type(self.attention)] = some.shape == whole.shape and torch.allclose(some, whole, atol=1e-4)
-        return _row_slicing[type(self.attention)]
+            _row_slicing[kind] = some.shape == whole.shape and torch.allclose(some, whole, atol=1e-4)
+        return _row_slicing[kind]
