@@ -86,9 +86,9 @@ STAGES = Registry(
     "stage",
     "subquad.stages",
     {
-        "matrix": "subquad.distill.stage1_matrix_mixing:MatrixMixing",
-        "hidden": "subquad.distill.stage2_hidden_alignment:HiddenAlignment",
-        "end_to_end": "subquad.distill.stage3_end_to_end:EndToEndDistillation",
+        "matrix": "subquad.distill.layerwise:MatrixMixing",
+        "hidden": "subquad.distill.layerwise:HiddenAlignment",
+        "end_to_end": "subquad.distill.end_to_end:EndToEndDistillation",
     },
 )
 """Subclasses of `subquad.distill.objective.Objective`, in the order in which they run."""

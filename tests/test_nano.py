@@ -10,9 +10,8 @@ import torch.nn.functional as F
 import subquad
 from subquad.config import EndToEndStage, HiddenStage, MatrixStage
 from subquad.data import stdlib
-from subquad.distill.stage1_matrix_mixing import MatrixMixing
-from subquad.distill.stage2_hidden_alignment import HiddenAlignment
-from subquad.distill.stage3_end_to_end import EndToEndDistillation
+from subquad.distill.end_to_end import EndToEndDistillation
+from subquad.distill.layerwise import HiddenAlignment, MatrixMixing
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """How a model computes logits from its last hidden states: a `Head`, read off a loaded model by `read_head`."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +88,7 @@ def _hidden_states_and_logits(
     model: PreTrainedModel, causal_lm: PreTrainedModel, weight: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Pairs of hidden states and the model's logits from them: its own, then random ones whose logits have a standard
-    deviation of 1, and of 100, at which any softcap shows. None if the backbone's output cannot be replaced by them."""
+    deviation of 1, and of 100, at which any softcap shows. Empty if they cannot take the place of the backbone's."""
     # the first tokens of a vocabulary are often special
     tokens = (3 + torch.arange(_ROWS * _TOKENS, device=weight.device)).view(_ROWS, _TOKENS) % len(weight)
     with torch.no_grad():
@@ -100,36 +101,23 @@ def _hidden_states_and_logits(
         samples = [(own, model(input_ids=tokens, use_cache=False).logits)]
     random = torch.randn(own.shape, generator=torch.Generator().manual_seed(0)).to(weight)
     std = F.linear(random, weight.detach()).std().clamp_min(1e-6)
+    model.train()  # dropout between backbone and head would show
     for hidden in (random * (target / std) for target in (1, 100)):
-        logits = _logits_from(model, causal_lm, tokens, hidden)
-        if logits is None:
+        replaced: list[nn.Module] = []
+
+        def replace(module, _args, output, hidden=hidden, replaced=replaced):
+            if hasattr(output, "last_hidden_state"):
+                output.last_hidden_state = hidden
+                replaced.append(module)
+
+        with ExitStack() as hooks:
+            # OPT calls the decoder inside its backbone, not the backbone
+            for module in {causal_lm.base_model, causal_lm.get_decoder()} - {None}:
+                hooks.enter_context(module.register_forward_hook(replace))
+            samples.append((hidden, model(input_ids=tokens, use_cache=False).logits))
+        if not replaced:
             return []
-        samples.append((hidden, logits))
     return samples
-
-
-def _logits_from(model: PreTrainedModel, causal_lm: PreTrainedModel, tokens: Tensor, hidden: Tensor) -> Tensor | None:
-    """The model's logits if its backbone returned `hidden`; None if the backbone's output could not be replaced.
-
-    Runs in training mode, so that dropout between backbone and head would show.
-    """
-    replaced = False
-
-    def replace(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal replaced
-        if hasattr(output, "last_hidden_state"):
-            output.last_hidden_state, replaced = hidden, True
-
-    # OPT calls the decoder inside its backbone, not the backbone
-    backbones = {id(module): module for module in (causal_lm.base_model, causal_lm.get_decoder()) if module is not None}
-    hooks = [module.register_forward_hook(replace) for module in backbones.values()]
-    try:
-        model.train()
-        logits = model(input_ids=tokens, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits if replaced else None
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

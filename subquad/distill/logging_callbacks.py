@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ class MetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.start, self.first_step = time.perf_counter(), state.global_step
+        if state.is_world_process_zero:
+            # those after the checkpoint at which an interrupted stage resumes
+            records = [r for r in read_jsonl(self.path) if r["stage"] != self.stage or r["step"] <= state.global_step]
+            write_text_atomic(self.path, "".join(json.dumps(record) + "\n" for record in records))
         self.bar = tqdm(
             total=state.max_steps * self.tokens_per_step,
             initial=state.global_step * self.tokens_per_step,
@@ -75,14 +79,9 @@ def tensorboard(directory: Path) -> TrainerCallback:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(
-            "report_to: tensorboard is not installed; pip install tensorboard, or change report_to"
-        ) from None
+        problem = "report_to: tensorboard is not installed; pip install tensorboard, or change report_to"
+        raise UserError(problem) from None
     return TensorBoardCallback(SummaryWriter(str(directory)))
-
-
-def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

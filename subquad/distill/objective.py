@@ -1,5 +1,6 @@
 """What the trainer and the student's `forward` need of a stage: its parameters, its targets and its loss."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from subquad.config import Stage
-from subquad.modeling.attention.discovery import AttentionInfo
+from subquad.modeling.attention.discovery import AttentionInfo, discover_attention
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 Batch = dict[str, Tensor]
@@ -54,6 +55,12 @@ class Objective:
         its targets. attention_layers: `discover_attention(teacher)`.
         """
         self.teacher, self.stage = teacher, stage
+        if attention_layers is not None:
+            self.attention_layers = attention_layers
+
+    @functools.cached_property
+    def attention_layers(self) -> list[AttentionInfo]:
+        return discover_attention(self.teacher)
 
     def trained_parameters(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
         """The parameters that this stage trains."""
@@ -101,6 +108,19 @@ class KnownGradients(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         scale = grad / ctx.divisor
         return None, None, None, *(g.mul_(scale.to(g.dtype)) for g in gradients)
+
+
+def document_ids(batch: Batch) -> Tensor | None:
+    """The number of each token's document in its row, `[B, T]`, from 1; None if every row is one document."""
+    positions = batch.get("position_ids")
+    if positions is None:
+        return None
+    starts = positions[:, 1:] == 0
+    if not starts.any():
+        return None
+    doc_ids = torch.ones_like(positions)
+    doc_ids[:, 1:] += starts.cumsum(1)
+    return doc_ids
 
 
 def slices(length: int, size: int) -> Iterator[slice]:

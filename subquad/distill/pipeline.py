@@ -1,6 +1,5 @@
 """`distill`: from a recipe to a saved and evaluated student. Finished stages are skipped, unfinished ones resumed."""
 
-import functools
 import json
 import logging
 import math
@@ -15,22 +14,22 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from subquad.config import Recipe, different_keys, load_recipe
 from subquad.data import check_data, token_rows
-from subquad.distill.documents import respects_document_boundaries
-from subquad.distill.logging_callbacks import draw_curves, read_jsonl, write_jsonl
+from subquad.distill.logging_callbacks import draw_curves, read_jsonl
 from subquad.distill.recipe_stages import epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
 from subquad.distill.stage_cache import StageCache
-from subquad.distill.trainer import StageTrainer, checkpoint_step, newest_checkpoint
+from subquad.distill.trainer import StageTrainer
 from subquad.evaluate.efficiency import decode_speed
 from subquad.evaluate.perplexity import UNIGRAM_TOKENS, compare, recovered_share, unigram_loss
-from subquad.modeling.attention.discovery import AttentionInfo, discover_attention
+from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.linearize import linearize
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.teachers import ModelAndTokenizer, check_reference, load_teacher
 from subquad.registry import STAGES
-from subquad.utils import UserError, run_info, write_json_atomic, write_text_atomic
+from subquad.utils import UserError, eval_mode, run_info, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 SCALE_TOKENS = 1024
@@ -96,6 +95,19 @@ def load_finished_result(recipe: Recipe, directory: Path) -> dict[str, Any] | No
     return json.loads(path.read_text())["result"] if path.exists() else None
 
 
+@torch.no_grad()
+def respects_document_boundaries(teacher: PreTrainedModel) -> bool:
+    """Whether the teacher masks documents by their `position_ids`: its hidden states of a row's second document must
+    not depend on the first."""
+    vocabulary: int = teacher.get_input_embeddings().num_embeddings  # type: ignore[assignment, union-attr]
+    tokens = torch.arange(12).to(teacher.device) * 7 % vocabulary
+    rows = torch.stack([torch.cat([tokens[:5], tokens[5:]]), torch.cat([tokens[5:10], tokens[5:]])])
+    positions = torch.cat([torch.arange(5), torch.arange(7)]).to(rows).expand(2, -1)
+    with eval_mode(teacher):
+        hidden = teacher.base_model(input_ids=rows, position_ids=positions, use_cache=False).last_hidden_state
+    return torch.allclose(hidden[0, 5:], hidden[1, 5:], atol=1e-3 * float(hidden.abs().mean()), rtol=1e-3)
+
+
 def on_first_process(action: Callable[..., None], *args: Any) -> None:
     """Calls `action(*args)` in the first of the processes that train together; the others wait until it is done."""
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -134,6 +146,8 @@ class DistillationRun:
         count = max(1, math.ceil(eval_tokens / data.seq_len))
         self.validation = validation.take(min(count, len(validation)))
         """The rows of `evaluation.eval_tokens`, the same for every student and seed."""
+        self.validation_batches = list(DataLoader(self.validation, batch_size=4))
+        self.attention_layers = discover_attention(self.teacher)
 
     def check_teacher(self) -> None:
         seq_len, limit = self.recipe.data.seq_len, getattr(self.teacher.config, "max_position_embeddings", None)
@@ -146,15 +160,6 @@ class DistillationRun:
                 f"data.document_masking: got true, expected false for teacher {self.recipe.teacher!r}, whose attention "
                 "crosses documents in one row whatever their position_ids"
             )
-
-    @functools.cached_property
-    def attention_layers(self) -> list[AttentionInfo]:
-        """The teacher's attention, discovered once in a run."""
-        return discover_attention(self.teacher)
-
-    @functools.cached_property
-    def validation_batches(self) -> list[dict[str, Tensor]]:
-        return list(DataLoader(self.validation, batch_size=4))
 
     def training_ids(self, tokens: int) -> Tensor:
         """The first rows of the training text, about `tokens` tokens: `[rows, seq_len]`."""
@@ -208,11 +213,6 @@ class DistillationRun:
     def train_stage(self, name: str) -> None:
         """Trains a stage, from its newest checkpoint if there is one, and saves the student after it."""
         start = time.perf_counter()
-        checkpoint = newest_checkpoint(self.checkpoints / name)
-        step = 0 if checkpoint is None else checkpoint_step(checkpoint)
-        if step:
-            logger.info("%s: resuming stage %s from step %d", self.directory, name, step)
-        on_first_process(self.drop_metrics, name, step)
         objective = STAGES[name](
             self.teacher,
             getattr(self.recipe.stages, name),
@@ -228,11 +228,6 @@ class DistillationRun:
         self.seconds += time.perf_counter() - start
         self.finished_stages.append(name)
         on_first_process(self.save_stage, name)
-
-    def drop_metrics(self, stage: str, step: int) -> None:
-        """Removes the records of a stage after `step`."""
-        records = [r for r in read_jsonl(self.metrics) if r["stage"] != stage or r["step"] <= step]
-        write_jsonl(self.metrics, records)
 
     def save_stage(self, name: str) -> None:
         """Saves the student after stage `name`, completely or not at all, and removes the stage's checkpoints."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from subquad.config import Recipe, Stage
 from subquad.data.packing import IGNORE_INDEX, next_labels
@@ -23,13 +25,9 @@ from subquad.modeling.attention.activations import LayerActivations, capture_act
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
 
-LR_SCHEDULERS = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant_with_warmup",
-    "wsd": "warmup_stable_decay",
-}
-"""The names in recipes and those of `transformers`."""
+logger = logging.getLogger(__name__)
+LR_SCHEDULERS = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+"""The names of `transformers` that differ from those in recipes."""
 
 
 class StageTrainer(Trainer):
@@ -73,7 +71,9 @@ class StageTrainer(Trainer):
     def train_stage(self) -> None:
         """Trains the student in place, from the newest complete checkpoint of the stage if there is one."""
         checkpoint = newest_checkpoint(self.directory)
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None:
+            logger.info("resuming from %s", checkpoint)
+        self.train(resume_from_checkpoint=checkpoint)
         if self.stage.ema_decay is not None:
             load_average(self.create_optimizer())
         if self.lora is not None:
@@ -197,7 +197,7 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, run_name: 
         per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=rows // micro_batch,
         learning_rate=stage.lr,
-        lr_scheduler_type=LR_SCHEDULERS[stage.lr_scheduler],
+        lr_scheduler_type=LR_SCHEDULERS.get(stage.lr_scheduler, stage.lr_scheduler),
         lr_scheduler_kwargs=wsd if stage.lr_scheduler == "wsd" else {},
         warmup_steps=math.ceil(stage.warmup * steps),
         max_grad_norm=stage.max_grad_norm,
@@ -233,20 +233,16 @@ def rows_per_process(stage: Stage, processes: int) -> tuple[int, int]:
     return rows, micro_batch
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
+def newest_checkpoint(directory: Path) -> str | None:
     """The newest complete checkpoint; removes those that a kill left incomplete.
 
     `Trainer` writes its state last, so that a checkpoint with a readable state is complete.
     """
     with PartialState().main_process_first():
-        for path in sorted(directory.glob("checkpoint-*"), key=checkpoint_step, reverse=True):
+        while directory.is_dir() and (path := get_last_checkpoint(directory)) is not None:
             try:
-                json.loads((path / "trainer_state.json").read_text())
+                json.loads(Path(path, "trainer_state.json").read_text())
                 return path
             except (OSError, ValueError):
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path)
     return None
-
-
-def checkpoint_step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])

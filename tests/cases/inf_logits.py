@@ -2,7 +2,7 @@
 from common import *
 
 from subquad.config import EndToEndStage
-from subquad.distill.stage3_end_to_end import EndToEndDistillation
+from subquad.distill.end_to_end import EndToEndDistillation
 
 t = tiny("phi", vocab_size=64, tie_word_embeddings=False)
 with torch.no_grad():

@@ -10,8 +10,8 @@ PROGRAM = """
 import sys, torch, subquad
 from benchmarks.common import peak_rss
 from subquad.config import EndToEndStage, MatrixStage
-from subquad.distill.stage1_matrix_mixing import MatrixMixing
-from subquad.distill.stage3_end_to_end import EndToEndDistillation
+from subquad.distill.layerwise import MatrixMixing
+from subquad.distill.end_to_end import EndToEndDistillation
 torch.set_num_threads(2)
 stage, layers, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 teacher, _ = subquad.load_teacher("nano")

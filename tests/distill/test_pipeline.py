@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from subquad import mixers
 from subquad.config import load_recipe
-from subquad.distill import layerwise, pipeline, trainer
+from subquad.distill import objective, pipeline, trainer
 from subquad.distill.logging_callbacks import read_jsonl
 from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
@@ -88,7 +88,7 @@ def test_attention_is_discovered_once(recipe_path, tmp_path, monkeypatch):
         calls.append(model)
         return discover_attention(model)
 
-    for module in (pipeline, layerwise, linearize):
+    for module in (pipeline, objective, linearize):
         monkeypatch.setattr(module, "discover_attention", count)
     distill(load_recipe(recipe_path), tmp_path / "out")
     assert len(calls) == 1
@@ -138,7 +138,7 @@ def test_incomplete_checkpoint_is_removed(tmp_path):
         path.mkdir()
     (complete / "trainer_state.json").write_text('{"global_step": 3}')
     (cut / "trainer_state.json").write_text('{"global_step": 6, "log_hist')
-    assert trainer.newest_checkpoint(tmp_path) == complete
+    assert trainer.newest_checkpoint(tmp_path) == str(complete)
     assert not cut.exists()
     assert not empty.exists()
     assert trainer.newest_checkpoint(tmp_path / "nothing") is None

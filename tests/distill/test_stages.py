@@ -10,13 +10,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import subquad
 from subquad import mixers
 from subquad.config import EndToEndStage, HiddenStage, MatrixStage
-from subquad.distill import stage1_matrix_mixing
-from subquad.distill.documents import document_slices, respects_document_boundaries
-from subquad.distill.layerwise import LayerwiseDistillation
+from subquad.distill import layerwise
+from subquad.distill.end_to_end import EndToEndDistillation
+from subquad.distill.layerwise import (
+    HiddenAlignment,
+    LayerwiseDistillation,
+    MatrixMixing,
+    document_slices,
+    matrix_distance,
+)
+from subquad.distill.pipeline import respects_document_boundaries
 from subquad.distill.recipe_stages import STAGE_NAMES
-from subquad.distill.stage1_matrix_mixing import MatrixMixing, matrix_distance
-from subquad.distill.stage2_hidden_alignment import HiddenAlignment
-from subquad.distill.stage3_end_to_end import EndToEndDistillation
 
 
 @pytest.fixture(scope="module")
@@ -266,15 +270,13 @@ def test_stages_1_and_2_hold_the_activations_of_one_layer(options, teacher):
 def test_document_slices():
     doc_ids = torch.tensor([[1, 1, 2, 2, 2], [1, 1, 1, 1, 1], [1, 2, 3, 3, 4]])
     spans = [(0, 0, 2), (0, 2, 5), (1, 0, 5), (2, 0, 1), (2, 1, 2), (2, 2, 4), (2, 4, 5)]
-    assert document_slices(doc_ids, 3, 5) == [(slice(b, b + 1), slice(s, e)) for b, s, e in spans]
+    assert document_slices(doc_ids[:, None, None], 3, 5) == [(slice(b, b + 1), slice(s, e)) for b, s, e in spans]
     assert document_slices(None, 3, 5) == [(slice(0, 3), slice(0, 5))]
 
 
 def test_documents_are_located_once_a_batch(teacher, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        stage1_matrix_mixing, "document_slices", lambda *args: calls.append(0) or document_slices(*args)
-    )
+    monkeypatch.setattr(layerwise, "document_slices", lambda *args: calls.append(0) or document_slices(*args))
     batch = {"input_ids": torch.randint(0, 64, (2, 24)), "position_ids": torch.arange(12).repeat(2, 2)}
     student = subquad.linearize(teacher, "gla", scale_ids=batch["input_ids"])
     objective = make_objective("matrix", teacher, batch["input_ids"])

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from subquad.config import HiddenStage, load_recipe
 from subquad.distill import trainer
+from subquad.distill.end_to_end import EndToEndDistillation
 from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
-from subquad.distill.stage3_end_to_end import EndToEndDistillation
 from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
 

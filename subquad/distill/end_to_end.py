@@ -13,9 +13,8 @@ from torch import Tensor
 
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.distill.distillation_loss import distillation_loss
-from subquad.distill.documents import document_ids
 from subquad.distill.lm_head import Head, read_head
-from subquad.distill.objective import Batch, Objective, StageOutput
+from subquad.distill.objective import Batch, Objective, StageOutput, document_ids
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 
