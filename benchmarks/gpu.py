@@ -209,7 +209,7 @@ def teacher_cache(config, context: int, batch: int, model):
 # ---------------------------------------------------------------------- distillation
 
 
-def recipe(args: argparse.Namespace, tokens: dict[str, int]) -> Recipe:
+def recipe(args: argparse.Namespace, tokens: dict[str, int], **student: Any) -> Recipe:
     batch, seq_len = (args.batch, args.seq_len) if args.cuda else (2, 128)
     rates = {
         "matrix": {"lr": 1e-3, "param_groups": {"attention_projections": {"lr": 3e-4}}},
@@ -221,7 +221,7 @@ def recipe(args: argparse.Namespace, tokens: dict[str, int]) -> Recipe:
         {
             "teacher": args.teacher,
             "data": {"source": args.text, "seq_len": seq_len},
-            "student": {"mixer": args.mixer},
+            "student": {"mixer": args.mixer, **student},
             "stages": stages,
             "checkpoint": {"save_steps": 100_000},
             "precision": "bfloat16",
@@ -247,7 +247,8 @@ def distillation(args: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as directory:
         pilot, final = Path(directory, "pilot"), args.student or Path(directory, "final")
         steps = PILOT_STEPS if args.cuda else 6
-        distill(recipe(args, dict.fromkeys(STAGE_SHARES, steps * per_step)), pilot, loaded)
+        short = dict.fromkeys(STAGE_SHARES, steps * per_step)
+        distill(recipe(args, short, calibration_tokens=None), pilot, loaded)
         speed = stage_rates(pilot)
         seconds = max(1.0, args.deadline - time.perf_counter())
         tokens = {s: max(2 * per_step, int(share * seconds * speed[s])) for s, share in STAGE_SHARES.items()}
