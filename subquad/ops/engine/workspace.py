@@ -42,6 +42,8 @@ class Workspace:
 
     def release(self) -> None:
         """Ends a call: the buffers are kept for the next one if they have at most `KEPT_BYTES`."""
+        if torch.compiler.is_compiling():  # nothing is kept, and sizes may be symbolic
+            return
         if sum(buffer.nbytes for buffer in self.buffers.values()) > KEPT_BYTES:
             self.views.clear()
             self.buffers.clear()
