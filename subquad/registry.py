@@ -86,8 +86,8 @@ STAGES = Registry(
     "stage",
     "subquad.stages",
     {
-        "matrix": "subquad.distill.layerwise:MatrixMixing",
-        "hidden": "subquad.distill.layerwise:HiddenAlignment",
+        "matrix": "subquad.distill.matrix_mixing:MatrixMixing",
+        "hidden": "subquad.distill.hidden_alignment:HiddenAlignment",
         "end_to_end": "subquad.distill.end_to_end:EndToEndDistillation",
     },
 )

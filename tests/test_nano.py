@@ -11,7 +11,8 @@ import subquad
 from subquad.config import EndToEndStage, HiddenStage, MatrixStage
 from subquad.data import stdlib
 from subquad.distill.end_to_end import EndToEndDistillation
-from subquad.distill.layerwise import HiddenAlignment, MatrixMixing
+from subquad.distill.hidden_alignment import HiddenAlignment
+from subquad.distill.matrix_mixing import MatrixMixing
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ PROGRAM = """
 import sys, torch, subquad
 from benchmarks.common import peak_rss
 from subquad.config import EndToEndStage, MatrixStage
-from subquad.distill.layerwise import MatrixMixing
+from subquad.distill.matrix_mixing import MatrixMixing
 from subquad.distill.end_to_end import EndToEndDistillation
 torch.set_num_threads(2)
 stage, layers, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -10,15 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import subquad
 from subquad import mixers
 from subquad.config import EndToEndStage, HiddenStage, MatrixStage
-from subquad.distill import layerwise
+from subquad.distill import matrix_mixing
 from subquad.distill.end_to_end import EndToEndDistillation
-from subquad.distill.layerwise import (
-    HiddenAlignment,
-    LayerwiseDistillation,
-    MatrixMixing,
-    document_slices,
-    matrix_distance,
-)
+from subquad.distill.hidden_alignment import HiddenAlignment
+from subquad.distill.layerwise import LayerwiseDistillation
+from subquad.distill.matrix_mixing import MatrixMixing, document_slices, matrix_distance
 from subquad.distill.pipeline import respects_document_boundaries
 from subquad.distill.recipe_stages import STAGE_NAMES
 
@@ -276,7 +272,7 @@ def test_document_slices():
 
 def test_documents_are_located_once_a_batch(teacher, monkeypatch):
     calls = []
-    monkeypatch.setattr(layerwise, "document_slices", lambda *args: calls.append(0) or document_slices(*args))
+    monkeypatch.setattr(matrix_mixing, "document_slices", lambda *args: calls.append(0) or document_slices(*args))
     batch = {"input_ids": torch.randint(0, 64, (2, 24)), "position_ids": torch.arange(12).repeat(2, 2)}
     student = subquad.linearize(teacher, "gla", scale_ids=batch["input_ids"])
     objective = make_objective("matrix", teacher, batch["input_ids"])
