@@ -3,7 +3,8 @@
     python -m benchmarks.gpu --device cuda --seconds 420 --teacher smollm2-135m --text books.txt --output results/gpu
     python -m benchmarks.gpu --device cpu --seconds 60 --output DIR         # the same path on a machine without one
 
-Parts: rates of the device; operators, forward and backward, against the same kernel called through fla and SDPA; the
+Parts: rates of the device; compilation of the Triton kernels, in a process for each operator, since it takes minutes
+one after another; operators, forward and backward, against the same kernel called through fla and against SDPA; the
 short convolution; the fused loss against plain logits; a decoded token against the teacher's cache; a distillation with
 the tokens per second of each stage. Writes NAME.json and NAME.md, with NAME the device's. A part that fails is
 reported, and the exit code is then 1.
@@ -16,6 +17,8 @@ import contextlib
 import math
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -28,7 +31,7 @@ import torch.nn.functional as F
 
 import subquad
 from benchmarks import decode, loss, ops_timing
-from benchmarks.common import Parser, machine, markdown_table, positive, run_as_script, write_json
+from benchmarks.common import ROOT, Parser, machine, markdown_table, positive, run_as_script, write_json
 from subquad import ops
 from subquad.config import Recipe
 from subquad.distill.logging_callbacks import read_jsonl
@@ -67,6 +70,40 @@ def rates(args: argparse.Namespace) -> list[Row]:
     ]
 
 
+def compilation(args: argparse.Namespace) -> list[Row]:
+    """Fills Triton's cache on disk: every operator once, in processes beside each other."""
+    options = [
+        "--device",
+        str(args.device),
+        "--configs",
+        str(args.configs),
+        "--parts",
+        "operators",
+        "--lengths",
+        "2048",
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        processes = {
+            name: subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.gpu", *options, "--only", name, "--output", directory],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=ROOT,
+            )
+            for name in (args.only if args.cuda else args.only[:1])
+        }
+        return [{"compiled": name, "exit code": process.wait()} for name, process in processes.items()]
+
+
+def limit_autotuning(configs: int) -> None:
+    """Lets Triton try the first `configs` configurations of a kernel; all of them take minutes."""
+    with contextlib.suppress(ImportError):
+        from triton.runtime.autotuner import Autotuner
+
+        prune = Autotuner.prune_configs
+        Autotuner.prune_configs = lambda self, kwargs: prune(self, kwargs)[:configs]  # type: ignore[method-assign]
+
+
 def fla_calls() -> dict[str, Callable[[dict], Any]]:
     """The kernels of fla, called as its own layers call them."""
     if not fla.installed():
@@ -97,14 +134,15 @@ def flash_attention(a: dict) -> torch.Tensor:
 def operators(args: argparse.Namespace) -> list[Row]:
     """Forward and backward of every operator; the calls of one row alternate."""
     rows, direct = [], fla_calls() if args.cuda else {}
-    for T in (2048, 8192, 32768) if args.cuda else (256,):
+    for T in args.lengths if args.cuda else (256,):
         size = ops_timing.Size(T, max(1, args.tokens // T) if args.cuda else 1)
         inputs = {
             name: x.detach().to(args.device, torch.bfloat16).requires_grad_()
             for name, x in ops_timing.arguments(size).items()
         }
         sdpa = median_ms(backward_call(flash_attention, inputs), args.device)
-        for name, function in ops_timing.variants().items():
+        for name in args.only:
+            function = ops_timing.variants()[name]
             calls = {"ours": backward_call(function, inputs)}
             with contextlib.suppress(RuntimeError):  # fla refuses some kernels on some devices
                 if name in direct:
@@ -270,6 +308,7 @@ def distillation(args: argparse.Namespace) -> list[Row]:
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "rates": rates,
+    "compilation": compilation,
     "operators": operators,
     "convolution": convolution,
     "loss": fused_loss,
@@ -303,11 +342,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32, help="rows in a training step on the accelerator")
     parser.add_argument("--student", type=Path, metavar="DIR", help="keep the distilled student there")
     parser.add_argument("--tokens", type=int, default=32768, help="in a call of an operator on the accelerator")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768], help="of the operators")
+    parser.add_argument("--only", nargs="+", default=list(ops_timing.variants()), help="operators")
+    parser.add_argument("--configs", type=int, default=3, help="configurations that Triton tries for a kernel")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="of NAME.json and NAME.md")
     args = parser.parse_args(argv)
     args.matmul_rate = None
     args.cuda, args.deadline = args.device.type == "cuda", time.perf_counter() + args.seconds
+    if args.cuda:
+        limit_autotuning(args.configs)
     args.output.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if args.cuda else "cpu"
     target = args.output / re.sub(r"[^a-z0-9]+", "-", device.lower())
