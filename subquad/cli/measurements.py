@@ -11,7 +11,7 @@ from pathlib import Path
 from subquad.cli.parser import Parser, count, split_list
 from subquad.utils import UserError, needs_extra, quiet_libraries
 
-BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar", "data")
+BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar", "data", "gpu")
 """Modules of `benchmarks`."""
 
 

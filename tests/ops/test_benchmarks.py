@@ -2,13 +2,17 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import common, ops, ops_timing
+from benchmarks import common, gpu, ops, ops_timing
 from subquad import cli
 from subquad.cli.measurements import BENCHMARKS
 from tests.helpers.ops import error
@@ -123,3 +127,16 @@ def test_bench_mqar_prints_and_writes_results(capsys, tmp_path, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert all(f" at lr {r['value']:g}" in line for line, r in zip(lines, results[1::2], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.sample
+def test_gpu_check_takes_the_same_path_on_a_cpu(tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "gpu_check.sh"
+    command = [script, tmp_path, "--device", "cpu", "--seconds", "20"]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "cpu.json").read_text())
+    assert results["failed"] == {}
+    assert set(results["parts"]) == set(gpu.PARTS)
+    assert results["parts"]["distillation"][-1]["perplexity"] > 1
