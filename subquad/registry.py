@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from subquad.utils import UserError, nearest, quiet_imports
 
-C = TypeVar("C", bound=type)
+C = TypeVar("C")
 
 
 class Registry(Mapping[str, Any]):
@@ -24,11 +24,12 @@ class Registry(Mapping[str, Any]):
     def __init__(self, kind: str, group: str, built_in: Mapping[str, str]):
         self.kind, self.group, self.objects = kind, group, dict[str, Any](built_in)
 
-    def register(self, name: str, item: Any) -> None:
+    def register(self, name: str, item: C) -> C:
         """Adds an object, or replaces it if its module is imported again. Raises UserError for a name that is taken."""
         if name in self.objects and getattr(self.objects[name], "__module__", None) != item.__module__:
             raise UserError(f"{self.kind} {name!r} exists; expected another name")
         self.objects[name] = item
+        return item
 
     def find(self, name: str, *others: str) -> Any:
         """The object of that name. An unknown one is a UserError with the nearest of all names and `others`."""
@@ -116,20 +117,17 @@ SUITES = Registry(
 
 def register_mixer(mixer: C) -> C:
     """Class decorator: adds a subclass of `subquad.mixers.Mixer` under its `name`."""
-    MIXERS.register(mixer.name, mixer)  # type: ignore[attr-defined]
-    return mixer
+    return MIXERS.register(mixer.name, mixer)  # type: ignore[attr-defined]
 
 
 def register_stage(objective: C) -> C:
     """Class decorator: adds a subclass of `subquad.distill.objective.Objective` under its `name`."""
-    STAGES.register(objective.name, objective)  # type: ignore[attr-defined]
-    return objective
+    return STAGES.register(objective.name, objective)  # type: ignore[attr-defined]
 
 
 def register_export_target(converter: C) -> C:
     """Class decorator: adds a subclass of `subquad.export.converter.Converter` under the key of its `target`."""
-    EXPORT_TARGETS.register(converter.target.key, converter)  # type: ignore[attr-defined]
-    return converter
+    return EXPORT_TARGETS.register(converter.target.key, converter)  # type: ignore[attr-defined]
 
 
 def register_suite(name: str, suite: Callable[..., Any]) -> None:

@@ -6,7 +6,6 @@ The state of the study is read from its directory. Running it again executes onl
 unfinished.
 """
 
-import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from subquad.config import Recipe
 from subquad.data import check_data
 from subquad.distill.recipe_stages import stage_keys
 from subquad.evaluate import command
-from subquad.evaluate.results import Result
 from subquad.evaluate.suites import settings_for
 from subquad.modeling.teachers import check_reference
 from subquad.study.engines import Scheduler, run_in_processes, run_sequentially
@@ -73,8 +71,8 @@ def run_study(
             write_results(output, runs)
 
         def prune() -> None:
-            unfinished = [stage_keys(run.recipe).values() for run in runs if run.state != "finished"]
-            stage_cache.prune(itertools.chain.from_iterable(unfinished))
+            unfinished = (run for run in runs if run.state != "finished")
+            stage_cache.prune(key for run in unfinished for key in stage_keys(run.recipe).values())
 
         scheduler = Scheduler(runs, stage_cache, on_end)
         write_results(output, runs)
@@ -119,17 +117,16 @@ def evaluate_study(runs: Sequence[Run], output: Path, suites: Sequence[str]) -> 
     for run in runs:
         if run.state == "finished":
             by_teacher.setdefault(f"{run.recipe.teacher} {run.recipe.data.model_dump_json()}", []).append(run)
-    failed = {}
+    failed: dict[str, str] = {}
     for number, group in enumerate(by_teacher.values(), 1):
         directory = output / ("evaluation" if number == 1 else f"evaluation-{number}")
         teacher = group[0].recipe.teacher
         logger.info("evaluating %d students against %s", len(group), teacher)
-        results: dict[tuple, Result] = {}
+        results: dict[tuple, dict[str, Any]] = {}
         for run in group:  # the results of the teacher are cached, so it is evaluated once
             report = command.run([str(run.directory)], teacher=teacher, suites=suites, output=str(directory))
-            failed.update(report.failed)
+            failed |= report.failed
             for result in report.results:
-                results.setdefault(result.key, result)
-            records = [result.as_dict() for result in results.values()]
-            write_json_atomic(directory / RESULTS, {**report.header, "results": records})
+                results.setdefault(result.key, result.as_dict())
+            write_json_atomic(directory / RESULTS, {**report.header, "results": [*results.values()]})
     return failed

@@ -68,27 +68,28 @@ def remaining_training(runs: Sequence[Run], measured: Sequence[Run], stage_cache
 
     A shared stage counts for the first run that needs it.
     """
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    speeds: dict[tuple[str, str | None], list[float]] = defaultdict(list)
     for run in measured:
         for stage, line in training_metrics(run).items():
-            values[stage, run.recipe.student.name].append(line["tokens_per_second"])
-    speeds = {key: statistics.median(own) for key, own in values.items()}
+            for mixer in (run.recipe.student.name, None):
+                speeds[stage, mixer].append(line["tokens_per_second"])
     remaining, counted = [], set()
     for run in runs:
-        left: dict[str, int] = {}
+        tokens, seconds, guessed = 0, 0.0, False
         done, keys = training_metrics(run), stage_keys(run.recipe)
         for stage, total in stage_tokens(run.recipe).items() if run.state != "finished" else ():
-            if keys[stage] not in counted and not stage_cache.has(keys[stage]):
-                left[stage] = max(0, total - (done[stage]["tokens"] if stage in done else 0))
-                counted |= {keys[stage]} & stage_cache.shared_keys
-        left = {stage: tokens for stage, tokens in left.items() if tokens}
-        seconds = 0.0
-        for stage, tokens in left.items():
-            others = [speed for (name, _), speed in speeds.items() if name == stage]
-            speed = speeds.get((stage, run.recipe.student.name)) or (statistics.median(others) if others else 0)
-            seconds += tokens / speed if speed else math.inf
-        guessed = any((stage, run.recipe.student.name) not in speeds for stage in left)
-        remaining.append(Remaining(sum(left.values()), seconds, guessed))
+            left = total - (done[stage]["tokens"] if stage in done else 0)
+            if keys[stage] in counted or stage_cache.has(keys[stage]):
+                continue
+            counted |= {keys[stage]} & stage_cache.shared_keys
+            if left <= 0:
+                continue
+            own = speeds.get((stage, run.recipe.student.name))
+            known = own or speeds.get((stage, None))
+            tokens += left
+            seconds += left / statistics.median(known) if known else math.inf
+            guessed |= own is None
+        remaining.append(Remaining(tokens, seconds, guessed))
     return remaining
 
 

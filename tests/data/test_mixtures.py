@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from subquad.config import Data, MixtureSource, load_recipe
 from subquad.data import check_data, sources, token_rows
-from subquad.data.mixtures import MixtureSchedule
+from subquad.data.packing import MixtureSchedule
 from subquad.utils import UserError
 
 

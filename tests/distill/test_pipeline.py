@@ -1,7 +1,6 @@
 """Whole runs on a tiny teacher: their files, resuming after interruptions and kills, refused directories."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -27,21 +26,17 @@ from subquad.study.runs import find_runs
 from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 @pytest.fixture(scope="module")
 def recipe_path(tmp_path_factory):
     return tiny_recipe(tmp_path_factory.mktemp("run"))
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(recipe_path, tmp_path_factory):
+def uninterrupted(recipe_path, own_cache, tmp_path_factory):
     output = tmp_path_factory.mktemp("out") / "uninterrupted"
-    os.environ["SUBQUAD_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
     result = distill(load_recipe(recipe_path), output)
     return output, result
 

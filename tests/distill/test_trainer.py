@@ -20,17 +20,13 @@ from subquad.distill.recipe_stages import STAGE_NAMES
 from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 SIZES = {"tokens": 512, "lr": 1e-3, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
 def recipe_path(tmp_path_factory):
     return tiny_recipe(tmp_path_factory.mktemp("run"), stages={name: dict(SIZES) for name in STAGE_NAMES})
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def only(stage, *more):
@@ -59,11 +55,10 @@ def changed(a, b):
 
 
 @pytest.fixture(scope="module")
-def fresh(recipe_path, tmp_path_factory):
+def fresh(recipe_path, own_cache):
     """The weights of an untrained student."""
     import subquad
 
-    os.environ["SUBQUAD_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
     recipe = load_recipe(recipe_path)
     teacher, _ = subquad.load_teacher(recipe.teacher)
     return subquad.linearize(teacher, "gla").state_dict()

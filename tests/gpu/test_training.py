@@ -15,12 +15,10 @@ from subquad.distill.logging_callbacks import read_jsonl
 from subquad.distill.pipeline import distill
 from tests.helpers.recipes import tiny_recipe
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

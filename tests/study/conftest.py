@@ -10,6 +10,6 @@ def study_recipe(tmp_path_factory):
     return tiny_recipe(tmp_path_factory.mktemp("study"))
 
 
-@pytest.fixture(autouse=True)
-def _cache_directory(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(own_cache):
+    pass

@@ -35,8 +35,7 @@ def without_times(results):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(study_recipe, tmp_path_factory):
-    os.environ["SUBQUAD_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+def uninterrupted(study_recipe, own_cache, tmp_path_factory):
     return without_times(run_study(load_study(study_recipe, TWELVE), tmp_path_factory.mktemp("uninterrupted")))
 
 
