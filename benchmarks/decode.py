@@ -24,8 +24,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import subquad
 from benchmarks.common import Parser, in_words, machine, markdown_table, output_file, run_as_script, write_json
 from subquad import mixers
-from subquad.evaluate.efficiency import cache_bytes, peak_memory
-from subquad.modeling.cache import CACHE_ARGUMENT
+from subquad.evaluate.efficiency import peak_memory
+from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
 
 SIZES = {
     "nano": {

@@ -36,8 +36,8 @@ from subquad import ops
 from subquad.config import Recipe
 from subquad.distill.logging_callbacks import read_jsonl
 from subquad.distill.pipeline import distill
-from subquad.evaluate.efficiency import cache_bytes, peak_memory, timed
-from subquad.modeling.cache import CACHE_ARGUMENT
+from subquad.evaluate.efficiency import peak_memory, timed
+from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
 from subquad.ops import fla
 from subquad.utils import run_info
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import subquad
-from subquad.evaluate.efficiency import cache_bytes, prefill
-from subquad.modeling.cache import CACHE_ARGUMENT
+from subquad.evaluate.efficiency import prefill
+from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
 
 SINKS = 4
 Logits = Callable[[Tensor], Tensor]

@@ -73,9 +73,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def as_user_error(failure: str) -> Iterator[None]:
-    """UserError, `failure` and the first line of the error, where its block fails. A UserError and a lack of memory
-    are raised as they are."""
+def as_user_error(failure: str, of_cause: bool = False) -> Iterator[None]:
+    """UserError, `failure` and the first line of the error (or of its cause, if there is one), where its block fails.
+    A UserError and a lack of memory are raised as they are."""
     try:
         yield
     except UserError:
@@ -83,7 +83,8 @@ def as_user_error(failure: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        cause = (of_cause and error.__cause__) or error
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
         raise UserError(f"{failure}: {lines[0]}") from error
 
 

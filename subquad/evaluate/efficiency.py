@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from subquad.evaluate.results import Result
-from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
+from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
 from subquad.utils import eval_mode
 
 logger = logging.getLogger(__name__)
@@ -99,14 +99,6 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, int
 
 def _status(name: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of all tensors of a student's or a transformer's cache."""
-    if isinstance(cache, SubquadCache):
-        return cache.nbytes()
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return sum(t.nbytes for t in tensors if t is not None)
 
 
 def efficiency_results(

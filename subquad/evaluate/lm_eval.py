@@ -18,7 +18,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.evaluate.results import Result
-from subquad.utils import UserError, cache_dir, eval_mode, nearest, needs_extra, write_text_atomic
+from subquad.utils import UserError, as_user_error, cache_dir, eval_mode, nearest, needs_extra, write_text_atomic
 
 HUB_TASKS = ("lambada_openai", "arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "openbookqa", "boolq")
 """The default tasks."""
@@ -186,16 +186,12 @@ def zero_shot(
     options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "device": str(model.device)}
     with eval_mode(model):
         lm = HFLM(model, max_length=getattr(config, "max_position_embeddings", None) or 2048, **options)
-        try:
+        with as_user_error(f"task {task.name!r}: lm-eval cannot run it", of_cause=True):  # `datasets` wraps it
             loaded = _single_tasks(get_task_dict([task.name], manager))
             samples = {name: evenly_spaced(len(one.eval_docs), limit) for name, one in loaded}
             found: Any = lm_eval.simple_evaluate(
                 lm, tasks=[task.name], task_manager=manager, bootstrap_iters=1000, samples=samples
             )
-        except Exception as error:
-            cause = error.__cause__ or error  # `datasets` wraps the cause
-            lines = str(cause).strip().splitlines() or [type(cause).__name__]
-            raise UserError(f"task {task.name!r}: lm-eval cannot run it: {lines[0]}") from error
     results = [result for name, values in found["results"].items() for result in _task_results(name, values, found)]
     items = found["samples"].get(task.name, [])
     scores = [float(item[metric]) for item in items for metric in ("acc", "exact_match") if metric in item]

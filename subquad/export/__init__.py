@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.modeling.summary import config_dtype, read_config
+from subquad.modeling.summary import read_config
 from subquad.modeling.teachers import load_teacher
 from subquad.registry import EXPORT_TARGETS
 from subquad.utils import UserError, nearest, needs_extra
@@ -57,7 +57,8 @@ def export(
         )
     if not output.absolute().parent.is_dir():
         raise UserError(f"output {str(output)!r}: there is no directory {str(output.parent)!r}")
-    student, tokenizer = load_teacher(directory, config_dtype(read_config(Path(directory))))
+    read_config(directory)  # refuses a directory without a student
+    student, tokenizer = load_teacher(directory, "auto")
     assert isinstance(student, SubquadForCausalLM)
     model = convert(student, "qwen3_5" if file_format == "gguf" else file_format)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as work:

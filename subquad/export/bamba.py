@@ -32,13 +32,12 @@ class BambaConverter(Converter):
     mlp_norm = "pre_ff_layernorm"
 
     def classes(self) -> tuple[Any, Any]:
-        classes = super().classes()
         if not has_group_norm():
             raise UserError(
                 "Bamba in this version of transformers has one norm for all heads, a student one for each; expected a "
                 "later version (5.24 has it)"
             )
-        return classes
+        return super().classes()
 
     def config(
         self, common: dict[str, Any], spec: AttentionSpec, conv_width: int, attention_layers: list[int]

@@ -22,7 +22,7 @@ from subquad.modeling.decoder_weights import DecoderWeights, has_bias, read_deco
 from subquad.modeling.export_target import ExportError, ExportTarget, unsupported_attention
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.utils import UserError, eval_mode
+from subquad.utils import eval_mode
 
 TOLERANCE = 1e-5
 """Relative error of the logits, in float32, up to which student and model count as equal; larger if the student's own
@@ -50,13 +50,10 @@ class Converter:
     """What the target adds to the stored weights of its layer norms."""
 
     def classes(self) -> tuple[Any, Any]:
-        """The classes of `class_names`. Raises UserError if this version of transformers lacks one."""
+        """The classes of `class_names`."""
+        config, model = self.class_names
         with without_fla():
-            config, model = (getattr(transformers, name, None) for name in self.class_names)
-        if config is None or model is None:
-            found = f"transformers {transformers.__version__} has no {self.class_names[1]}"
-            raise UserError(f"{found}; expected a later version")
-        return config, model
+            return getattr(transformers, config), getattr(transformers, model)
 
     def config(
         self, common: dict[str, Any], spec: AttentionSpec, conv_width: int, attention_layers: list[int]

@@ -97,8 +97,9 @@ class SubquadCache(Cache):
     """One cache layer per decoder layer: `RecurrentCacheLayer` for a mixer, `SlidingWindowCacheLayer` for attention
     with a window, and `DynamicLayer` for full attention, whose keys and values grow with the context."""
 
-    def nbytes(self) -> int:
-        """Bytes of all tensors held."""
-        layers: list[Any] = self.layers
-        tensors = (t for layer in layers for t in getattr(layer, "states", None) or (layer.keys, layer.values))
-        return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all tensors of a student's or a transformer's cache."""
+    layers: list[Any] = cache.layers
+    tensors = (t for layer in layers for t in getattr(layer, "states", None) or (layer.keys, layer.values))
+    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))

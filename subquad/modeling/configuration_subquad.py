@@ -85,10 +85,6 @@ class SubquadConfig(PreTrainedConfig):
         """For each layer, whether it is attention and no mixer."""
         return [spec["mixer"] in mixers.KEPT_ATTENTION for spec in self.layer_specs]
 
-    def attention_spec(self, index: int) -> AttentionSpec:
-        """The teacher's attention in one layer."""
-        return AttentionSpec(**{name: value for name, value in self.attention_specs[index].items() if name != "path"})
-
     def check(self) -> None:
         """Raises UserError if no student can be built from it: what is missing or unknown, and in which layer."""
         if not isinstance(self.base_config, PreTrainedConfig):

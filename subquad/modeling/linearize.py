@@ -226,7 +226,7 @@ def copy_projections(info: AttentionInfo, mixer: Mixer) -> None:
             projection.bias.copy_(bias)
     norms = mixer.qk_norms()
     for name in {key[0] for key in norms}:
-        for part, values in zip(("", "_bias"), info.norm_weights(name), strict=True):
+        for part, values in zip(("", "_bias"), info.norms[name][2:], strict=True):
             if values is not None:
                 norms[f"{name}_norm{part}"].copy_(values)
 

@@ -49,12 +49,13 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         self.mixer_layers: list[MixerLayer | AttentionLayer] = []
         """What replaces attention, one entry a layer."""
         for index, layer_spec in enumerate(config.layer_specs):
-            path = config.attention_specs[index]["path"]
+            spec = dict(config.attention_specs[index])
+            path = spec.pop("path")
             try:
                 attention = base.get_submodule(path)
             except AttributeError as error:
                 raise UserError(f"attention_specs: {index}: path: no module {path!r} in the base model") from error
-            layer = make_mixer_layer(attention, config.attention_spec(index), index, layer_spec)
+            layer = make_mixer_layer(attention, AttentionSpec(**spec), index, layer_spec)
             base.set_submodule(path, layer)
             self.mixer_layers.append(layer)
         self.base = base

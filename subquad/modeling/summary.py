@@ -1,5 +1,6 @@
 """Describes a student from its configuration alone: the text of `subquad inspect`, and the model card."""
 
+import os
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +20,7 @@ CONTEXTS = (1024, 8192, 65536)
 """Numbers of tokens for which cache sizes are shown."""
 
 
-def read_config(directory: str | Path) -> SubquadConfig:
+def read_config(directory: str | os.PathLike) -> SubquadConfig:
     """The configuration of a saved student. Raises UserError if there is none."""
     path = Path(directory).expanduser()
     if not (path / "config.json").is_file():
@@ -35,13 +36,8 @@ def meta_model(config: SubquadConfig) -> SubquadForCausalLM:
     """The student on the meta device, without weights."""
     with torch.device("meta"):
         student = SubquadForCausalLM(config)
-    return student.to(config_dtype(config)).eval()  # type: ignore[arg-type]
-
-
-def config_dtype(config: SubquadConfig) -> torch.dtype:
-    """The dtype of the saved weights."""
-    dtype = config.dtype or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = str(config.dtype or torch.float32).removeprefix("torch.")  # `transformers` keeps a dtype or its name
+    return student.to(getattr(torch, dtype)).eval()
 
 
 def layer_ranges(config: SubquadConfig) -> list[tuple[str, dict[str, Any]]]:
@@ -64,7 +60,7 @@ def describe_layer(layer_spec: dict[str, Any], defaults: bool = False) -> str:
 
 
 @torch.no_grad()
-def cache_bytes(student: SubquadForCausalLM, context: int) -> tuple[int, int]:
+def cache_sizes(student: SubquadForCausalLM, context: int) -> tuple[int, int]:
     """Bytes of the cache of `student`, a meta model, and of its teacher's, after one sequence of `context` tokens; both
     in the student's dtype."""
 
@@ -97,7 +93,7 @@ def summary(config: SubquadConfig) -> str:
     """The text that `subquad inspect` prints."""
     student = meta_model(config)
     model_type = config.base_config.model_type  # type: ignore[union-attr]
-    parameters = f"{student.num_parameters():,} parameters, {str(config_dtype(config)).removeprefix('torch.')}"
+    parameters = f"{student.num_parameters():,} parameters, {str(student.dtype).removeprefix('torch.')}"
     lines = [f"subquad student of a {model_type} teacher: {len(config.layer_specs)} layers, {parameters}"]
     if config.max_learned_positions is not None:
         lines.append(f"learned positions: at most {config.max_learned_positions:,} tokens")
@@ -107,7 +103,7 @@ def summary(config: SubquadConfig) -> str:
     with_mixers = [spec for _, spec in ranges if spec["mixer"] not in mixers.KEPT_ATTENTION]
     if with_mixers:  # each once
         lines += ["", "options", *dict.fromkeys(f"  {describe_layer(spec, defaults=True)}" for spec in with_mixers)]
-    sizes = [cache_bytes(student, context) for context in CONTEXTS]
+    sizes = [cache_sizes(student, context) for context in CONTEXTS]
     table = [
         ["cache of a sequence of", *(f"{context // 1024}k" for context in CONTEXTS), "tokens"],
         ["  student", *(format_bytes(own) for own, _ in sizes)],
@@ -124,7 +120,7 @@ def model_card(config: SubquadConfig, teacher: str) -> str:
     teacher: what the student was made from: a hub id, or the name of a directory or a file.
     """
     student, positions = meta_model(config), config.max_learned_positions
-    sizes = [(f"{n:,}", *map(format_bytes, cache_bytes(student, n))) for n in CONTEXTS]
+    sizes = [(f"{n:,}", *map(format_bytes, cache_sizes(student, n))) for n in CONTEXTS]
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(
         teacher=teacher,

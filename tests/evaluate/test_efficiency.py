@@ -7,9 +7,9 @@ import torch
 
 import subquad
 from subquad.evaluate.baselines import int8_teacher, windowed_teacher
-from subquad.evaluate.efficiency import cache_bytes, efficiency_results, peak_memory, prefill, timed
+from subquad.evaluate.efficiency import efficiency_results, peak_memory, prefill, timed
 from subquad.evaluate.results import select, select_one
-from subquad.modeling.cache import CACHE_ARGUMENT
+from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
 
 
 def test_results_of_teacher_and_student(make_teacher):

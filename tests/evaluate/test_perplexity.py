@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import subquad
-from subquad.evaluate.efficiency import cache_bytes, decode_speed
+from subquad.evaluate.efficiency import decode_speed
 from subquad.evaluate.perplexity import (
     compare,
     language_results,
@@ -21,6 +21,7 @@ from subquad.evaluate.perplexity import (
     unigram_loss,
 )
 from subquad.evaluate.results import select_one
+from subquad.modeling.cache import cache_bytes
 
 
 @pytest.fixture(scope="module")

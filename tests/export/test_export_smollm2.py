@@ -13,8 +13,9 @@ from subquad.export import export
 from subquad.export.converter import rounding_error
 from subquad.modeling.teachers import fetch_smollm2
 from subquad.utils import UserError
-from tests.helpers.exports import relative_error, run_without_subquad
+from tests.helpers.exports import run_without_subquad
 from tests.helpers.llama_cpp import needs_llama_cpp, run
+from tests.helpers.ops import error
 from tests.helpers.students import logits
 
 pytestmark = [pytest.mark.slow, pytest.mark.sample]
@@ -56,11 +57,11 @@ def test_served_model_has_the_students_logits_without_subquad(directory, student
     ((whole, steps, batch, *_),) = run_without_subquad({directory: (ids, ids, mask)}, torch.float64)
     wide = copy.deepcopy(student).double()
     expected = logits(wide, ids)
-    assert relative_error(whole, expected) < 1e-5
-    assert relative_error(steps, expected) < 1e-5
-    assert relative_error(batch[:, 30:], logits(wide, ids, attention_mask=mask)[:, 30:]) < 1e-5
+    assert error(whole, expected) < 1e-5
+    assert error(steps, expected) < 1e-5
+    assert error(batch[:, 30:], logits(wide, ids, attention_mask=mask)[:, 30:]) < 1e-5
     narrow = AutoModelForCausalLM.from_pretrained(directory / "served", dtype=torch.float32).eval()
-    assert relative_error(logits(narrow, ids), logits(student, ids)) < 2 * rounding_error(student, ids)
+    assert error(logits(narrow, ids), logits(student, ids)) < 2 * rounding_error(student, ids)
 
 
 @needs_llama_cpp

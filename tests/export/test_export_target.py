@@ -13,7 +13,8 @@ from subquad.mixers import AttentionSpec, create
 from subquad.mixers.norms import fit_bias_direction
 from subquad.modeling.layers import NormedProjection
 from subquad.utils import UserError
-from tests.helpers.exports import IRREGULAR, PURE, REGULAR, relative_error, student_of, teacher_of
+from tests.helpers.exports import IRREGULAR, PURE, REGULAR, student_of, teacher_of
+from tests.helpers.ops import error
 from tests.helpers.students import SCALE_IDS, logits
 
 SPEC = AttentionSpec(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True)
@@ -156,7 +157,7 @@ def test_calibration_lowers_the_loss():
             sum(m(row, labels=row, use_cache=False).loss.item() for row in rows.split(4)) / 8 for m in (plain, student)
         )
     assert after < before - 0.2
-    assert relative_error(logits(convert(student, "qwen3_5"), rows[:2]), logits(student, rows[:2])) < 1e-5
+    assert error(logits(convert(student, "qwen3_5"), rows[:2]), logits(student, rows[:2])) < 1e-5
 
 
 def test_calibrated_student_can_be_exported():
@@ -169,7 +170,7 @@ def test_calibrated_student_can_be_exported():
         not torch.equal(a.mixer.v_conv, b.mixer.v_conv)
         for a, b in zip(student.mixer_layers, plain.mixer_layers, strict=True)
     )
-    assert relative_error(logits(convert(student, "qwen3_5"), text), logits(student, text)) < 1e-5
+    assert error(logits(convert(student, "qwen3_5"), text), logits(student, text)) < 1e-5
 
 
 def test_recipe_key_is_validated(tmp_path):

@@ -10,8 +10,9 @@ import subquad
 from subquad.export import convert, export
 from subquad.export.gguf import check_config, pre_tokenizer_name, token_list
 from subquad.modeling.export_target import ExportError
-from tests.helpers.exports import IRREGULAR, LLAMA3, PURE, REGULAR, relative_error, saved_student, student_of
+from tests.helpers.exports import IRREGULAR, LLAMA3, PURE, REGULAR, saved_student, student_of
 from tests.helpers.llama_cpp import log_probabilities, needs_llama_cpp, run
+from tests.helpers.ops import error
 from tests.helpers.students import logits
 
 PRECISION = {"f32": 1e-5, "f16": 1e-2, "q8_0": 0.2}
@@ -73,7 +74,7 @@ def test_transformers_loads_the_file_with_the_same_logits(layer_types, number_ty
     ).eval()
     assert type(loaded).__name__ == "Qwen3_5ForCausalLM"
     ids = torch.randint(3, 300, (2, 50), generator=torch.Generator().manual_seed(3))
-    assert relative_error(logits(loaded, ids), logits(student, ids)) < PRECISION[number_type]
+    assert error(logits(loaded, ids), logits(student, ids)) < PRECISION[number_type]
     loaded_tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=f"{number_type}.gguf")
     assert loaded_tokenizer(SENTENCE).input_ids == tokenizer(SENTENCE).input_ids
     assert loaded_tokenizer.eos_token_id == tokenizer.eos_token_id

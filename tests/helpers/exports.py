@@ -7,6 +7,7 @@ from torch import Tensor
 
 import subquad
 from subquad import SubquadForCausalLM
+from tests.helpers.ops import error
 from tests.helpers.processes import run_python
 from tests.helpers.recipes import save_tiny_teacher
 from tests.helpers.students import logits, make_student
@@ -47,12 +48,6 @@ def saved_student(directory: Path, layers: dict | None = None, target: str = "qw
     student.save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")
     return directory / "student"
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    assert found.isfinite().all()
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 SCRIPT = """
@@ -123,10 +118,10 @@ def check_served(directories: list[Path]) -> None:
     for directory, (whole, steps, batch, single, batched, tokens) in zip(directories, outputs, strict=True):
         student, tokenizer = subquad.load_teacher(directory / "student")
         expected = logits(student, ids)
-        assert relative_error(whole, expected) < 1e-5
-        assert relative_error(steps, expected) < 1e-5
+        assert error(whole, expected) < 1e-5
+        assert error(steps, expected) < 1e-5
         expected = logits(student, padded, attention_mask=mask)
-        assert relative_error(batch[mask.bool()], expected[mask.bool()]) < 1e-5
+        assert error(batch[mask.bool()], expected[mask.bool()]) < 1e-5
         greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
         assert torch.equal(single, student.generate(ids[:1, :6], **greedy))
         assert torch.equal(batched, student.generate(padded, attention_mask=mask, **greedy))

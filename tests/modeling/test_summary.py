@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import subquad
-from subquad.modeling.cache import SlidingWindowCacheLayer
-from subquad.modeling.summary import cache_bytes, layer_ranges, meta_model, model_card, read_config, summary
+from subquad.modeling.cache import SlidingWindowCacheLayer, cache_bytes
+from subquad.modeling.summary import cache_sizes, layer_ranges, meta_model, model_card, read_config, summary
 from subquad.utils import UserError
 from tests.helpers.architectures import LAYER_TYPES, cached_student, cached_teacher
 from tests.helpers.students import MIXERS_AND_SOFTMAX, logits, make_student
@@ -25,7 +25,7 @@ def test_cache_bytes_and_parameters_match_a_real_student(make_teacher, ids, mixe
     cache = model.new_cache()
     logits(model, ids[:1], past_key_values=cache)
     meta = meta_model(model.config)
-    assert cache_bytes(meta, 11) == (cache.nbytes(), kv_bytes(teacher, ids[:1]))
+    assert cache_sizes(meta, 11) == (cache_bytes(cache), kv_bytes(teacher, ids[:1]))
     assert meta.num_parameters() == model.num_parameters()
 
 
@@ -36,14 +36,14 @@ def test_cache_bytes_with_windows_and_grouped_heads(name, layer_types):
     cache = model.new_cache()
     logits(model, ids, past_key_values=cache)
     positions = sum(layer.states[2].nbytes for layer in cache.layers if isinstance(layer, SlidingWindowCacheLayer))
-    expected = cache.nbytes() - positions, kv_bytes(cached_teacher(name), ids)
-    assert cache_bytes(meta_model(model.config), 21) == expected
+    expected = cache_bytes(cache) - positions, kv_bytes(cached_teacher(name), ids)
+    assert cache_sizes(meta_model(model.config), 21) == expected
 
 
 def test_cache_bytes_in_bfloat16(teacher, tmp_path):
     make_student(teacher.to(torch.bfloat16), "softmax").save_pretrained(tmp_path)
     config = read_config(tmp_path)
-    assert cache_bytes(meta_model(config), 10) == (2 * 10 * 2 * (8 + 8) * 2,) * 2
+    assert cache_sizes(meta_model(config), 10) == (2 * 10 * 2 * (8 + 8) * 2,) * 2
     assert "bfloat16" in summary(config)
 
 

@@ -43,8 +43,8 @@ NORM_KINDS = ("rms-head", "rms-all", "layer-head", "layer-all")
 
 
 class QKNorm(NamedTuple):
-    """A norm of queries or keys: one of `NORM_KINDS`, its epsilon, its weight and bias `[heads, head_dim]`; an RMS norm
-    has no bias."""
+    """A norm of queries or keys: one of `NORM_KINDS`, its epsilon, its weight and bias `[query heads, head_dim]`; an
+    RMS norm has no bias."""
 
     kind: str
     eps: float
@@ -89,17 +89,12 @@ class AttentionInfo:
         """`projection_weights`, with each head of k and v repeated for all query heads of its group."""
         weight, bias = self.projection_weights(name)
         heads = self.spec.num_kv_heads if name in ("k", "v") else self.spec.num_heads
-        return self._repeat(weight, heads), None if bias is None else self._repeat(bias, heads)
-
-    def norm_weights(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias `[num_heads, head_dim]` of the norm of "q" or "k"."""
-        _, _, weight, bias = self.norms[name]
-        return self._repeat(weight, len(weight)), None if bias is None else self._repeat(bias, len(weight))
-
-    def _repeat(self, rows: Tensor, heads: int) -> Tensor:
-        """`rows` of `heads` heads, those of each head repeated for all query heads of its group."""
         groups = self.spec.num_heads // heads
-        return rows if groups == 1 else rows.unflatten(0, (heads, -1)).repeat_interleave(groups, 0).flatten(0, 1)
+
+        def expand(rows: Tensor) -> Tensor:
+            return rows if groups == 1 else rows.unflatten(0, (heads, -1)).repeat_interleave(groups, 0).flatten(0, 1)
+
+        return expand(weight), None if bias is None else expand(bias)
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -220,7 +215,9 @@ def find_qk_norms(call: AttentionCall, slices: dict[str, ProjectionSlice]) -> di
             x, y = (split_heads(t, values.shape[1]) for t in call.submodules[name].tensors)
             norm = fit_norm(call.module.get_submodule(name), x, y)
             if norm is not None:
-                found[part] = norm
+                groups = call.query.shape[1] // values.shape[1]
+                bias = None if norm.bias is None else norm.bias.repeat_interleave(groups, 0)
+                found[part] = norm._replace(weight=norm.weight.repeat_interleave(groups, 0), bias=bias)
     return found if len(found) == 2 and found["q"].kind == found["k"].kind else {}
 
 
