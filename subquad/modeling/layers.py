@@ -21,9 +21,10 @@ from subquad.modeling.masks import additive_mask, doc_ids_and_positions, new_doc
 from subquad.utils import UserError
 
 
-def find_cache(args: tuple, kwargs: dict[str, Any]) -> SubquadCache | None:
-    """The cache among the arguments, by its type: its name differs between architectures."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, SubquadCache)), None)
+def find_cache_layer(args: tuple, kwargs: dict[str, Any], index: int) -> Any:
+    """Layer `index` of the cache among the arguments, found by its type: its name differs between architectures."""
+    caches = (value for value in (*args, *kwargs.values()) if isinstance(value, SubquadCache))
+    return next((cache.layers[index] for cache in caches), None)
 
 
 class MixerLayer(nn.Module):
@@ -40,8 +41,7 @@ class MixerLayer(nn.Module):
         x = hidden_states_of(args, kwargs)
         T = x.shape[1]
         doc_ids = None if attention_mask is None else new_documents(attention_mask, T)
-        cache = find_cache(args, kwargs)
-        cache_layer = None if cache is None else cache.layers[self.index]
+        cache_layer = find_cache_layer(args, kwargs, self.index)
         if cache_layer is not None and not isinstance(cache_layer, RecurrentCacheLayer):
             raise TypeError(
                 f"{CACHE_ARGUMENT}: got {type(cache_layer).__name__} for layer {self.index}, expected "
@@ -143,8 +143,7 @@ class AttentionLayer(nn.Module):
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         x = hidden_states_of(args, kwargs)
         T = x.shape[1]
-        cache = find_cache(args, kwargs)
-        cache_layer: Any = None if cache is None else cache.layers[self.index]
+        cache_layer = find_cache_layer(args, kwargs, self.index)
         past_tokens = 0 if cache_layer is None else cache_layer.get_seq_length()
         keys = doc_ids, positions = doc_ids_and_positions(attention_mask, len(x), past_tokens + T, x.device)
         if isinstance(cache_layer, SlidingWindowCacheLayer):
