@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from subquad.config import Recipe, different_keys, load_recipe
 from subquad.data import check_data, token_rows
 from subquad.distill.logging_callbacks import draw_curves, read_jsonl
-from subquad.distill.recipe_stages import epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
-from subquad.distill.stage_cache import StageCache
+from subquad.distill.recipe_stages import StageCache, epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
 from subquad.distill.trainer import StageTrainer
 from subquad.evaluate.efficiency import decode_speed
 from subquad.evaluate.perplexity import UNIGRAM_TOKENS, compare, recovered_share, unigram_loss

@@ -91,14 +91,9 @@ class StageTrainer(Trainer):
         with self.autocast():
             samples = [self.objective.training_batch(batch) for batch in samples]
         counts = torch.stack([self.objective.count_tokens(batch) for batch in samples]).float()
-        total = self.sum_over_processes(counts.sum())
+        total = self.accelerator.reduce(counts.sum().to(self.args.device), "sum").cpu()
         self.loss_weights = (counts * len(samples) * self.accelerator.num_processes / total.clamp_min(1)).tolist()
         return samples, None
-
-    def sum_over_processes(self, x: torch.Tensor) -> torch.Tensor:
-        if self.accelerator.num_processes == 1:
-            return x
-        return self.accelerator.gather(x.to(self.args.device)[None]).sum(0).cpu()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
         return self.objective_loss(model, inputs) * self.loss_weights.pop(0)
@@ -140,7 +135,7 @@ class StageTrainer(Trainer):
         # the sum over tokens in nats, and the number of tokens
         self.validation_ce = torch.zeros(2, dtype=torch.float64)
         out = super().evaluation_loop(*args, **kwargs)
-        total, count = self.sum_over_processes(self.validation_ce)
+        total, count = self.accelerator.reduce(self.validation_ce.to(self.args.device), "sum")
         return out._replace(metrics={**(out.metrics or {}), "eval_ce": float(total / count)})
 
     # ------------------------------------------------------------------ optimizer and order of rows

@@ -1,10 +1,9 @@
 """Token mixers, one file each. The registry of mixers is `subquad.registry.MIXERS`.
 
-The control `softmax` has no file here: it is the teacher's own attention, which `subquad.modeling` keeps. Names that
-need torch are imported at first use.
+The control `softmax` has no file here: it is the teacher's own attention, which `subquad.modeling` keeps. `Mixer`,
+which needs torch, is imported at first use.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from subquad.mixers.options import (
@@ -22,7 +21,7 @@ from subquad.mixers.spec import AttentionSpec
 from subquad.registry import MIXERS
 
 if TYPE_CHECKING:
-    from subquad.mixers.base import Mixer, State
+    from subquad.mixers.base import Mixer
 
 __all__ = [
     "ATTENTION",
@@ -33,7 +32,6 @@ __all__ = [
     "AttentionSpec",
     "Mixer",
     "MixerOptions",
-    "State",
     "create",
     "find_options",
     "get",
@@ -42,6 +40,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Mixer", "State"):
+    if name != "Mixer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("subquad.mixers.base"), name)
+    from subquad.mixers.base import Mixer
+
+    return Mixer

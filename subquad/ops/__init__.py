@@ -7,8 +7,7 @@
 from subquad.ops.chunk import chunk
 from subquad.ops.conv import short_conv
 from subquad.ops.matrix import matrix
-from subquad.ops.mlstm import mlstm, mlstm_matrix
-from subquad.ops.normalized import normalized, normalized_matrix
+from subquad.ops.normalizers import mlstm, mlstm_matrix, normalized, normalized_matrix
 from subquad.ops.recurrence import step
 
 __all__ = [

@@ -13,8 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-from subquad.distill.recipe_stages import stage_keys
-from subquad.distill.stage_cache import StageCache
+from subquad.distill.recipe_stages import StageCache, stage_keys
 from subquad.study.execute import execute_in_worker, execute_run, start_worker, teacher_in_memory
 from subquad.study.runs import Run
 

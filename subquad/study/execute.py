@@ -17,7 +17,7 @@ from subquad.study.runs import Run, acquire
 from subquad.utils import quiet_libraries
 
 if TYPE_CHECKING:
-    from subquad.distill.stage_cache import StageCache
+    from subquad.distill.recipe_stages import StageCache
     from subquad.modeling.teachers import ModelAndTokenizer
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from subquad.config import Recipe
 from subquad.distill.logging_callbacks import read_jsonl
-from subquad.distill.recipe_stages import stage_keys, stage_tokens
-from subquad.distill.stage_cache import StageCache
+from subquad.distill.recipe_stages import StageCache, stage_keys, stage_tokens
 from subquad.evaluate.table import text_table
 from subquad.study.results import run_results
 from subquad.study.runs import ERROR, METRICS, Run, all_runs, find_runs
@@ -44,7 +43,8 @@ COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
 
 
 def shared_stages(runs: Sequence[Run], output: Path) -> StageCache:
-    return StageCache.for_runs(output / STAGE_CACHE, [stage_keys(run.recipe).values() for run in runs])
+    counts = Counter(key for run in runs for key in stage_keys(run.recipe).values())
+    return StageCache(output / STAGE_CACHE, frozenset(key for key, count in counts.items() if count > 1))
 
 
 class Remaining(NamedTuple):

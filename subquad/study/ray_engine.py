@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from subquad.distill.stage_cache import StageCache
+from subquad.distill.recipe_stages import StageCache
 from subquad.study.engines import MAX_WORKER_EXITS, Scheduler
 from subquad.study.execute import execute_run
 from subquad.study.runs import Run

@@ -12,8 +12,7 @@ from subquad.cli import main
 from subquad.config import load_study
 from subquad.distill import pipeline
 from subquad.distill.logging_callbacks import read_jsonl
-from subquad.distill.recipe_stages import STAGE_NAMES, stage_keys
-from subquad.distill.stage_cache import StageCache
+from subquad.distill.recipe_stages import STAGE_NAMES, StageCache, stage_keys
 from subquad.evaluate import command
 from subquad.evaluate.runner import Evaluation
 from subquad.modeling import teachers

@@ -10,7 +10,6 @@ at the start and e at the end of the chunk:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,27 +25,13 @@ INITIAL_STABILIZER = -(2.0**100)
 """m before the first token: finite, since -inf minus -inf is NaN, and exact in every dtype."""
 
 
-class LogCumDecay(NamedTuple):
-    """Cumulative log decay (base two, float64) at the queries, keys, start and end of each chunk."""
-
-    at_queries: Tensor  # [N, BH, C]
-    at_keys: Tensor  # [N, BH, C]
-    at_start: Tensor  # [N, BH, 1]
-    at_end: Tensor  # [N, BH, 1]
-
-
-def cumulative_log_decay(layout: ChunkLayout, log_decay: Tensor) -> LogCumDecay:
-    """Of a log decay [B, T, H]: its cumulative sum within each chunk."""
-    sums = (layout.gates_to_chunks(log_decay).clamp_min_(MIN_LOG_DECAY) * LOG2E).cumsum(-1)
-    return LogCumDecay(sums, sums, torch.zeros_like(sums[..., :1]), sums[..., -1:])
-
-
 def stabilized_cum_decay(
     layout: ChunkLayout, f: Tensor, i: Tensor, initial_m: Tensor
-) -> tuple[LogCumDecay, Tensor, Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """The cumulative log decay relative to the running maximum of i_t - (f_1 + ... + f_t), of each document, of mLSTM.
 
-    Returns it, the stabilizer m_t = f_1 + ... + f_t + maximum [N, BH, C], and the last m of each document [.., BH].
+    Returns it at the queries, keys, start and end of each chunk, the stabilizer m_t = f_1 + ... + f_t + maximum
+    [N, BH, C], and the last m of each document [.., BH].
     """
     N, BH, C = layout.N, layout.BH, layout.C
 
@@ -65,29 +50,31 @@ def stabilized_cum_decay(
         last_m.append(maxima[:, -1] + sums[:, -1] if first < end else maxima[:, -1])
     sums, maxima, maxima_at_start = (torch.cat(x, -1) for x in zip(*documents, strict=True))
     at_queries, at_keys = by_chunk(maxima * -LOG2E), by_chunk((sums - i) * LOG2E)
-    cum_decay = LogCumDecay(at_queries, at_keys, by_chunk(maxima_at_start * -LOG2E), at_queries[..., -1:])
+    cum_decay = at_queries, at_keys, by_chunk(maxima_at_start * -LOG2E), at_queries[..., -1:]
     return cum_decay, by_chunk(sums + maxima), torch.stack(last_m)
 
 
 class ScalarDecay:
-    """Computes products and decays of the chunks of a segment; `cum_decay` is None where nothing decays.
+    """Computes products and decays of the chunks of a segment; `decays` is whether anything decays.
 
     `floor` and `last_m` are of mLSTM: exp(-m_t) [N, BH, C], and the last stabilizer of each document [.., BH].
     """
 
     def __init__(self, layout: ChunkLayout, inputs: Inputs, work: Workspace) -> None:
         self.layout, self.work, self.input_gate = layout, work, inputs.input_gate is not None
-        self.cum_decay = self.floor = self.last_m = None
+        self.decays, self.floor, self.last_m = inputs.log_decay is not None, None, None
         if inputs.log_decay is None:
             return
         dtype, C = compute_dtype(inputs.q), layout.C
+        # cumulative log decays, in base two and float64: [N, BH, C] and, at the start and end of a chunk, [N, BH, 1]
         if inputs.input_gate is None or inputs.stabilizer is None:
-            self.cum_decay = cumulative_log_decay(layout, inputs.log_decay)
+            sums = (layout.gates_to_chunks(inputs.log_decay).clamp_min_(MIN_LOG_DECAY) * LOG2E).cumsum(-1)
+            at_queries, at_keys, at_start, at_end = sums, sums, torch.zeros_like(sums[..., :1]), sums[..., -1:]
         else:
             gates = inputs.log_decay, inputs.input_gate, inputs.stabilizer
-            self.cum_decay, m, self.last_m = stabilized_cum_decay(layout, *gates)
+            (at_queries, at_keys, at_start, at_end), m, self.last_m = stabilized_cum_decay(layout, *gates)
             self.floor = (-m).to(dtype).exp()
-        at_queries, at_keys, at_start, at_end = self.cum_decay
+        self.at_queries, self.at_keys = at_queries, at_keys
         self.from_step = torch.ones(C, C, dtype=dtype, device=at_queries.device).triu_()  # i >= t
         self.after_step = self.from_step.triu(1)
         self.P = torch.exp2((at_queries - at_start).to(dtype)).unsqueeze(-1)
@@ -96,15 +83,15 @@ class ScalarDecay:
 
     def total(self, segment: Segment) -> Tensor | None:
         """The decay of the state over each chunk, [n, BH, 1, 1]."""
-        return None if self.cum_decay is None else self.totals[segment.chunks]
+        return self.totals[segment.chunks] if self.decays else None
 
     def _pairwise_decay(self, segment: Segment) -> Tensor | None:
         """2^(a_i - c_j) as [m, C, C]; undefined above the diagonal, possibly inf."""
-        if self.cum_decay is None:
+        if not self.decays:
             return None
         s, C = segment.chunks, self.layout.C
         D = self.work("D", segment.n, self.layout.BH, C, C)
-        torch.sub(self.cum_decay.at_queries[s].unsqueeze(-1), self.cum_decay.at_keys[s].unsqueeze(-2), out=D)
+        torch.sub(self.at_queries[s].unsqueeze(-1), self.at_keys[s].unsqueeze(-2), out=D)
         return D.exp2_().view(-1, C, C)
 
     def _factors(self, segment: Segment) -> tuple[Tensor, Tensor]:
@@ -125,7 +112,7 @@ class ScalarDecay:
         if D is not None:
             A.mul_(D)
         A.tril_()
-        if self.cum_decay is not None:
+        if self.decays:
             P, E = self._factors(segment)
             queries.mul_(P)
             keys.mul_(E)
@@ -148,7 +135,7 @@ class ScalarDecay:
                 self.products.mul_(D.unsqueeze(2))
             else:
                 self.products[:, :, 0].tril_()
-        if self.cum_decay is None:
+        if not self.decays:
             self.queries, self.keys = raw_queries, raw_keys
         else:
             P, E = self._factors(segment)
@@ -172,7 +159,7 @@ class ScalarDecay:
         """
         m, C, R, K = d_queries.shape
         d_log_decay = d_input_gate = None
-        if gates and self.cum_decay is not None:
+        if gates and self.decays:
             d_log_decay, d_input_gate = self._gate_grads(segment, dA, d_queries, d_keys, G, S)
         if self.D is not None:
             dA.mul_(self.D.unsqueeze(2))

@@ -1,12 +1,17 @@
-"""mLSTM, the matrix memory of xLSTM, with exponential input gates (arXiv 2405.04517, section 2.3; 2503.13427).
+"""Linear attention with its normalizer (arXiv 2006.16236, equation 12), optionally with a decay:
 
-Without a stabilizer, with the input gate i_t and the log forget gate f_t = logsigmoid(forget_gate_t):
+    o_t = scale S_t^T q_t / (scale z_t^T q_t + eps)          z_t = exp(g_t) z_{t-1} + k_t
+
+And mLSTM, the matrix memory of xLSTM, with exponential input gates (arXiv 2405.04517, section 2.3; 2503.13427). Without
+a stabilizer, with the input gate i_t and the log forget gate f_t = logsigmoid(forget_gate_t):
 
     S_t = exp(f_t) S_{t-1} + exp(i_t) k_t v_t^T          n_t = exp(f_t) n_{t-1} + exp(i_t) k_t
     o_t = scale S_t^T q_t / max(|scale n_t^T q_t|, 1)
 
 S and n are stored relative to exp(m_t) with the stabilizer m_t = max(f_t + m_{t-1}, i_t), so that nothing overflows.
 The state is (S exp(-m), n exp(-m), m). The stabilizer cancels in every output and has no gradient.
+
+The normalizer's state, z or n, is that of one more value channel of ones.
 """
 
 from __future__ import annotations
@@ -15,11 +20,74 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops.checks import Inputs, Shapes, check_recurrence, check_rows, compute_dtype
+from subquad.ops.checks import Inputs, check_recurrence, check_rows, compute_dtype
 from subquad.ops.engine.autograd import chunked_recurrence
 from subquad.ops.engine.scalar_decay import INITIAL_STABILIZER
+from subquad.ops.matrix import matrix
+from subquad.ops.recurrence import step
 
-State = tuple[Tensor, Tensor, Tensor]
+MLSTMState = tuple[Tensor, Tensor, Tensor]
+
+
+def normalized(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    form: str = "chunk",
+    chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Normalized linear attention; q and k are feature maps and should not be negative.
+
+    Args:
+        q, k, v, log_decay, scale: as in `step`; chunk_size, cu_seqlens: as in `chunk`.
+        initial_state: (S [B, H, K, V], z [B, H, K]) in float32 (float64 for float64 inputs); None is zeros.
+        eps: added to the normalizer.
+        form: "chunk" (training, prefill) or "step" (token by token).
+
+    Returns:
+        o [B, T, H, V] in the dtype of q, and the final state (S, z).
+
+    Raises:
+        TypeError, ValueError: as `chunk`; an unknown form.
+    """
+    dtype = compute_dtype(q)
+    shapes = check_recurrence(Inputs(q, k, v, log_decay), chunk_size, cu_seqlens, form)
+    shapes.check_states(initial_state, dtype, S="NHKV", z="NHK")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    state = None
+    if initial_state is not None:
+        S, z = initial_state
+        state = torch.cat([S, z.unsqueeze(-1)], -1)
+    if form == "chunk":
+        inputs = Inputs(q, k, v, log_decay, None, state)
+        o, state, _ = chunked_recurrence(inputs, scale, chunk_size, cu_seqlens, eps)
+    else:
+        values = F.pad(v.to(dtype), (0, 1), value=1.0)
+        o, state = step(q.to(dtype), k.to(dtype), values, log_decay, None, state, scale)
+        o = (o[..., :-1] / (o[..., -1:] + eps)).to(q.dtype)
+    return o, (state[..., :-1], state[..., -1])
+
+
+def normalized_matrix(
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    rows: slice | None = None,
+) -> Tensor:
+    """Returns the mixing matrix M [B, H, T, T], o = M v, including the normalizer; arguments as in `normalized`.
+
+    rows: compute only these rows of M, [B, H, len(rows), T]; a slice without a step.
+    """
+    dtype = compute_dtype(q)
+    M = matrix(q.to(dtype), k.to(dtype), log_decay, scale=scale, rows=rows)
+    return (M / (M.sum(-1, keepdim=True) + eps)).to(q.dtype)
 
 
 def mlstm(
@@ -28,12 +96,12 @@ def mlstm(
     v: Tensor,
     input_gate: Tensor,
     forget_gate: Tensor,
-    initial_state: State | None = None,
+    initial_state: MLSTMState | None = None,
     scale: float | None = None,
     form: str = "chunk",
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, MLSTMState]:
     """Runs the mLSTM over a sequence.
 
     Args:
@@ -52,7 +120,8 @@ def mlstm(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; an unknown form.
     """
     shapes = check_recurrence(Inputs(q, k, v), chunk_size, cu_seqlens, form)
-    check_gates(shapes, input_gate, forget_gate)
+    shapes.check("input_gate", input_gate, "BTH")
+    shapes.check("forget_gate", forget_gate, "BTH")
     dtype = compute_dtype(q)
     shapes.check_states(initial_state, dtype, S="NHKV", n="NHK", m="NH")
     N, H, K, V = (shapes.sizes[letter] for letter in "NHKV")
@@ -65,7 +134,7 @@ def mlstm(
     S, n, m = initial_state
     m = m.detach()
     if form == "step":
-        o, state = _step(q.to(dtype) * scale, k.to(dtype), v.to(dtype), i, f, (S, n, m))
+        o, state = _mlstm_step(q.to(dtype) * scale, k.to(dtype), v.to(dtype), i, f, (S, n, m))
         return o.to(q.dtype), state
     # n is one more value channel of ones
     inputs = Inputs(q, k, v, f, None, torch.cat([S, n.unsqueeze(-1)], -1), i, m)
@@ -77,7 +146,7 @@ def mlstm(
     return o, (final_state[..., :-1], final_state[..., -1], m)
 
 
-def _step(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State) -> tuple[Tensor, State]:
+def _mlstm_step(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState) -> tuple[Tensor, MLSTMState]:
     S, n, m = state
     outputs = []
     for t in range(q.shape[1]):
@@ -104,7 +173,9 @@ def mlstm_matrix(
 
     rows: compute only these rows of M, [B, H, len(rows), T]; a slice without a step.
     """
-    check_gates(check_recurrence(Inputs(q, k, k)), input_gate, forget_gate)
+    shapes = check_recurrence(Inputs(q, k, k))
+    shapes.check("input_gate", input_gate, "BTH")
+    shapes.check("forget_gate", forget_gate, "BTH")
     first, end = check_rows(rows, q.shape[1])
     dtype, dtype_out, scale = compute_dtype(q), q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
     q, k = (q[:, first:end].to(dtype) * scale).transpose(1, 2), k.to(dtype).transpose(1, 2)
@@ -117,8 +188,3 @@ def mlstm_matrix(
     M = (q @ k.mT * D).tril(first)
     floor = (-m[..., first:end]).to(dtype).exp().unsqueeze(-1)
     return (M / M.sum(-1, keepdim=True).abs().maximum(floor)).to(dtype_out)
-
-
-def check_gates(shapes: Shapes, input_gate: Tensor, forget_gate: Tensor) -> None:
-    shapes.check("input_gate", input_gate, "BTH")
-    shapes.check("forget_gate", forget_gate, "BTH")
