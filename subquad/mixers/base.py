@@ -228,12 +228,8 @@ class Mixer(nn.Module):
         inputs, _ = self.op_inputs(x, position_embeddings)
         return self.add_skip(self.run_op(inputs)[0], inputs)
 
-    def matrix(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The mixing matrix M of the op, `[B, H, T, T]`: the op's output is M v."""
-        return self.mixing_matrix(self.op_inputs(x, position_embeddings)[0])
-
     def mixing_matrix(self, inputs: dict[str, Tensor], rows: slice | None = None) -> Tensor:
-        """The mixing matrix, or the given rows of it, from the op's inputs."""
+        """The mixing matrix M of the op, `[B, H, T, T]`, or the given rows of it: the op's output is M v."""
         without_v: dict[str, Any] = {name: t for name, t in inputs.items() if name != "v"}
         return (self.normalized_ops[1] if self.normalized_ops else ops.matrix)(**without_v, rows=rows)
 

@@ -4,11 +4,10 @@
 `normalized` and `mlstm` add a normalizer, `short_conv` is a causal depthwise convolution. Decays are passed as logs.
 """
 
-from subquad.ops.chunk import chunk
 from subquad.ops.conv import short_conv
 from subquad.ops.matrix import matrix
 from subquad.ops.normalizers import mlstm, mlstm_matrix, normalized, normalized_matrix
-from subquad.ops.recurrence import step
+from subquad.ops.recurrence import chunk, step
 
 __all__ = [
     "chunk",

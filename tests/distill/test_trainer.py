@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import subquad
 from subquad.config import HiddenStage, load_recipe
 from subquad.distill import trainer
 from subquad.distill.end_to_end import EndToEndDistillation
@@ -57,10 +58,7 @@ def changed(a, b):
 @pytest.fixture(scope="module")
 def fresh(recipe_path, own_cache):
     """The weights of an untrained student."""
-    import subquad
-
-    recipe = load_recipe(recipe_path)
-    teacher, _ = subquad.load_teacher(recipe.teacher)
+    teacher, _ = subquad.load_teacher(load_recipe(recipe_path).teacher)
     return subquad.linearize(teacher, "gla").state_dict()
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from subquad import ops
-from subquad.ops.chunk import chunk
+from subquad.ops.recurrence import chunk
 from tests.helpers.ops import assert_close, differentiate, draw, draw_gates, error
 from tests.helpers.references import fla_reference
 
