@@ -11,13 +11,13 @@ from subquad.mixers.options import (
     KEPT_ATTENTION,
     OPTIONS,
     SOFTMAX,
+    AttentionSpec,
     MixerOptions,
     create,
     find_options,
     get,
     names,
 )
-from subquad.mixers.spec import AttentionSpec
 from subquad.registry import MIXERS
 
 if TYPE_CHECKING:

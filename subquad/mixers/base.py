@@ -17,10 +17,9 @@ from subquad import ops
 from subquad.mixers.conv import short_conv_padded, short_conv_step
 from subquad.mixers.gate_init import GATE_BIAS_INIT
 from subquad.mixers.norms import head_norm, qk_norm
-from subquad.mixers.options import MixerOptions
+from subquad.mixers.options import AttentionSpec, MixerOptions
 from subquad.mixers.packing import PackedDocuments
 from subquad.mixers.rotary import apply_rotary
-from subquad.mixers.spec import AttentionSpec
 from subquad.utils import UserError
 
 State = tuple[Tensor, ...]

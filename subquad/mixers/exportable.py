@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.base import Mixer
-from subquad.mixers.gate_init import GATE_BIAS_INIT
-from subquad.mixers.norms import fit_bias_direction
+from subquad.mixers.gate_init import GATE_BIAS_INIT, fit_bias_direction
 from subquad.mixers.options import ExportOptions
 
 VALUE_RMS_INIT = 0.1

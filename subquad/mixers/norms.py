@@ -1,10 +1,7 @@
-"""Norms of the mixers' outputs, of queries and of keys; and the direction that replaces a bias."""
+"""Norms of the mixers' outputs, of queries and of keys."""
 
 import torch
 from torch import Tensor
-
-RIDGE = 0.03
-"""Ridge penalty of `fit_bias_direction`, relative to the mean square of a channel."""
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -36,16 +33,3 @@ def l2_norm(x: Tensor) -> Tensor:
     """`x / sqrt(|x|^2 + 1e-6)` over the last dimension, as in `fla` and Qwen3.5."""
     wide = upcast(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def fit_bias_direction(x: Tensor) -> Tensor:
-    """u `[D]` with x . u close to 1 for all tokens `x: [n, D]`, by ridge regression; u replaces a bias.
-
-    The fit is close because normalized hidden states have means far from zero.
-    """
-    x = x.double()
-    tall = x.shape[0] > x.shape[1]
-    gram = x.T @ x if tall else x @ x.T
-    gram.diagonal().add_(RIDGE * len(x) * x.square().mean())
-    u = torch.linalg.solve(gram, x.sum(0)) if tall else x.T @ torch.linalg.solve(gram, x.new_ones(len(x)))
-    return u.float()

@@ -1,4 +1,4 @@
-"""The options of every mixer, with defaults, sources and validation.
+"""What a mixer is made from: the attention that it replaces, and its options with defaults, sources and validation.
 
 Imports no torch: the command line and recipes check options before any model is loaded.
 """
@@ -19,7 +19,6 @@ from typing import (
     get_type_hints,
 )
 
-from subquad.mixers.spec import AttentionSpec
 from subquad.registry import MIXERS
 from subquad.utils import UserError, nearest
 
@@ -35,6 +34,34 @@ KEPT_ATTENTION = (SOFTMAX, ATTENTION)
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 QKActivation = Literal["silu", "elu1", "relu", "none"]
 OutputGate = Literal["swish", "sigmoid", "none"]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention layer of the teacher, as saved in a student's configuration.
+
+    `num_heads` query heads share `num_kv_heads` key and value heads; queries and keys have `head_dim` channels, values
+    `value_dim`.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    qkv_bias: bool = False
+    output_bias: bool = False
+    initializer_range: float = 0.02
+    rotary: str | None = "half"
+    """Layout of the rotary embedding, one of `mixers.rotary.STYLES`; None: no rotary embedding, or an unknown one."""
+    window: int | None = None
+    """Tokens that a query sees, itself included; None: all tokens up to itself."""
+    qk_norm: str | None = None
+    """Norm of queries and keys before the rotary embedding: "rms-head" or "layer-head", over the channels of each head;
+    "rms-all" or "layer-all", over all channels. None: no norm, or an unsupported one."""
+    qk_norm_eps: float = 1e-6
+    num_outputs: int = 2
+    """Length of the tuple that the attention module returns; 0 if it returns a tensor."""
 
 
 class Rule(NamedTuple):

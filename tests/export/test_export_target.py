@@ -10,7 +10,7 @@ from subquad.data import token_rows
 from subquad.distill.param_groups import parameter_roles
 from subquad.export import convert
 from subquad.mixers import AttentionSpec, create
-from subquad.mixers.norms import fit_bias_direction
+from subquad.mixers.gate_init import fit_bias_direction
 from subquad.modeling.layers import NormedProjection
 from subquad.utils import UserError
 from tests.helpers.exports import IRREGULAR, PURE, REGULAR, student_of, teacher_of
