@@ -44,8 +44,13 @@ def matrix(
     dtype, dtype_out, scale = checks.compute_dtype(q), q.dtype, K**-0.5 if scale is None else scale
     q, k = (q[:, first:end].to(dtype) * scale).transpose(1, 2), k.to(dtype).transpose(1, 2)
     products = DecayedProducts(k, log_decay)
-    row_tiles = (_row_tile(products, q, a, first, end, T) for a in range(first, end, TILE))
-    A = torch.cat([q.new_zeros(B, H, 0, T), *row_tiles], 2)
+    row_tiles = [q.new_zeros(B, H, 0, T)]
+    for a in range(first, end, TILE):
+        b = min(a + TILE, end)
+        queries = q[:, :, a - first : b - first]
+        tile = torch.cat([products.off_diagonal(queries, a, 0, a), products.diagonal(queries, a)], -1)
+        row_tiles.append(F.pad(tile, (0, T - b)))
+    A = torch.cat(row_tiles, 2)
     if beta is None:
         return A.to(dtype_out)
     beta = beta.to(dtype).transpose(1, 2)
@@ -61,13 +66,6 @@ def matrix(
         solved = torch.cat([tile, solved], -1)
     M = solved * beta[..., :end].unsqueeze(-2)
     return F.pad(M, (0, T - end)).tril(first).to(dtype_out)
-
-
-def _row_tile(products: DecayedProducts, q: Tensor, a: int, first: int, end: int, T: int) -> Tensor:
-    """Rows a to a + TILE of the additive matrix; `q` begins at token `first`."""
-    b = min(a + TILE, end)
-    queries = q[:, :, a - first : b - first]
-    return F.pad(torch.cat([products.off_diagonal(queries, a, 0, a), products.diagonal(queries, a)], -1), (0, T - b))
 
 
 class DecayedProducts:

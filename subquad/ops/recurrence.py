@@ -71,7 +71,10 @@ def step(
     none = [None] * T
     queries, keys = (q.to(dtype) * scale).unsqueeze(-2).unbind(1), k.to(dtype).unsqueeze(-1).unbind(1)
     values = v.to(dtype).unsqueeze(-2).unbind(1)
-    decays = none if log_decay is None else _expand(log_decay.to(dtype), B, T).exp().unsqueeze(-1).unbind(1)
+    if log_decay is not None:  # as [B, T, H, 1] or [B, T, H, K]
+        log_decay = log_decay.to(dtype).expand(B, T, H) if log_decay.dim() == 1 else log_decay.to(dtype)
+        log_decay = log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1)
+    decays = none if log_decay is None else log_decay.exp().unsqueeze(-1).unbind(1)
     betas = none if beta is None else beta.to(dtype)[..., None, None].unbind(1)
     outputs = []
     for query, key, value, decay, strength in zip(queries, keys, values, decays, betas, strict=True):
@@ -87,13 +90,6 @@ def step(
     # [B, H, 1, V] each; transposing one token to [B, 1, H, V] takes no copy.
     o = torch.cat(outputs, 2).transpose(1, 2) if T > 1 else outputs[0].transpose(1, 2)
     return o.to(q.dtype), S
-
-
-def _expand(log_decay: Tensor, B: int, T: int) -> Tensor:
-    """A fixed, scalar or per-channel log decay as [B, T, H, 1] or [B, T, H, K]."""
-    if log_decay.dim() == 1:
-        log_decay = log_decay.expand(B, T, -1)
-    return log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1)
 
 
 def chunk(

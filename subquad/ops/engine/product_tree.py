@@ -66,10 +66,6 @@ class TreeLevel:
             views = [[_stack(*both)] for both in views]
         self.sides = [TreeSide(*side) for side in zip(*views, strict=True)]
 
-    def multiply(self) -> None:
-        """Computes the factors of the next level: more exact, and faster, than exponentials of sums."""
-        torch.mul(*self.left_and_right, out=self.parent_factor)
-
     def blocks(self, A: Tensor) -> Tensor:
         """The blocks (right, left) of [m, C, C] or [m, C, R, C] below the diagonal, [m, C / 2h, h, (R,) h]."""
         h, (m, C, *_), (matrix, row, *role, _) = self.h, A.shape, A.stride()
