@@ -174,7 +174,7 @@ def half_life_results(model: PreTrainedModel, rows: Tensor) -> list[Result]:
         {} if layer is None else {"half_life": layer.view(len(layer), -1).median(-1).values}
         for layer in half_lives(model, rows)
     ]
-    return layer_results("decays", layers, rows.numel(), average=torch.median)
+    return layer_results("decays", layers, rows.numel(), average=lambda all_heads: torch.cat(all_heads).median())
 
 
 # ---------------------------------------------------------------------- hidden states and layer errors

@@ -153,12 +153,17 @@ def sums_by_layer(
     return totals
 
 
+def mean_of_layers(layers: Sequence[Tensor]) -> Tensor:
+    """Each layer counts equally, whatever its number of heads."""
+    return torch.stack([values.mean() for values in layers]).mean()
+
+
 def layer_results(
     task: str,
     layers: Sequence[Mapping[str, Tensor]],
     n: int,
     length: int | None = None,
-    average: Callable[[Tensor], Tensor] = torch.mean,
+    average: Callable[[list[Tensor]], Tensor] = mean_of_layers,
 ) -> list[Result]:
     """The results of metrics by layer, each `[H]` or one number: the average over all layers (a result without layer),
     then each layer's average (without head) and its heads. Layers may lack a metric."""
@@ -166,9 +171,9 @@ def layer_results(
     for metric in dict.fromkeys(name for layer in layers for name in layer):
         make = partial(Result, task, metric, n=n, length=length)
         values = {index: layer[metric].double() for index, layer in enumerate(layers) if metric in layer}
-        results.append(make(average(torch.cat([value.flatten() for value in values.values()])).item()))
+        results.append(make(average(list(values.values())).item()))
         for index, value in values.items():
-            results.append(make(average(value).item(), layer=index))
+            results.append(make(average([value]).item(), layer=index))
             heads = value.tolist() if value.dim() else []
             results += [make(of_head, layer=index, head=head) for head, of_head in enumerate(heads)]
     return results

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TINY = torch.finfo(torch.float64).tiny
@@ -35,8 +36,14 @@ def topk_weights(size: Tensor, visible: Tensor, top: int) -> Tensor:
 
 
 def sums_by_distance(p: Tensor, first: int) -> Tensor:
-    """Sums over entries of equal distance i - j: `[H, rows, T]` (rows from `first` on) to `[H, T]`."""
-    return torch.stack([p.diagonal(first - distance, 1, 2).sum(-1) for distance in range(p.shape[-1])], dim=-1)
+    """Sums over entries of equal distance i - j >= 0: `[H, rows, T]` (rows from `first` on) to `[H, T]`."""
+    r, T = p.shape[1:]
+    # Reading the rows, padded with r zeros, with a stride one shorter shifts each row by one more column, so that equal
+    # distances are in one column.
+    shifted = F.pad(p.flip(-1), (0, r)).flatten(1)[:, : r * (T + r - 1)]
+    columns = shifted.unflatten(1, (r, T + r - 1)).sum(1)
+    found = columns[:, T - 1 - first :][:, : first + r]
+    return F.pad(found, (0, T - found.shape[1]))
 
 
 def distance_bins(length: int) -> list[tuple[int, int]]:
@@ -87,7 +94,7 @@ def _memory_length(mass: Tensor) -> Tensor:
     cumulative = mass.cumsum(-1)
     at = (cumulative < 0.5).sum(-1, keepdim=True).clamp_max(mass.shape[-1] - 1)
     here, up_to = mass.gather(-1, at), cumulative.gather(-1, at)
-    return (at + (0.5 - up_to + here) / here.clamp_min(TINY)).squeeze(-1)
+    return (at + (0.5 - (up_to - here)) / here.clamp_min(TINY)).squeeze(-1)
 
 
 # ---------------------------------------------------------------------- matrices of two models
@@ -145,7 +152,7 @@ def state_sums(X: Tensor, Y: Tensor) -> dict[str, Any]:
     X, Y = X.double(), Y.double()
     return {
         "tokens": len(X),
-        "cosine": torch.nn.functional.cosine_similarity(X, Y, dim=-1).sum(),
+        "cosine": F.cosine_similarity(X, Y, dim=-1).sum(),
         "sums": torch.stack([X.sum(0), Y.sum(0)]),
         "products": torch.stack([X.T @ X, Y.T @ Y, X.T @ Y]),
     }

@@ -18,7 +18,7 @@ from subquad.analysis.diagnostics import (
     sample_matrix_pairs,
     swap_results,
 )
-from subquad.analysis.layer_access import LayerAccess, layer_access_pair
+from subquad.analysis.layer_access import LayerAccess, layer_access_pair, layer_results
 from subquad.evaluate.perplexity import compare
 from subquad.evaluate.results import select, select_one
 from subquad.utils import UserError
@@ -288,3 +288,9 @@ def test_4096_tokens_fit_in_4_gigabytes(mixer):
     peak = int(run_python("-c", PROGRAM, mixer).split()[-1])
     print(f"{mixer}: {peak / 1e9:.2f} GB")
     assert peak < 4e9
+
+
+def test_all_layers_count_equally_in_a_mean():
+    layers = [{"entropy": torch.tensor([1.0, 3.0])}, {"entropy": torch.tensor([4.0])}]
+    found = [(r.layer, r.head, r.value) for r in layer_results("matrices", layers, n=8)]
+    assert found == [(None, None, 3.0), (0, None, 2.0), (0, 0, 1.0), (0, 1, 3.0), (1, None, 4.0), (1, 0, 4.0)]
