@@ -57,11 +57,6 @@ class TaskResult:
     scores: list[float]
     chance: float
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TaskResult":
-        """From `dataclasses.asdict`."""
-        return cls([Result(**result) for result in values["results"]], values["scores"], values["chance"])
-
 
 # ---------------------------------------------------------------------- tasks
 

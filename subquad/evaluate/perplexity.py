@@ -1,5 +1,6 @@
 """Metrics on validation text: perplexity, bits per byte, KL divergence from the teacher, agreement with it."""
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import estimate
-from subquad.evaluate.token_bytes import byte_counter
 from subquad.utils import eval_mode
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -25,6 +25,9 @@ UNIGRAM_TOKENS = 200_000
 """Training tokens that the unigram model counts (`unigram_perplexity`, `recovered_share`)."""
 
 MAX_LOSS = math.log(sys.float_info.max)
+SPACES = ("\u2581", "\u0120")
+"""How vocabularies of sentencepiece and of bytes write a space."""
+
 SUMS = ("tokens", "loss", "bytes", "teacher_loss", "kl", "top1", "top5")
 
 
@@ -161,3 +164,44 @@ def unigram_loss(train: Iterable[Tensor], validation: Iterable[Batch], vocabular
 def recovered_share(loss, teacher_loss, unigram):
     """(unigram - loss) / (unigram - teacher_loss), of floats or tensors: 0 for the unigram model, 1 for the teacher."""
     return (unigram - loss) / (unigram - teacher_loss)
+
+
+# ---------------------------------------------------------------------- bytes
+
+
+def byte_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Tensor, Tensor], int]:
+    """A function that returns the UTF-8 bytes of the text of tokens `[T]`, given the token before each, `[T]`, so that
+    rows may begin and end within a character.
+
+    Special tokens have none, nor has a space that the tokenizer itself puts before a text. Exact for vocabularies of
+    bytes and of sentencepiece, whose tokens are counted one by one; other tokens hold whole characters and are decoded
+    together.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = "" if backend is None else json.dumps(json.loads(backend.to_str())["decoder"], ensure_ascii=False)
+    of_bytes, with_fallback = "ByteLevel" in decoder, "ByteFallback" in decoder
+    if not of_bytes and SPACES[0] not in decoder:
+        return lambda before, tokens: len(
+            tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).encode()  # type: ignore[union-attr]
+        )
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+    lengths, spaces = torch.zeros(2, max(vocabulary.values()) + 1, dtype=torch.long)
+    for token, index in vocabulary.items():
+        if index in special:
+            continue
+        spaces[index] = token.startswith(SPACES)
+        if of_bytes and index not in added:
+            lengths[index] = len(token)  # one character for each byte
+        elif with_fallback and len(token) == 6 and token.startswith("<0x"):
+            lengths[index] = 1
+        else:
+            lengths[index] = len(token.replace(SPACES[0], " ").encode())
+    if not tokenizer.tokenize("a")[0].startswith(SPACES):
+        spaces.zero_()
+
+    def count(before: Tensor, tokens: Tensor) -> int:
+        before, tokens = before.cpu(), tokens.cpu()
+        return int((lengths[tokens] - spaces[tokens] * (lengths[before] == 0)).sum())
+
+    return count

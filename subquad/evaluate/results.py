@@ -64,11 +64,3 @@ def label_results(model: str, teacher: str | None, results: Iterable[Result]) ->
 def select(results: Iterable[Result], **fields: Any) -> list[Result]:
     """The results with these field values: `select(results, task="lambada", metric="acc")`."""
     return [result for result in results if all(getattr(result, name) == value for name, value in fields.items())]
-
-
-def select_one(results: Iterable[Result], **fields: Any) -> Result:
-    """The only result with these field values. Raises LookupError if there is none, or more than one."""
-    found = select(results, **fields)
-    if len(found) != 1:
-        raise LookupError(f"{len(found)} results with {fields}, expected one")
-    return found[0]

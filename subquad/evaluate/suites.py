@@ -21,8 +21,7 @@ from subquad.evaluate.efficiency import TASK, efficiency_results
 from subquad.evaluate.lm_eval import Task, TaskResult, zero_shot
 from subquad.evaluate.perplexity import UNIGRAM_TOKENS, language_results, token_sums, unigram_loss
 from subquad.evaluate.results import Result
-from subquad.evaluate.statistics import mean
-from subquad.evaluate.task_scores import TaskScores, accuracy_results, summary_results
+from subquad.evaluate.statistics import TaskScores, accuracy_results, mean, summary_results
 from subquad.registry import SUITES
 from subquad.utils import UserError, nearest
 
@@ -145,7 +144,7 @@ def task_result(
         return None
     run = partial(zero_shot, model.model, model.tokenizer, task, limit=limit, include=e.settings.include)
     outcome = e.outcome(f"{suite} {task.name}", model, (task.key, limit), lambda: asdict(run()))
-    return None if outcome is None else TaskResult.from_dict(outcome)
+    return outcome and TaskResult(**{**outcome, "results": [Result(**result) for result in outcome["results"]]})
 
 
 def zero_shot_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:

@@ -19,9 +19,10 @@ from subquad.analysis.ablations import (
 )
 from subquad.analysis.diagnostics import find_log_decay, mean_log_decays
 from subquad.analysis.layer_access import LayerAccess
-from subquad.evaluate.results import select, select_one
+from subquad.evaluate.results import select
 from subquad.utils import UserError
 from tests.helpers.known_models import snapshot
+from tests.helpers.results import select_one
 
 TEXT = torch.arange(3, 15)[None]
 HYBRID = {"default": "gated_deltanet", "1": "attention"}

@@ -20,10 +20,11 @@ from subquad.analysis.diagnostics import (
 )
 from subquad.analysis.layer_access import LayerAccess, layer_access_pair, layer_results
 from subquad.evaluate.perplexity import compare
-from subquad.evaluate.results import select, select_one
+from subquad.evaluate.results import select
 from subquad.utils import UserError
 from tests.helpers.known_models import PREVIOUS, UNIFORM, known_heads, previous_and_uniform, previous_matrix, snapshot
 from tests.helpers.processes import run_python
+from tests.helpers.results import select_one
 
 TEXT = torch.arange(3, 15)[None]
 T = 24

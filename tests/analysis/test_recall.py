@@ -11,10 +11,11 @@ from transformers import AutoTokenizer
 import subquad
 from subquad.analysis.recall import answer_all, recall_results
 from subquad.analysis.recall_tasks import COPY_TOKENS, TASKS, Item, PromptSource, Question, make_items
-from subquad.evaluate.results import select, select_one
+from subquad.evaluate.results import select
 from subquad.utils import UserError, eval_mode
 from tests.helpers.known_models import Copier
 from tests.helpers.recipes import EOS, save_tiny_teacher, sentences
+from tests.helpers.results import select_one
 
 LENGTH = 192
 WITH_DEPTH = [task for task in TASKS if task != "copy"]

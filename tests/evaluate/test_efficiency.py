@@ -8,8 +8,9 @@ import torch
 import subquad
 from subquad.evaluate.baselines import int8_teacher, windowed_teacher
 from subquad.evaluate.efficiency import efficiency_results, peak_memory, prefill, timed
-from subquad.evaluate.results import select, select_one
+from subquad.evaluate.results import select
 from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
+from tests.helpers.results import select_one
 
 
 def test_results_of_teacher_and_student(make_teacher):

@@ -16,13 +16,14 @@ from subquad.analysis.mixing_matrices import unpack_pairs
 from subquad.evaluate import command, runner, suites
 from subquad.evaluate.baselines import int8_teacher
 from subquad.evaluate.perplexity import token_sums
-from subquad.evaluate.results import Result, select, select_one
+from subquad.evaluate.results import Result, select
 from subquad.evaluate.runner import EvalModel, Evaluation, evaluate, load_eval_model
 from subquad.evaluate.suites import QUICK, STANDARD_SUITES, Settings, settings_for
 from subquad.evaluate.table import column_title, format_tables
 from subquad.registry import SUITES
 from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
+from tests.helpers.results import select_one
 
 
 @pytest.fixture(scope="module")

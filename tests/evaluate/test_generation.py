@@ -11,7 +11,7 @@ from subquad.evaluate.generation import (
     repeated_ngram_share,
     repetition_results,
 )
-from subquad.evaluate.results import select_one
+from tests.helpers.results import select_one
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "gated_deltanet", "xlstm"])

@@ -15,8 +15,9 @@ import yaml
 import subquad
 from subquad.evaluate import lm_eval as harness
 from subquad.evaluate.lm_eval import FORMATS, HUB_TASKS, Task, evenly_spaced, find_tasks, zero_shot
-from subquad.evaluate.results import select, select_one
+from subquad.evaluate.results import select
 from subquad.utils import UserError
+from tests.helpers.results import select_one
 
 lm_eval = pytest.importorskip("lm_eval", reason="zero-shot tasks need lm-eval (extra: eval)")
 

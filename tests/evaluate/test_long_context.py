@@ -16,7 +16,8 @@ from subquad.evaluate.long_context import (
     position_losses,
     supported_lengths,
 )
-from subquad.evaluate.results import select, select_one
+from subquad.evaluate.results import select
+from tests.helpers.results import select_one
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "mamba2", "gated_deltanet", "linear_attention"])

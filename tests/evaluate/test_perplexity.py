@@ -20,8 +20,8 @@ from subquad.evaluate.perplexity import (
     token_sums,
     unigram_loss,
 )
-from subquad.evaluate.results import select_one
 from subquad.modeling.cache import cache_bytes
+from tests.helpers.results import select_one
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 import subquad
 from subquad.analysis.ablations import ablation_results
 from subquad.analysis.diagnostics import diagnostics_results
-from subquad.evaluate.results import select, select_one
+from subquad.evaluate.results import select
 from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.attention.tracing import find_max_learned_positions, random_tokens, trace_attention
 from subquad.utils import UserError
@@ -22,6 +22,7 @@ from tests.helpers.architectures import (
     cached_student,
     cached_teacher,
 )
+from tests.helpers.results import select_one
 from tests.helpers.students import (
     MIXERS,
     SCALE_IDS,
