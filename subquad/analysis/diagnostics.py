@@ -120,13 +120,6 @@ def sample_matrix_pairs(student: PreTrainedModel, teacher: PreTrainedModel, rows
 # ---------------------------------------------------------------------- decays
 
 
-def find_log_decay(op_inputs: dict[str, Tensor]) -> Tensor | None:
-    """The log decay among an op's inputs, per head `[B, T, H]` or per channel `[B, T, H, K]`; None if it has none."""
-    if "forget_gate" in op_inputs:
-        return F.logsigmoid(upcast(op_inputs["forget_gate"]))
-    return op_inputs.get("log_decay")
-
-
 def token_means(
     model: PreTrainedModel, rows: Tensor, quantity: Callable[[Mixer, LayerActivations], Tensor | None]
 ) -> list[Tensor | None]:
@@ -150,7 +143,10 @@ def mean_log_decays(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]
 
     def log_decay(mixer: Mixer, recorded: LayerActivations) -> Tensor | None:
         positions = recorded.kwargs.get("position_embeddings")
-        return find_log_decay(mixer.op_inputs(recorded.hidden_states, positions, None, None)[0])
+        op_inputs = mixer.op_inputs(recorded.hidden_states, positions, None, None)[0]
+        if "forget_gate" in op_inputs:
+            return F.logsigmoid(upcast(op_inputs["forget_gate"]))
+        return op_inputs.get("log_decay")
 
     return token_means(model, rows, log_decay)
 

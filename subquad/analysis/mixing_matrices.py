@@ -79,7 +79,11 @@ def matrix_statistics(sums: Mapping[str, Any]) -> dict[str, Tensor]:
       all heads are equal up to a positive scale; 1: they share no entry.
     """
     mass = sums["mass"] / sums["mass"].sum(-1, keepdim=True).clamp_min(TINY)
-    found = {"entropy": sums["entropy"] / sums["rows"], "memory_length": _memory_length(mass)}
+    cumulative = mass.cumsum(-1)
+    at = (cumulative < 0.5).sum(-1, keepdim=True).clamp_max(mass.shape[-1] - 1)
+    here, up_to = mass.gather(-1, at), cumulative.gather(-1, at)
+    memory_length = (at + (0.5 - (up_to - here)) / here.clamp_min(TINY)).squeeze(-1)
+    found = {"entropy": sums["entropy"] / sums["rows"], "memory_length": memory_length}
     for low, high in distance_bins(mass.shape[-1]):
         found[f"mass_{low}" if low == high else f"mass_{low}_{high}"] = mass[:, low : high + 1].sum(-1)
     norm = sums["products"].diagonal().sqrt().clamp_min(TINY)
@@ -88,13 +92,6 @@ def matrix_statistics(sums: Mapping[str, Any]) -> dict[str, Tensor]:
         pairs = torch.ones_like(distance, dtype=torch.bool).triu(1)
         found["diversity"] = distance[pairs].mean()
     return found
-
-
-def _memory_length(mass: Tensor) -> Tensor:
-    cumulative = mass.cumsum(-1)
-    at = (cumulative < 0.5).sum(-1, keepdim=True).clamp_max(mass.shape[-1] - 1)
-    here, up_to = mass.gather(-1, at), cumulative.gather(-1, at)
-    return (at + (0.5 - (up_to - here)) / here.clamp_min(TINY)).squeeze(-1)
 
 
 # ---------------------------------------------------------------------- matrices of two models

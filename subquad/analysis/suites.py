@@ -33,18 +33,33 @@ def recall_suite(e: Evaluation, model: EvalModel) -> list[Result]:
 
 def diagnostics_suite(e: Evaluation, model: EvalModel) -> list[Result]:
     """Each model against the teacher; the teacher against itself gives the values of a perfect student."""
-    results = diagnose(e, model)
-    if model in e.students and e.teacher is not None:
-        save_matrices(e, model, e.teacher)
+    teacher = None if e.teacher is None else e.teacher.model
+    dependencies = (e.teacher, e.text_key, e.settings.diag_rows, e.settings.diag_tokens)
+
+    def diagnose(one: EvalModel) -> list[Result]:
+        def measure() -> list[Result]:
+            ids = diagnostic_ids(e, one)
+            return diagnostics_results(one.model, ids, teacher) + ablation_results(one.model, ids)
+
+        return e.results("diagnostics", one, dependencies, measure)
+
+    def sample() -> list[dict[str, Any]]:
+        assert teacher is not None
+        return pack_pairs(sample_matrix_pairs(model.model, teacher, diagnostic_ids(e, model)))
+
+    results = diagnose(model)
+    if model in e.students and teacher is not None and e.output is not None:
+        heads = e.outcome(MATRICES, model, dependencies, sample)
+        if heads is not None:
+            (e.output / MATRICES).mkdir(exist_ok=True)
+            write_json_atomic(e.output / MATRICES / f"{model.name.replace('/', '-')}.json", {"heads": heads})
     if e.figures is not None:
         from subquad.analysis import plots
 
         if model in e.students:
-            teacher = None if e.teacher is None else e.teacher.model
             plots.draw_student(model.name, model.model, teacher, diagnostic_ids(e, model), e.figures)
         if model is e.models[-1]:
-            every = [result for one in e.models for result in label_results(one.name, None, diagnose(e, one))]
-            plots.draw_cka(every, e.figures)
+            plots.draw_cka([r for one in e.models for r in label_results(one.name, None, diagnose(one))], e.figures)
     return results
 
 
@@ -52,28 +67,3 @@ def diagnostic_ids(e: Evaluation, model: EvalModel) -> Tensor:
     """The texts for diagnostics, `[diag_rows, at most diag_tokens]`."""
     s = e.settings
     return e.validation_ids(model, s.diag_rows * s.text.seq_len)[: s.diag_rows, : s.diag_tokens]
-
-
-def diagnose(e: Evaluation, model: EvalModel) -> list[Result]:
-    def measure() -> list[Result]:
-        ids = diagnostic_ids(e, model)
-        found = diagnostics_results(model.model, ids, None if e.teacher is None else e.teacher.model)
-        return found + ablation_results(model.model, ids)
-
-    return e.results(
-        "diagnostics", model, (e.teacher, e.text_key, e.settings.diag_rows, e.settings.diag_tokens), measure
-    )
-
-
-def save_matrices(e: Evaluation, model: EvalModel, teacher: EvalModel) -> None:
-    if e.output is None:
-        return
-    dependencies = (teacher, e.text_key, e.settings.diag_rows, e.settings.diag_tokens)
-
-    def measure() -> list[dict[str, Any]]:
-        return pack_pairs(sample_matrix_pairs(model.model, teacher.model, diagnostic_ids(e, model)))
-
-    heads = e.outcome(MATRICES, model, dependencies, measure)
-    if heads is not None:
-        (e.output / MATRICES).mkdir(exist_ok=True)
-        write_json_atomic(e.output / MATRICES / f"{model.name.replace('/', '-')}.json", {"heads": heads})

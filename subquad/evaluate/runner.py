@@ -6,6 +6,7 @@ An output directory holds `jobs/` (one file per finished job, named by a hash of
 on) and `results.json` (a header and all results), written at the end and on interruption.
 """
 
+import copy
 import functools
 import hashlib
 import importlib.metadata
@@ -18,23 +19,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.data import token_rows
 from subquad.data.packing import PackedDataset
-from subquad.evaluate.baselines import SINKS, WINDOW, int8_teacher, windowed_teacher
 from subquad.evaluate.results import Result, label_results
 from subquad.evaluate.suites import Settings
+from subquad.modeling.linearize import linearize
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.teachers import load_teacher, resolve_reference
 from subquad.registry import SUITES
-from subquad.utils import UserError, run_info, write_json_atomic
+from subquad.utils import UserError, needs_extra, run_info, write_json_atomic
 
 logger = logging.getLogger(__name__)
 FORMAT = 2
 """Version of what stored outcomes mean; a higher one makes older outcomes invalid."""
 LIBRARIES = ("subquad", "torch", "transformers", "lm-eval")
 """Libraries whose other versions may measure other numbers."""
+WINDOW, SINKS = 512, 4
+"""Tokens that the windowed teacher sees."""
 
 
 @functools.cache
@@ -238,3 +243,24 @@ def check_models(models: Sequence[EvalModel], teacher: EvalModel | None) -> None
                 f"teacher: {teacher.name!r} and {model.name!r} have different vocabularies ({teacher.vocab_size} and "
                 f"{model.vocab_size} tokens); expected the teacher that {model.name!r} was made from"
             )
+
+
+def int8_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
+    """A copy with int8 weights in its linear layers, one scale per row (torchao, weight-only).
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    with needs_extra("the teacher in int8", "eval"):
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    quantized = copy.deepcopy(teacher)
+    head = quantized.get_output_embeddings()
+    if head is not None:  # a tied head must not quantize the embedding
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    quantize_(quantized, Int8WeightOnlyConfig(version=2))
+    return quantized
+
+
+def windowed_teacher(teacher: PreTrainedModel, window: int = WINDOW, sinks: int = SINKS) -> SubquadForCausalLM:
+    """The teacher with all attention limited to the last `window` tokens and the first `sinks` (arXiv 2309.17453)."""
+    return linearize(teacher, layer_types={"default": {"mixer": "attention", "window": window, "sinks": sinks}}).eval()

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import subquad
-from subquad.evaluate.baselines import int8_teacher, windowed_teacher
 from subquad.evaluate.efficiency import efficiency_results, peak_memory, prefill, timed
 from subquad.evaluate.results import select
+from subquad.evaluate.runner import int8_teacher, windowed_teacher
 from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
 from tests.helpers.results import select_one
 

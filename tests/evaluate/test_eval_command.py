@@ -14,10 +14,9 @@ import subquad
 from subquad import cli
 from subquad.analysis.mixing_matrices import unpack_pairs
 from subquad.evaluate import command, runner, suites
-from subquad.evaluate.baselines import int8_teacher
 from subquad.evaluate.perplexity import token_sums
 from subquad.evaluate.results import Result, select
-from subquad.evaluate.runner import EvalModel, Evaluation, evaluate, load_eval_model
+from subquad.evaluate.runner import EvalModel, Evaluation, evaluate, int8_teacher, load_eval_model
 from subquad.evaluate.suites import QUICK, STANDARD_SUITES, Settings, settings_for
 from subquad.evaluate.table import column_title, format_tables
 from subquad.registry import SUITES
