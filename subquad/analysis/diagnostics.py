@@ -120,6 +120,13 @@ def sample_matrix_pairs(student: PreTrainedModel, teacher: PreTrainedModel, rows
 # ---------------------------------------------------------------------- decays
 
 
+def find_log_decay(op_inputs: dict[str, Tensor]) -> Tensor | None:
+    """The log decay among an op's inputs, per head `[B, T, H]` or per channel `[B, T, H, K]`; None if it has none."""
+    if "forget_gate" in op_inputs:
+        return F.logsigmoid(upcast(op_inputs["forget_gate"]))
+    return op_inputs.get("log_decay")
+
+
 def token_means(
     model: PreTrainedModel, rows: Tensor, quantity: Callable[[Mixer, LayerActivations], Tensor | None]
 ) -> list[Tensor | None]:
@@ -143,10 +150,7 @@ def mean_log_decays(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]
 
     def log_decay(mixer: Mixer, recorded: LayerActivations) -> Tensor | None:
         positions = recorded.kwargs.get("position_embeddings")
-        op_inputs = mixer.op_inputs(recorded.hidden_states, positions, None, None)[0]
-        if "forget_gate" in op_inputs:
-            return F.logsigmoid(upcast(op_inputs["forget_gate"]))
-        return op_inputs.get("log_decay")
+        return find_log_decay(mixer.op_inputs(recorded.hidden_states, positions, None, None)[0])
 
     return token_means(model, rows, log_decay)
 

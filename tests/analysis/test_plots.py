@@ -6,7 +6,6 @@ import torch
 from subquad.analysis.plot_style import points_by, save_figure
 from subquad.analysis.plots import MIN_SHARE, cka_figure, half_life_figure, matrices_figure, recall_figure
 from subquad.evaluate.results import Result
-from subquad.utils import UserError
 from tests.helpers.known_models import previous_matrix, uniform_matrix
 
 RECALL = [
@@ -49,8 +48,6 @@ def test_half_life_figure_shows_channels_and_medians():
     assert [round(x) for x in medians.get_xdata()] == [0, 0, 2, 2]
     assert axes.get_yscale() == "log"
     assert "tokens" in axes.get_ylabel()
-    with pytest.raises(UserError, match="half-lives"):
-        half_life_figure([None, None], "decays")
 
 
 def test_recall_figure_has_a_cell_per_length_and_depth():
