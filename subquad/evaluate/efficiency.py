@@ -148,14 +148,10 @@ def _measure(models: Mapping[str, PreTrainedModel], length: int, batch: int, rep
                     seconds[name]["prefill_seconds"].append(elapsed)
                     steps = decode(model, out, DECODED_TOKENS)[1]
                     seconds[name]["seconds_per_token"].append(statistics.median(steps))
-    at: dict[str, Any] = {"length": length, "batch": batch}
-    return {
-        name: [
-            *(
-                Result(TASK, metric, statistics.median(own), low=min(own), high=max(own), n=repeats, **at)
-                for metric, own in seconds[name].items()
-            ),
-            *(Result(TASK, metric, float(size), n=1, **at) for metric, size in sizes[name].items() if size is not None),
-        ]
-        for name in models
-    }
+    results: dict[str, list[Result]] = {}
+    for name in models:
+        make = functools.partial(Result, TASK, length=length, batch=batch)
+        times = ((metric, statistics.median(own), min(own), max(own)) for metric, own in seconds[name].items())
+        results[name] = [make(metric, middle, low=low, high=high, n=repeats) for metric, middle, low, high in times]
+        results[name] += [make(metric, float(size), n=1) for metric, size in sizes[name].items() if size is not None]
+    return results

@@ -6,16 +6,7 @@ import pytest
 import torch
 
 from subquad.analysis import mqar
-from subquad.analysis.mqar import (
-    RATES,
-    SHARED_OPTIONS,
-    MQARSettings,
-    accuracy,
-    build_model,
-    mqar_results,
-    sequences,
-    train_model,
-)
+from subquad.analysis.mqar import MQARSettings, accuracy, build_model, mqar_results, sequences, train_model
 from subquad.evaluate.results import select
 from subquad.utils import UserError
 
@@ -49,7 +40,7 @@ def test_models_are_random_and_reproducible():
     mixer = model.mixer_layers[0].mixer
     assert (mixer.o_norm == 1).all()
     assert mixer.q_conv.shape[-1] == 4
-    assert all(getattr(mixer.options, name, value) == value for name, value in SHARED_OPTIONS.items())
+    assert all(getattr(mixer.options, name, value) == value for name, value in mqar.SHARED_OPTIONS.items())
     assert mixer.spec.num_heads * mixer.spec.head_dim**2 == TINY.state
     for a, b in zip(model.parameters(), same.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -69,7 +60,7 @@ def test_results_name_mixer_and_state():
     ]
     assert {result.length for result in found} == {12}
     assert all(0 <= result.value <= 1 and result.n == 256 * 3 for result in select(found, metric="acc"))
-    assert all(result.value in RATES for result in select(found, metric="lr"))
+    assert all(result.value in mqar.RATES for result in select(found, metric="lr"))
 
 
 def test_each_mixer_has_its_best_rate_chosen_on_other_sequences(monkeypatch):
