@@ -35,9 +35,9 @@ print(time.perf_counter() - start, time.process_time(), len(rows))
 
 def write_text(path: Path, size: float) -> None:
     """JSON lines of about `size` bytes, always the same for one version of Python."""
-    from subquad.data import stdlib
+    from subquad.data import documents
 
-    text, rng = "\n".join(stdlib.documents("all")), random.Random(0)
+    text, rng = "\n".join(map(str, documents("python-stdlib", "all"))), random.Random(0)
     with path.open("w") as file:
         while file.tell() < size:
             start = rng.randrange(len(text) - 4000)

@@ -13,6 +13,7 @@ import math
 import platform
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,10 +21,17 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from subquad.data import stdlib
+from subquad.data.corpora import read
+from subquad.data.sources import resolve
 
 EOS = "<|endoftext|>"
 CONTEXT = 1024
+
+
+def stdlib_texts(split: str) -> list[str]:
+    """The files of the standard library in a split, in alphabetical order."""
+    source = resolve("python-stdlib", part=split)
+    return list(read(replace(source, files=tuple(sorted(source.files)))))
 
 
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -153,9 +161,9 @@ def main() -> None:
     if (args.output / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.output)
     else:
-        tokenizer = train_tokenizer(stdlib.documents("train"), args.vocab)
+        tokenizer = train_tokenizer(stdlib_texts("train"), args.vocab)
         tokenizer.save_pretrained(args.output)
-    train, valid = (encode(tokenizer, stdlib.documents(split)) for split in ("train", "validation"))
+    train, valid = (encode(tokenizer, stdlib_texts(split)) for split in ("train", "validation"))
     model = LlamaForCausalLM(nano_config(len(tokenizer), tokenizer.eos_token_id))
     parameters = sum(p.numel() for p in model.parameters())
     steps = math.ceil(args.epochs * len(train) / (args.batch * CONTEXT))

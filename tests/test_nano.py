@@ -1,6 +1,7 @@
 """The nano teacher as shipped: small, trained, and using its context."""
 
 import json
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 
 import subquad
 from subquad.config import EndToEndStage, HiddenStage, MatrixStage
-from subquad.data import stdlib
+from subquad.data.corpora import read
+from subquad.data.sources import resolve
 from subquad.distill.end_to_end import EndToEndDistillation
 from subquad.distill.hidden_alignment import HiddenAlignment
 from subquad.distill.matrix_mixing import MatrixMixing
@@ -19,8 +21,8 @@ from subquad.distill.matrix_mixing import MatrixMixing
 def held_out(nano):
     """`[24, 1025]` tokens of held-out files of the standard library."""
     _, tokenizer = nano
-    tokens = []
-    for text in stdlib.documents("validation"):
+    tokens, source = [], resolve("python-stdlib", part="validation")
+    for text in read(replace(source, files=tuple(sorted(source.files)))):
         tokens += [tokenizer.eos_token_id, *tokenizer(text, verbose=False).input_ids]
     windows = torch.tensor(tokens[: len(tokens) // 1025 * 1025]).view(-1, 1025)
     return windows[:: max(1, len(windows) // 24)][:24]

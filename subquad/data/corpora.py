@@ -6,6 +6,7 @@ Any problem with a file is a `UserError` with the file's name and the position i
 
 import contextlib
 import gzip
+import hashlib
 import itertools
 import json
 import lzma
@@ -16,9 +17,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from subquad.config import Data
-from subquad.data import stdlib
 from subquad.data.chat import Conversation, replace_surrogates
-from subquad.data.sources import STDLIB, Source, SplitOrAll, nearest_source, resolve, resolve_sources, suffix
+from subquad.data.sources import (
+    LIBRARY,
+    STDLIB,
+    Source,
+    SplitOrAll,
+    nearest_source,
+    resolve,
+    resolve_sources,
+    suffix,
+)
 from subquad.utils import UserError, as_user_error
 
 if sys.version_info >= (3, 14):
@@ -35,6 +44,7 @@ OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".
 DOC_SEPARATOR = "<|endoftext|>"
 PASSAGE_CHARACTERS = 20_000
 """In a text file without separators, a passage ends at the first blank line after this many characters."""
+VALIDATION_FRACTION = 1 / 20
 MAX_DOCS_FOR_CHARACTER_SPLIT = 200
 """With at most this many documents, a share of them is too coarse or empty, and the text is split by characters."""
 
@@ -55,7 +65,7 @@ def documents(
 ) -> Iterator[Document]:
     """The documents of a source, in a fixed order.
 
-    - `python-stdlib`: one document per file; see `subquad.data.stdlib`.
+    - `python-stdlib`: one document per `.py` file of the running Python's library in UTF-8, without tests.
     - `.txt` (also `.gz`, `.xz`, `.zst`): documents are separated by lines `<|endoftext|>`; without such lines, the text
       is cut at blank lines into passages of about 20,000 characters. Line ends become `\\n`.
     - `.jsonl`, `.parquet` (also compressed): `column` of each row; a `Conversation` if `chat`.
@@ -79,8 +89,10 @@ def read(source: Source) -> Iterator[Document]:
     """The documents of a part of a source; see `documents`."""
     if source.name == STDLIB:
         # Split by file name, so that a file stays in its split across Python versions.
-        part = set(stdlib.files(source.part))
-        yield from stdlib.read(path for path in source.files if path in part)
+        for path in source.files:
+            if _is_in_split(path.relative_to(LIBRARY).as_posix(), source.part):
+                with contextlib.suppress(UnicodeDecodeError):  # a few are in another encoding on purpose
+                    yield path.read_text(encoding="utf-8")
         return
     if source.part != "all":
         lengths = [len(document) for document in itertools.islice(_nonempty(source), MAX_DOCS_FOR_CHARACTER_SPLIT + 1)]
@@ -89,14 +101,23 @@ def read(source: Source) -> Iterator[Document]:
             return
     for document in _nonempty(source):
         key = document.text() if isinstance(document, Conversation) else document
-        if stdlib.is_in_split(key, source.part):
+        if _is_in_split(key, source.part):
             yield document
+
+
+def _is_in_split(key: str, split: SplitOrAll) -> bool:
+    """Whether the document with a key, its path or its text, is in a split: by hash, one in 20 is in "validation"."""
+    if split == "all":
+        return True
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    is_validation = int.from_bytes(digest[:4], "big") < VALIDATION_FRACTION * 2**32
+    return is_validation == (split == "validation")
 
 
 def _split_by_characters(documents: Iterable[Document], total: int, split: SplitOrAll) -> Iterator[Document]:
     """The text before its last twentieth, or the last twentieth. The cut is at a nearby end of a line, or before the
     conversation that contains it."""
-    cut = min(int(total * (1 - stdlib.VALIDATION_FRACTION)), total - 1)
+    cut = min(int(total * (1 - VALIDATION_FRACTION)), total - 1)
     start = 0
     for document in documents:
         if isinstance(document, Conversation):

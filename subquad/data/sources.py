@@ -4,16 +4,20 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from subquad.config import Data, MixtureSource
-from subquad.data import stdlib
 from subquad.utils import UserError, nearest
 
 STDLIB = "python-stdlib"
+"""The `.py` files of the running Python's standard library, a source that every machine has."""
+LIBRARY = Path(sysconfig.get_path("stdlib"))
+"""Its directory."""
+LIBRARY_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 """Of files with one document per row."""
 CODE_SUFFIXES = (".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".sh")
@@ -66,9 +70,10 @@ def resolve(name: str, key: str = "data.source", **settings: Any) -> Source:
     """The source with a name; UserError if there is none. `settings` are other fields of the `Source`."""
     source, path = Source(name, key, **settings), Path(name).expanduser()
     if name == STDLIB:
-        return replace(source, chat=False, files=_hash_order(stdlib.files("all"), stdlib.root()))
+        files = [file for file in _files_below(LIBRARY, LIBRARY_EXCLUDED.__contains__) if file.suffix == ".py"]
+        return replace(source, chat=False, files=_hash_order(files, LIBRARY))
     if path.is_dir():
-        files = [file for file in stdlib.files_below(path, _is_hidden) if suffix(file) in SUFFIXES and file.is_file()]
+        files = [file for file in _files_below(path, _is_hidden) if suffix(file) in SUFFIXES and file.is_file()]
         if not files:
             raise UserError(f"{source.label}: no text in this directory; expected files {EXPECTED}")
         return replace(source, files=_hash_order(files, path))
@@ -128,6 +133,13 @@ def resolve_sources(data: Data, split: Split) -> list[Source]:
 def suffix(path: Path) -> str:
     """The suffix of a file's content, without that of its compression."""
     return Path(path.stem if path.suffix.lower() in COMPRESSED_SUFFIXES else path).suffix.lower()
+
+
+def _files_below(directory: Path, excluded: Callable[[str], bool]) -> Iterator[Path]:
+    """The files in a directory and its subdirectories, without those of an excluded name."""
+    for parent, subdirectories, names in os.walk(directory):
+        subdirectories[:] = [name for name in subdirectories if not excluded(name)]
+        yield from (Path(parent, name) for name in names if not excluded(name))
 
 
 def _is_hidden(name: str) -> bool:

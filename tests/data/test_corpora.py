@@ -1,10 +1,13 @@
 """Sources: their documents in every format and compression, the validation split, and errors."""
 
+import contextlib
 import gzip
+import hashlib
 import importlib
 import json
 import lzma
 import sys
+import sysconfig
 from pathlib import Path
 
 import pyarrow
@@ -12,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from subquad.config import Data
-from subquad.data import check_data, corpora, documents, sources, stdlib
+from subquad.data import check_data, corpora, documents, sources
 from subquad.data.chat import Conversation
 from subquad.utils import UserError
 
@@ -55,8 +58,11 @@ def error_of(source: str, split: str = "all") -> str:
 
 def test_standard_library_is_split_by_file():
     found = {split: list(documents("python-stdlib", split)) for split in ("train", "validation", "all")}
-    for split in ("train", "validation"):
-        assert sorted(found[split]) == sorted(stdlib.documents(split))
+    for path in sources.resolve("python-stdlib").files:
+        name = path.relative_to(sysconfig.get_path("stdlib")).as_posix()
+        split = "validation" if hashlib.sha256(name.encode()).digest()[:4] < b"\x0c\xcc\xcc\xcd" else "train"
+        with contextlib.suppress(UnicodeDecodeError):
+            assert path.read_text(encoding="utf-8") in found[split], name
     assert sorted(found["train"] + found["validation"]) == sorted(found["all"])
     assert 25 < len(found["validation"]) < 70
 
