@@ -97,6 +97,9 @@ class SubquadCache(Cache):
     """One cache layer per decoder layer: `RecurrentCacheLayer` for a mixer, `SlidingWindowCacheLayer` for attention
     with a window, and `DynamicLayer` for full attention, whose keys and values grow with the context."""
 
+    def nbytes(self) -> int:
+        return cache_bytes(self)
+
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all tensors of a student's or a transformer's cache."""

@@ -157,7 +157,7 @@ def test_cache_size_is_constant_for_mixers_and_grows_for_attention(student, ids)
     sizes = []
     for token in ids.split(1, dim=1):
         logits(student, token, past_key_values=cache)
-        sizes.append(cache_bytes(cache))
+        sizes.append(cache.nbytes())
     if layers_with_attention(student):  # keys and values of 2 layers, 2 heads, 12 channels and 3 rows in float32
         assert sizes == [2 * 2 * 2 * 12 * 3 * 4 * t for t in range(1, 12)]
     else:
