@@ -58,17 +58,26 @@ def step(
     if inplace and differentiable:
         raise ValueError("inplace: got tensors that require gradients, expected torch.no_grad() or detached ones")
     B, T, H, K = q.shape
-    V = v.shape[-1]
-    dtype, scale = checks.compute_dtype(q), K**-0.5 if scale is None else scale
+    scale = K**-0.5 if scale is None else scale
+    if initial_state is None:
+        S = q.new_zeros(B, H, K, v.shape[-1], dtype=checks.compute_dtype(q))
+    else:
+        S = initial_state
     if T == 0:
-        return v.clone(), q.new_zeros(B, H, K, V, dtype=dtype) if initial_state is None else initial_state
+        return v.clone(), S
     if (results := fla.run(backend, "step", inputs, scale)) is not None:
         o, state = results
         return (o, initial_state.copy_(state)) if inplace and initial_state is not None else results
-    S = q.new_zeros(B, H, K, V, dtype=dtype) if initial_state is None else initial_state
     if not (differentiable or inplace or initial_state is None):
         S = S.clone()
-    none = [None] * T
+    return _token_by_token(inputs, S, scale, differentiable)
+
+
+def _token_by_token(inputs: checks.Inputs, S: Tensor, scale: float, differentiable: bool) -> tuple[Tensor, Tensor]:
+    """`step` from the state `S`, which is written into unless the computation is differentiable."""
+    q, k, v, log_decay, beta = inputs[:5]
+    B, T, H, _ = q.shape
+    dtype, none = checks.compute_dtype(q), [None] * T
     queries, keys = (q.to(dtype) * scale).unsqueeze(-2).unbind(1), k.to(dtype).unsqueeze(-1).unbind(1)
     values = v.to(dtype).unsqueeze(-2).unbind(1)
     if log_decay is not None:  # as [B, T, H, 1] or [B, T, H, K]
