@@ -72,12 +72,14 @@ def teacher_bytes(config: LlamaConfig, context: int, batch: int, dtype: torch.dt
     return 2 * heads * context * batch * dtype.itemsize
 
 
-def teacher_cache(config: LlamaConfig, context: int, batch: int, dtype: torch.dtype) -> DynamicCache:
+def teacher_cache(
+    config: LlamaConfig, context: int, batch: int, dtype: torch.dtype, device: torch.device | None = None
+) -> DynamicCache:
     """Random keys and values of `context` tokens."""
     cache = DynamicCache(config=config)
     shape = batch, config.num_key_value_heads, context, config.head_dim
     for layer in range(config.num_hidden_layers):
-        cache.update(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), layer)
+        cache.update(*(torch.randn(shape, dtype=dtype, device=device) for _ in range(2)), layer)
     return cache
 
 

@@ -126,11 +126,6 @@ def fla_calls() -> dict[str, Callable[[dict], Any]]:
     }
 
 
-def flash_attention(a: dict) -> torch.Tensor:
-    q, k, v = (a[name].transpose(1, 2) for name in ("q", "k", "v"))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
 def operators(args: argparse.Namespace) -> list[Row]:
     """Forward and backward of every operator; the calls of one row alternate."""
     rows, direct = [], fla_calls() if args.cuda else {}
@@ -140,13 +135,13 @@ def operators(args: argparse.Namespace) -> list[Row]:
             name: x.detach().to(args.device, torch.bfloat16).requires_grad_()
             for name, x in ops_timing.arguments(size).items()
         }
-        sdpa = median_ms(backward_call(flash_attention, inputs), args.device)
+        sdpa = median_ms(ops_timing.forward_backward(ops_timing.sdpa, inputs), args.device)
         for name in args.only:
             function = ops_timing.variants()[name]
-            calls = {"ours": backward_call(function, inputs)}
+            calls = {"ours": ops_timing.forward_backward(function, inputs)}
             with contextlib.suppress(RuntimeError):  # fla refuses some kernels on some devices
                 if name in direct:
-                    calls["fla"] = backward_call(direct[name], inputs)
+                    calls["fla"] = ops_timing.forward_backward(direct[name], inputs)
             times: dict[str, list[float]] = {key: [] for key in calls}
             for sample in range(9):
                 for key, call in calls.items():
@@ -158,20 +153,6 @@ def operators(args: argparse.Namespace) -> list[Row]:
             rows.append({"op": name, "T": T, "B": size.B, "ms": ms["ours"], "fla_ms": ms.get("fla"),
                          "ours / fla": ratio, "sdpa_ms": sdpa, "x SDPA": sdpa / ms["ours"]})  # fmt: skip
     return rows
-
-
-def backward_call(function: Callable[[dict], Any], inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
-    """A call that runs `function` and its backward pass with respect to every input that it uses."""
-
-    def output() -> torch.Tensor:
-        result = function(inputs)
-        return result[0] if isinstance(result, tuple) else result
-
-    o = output()
-    cotangent = torch.randn_like(o)
-    used = torch.autograd.grad(o, list(inputs.values()), cotangent, allow_unused=True)
-    leaves = [x for x, grad in zip(inputs.values(), used, strict=True) if grad is not None]
-    return lambda: torch.autograd.grad(output(), leaves, cotangent)
 
 
 def convolution(args: argparse.Namespace) -> list[Row]:
@@ -218,7 +199,7 @@ def decoding(args: argparse.Namespace) -> list[Row]:
         model.to(args.device)
         for context in (1024, 4096, 16384, 65536) if args.cuda else (64, 128):
             if name == decode.TEACHER:
-                cache = teacher_cache(config, context, batch, model)
+                cache = decode.teacher_cache(config, context, batch, model.dtype, args.device)
             elif context > (1024 if args.cuda else 64):
                 break  # a student's step does not depend on the context
             else:
@@ -231,17 +212,6 @@ def decoding(args: argparse.Namespace) -> list[Row]:
             rows.append({"model": name, "context": context if name == decode.TEACHER else "any", "batch": batch,
                          "ms per step": ms, "cache_MB": cache_bytes(cache) / 1e6})  # fmt: skip
     return rows
-
-
-def teacher_cache(config, context: int, batch: int, model):
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=config)
-    for layer in range(config.num_hidden_layers):
-        shape = batch, config.num_key_value_heads, context, config.head_dim
-        keys, values = torch.randn(2, *shape, dtype=model.dtype, device=model.device)
-        cache.update(keys, values, layer)
-    return cache
 
 
 # ---------------------------------------------------------------------- distillation

@@ -91,7 +91,7 @@ def arguments(size: Size, seed: int = 0) -> dict[str, Tensor]:
 
 def baselines() -> tuple[dict[str, Callable[[dict], object]], dict[str, str]]:
     """Other implementations by name, and the reasons for those that are missing."""
-    found: dict[str, Callable[[dict], object]] = {"sdpa": _sdpa}
+    found: dict[str, Callable[[dict], object]] = {"sdpa": sdpa}
     missing = {}
     for name, load in (
         ("transformers gated_delta", _transformers_gated_delta),
@@ -114,7 +114,7 @@ def _heads_first(a: dict, *names: str) -> list[Tensor]:
     return [a[name].transpose(1, 2) for name in names]
 
 
-def _sdpa(a: dict) -> Tensor:
+def sdpa(a: dict) -> Tensor:
     q, k, v = _heads_first(a, "q", "k", "v")
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
@@ -180,7 +180,7 @@ def forward_backward(function: Callable[[dict], object], a: dict[str, Tensor]) -
         return o
 
     o = output()
-    cotangent = torch.randn(o.shape)
+    cotangent = torch.randn_like(o)
     used = torch.autograd.grad(o, list(a.values()), cotangent, allow_unused=True)
     leaves = [x for x, grad in zip(a.values(), used, strict=True) if grad is not None]
     return lambda: torch.autograd.grad(output(), leaves, cotangent)
