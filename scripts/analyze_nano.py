@@ -28,9 +28,9 @@ from subquad.analysis.diagnostics import diagnostics_results
 from subquad.analysis.mqar import MQARSettings, mqar_results
 from subquad.analysis.plots import draw_cka, draw_recall, draw_student
 from subquad.analysis.recall import recall_results
-from subquad.analysis.recall_tasks import TASKS
 from subquad.config import Data
 from subquad.data import token_rows
+from subquad.data.recall_tasks import TASKS
 from subquad.evaluate.results import Result, label_results, select
 from subquad.utils import UserError
 

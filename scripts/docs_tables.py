@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from subquad.study.aggregate import Mean
 from subquad.study.progress import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,12 +68,39 @@ def nano_plain_and_full() -> str:
     return markdown(["mixer", "plain", "full"], lines)
 
 
+def near_far_training() -> str:
+    """Losses of trained students with both parts, one and none (`scripts/near_far_training.py`)."""
+    results = json.loads((RESULTS / "near_far" / "nano.json").read_text())["results"]
+    metrics = ["both", "near_only", "far_only", "neither"]
+
+    def cell(training: str, loss: Callable[[dict[str, float]], float]) -> str:
+        values = [loss(result) for result in results if result["training"] == training]
+        mean = Mean.of(values)
+        return f"{mean.value:.3f}" + ("" if mean.high is None else f" ± {mean.high - mean.value:.3f}")
+
+    losses: list[Callable[[dict[str, float]], float]] = [lambda result, m=m: result[m] for m in metrics]
+    losses.append(lambda result: result["near_only"] - result["both"])
+    trainings = list(dict.fromkeys(result["training"] for result in results))
+    lines = [[f"`{name}`" if ":" in name else name, *(cell(name, loss) for loss in losses)] for name in trainings]
+    return markdown(["stage 2", *(metric.replace("_", " ") for metric in metrics), "near only - both"], lines)
+
+
+def frontier() -> str:
+    """What `subquad frontier` wrote, without its times, which were taken beside other jobs."""
+    rows = read_csv("frontier/smollm2-135m/table")
+    header = [title for title in rows[0] if title != "time per token"]
+    lines = [[row[title].removeprefix("smollm2-135m, ") for title in header] for row in rows]
+    return markdown(header, lines)
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "nano/recovered": lambda: nano_grid("recovered, %", -1),
     "nano/perplexity": lambda: nano_grid("perplexity", 1),
     "nano/stages": lambda: nano_grid("perplexity", 1, ("gated_deltanet", "gla", "xlstm")),
     "nano/plain-full": nano_plain_and_full,
+    "near_far/nano": near_far_training,
+    "frontier/smollm2-135m": frontier,
 }
 
 

@@ -1,4 +1,4 @@
-"""What every package here uses: the user-facing error, the cache directory, run info, atomic writes, evaluation mode.
+"""What every package here uses: user-facing errors, the cache directory, run info, atomic writes, modes, a divergence.
 
 Imports no torch, so that commands which need none start at once.
 """
@@ -6,6 +6,7 @@ Imports no torch, so that commands which need none start at once.
 import difflib
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 """Loggers that warn at import about optional parts they lack; `transformers` imports torchao where it is installed."""
@@ -133,6 +134,12 @@ def eval_mode(model: "nn.Module") -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def kl_divergence(p: "Tensor", log_p: "Tensor", log_q: "Tensor") -> "Tensor":
+    """KL(p || q) in nats, `[...]`, from p and both logarithms, `[..., vocab]`. A token with probability 0 in p adds 0,
+    also where it has probability 0 in q."""
+    return (p * (log_p - log_q)).masked_fill_(log_p == -math.inf, 0).sum(-1)
 
 
 @contextmanager

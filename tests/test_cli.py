@@ -1,6 +1,7 @@
 """The command line: output, files, exit codes, and one line on stderr for each mistake of the user."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -39,6 +40,8 @@ def test_help_lists_commands(capsys):
 
 def test_mixers_lists_names_and_options(capsys):
     code, out, _ = run(capsys, "mixers")
+    out, beside_attention = out.split("\n\n")
+    assert "merge=mass|denominator|lolcats|fixed|add, memory=outside|all" in beside_attention
     assert code == 0
     assert [line for line in out.splitlines() if not line.startswith(" ")] == mixers.names()
     assert "half_life=" in out
@@ -102,6 +105,32 @@ def cache_sizes(out):
     return rows
 
 
+def test_linearize_with_a_budget(capsys, recipe_path, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some words and a number such as 12345 in one line\n" * 400)
+    argv = [
+        "linearize",
+        recipe_path.parent / "teacher",
+        "--budget",
+        "8",
+        "--calibrate",
+        text,
+        "--output",
+        tmp_path / "s",
+    ]
+    code, found, err = run(capsys, *argv)
+    assert code == 0, err
+    assert re.search(r"budget 8: 4 key/value heads with windows of \d+ to \d+ tokens and 4 sinks\n", found)
+    assert "at any length" in found
+    card = (tmp_path / "s" / "README.md").read_text()
+    assert "- budget 8: " in card
+    assert "](windows.svg)" in card
+    assert (tmp_path / "s" / "windows.svg").stat().st_size > 1000
+    assert "window=[" in run(capsys, "inspect", tmp_path / "s")[1]
+    found = run(capsys, *argv[:-1], tmp_path / "whole", "--budget-context", "2")[1]
+    assert "4 keep all tokens" in found
+
+
 def test_linearize_with_layer_types(capsys, recipe_path, tmp_path):
     layer_types = "{default: {mixer: gla, decay_rank: 4}, 1: {mixer: attention, window: 5, sinks: 2}}"
     argv = ["linearize", recipe_path.parent / "teacher", "--layer-types", layer_types, "--output", tmp_path / "s"]
@@ -118,7 +147,8 @@ def test_linearize_with_layer_types(capsys, recipe_path, tmp_path):
     student, _ = subquad.load_teacher(tmp_path / "s")
     assert f" {student.num_parameters():,} parameters, float32" in lines[0]
     found = cache_sizes(out)
-    expected = 4 * 8 * 8 * 4 + 6 * 2 * (8 + 8) * 4  # states of gla; keys and values of 2 + 5 - 1 tokens
+    # states of gla; keys and values of 2 + 5 - 1 tokens; cos and sin at the position at which sinks stay
+    expected = 4 * 8 * 8 * 4 + 6 * 2 * (8 + 8) * 4 + 2 * 8 * 4
     assert found["student"] == pytest.approx([expected] * 3, rel=0.01)
     assert found["teacher"] == pytest.approx([2 * 2 * (8 + 8) * 4 * n for n in (1024, 8192, 65536)], rel=0.01)
     card = (tmp_path / "s" / "README.md").read_text()
@@ -130,7 +160,56 @@ def test_linearize_with_layer_types(capsys, recipe_path, tmp_path):
     assert type(namespace["model"]).__name__ == "SubquadForCausalLM"
 
 
+def test_select_prints_layer_types_that_linearize_takes(capsys, recipe_path, tmp_path):
+    text = recipe_path.parent / "text.txt"
+    argv = ["select", recipe_path.parent / "teacher", "--by", "kl", "--top", 1, "--window", 8, "--text", text]
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    layer, head, score = out.splitlines()[1].split()
+    types = out.splitlines()[-1]
+    code, out, err = run(capsys, *argv, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert len(found["ranking"]) == 4
+    first = found["ranking"][0]
+    assert (str(first["layer"]), str(first["kv_head"]), f"{first['score']:.4f}") == (layer, head, score)
+    assert found["layer_types"] == json.loads(types)
+    argv = ["linearize", recipe_path.parent / "teacher", "--layer-types", types, "--output", tmp_path / "s"]
+    code, _, err = run(capsys, *argv)
+    assert code == 0, err
+    specs = json.loads((tmp_path / "s" / "config.json").read_text())["layer_specs"]
+    windows = [[8, 8], [8, 8]]
+    windows[int(layer)][int(head)] = "full"
+    assert [spec["window"] if isinstance(spec["window"], list) else [8, 8] for spec in specs] == windows
+    code, out, err = run(
+        capsys, "select", recipe_path.parent / "teacher", "--by", "uniform", "--unit", "layer", "--top", 1
+    )
+    assert code == 0, err
+    assert out.splitlines()[1].split() == ["1", "all", "1.0000"]
+
+
+@pytest.mark.parametrize("others", [["--mixer", "attention", "--option", "window=8"], ["--budget", "8"]], ids=str)
+def test_linearize_keeps_groups_whole(others, capsys, recipe_path, tmp_path):
+    text = ["--calibrate", recipe_path.parent / "text.txt"]
+    argv = ["linearize", recipe_path.parent / "teacher", *others, *text, "--keep-groups", 2, "--keep-by", "kl"]
+    code, out, err = run(capsys, *argv, "--output", tmp_path / "s")
+    assert code == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("groups that keep all tokens"))
+    kept = {tuple(map(int, group.split("."))) for group in line.partition(": ")[2].split(", ")}
+    assert len(kept) == 2
+    specs = json.loads((tmp_path / "s" / "config.json").read_text())["layer_specs"]
+    windows = [spec["window"] if isinstance(spec["window"], list) else [spec["window"]] * 2 for spec in specs]
+    assert {(i, head) for i, own in enumerate(windows) for head in range(2) if own[head] == "full"} == kept
+
+
 MISTAKES = {
+    "linearize TEACHER --mixer gla --keep-groups 1": "--keep-groups: got the layer types gla (default), expected",
+    "linearize TEACHER --keep-groups 0": "argument --keep-groups: got '0', expected a whole number",
+    "distill RECIPE --set student.keep_groups=1": "student.keep_groups: got the layer types gla (default), expected",
+    "select TEACHER --by retreival": "argument --by: invalid choice: 'retreival'",
+    "select TEACHER --by uniform --top 4": "by: got 'uniform' for groups, expected it for layers",
+    "select TEACHER --top 5 --by kl": "keep: got 5, expected a number from 1 to 4, the number of groups",
+    "select TEACHER --text missing.txt": "missing.txt",
     "distill nano.yml": "nano.yml",
     "distill RECIPE --set stages.hiden.lr=1": "did you mean 'stages.hidden'",
     "distill RECIPE --set student.mixer=gal": "did you mean 'gla'",
@@ -145,6 +224,12 @@ MISTAKES = {
     "linearize TEACHER --mixer gla --option halflife=3": "did you mean 'half_life'",
     "linearize TEACHER --option half_life": "NAME=VALUE",
     "linearize TEACHER --layer-types gla": "a mapping",
+    "linearize TEACHER --budget 8": "--budget: got no --calibrate",
+    "linearize TEACHER --budget-context 8": "--budget-context: got 8 without --budget",
+    "linearize TEACHER --budget-memory gla": "--budget-memory: got gla without --budget",
+    "linearize TEACHER --budget 8 --budget-memory glaa --calibrate a": "unknown mixer 'glaa'; did you mean 'gla'?",
+    "linearize TEACHER --budget 8 --mixer gla --no-copy": "--budget cannot be used with --mixer, --no-copy",
+    "linearize TEACHER --budget some --calibrate python-stdlib": "budget: got 'some', expected a number of tokens",
     "linearize TEACHER --layer-types '{default: [gla]}'": "got [",
     "linearize TEACHER --layer-types '{default: gal}'": "--layer-types: default: unknown mixer 'gal'; did you mean",
     "linearize TEACHER --layer-types '{default: gla, 7: attention}'": "there is no layer 7",

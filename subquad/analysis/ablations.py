@@ -21,6 +21,7 @@ from subquad.evaluate.results import Result
 from subquad.mixers import Mixer
 from subquad.mixers.gate_init import inverse_logsigmoid
 from subquad.modeling.layers import AttentionLayer, MixerLayer
+from subquad.modeling.near_far import NearFarLayer
 from subquad.utils import UserError, eval_mode
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ def ablation_results(
 
     Tasks: `intact`; `without_layer` (the mixing output of one layer is zero; the result names the layer);
     `without_mixers` and `without_attention` (of a hybrid); `window_<n>` (attention with a larger window is limited to
-    `window` tokens); `without_short_conv`; `frozen_gate` and `frozen_decay` (at their means over all tokens of `rows`);
-    `without_mixing` (all mixing outputs are zero).
+    `window` tokens; not beside a memory, see `subquad.analysis.near_far`); `without_short_conv`; `frozen_gate` and
+    `frozen_decay` (at their means over all tokens of `rows`); `without_mixing` (all mixing outputs are zero).
 
     Metrics: the score, and `share` = (score - `without_mixing`) / (`intact` - `without_mixing`): 1 if the part is not
     needed, 0 if nothing is left without it. A warning is logged if a hybrid keeps more than `BYPASS_SHARE` without its
@@ -87,13 +88,19 @@ def available_ablations(
     for index, module in enumerate(access.mixing_modules):
         yield "without_layer", index, zero_output([module])
     if access.root is not access.model:  # a student
-        attention_layers = [layer for layer in access.mixer_layers if isinstance(layer, AttentionLayer)]
+        mixers = [mixer for mixer in access.mixers if mixer is not None]
         mixer_layers = [layer for layer in access.mixer_layers if isinstance(layer, MixerLayer)]
-        mixers = [layer.mixer for layer in mixer_layers]
-        if mixers and attention_layers:
+        attention_layers = [
+            layer
+            for layer in access.mixer_layers
+            if isinstance(layer, AttentionLayer) and not isinstance(layer, NearFarLayer)
+        ]
+        if mixer_layers and attention_layers:
             yield "without_mixers", None, zero_output(mixer_layers)
             yield "without_attention", None, zero_output(attention_layers)
-        wide = [layer for layer in attention_layers if layer.window is None or layer.window > window]
+        wide = [
+            layer for layer in attention_layers if any((g.window or window + 1) > window for g in layer.head_groups)
+        ]
         if wide:
             yield f"window_{window}", None, limited_window(wide, window)
         if any(mixer.conv_weights() for mixer in mixers):
@@ -124,7 +131,9 @@ def limited_window(layers: Iterable[AttentionLayer], window: int) -> AbstractCon
     """Limits attention to the last `window` tokens, itself included, and its sinks."""
     if window < 1:
         raise UserError(f"window: got {window}, expected at least 1 token")
-    return replaced((layer.__dict__, {"window": min(layer.window or window, window)}) for layer in layers)
+    return replaced(
+        (layer.__dict__, {"windows": tuple(min(own or window, window) for own in layer.windows)}) for layer in layers
+    )
 
 
 def without_short_conv(mixers: Iterable[Mixer]) -> AbstractContextManager:
@@ -147,7 +156,7 @@ def frozen_gates(model: PreTrainedModel, rows: Tensor) -> AbstractContextManager
     def constant(mean: Tensor, x: Tensor) -> Tensor:
         return mean.expand(*x.shape[:2], -1, -1)
 
-    means = token_means(model, rows, lambda mixer, recorded: mixer.output_gate(recorded.hidden_states))
+    means = token_means(model, rows, lambda layer, recorded: layer.mixer.output_gate(recorded.hidden_states))
     return replaced(
         (mixer.__dict__, {"output_gate": partial(constant, mean.to(mixer.o_proj.weight.dtype))})
         for mixer, mean in zip(LayerAccess(model).mixers, means, strict=True)

@@ -7,6 +7,7 @@ docs/analysis.md defines the metrics.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.analysis import mixing_matrices as matrices
-from subquad.analysis.layer_access import LayerAccess, Sums, layer_access_pair, layer_results, run_on, sums_by_layer
+from subquad.analysis.layer_access import (
+    WITH_MIXERS,
+    LayerAccess,
+    Sums,
+    layer_access_pair,
+    layer_results,
+    run_on,
+    sums_by_layer,
+)
 from subquad.analysis.mixing_matrices import MatrixPairs, normalized_abs_rows
 from subquad.evaluate.perplexity import prediction_sums
 from subquad.evaluate.results import Result
-from subquad.mixers import Mixer
 from subquad.mixers.norms import upcast
 from subquad.modeling.attention.activations import LayerActivations
 from subquad.modeling.layers import AttentionLayer, MixerLayer
+from subquad.modeling.near_far import NearFarLayer
 from subquad.utils import UserError, eval_mode
 
 CHUNK_ENTRIES = 2**22
@@ -121,22 +130,22 @@ def sample_matrix_pairs(student: PreTrainedModel, teacher: PreTrainedModel, rows
 
 
 def find_log_decay(op_inputs: dict[str, Tensor]) -> Tensor | None:
-    """The log decay among an op's inputs, per head `[B, T, H]` or per channel `[B, T, H, K]`; None if it has none."""
+    """The log decay among an op's inputs, per state `[B, T, G]` or per channel `[B, T, G, K]`; None if it has none."""
     if "forget_gate" in op_inputs:
         return F.logsigmoid(upcast(op_inputs["forget_gate"]))
     return op_inputs.get("log_decay")
 
 
 def token_means(
-    model: PreTrainedModel, rows: Tensor, quantity: Callable[[Mixer, LayerActivations], Tensor | None]
+    model: PreTrainedModel, rows: Tensor, quantity: Callable[[Any, LayerActivations], Tensor | None]
 ) -> list[Tensor | None]:
-    """The mean of `quantity`, `[B, T, ...]`, over all tokens of `rows: [N, T]` for each layer, float64; None for
-    attention and for mixers without it."""
+    """The mean of `quantity`, `[B, T, ...]`, over all tokens of `rows: [N, T]` for each layer with a mixer, float64;
+    None for attention and where it is None."""
     access = LayerAccess(model)
 
     def measure(index: int, recorded: LayerActivations) -> Iterator[Sums]:
-        mixer = access.mixers[index]
-        values = None if mixer is None else quantity(mixer, recorded)
+        layer = access.mixer_layers[index]
+        values = quantity(layer, recorded) if isinstance(layer, WITH_MIXERS) else None
         if values is not None:
             yield {"sum": values.double().sum((0, 1))}
 
@@ -145,18 +154,17 @@ def token_means(
 
 
 def mean_log_decays(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]:
-    """The mean log decay of each layer over all tokens of `rows: [N, T]`: `[H]` or `[H, K]`, float64; None for mixers
+    """The mean log decay of each layer over all tokens of `rows: [N, T]`: `[G]` or `[G, K]`, float64; None for mixers
     without a decay (linear attention, DeltaNet) and attention."""
 
-    def log_decay(mixer: Mixer, recorded: LayerActivations) -> Tensor | None:
-        positions = recorded.kwargs.get("position_embeddings")
-        return find_log_decay(mixer.op_inputs(recorded.hidden_states, positions, None, None)[0])
+    def log_decay(layer: MixerLayer | NearFarLayer, recorded: LayerActivations) -> Tensor | None:
+        return find_log_decay(layer.gates(*recorded.args, **recorded.kwargs))
 
     return token_means(model, rows, log_decay)
 
 
 def half_lives(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]:
-    """Half-lives in tokens of each layer on texts `rows: [N, T]`: `[H]`, or `[H, K]` for decays per channel.
+    """Half-lives in tokens of each layer on texts `rows: [N, T]`: `[G]`, or `[G, K]` for decays per channel.
 
     n tokens after a write, its share of the state is exp(sum of g) with g <= 0 the log decays. The half-life is log 2
     over the mean of -g.
@@ -168,8 +176,8 @@ def half_lives(model: PreTrainedModel, rows: Tensor) -> list[Tensor | None]:
 
 
 def half_life_results(model: PreTrainedModel, rows: Tensor) -> list[Result]:
-    """`half_life` (tokens): the median over the channels of each head; without head the median over a layer's heads;
-    without layer over all heads. Empty without decays."""
+    """`half_life` (tokens): the median over the channels of each state (under `head`); without head the median over a
+    layer's states; without layer over all states. Empty without decays."""
     layers = [
         {} if layer is None else {"half_life": layer.view(len(layer), -1).median(-1).values}
         for layer in half_lives(model, rows)

@@ -19,8 +19,10 @@ from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.attention.scores import replace_mask
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.modeling.near_far import NearFarLayer
 from subquad.utils import UserError, eval_mode
 
+WITH_MIXERS = (MixerLayer, NearFarLayer)
 Sums = dict[str, Any]
 """Tensors and numbers by name that can be added."""
 
@@ -65,8 +67,8 @@ class LayerAccess:
 
     @property
     def mixers(self) -> list[Mixer | None]:
-        """None for layers with attention."""
-        return [layer.mixer if isinstance(layer, MixerLayer) else None for layer in self.mixer_layers]
+        """None for layers with attention alone."""
+        return [layer.mixer if isinstance(layer, WITH_MIXERS) else None for layer in self.mixer_layers]
 
     @property
     def mixing_modules(self) -> list[nn.Module]:
@@ -83,10 +85,7 @@ class LayerAccess:
         recorded: dict[int, LayerActivations] = {}
         ids = input_ids.to(self.model.device)
         with capture_activations([(module, None) for module in modules], recorded.__setitem__):
-            if isinstance(self.model, SubquadForCausalLM):
-                self.model.last_hidden_state(ids)
-            else:
-                self.model.base_model(input_ids=ids, use_cache=False)
+            self.model.base_model(input_ids=ids, use_cache=False)
         return [recorded[index] for index in range(len(modules))]
 
     def _place(self, path: str, module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

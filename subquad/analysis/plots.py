@@ -1,6 +1,7 @@
 """Figures of mixing matrices, half-lives, recall and hidden states, as SVG and PNG."""
 
 import itertools
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +21,7 @@ from transformers import PreTrainedModel
 from subquad.analysis import plot_style as style
 from subquad.analysis.diagnostics import half_lives, sample_matrix_pairs
 from subquad.analysis.mixing_matrices import MatrixPairs, normalized_abs_rows
-from subquad.analysis.recall_tasks import NUM_DISTRACTORS, TASKS
+from subquad.data.recall_tasks import NUM_DISTRACTORS, TASKS
 from subquad.evaluate.results import Result, select
 
 FILES = "svg", "png"
@@ -142,6 +144,35 @@ def heat_maps(
     return figure
 
 
+def windows_figure(windows: Sequence[Sequence[int | None]], title: str) -> Figure:
+    """A heat map of the windows of all key/value heads by layer; None, all tokens, is written as "all"."""
+    heads = max(map(len, windows))
+    grid = np.array(
+        [[(own[head] or np.inf) if head < len(own) else np.nan for own in windows] for head in range(heads)]
+    )
+    finite = grid[np.isfinite(grid)]
+    figure = Figure(figsize=(1.8 + 0.26 * len(windows), 1.1 + 0.3 * heads), layout="constrained")
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["viridis"].with_extremes(bad="white", over="#D55E00")
+    low, high = (finite.min(), finite.max()) if finite.size else (1, 2)
+    norm = LogNorm(low, 1.001 * max(high, low + 1))  # the largest window is not over the scale
+    colored = np.where(np.isinf(grid), 10 * high, grid)  # matplotlib leaves out infinite numbers
+    image = axes.imshow(colored, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
+    for (head, layer), window in np.ndenumerate(grid):
+        if not np.isnan(window):
+            ink = "w" if norm(window) < 0.6 or np.isinf(window) else "k"
+            text = "all" if np.isinf(window) else f"{window:.0f}"
+            axes.text(layer, head, text, ha="center", va="center", fontsize=5, color=ink)
+    axes.grid(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_yticks(range(heads))
+    axes.set(xlabel="layer", ylabel="key/value head", title=title)
+    ticks = sorted({float(low), float(np.median(finite)) if finite.size else low, float(high)})
+    bar = figure.colorbar(image, ax=axes, label="window (tokens)", ticks=ticks, format="%d")
+    bar.minorticks_off()
+    return figure
+
+
 def cka_figure(results: Sequence[Result]) -> Figure:
     """Linear CKA by layer, a line for each model. results: those of single layers."""
     figure, axes = style.new_figure(5.6, 3.6)
@@ -157,7 +188,55 @@ def cka_figure(results: Sequence[Result]) -> Figure:
     return figure
 
 
+FRONTIER_STYLES = {
+    "uniform window": ("#000000", "o"),
+    "windows by error": ("#D55E00", "X"),
+    "streaming heads": ("#0072B2", "D"),
+    "TOVA": ("#009E73", "^"),
+    "4-bit cache": ("#CC79A7", "P"),
+    "recipe": ("#E69F00", "s"),
+}
+"""Color and marker of each method but the teacher, which is a horizontal line."""
+
+
+def frontier_figure(panels: Mapping[str, Sequence[tuple[str, bool, float, float]]]) -> Figure:
+    """Quality against bytes of cache, a panel for each title: method, whether it is trained, bytes and value of each
+    point. Uniform windows are a line; what is trained is hollow."""
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 0.7 + 2.5 * lines), layout="constrained")
+    all_axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    shown: dict[tuple[str, bool], Line2D] = {}
+    for axes, (title, points) in zip(all_axes, panels.items(), strict=False):
+        sizes = [size / 1e6 for method, _, size, _ in points if method in FRONTIER_STYLES]
+        for method, trained in dict.fromkeys(point[:2] for point in points):
+            own = sorted((size / 1e6, value) for *key, size, value in points if key == [method, trained])
+            if method not in FRONTIER_STYLES:
+                axes.axhline(own[0][1], color=style.GRAY, linewidth=1, linestyle=":")
+                shown[method, trained] = style.legend_line(method, linewidth=1, linestyle=":")
+                continue
+            ink, marker = FRONTIER_STYLES[method]
+            look: dict[str, Any] = {"color": ink, "marker": marker, "linestyle": "", "zorder": 3}
+            if method == "uniform window":
+                look |= {"linestyle": "--" if trained else "-", "markersize": 4, "zorder": 2}
+            look |= {"markerfacecolor": "white"} if trained else {}
+            axes.plot(*zip(*own, strict=True), **look)
+            label = f"{method}, trained" if trained else method
+            shown[method, trained] = style.legend_line(label, **look)
+        axes.set(ylabel=title, xlabel="cache of one sequence, MB", xscale="log")
+        style.format_log_axis(axes.xaxis, sizes)
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    style.add_legend(figure, (), shown.values())
+    return figure
+
+
 # ---------------------------------------------------------------------- files
+
+
+def file_stem(name: str) -> str:
+    """The name of a model without characters that are unusual in file names."""
+    return re.sub(r"[^\w.=-]+", "-", name)
 
 
 @matplotlib.rc_context(style.RC_PARAMS)
@@ -165,7 +244,7 @@ def draw_student(
     name: str, model: PreTrainedModel, teacher: PreTrainedModel | None, rows: Tensor, directory: Path
 ) -> None:
     """Draws mixing matrices with the teacher's attention, and half-lives, on texts `rows: [N, T]` of token ids."""
-    stem = name.replace("/", "-")
+    stem = file_stem(name)
     if teacher is not None:
         pairs = sample_matrix_pairs(model, teacher, rows)
         style.save_figure(matrices_figure(pairs, f"{name}: mixing matrices"), directory / f"{stem}-matrices", *FILES)
@@ -175,12 +254,18 @@ def draw_student(
 
 
 @matplotlib.rc_context(style.RC_PARAMS)
+def draw_windows(windows: Sequence[Sequence[int | None]], title: str, directory: Path) -> None:
+    """Draws the windows of all key/value heads of a student with local attention."""
+    style.save_figure(windows_figure(windows, title), directory / "windows", *FILES)
+
+
+@matplotlib.rc_context(style.RC_PARAMS)
 def draw_recall(results: Sequence[Result], directory: Path) -> None:
     """Draws the recall results of each model."""
     recall = [result for result in results if result.task in TASKS]
     for name in dict.fromkeys(result.model for result in recall):
         figure = recall_figure(select(recall, model=name), f"{name}: recall")
-        style.save_figure(figure, directory / f"{name.replace('/', '-')}-recall", *FILES)
+        style.save_figure(figure, directory / f"{file_stem(name)}-recall", *FILES)
 
 
 @matplotlib.rc_context(style.RC_PARAMS)
@@ -189,3 +274,8 @@ def draw_cka(results: Sequence[Result], directory: Path) -> None:
     by_layer = [result for result in results if result.metric == "cka" and result.layer is not None]
     if by_layer:
         style.save_figure(cka_figure(by_layer), directory / "cka", *FILES)
+
+
+@matplotlib.rc_context(style.RC_PARAMS)
+def draw_frontier(panels: Mapping[str, Sequence[tuple[str, bool, float, float]]], stem: Path) -> None:
+    style.save_figure(frontier_figure(panels), stem, *FILES)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.analysis.recall_tasks import NUM_DISTRACTORS, TASKS, Item, PromptSource, Question, make_items
+from subquad.data.recall_tasks import NUM_DISTRACTORS, TASKS, Item, PromptSource, Question, make_items
 from subquad.evaluate.efficiency import prefill
 from subquad.evaluate.results import Result
 from subquad.modeling.cache import CACHE_ARGUMENT

@@ -7,7 +7,9 @@ from torch import Tensor
 from subquad.analysis.ablations import ablation_results
 from subquad.analysis.diagnostics import diagnostics_results, sample_matrix_pairs
 from subquad.analysis.mixing_matrices import pack_pairs
+from subquad.analysis.near_far import near_far_results
 from subquad.analysis.recall import recall_results
+from subquad.data.recall_tasks import TASKS
 from subquad.evaluate.results import Result, label_results
 from subquad.evaluate.runner import EvalModel, Evaluation
 from subquad.utils import write_json_atomic
@@ -21,9 +23,10 @@ def recall_suite(e: Evaluation, model: EvalModel) -> list[Result]:
 
     def ask() -> list[Result]:
         haystack = e.validation_ids(model, 4 * max(s.recall_lengths)).flatten()
-        return recall_results(model.model, model.tokenizer, haystack, lengths=s.recall_lengths, items=s.recall_items)
+        return recall_results(model.model, model.tokenizer, haystack, tasks, s.recall_lengths, items=s.recall_items)
 
-    results = e.results("recall", model, (e.text_key, s.recall_lengths, s.recall_items), ask)
+    tasks = s.recall_tasks or tuple(TASKS)
+    results = e.results("recall", model, (e.text_key, tasks, s.recall_lengths, s.recall_items), ask)
     if e.figures is not None:
         from subquad.analysis import plots
 
@@ -39,7 +42,8 @@ def diagnostics_suite(e: Evaluation, model: EvalModel) -> list[Result]:
     def diagnose(one: EvalModel) -> list[Result]:
         def measure() -> list[Result]:
             ids = diagnostic_ids(e, one)
-            return diagnostics_results(one.model, ids, teacher) + ablation_results(one.model, ids)
+            ablations = ablation_results(one.model, ids) + near_far_results(one.model, ids)
+            return diagnostics_results(one.model, ids, teacher) + ablations
 
         return e.results("diagnostics", one, dependencies, measure)
 

@@ -1,4 +1,4 @@
-"""Commands that measure: eval, report, bench."""
+"""Commands that measure: eval, frontier, select, report, bench."""
 
 import importlib
 import json
@@ -8,10 +8,10 @@ import sys
 from argparse import REMAINDER, Namespace
 from pathlib import Path
 
-from subquad.cli.parser import Parser, count, split_list
+from subquad.cli.parser import Parser, count, counts, split_list
 from subquad.utils import UserError, needs_extra, quiet_libraries
 
-BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar", "data", "gpu")
+BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar", "data", "windows", "gpu")
 """Modules of `benchmarks`."""
 
 
@@ -30,9 +30,38 @@ def add_commands(parser: Parser) -> None:
     evaluate.option("--include-path", "DIR", "task definitions in lm-eval's format", dest="include")
     evaluate.option("--limit", "N", "number of items of each task, evenly spaced", type=count)
     lengths = "context lengths in tokens for long, efficiency and recall"
-    evaluate.option("--lengths", "LIST", lengths, type=lambda text: [count(length) for length in split_list(text)])
+    evaluate.option("--lengths", "LIST", lengths, type=counts)
     evaluate.flag("--figures", "write plots to DIR/figures as SVG and PNG")
     evaluate.flag("--json", "print the results as JSON instead of a table")
+    frontier = parser.command(
+        "frontier", run_frontier, "Compare all that shrinks a teacher's cache, at equal bytes: quality, recall, time."
+    )
+    frontier.option("teacher", "TEACHER", "nano, smollm2-135m, a directory, a .gguf file or a hub id")
+    frontier.option("--calibrate", "SOURCE", "text on which windows and heads are chosen", required=True)
+    frontier.option("--output -o", "DIR", "directory of results, table and picture; rerun to resume", required=True)
+    budgets = "numbers of tokens N, for the bytes of N + 4 tokens of the teacher's cache (default: 32,64,96,192,384)"
+    frontier.option("--budgets", "LIST", budgets, type=counts, default=[32, 64, 96, 192, 384])
+    memory = "also windows with memories: the mixer that remembers what has left some heads' windows"
+    frontier.option("--budget-memory", "MIXER", memory)
+    suites = "suites of `subquad eval` (default: language, long, recall; zero-shot with --data or --tasks)"
+    frontier.option("--suite", "LIST", suites, dest="suites", type=split_list)
+    frontier.option("--corpus", "SOURCE", "evaluation text, used whole (default: the validation text of python-stdlib)")
+    frontier.option("--data", "DIR", "benchmark items, NAME.jsonl or NAME.jsonl.gz")
+    frontier.option("--tasks", "LIST", "tasks of --data or of lm-eval", type=split_list)
+    frontier.option("--limit", "N", "number of items of each task, evenly spaced", type=count)
+    context = "tokens of long rows and prompts, which heads without a window are charged (default: 2048)"
+    frontier.option("--context", "N", context, type=count, default=2048)
+    frontier.option("--recipe", "RECIPE", "also train the windows, and the recipe's own student, by this recipe")
+    frontier.option("--recipe-budgets", "LIST", "those of the budgets that are trained (default: all)", type=counts)
+    select = parser.command("select", run_select, "Rank a teacher's key/value groups or layers.")
+    select.option("teacher", "TEACHER", "nano, smollm2-135m, a directory, a .gguf file or a hub id")
+    criteria = ["retrieval", "kl", "halo", "uniform"]
+    select.option("--by", "NAME", "retrieval (default), kl, halo or uniform", choices=criteria, default="retrieval")
+    select.option("--unit", "UNIT", "group (default) or layer", choices=["group", "layer"], default="group")
+    select.option("--top", "N", "number that the student keeps whole (default: 8)", type=count, default=8)
+    select.option("--window", "N", "tokens that the others see, besides 4 sinks (default: 64)", type=count, default=64)
+    select.option("--text", "SOURCE", "text source (default: python-stdlib)", default="python-stdlib")
+    select.flag("--json", "print the ranking and the layer types as JSON")
     report = parser.command("report", run_report, "Write the HTML page of a study, figures as SVG and PDF, and tables.")
     report.option("directory", "DIR", "directory of the study", type=Path)
     report.option("--output -o", "FILE", "the page (default: DIR/report.html)", type=Path)
@@ -53,6 +82,45 @@ def run_eval(args: Namespace) -> None:
     if args.output:
         stream = sys.stderr if args.json else sys.stdout
         print(f"\nAll results are in {Path(args.output) / 'results.json'}", file=stream)
+
+
+def run_frontier(args: Namespace) -> None:
+    from subquad.config import load_recipe
+
+    recipe = None if args.recipe is None else load_recipe(args.recipe)
+    quiet_libraries()
+    from subquad.study import frontier
+
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "recipe")}
+    print(frontier.run(**options, recipe=recipe).table())
+    print(f"\nresults.json, table.csv and frontier.svg are in {args.output}")
+
+
+def run_select(args: Namespace) -> None:
+    quiet_libraries()
+    from subquad.config import Data
+    from subquad.data import check_data, spread_rows
+    from subquad.modeling.attention.discovery import discover_attention
+    from subquad.modeling.teachers import check_reference, load_teacher
+    from subquad.selection.ranking import kept_layer_types, rank_groups
+    from subquad.selection.texts import HAYSTACK
+
+    check_reference(args.teacher)
+    text = Data(source=args.text)
+    check_data(text)
+    teacher, tokenizer = load_teacher(args.teacher)
+    layers = discover_attention(teacher)
+    haystack = spread_rows(text, tokenizer, *HAYSTACK).flatten()
+    options = {"keep": args.top, "window": args.window, "attention_layers": layers}
+    ranking = rank_groups(teacher, tokenizer, haystack, args.by, args.unit, **options)
+    types = kept_layer_types(ranking[: args.top], [info.spec.num_kv_heads for info in layers], args.window)
+    if args.json:
+        print(json.dumps({"ranking": [unit._asdict() for unit in ranking], "layer_types": types}, indent=2))
+        return
+    print(f"{'layer':>5} {'group':>6} {'score':>9}")
+    for unit in ranking[: args.top]:
+        print(f"{unit.layer:5d} {'all' if unit.kv_head is None else unit.kv_head:>6} {unit.score:9.4f}")
+    print(f"\nFor --layer-types, and for student.layer_types in a recipe:\n{json.dumps(types)}")
 
 
 def run_report(args: Namespace) -> None:

@@ -38,3 +38,8 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least 1")
     return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """A list of whole numbers of at least 1."""
+    return [count(item) for item in split_list(text)]

@@ -1,14 +1,18 @@
 """Commands on one model: linearize, mixers, inspect, generate, export."""
 
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from subquad.cli.parser import Parser, count
 from subquad.utils import UserError, quiet_libraries
 
-CALIBRATION_TOKENS = 2048
-"""Tokens of text that `linearize --calibrate` reads."""
+if TYPE_CHECKING:
+    from subquad.modeling.budget import Allocation
+
+CALIBRATION_SHAPE = 8, 256
+"""Rows and tokens of each row that `linearize --calibrate` reads without a budget."""
 
 
 def add_commands(parser: Parser) -> None:
@@ -19,7 +23,16 @@ def add_commands(parser: Parser) -> None:
     create.option("--option", "NAME=VALUE", "option of the mixer", action="append", default=[])
     create.option("--layer-types", "YAML", "mixer or attention of each layer, as in '{default: gla, 0-3: attention}'")
     create.flag("--no-copy", "initialize the q, k, v and o projections at random")
-    calibration = "text source for calibration: qk_activation, rotary, half-life, beta, output scale (default: none)"
+    budget = "attention with a window for each key/value head: bytes of N tokens of the teacher's cache, or as in 4MB"
+    create.option("--budget", "N", budget)
+    create.option("--budget-memory", "MIXER", "with --budget: a mixer that remembers what has left some heads' windows")
+    create.option("--budget-context", "T", "with --budget: heads may keep all tokens, at the price of T", type=count)
+    keep = "key/value groups that keep all tokens, besides a budget or windows"
+    create.option("--keep-groups", "N", keep, type=count)
+    criteria = ["retrieval", "kl", "halo"]
+    ranking = "ranking of groups, see `subquad select` (default: retrieval)"
+    create.option("--keep-by", "NAME", ranking, choices=criteria, default="retrieval")
+    calibration = "text source for calibration, the errors of windows or the ranking of groups (default: none)"
     create.option("--calibrate", "SOURCE", calibration)
     create.option("--seed", "N", "seed of random initializations (default: 0)", type=int, default=0)
     create.option("--export", "TARGET", "restrict the student to layers of qwen3_5, bamba ...")
@@ -43,9 +56,22 @@ def add_commands(parser: Parser) -> None:
 
 def run_linearize(args: Namespace) -> None:
     from subquad.config import Data
+    from subquad.mixers import find_options
     from subquad.modeling.export_target import find_target
+    from subquad.modeling.layer_types import keep_groups_mistake
 
-    types = read_layer_types(args)
+    if args.budget is None:
+        for name, value in {"--budget-context": args.budget_context, "--budget-memory": args.budget_memory}.items():
+            if value is not None:
+                raise UserError(f"{name}: got {value} without --budget, expected both")
+        types = read_layer_types(args)
+        if args.keep_groups is not None and (mistake := keep_groups_mistake(types)):
+            raise UserError(f"--keep-groups: {mistake}")
+    else:
+        types = None
+        check_budget(args)
+    if args.budget_memory is not None:
+        find_options(args.budget_memory)
     if args.export is not None:
         find_target(args.export)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
@@ -53,29 +79,101 @@ def run_linearize(args: Namespace) -> None:
     if args.calibrate is not None and args.no_copy:
         raise UserError("--calibrate cannot be used with --no-copy: random projections are not calibrated")
     quiet_libraries()
-    import torch
-
-    from subquad.data import check_data, token_rows
+    from subquad.data import check_data, spread_rows
+    from subquad.modeling.budget import calibration_shape
     from subquad.modeling.linearize import linearize
-    from subquad.modeling.summary import model_card
     from subquad.modeling.teachers import check_reference, load_teacher
 
     check_reference(args.teacher)
-    data = None if args.calibrate is None else Data(source=args.calibrate, seq_len=256)
-    if data is not None:
-        check_data(data)
+    if args.calibrate is not None:
+        check_data(Data(source=args.calibrate))
     teacher, tokenizer = load_teacher(args.teacher)
-    ids = None
-    if data is not None:
-        rows = token_rows(data, tokenizer, "train", limit=CALIBRATION_TOKENS)
-        ids = torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
-    options = {"copy_qkv": not args.no_copy, "seed": args.seed, "export_target": args.export}
+    ids, notes = None, ""
+    if args.calibrate is not None:
+        shape = CALIBRATION_SHAPE if args.budget is None else calibration_shape(teacher)
+        ids = spread_rows(Data(source=args.calibrate), tokenizer, *shape)
+    kept = rank_groups(args, teacher, tokenizer) if args.keep_groups is not None else []
+    allocation = None
+    if args.budget is not None:
+        allocation, notes = spend_budget(args, teacher, ids, kept)
+        types, ids = allocation.layer_types, None
+    options = {"copy_qkv": not args.no_copy, "seed": args.seed, "export_target": args.export, "keep_groups": kept}
     student = linearize(teacher, layer_types=types, calibration_ids=ids, **options)
+    if allocation is not None:
+        allocation.set_memories(student)
+    save_student(student, tokenizer, args, notes)
+
+
+def check_budget(args: Namespace) -> None:
+    """Raises UserError for options that exclude a budget."""
+    options = {"--mixer": args.mixer, "--option": args.option, "--layer-types": args.layer_types}
+    given = [name for name, value in {**options, "--no-copy": args.no_copy, "--export": args.export}.items() if value]
+    if given:
+        raise UserError(f"--budget cannot be used with {', '.join(given)}: it chooses a window for each key/value head")
+    if args.calibrate is None:
+        raise UserError("--budget: got no --calibrate SOURCE, expected a text on which the windows are measured")
+
+
+def rank_groups(args: Namespace, teacher: Any, tokenizer: Any) -> list[tuple[int, int]]:
+    """Layer and key/value head of the groups that the student keeps whole."""
+    from subquad.config import Data
+    from subquad.data import spread_rows
+    from subquad.selection.ranking import top_groups
+    from subquad.selection.texts import HAYSTACK
+
+    haystack = spread_rows(Data(source=args.calibrate or "python-stdlib"), tokenizer, *HAYSTACK).flatten()
+    kept = top_groups(teacher, tokenizer, haystack, args.keep_groups, by=args.keep_by, seed=args.seed)
+    print(f"groups that keep all tokens (layer.head): {', '.join(f'{layer}.{head}' for layer, head in kept)}")
+    return kept
+
+
+def spend_budget(args: Namespace, teacher: Any, ids: Any, kept: list[tuple[int, int]]) -> tuple["Allocation", str]:
+    """The windows and memories of a budget, and lines about it for the model card."""
+    from subquad.modeling.budget import allocate_budget
+    from subquad.modeling.summary import format_bytes
+
+    found = allocate_budget(
+        teacher,
+        args.budget,
+        ids,
+        budget_context=args.budget_context,
+        keep_groups=kept,
+        seed=args.seed,
+        memory=args.budget_memory,
+    )
+    windows = [window for own in found.windows for window in own]
+    memories = sum(map(len, found.memory_heads))
+    limited = [window for window in windows if window is not None]
+    whole = f", and {len(windows) - len(limited)} keep all tokens" if len(limited) < len(windows) else ""
+    lines = [
+        f"budget {args.budget}: {len(limited)} key/value heads with windows of {min(limited, default=0)} to "
+        f"{max(limited, default=0)} tokens and {found.sinks} sinks{whole}"
+        + (f"; {memories} of them with a memory ({args.budget_memory})" if memories else ""),
+        f"cache of a sequence: {format_bytes(found.cache_bytes)} of {format_bytes(found.budget_bytes)}"
+        + (", besides the heads that keep all tokens" if whole else " at any length"),
+        f"error by the calibration text: {sum(map(sum, found.errors)):.2f}; with one window of "
+        f"{found.uniform_window} tokens for all: {found.uniform_error:.2f}",
+    ]
+    print("\n".join(lines))
+    return found, "\n".join(["", *(f"- {line}" for line in lines), ""])
+
+
+def save_student(student: Any, tokenizer: Any, args: Namespace, notes: str) -> None:
+    """Saves the student with its tokenizer, model card and, if matplotlib is installed, a figure of its windows."""
+    from subquad.modeling.layers import AttentionLayer
+    from subquad.modeling.summary import model_card
+
     student.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    name = Path(args.teacher).name if Path(args.teacher).expanduser().exists() else args.teacher
-    (args.output / "README.md").write_text(model_card(student.config, name), encoding="utf-8")  # type: ignore[arg-type]
-    kind = args.mixer or ("hybrid" if args.layer_types else "gated_deltanet")
+    if notes:
+        with suppress(ImportError):
+            from subquad.analysis.plots import draw_windows
+
+            layers = [layer.windows for layer in student.mixer_layers if isinstance(layer, AttentionLayer)]
+            draw_windows(layers, f"Windows at a budget of {args.budget}", args.output)
+            notes += "\n![windows of all key/value heads](windows.svg)\n"
+    (args.output / "README.md").write_text(model_card(student.config, args.teacher, notes), encoding="utf-8")
+    kind = args.mixer or ("budgeted" if args.budget else "hybrid" if args.layer_types else "gated_deltanet")
     print(f"{kind} student of {args.teacher}: {student.num_parameters():,} parameters, in {args.output}")
 
 
@@ -108,6 +206,7 @@ def run_mixers(args: Namespace) -> None:
     from dataclasses import fields
 
     from subquad.mixers.options import find_options
+    from subquad.modeling.layer_types import MEMORIES, MERGES
     from subquad.registry import MIXERS
 
     for name in MIXERS:
@@ -115,6 +214,8 @@ def run_mixers(args: Namespace) -> None:
         print(f"{name}\n  {options.source}")
         print("  options: " + ", ".join(f"{field.name}={field.default}" for field in fields(options)))
     print("softmax\n  The control: the teacher's own attention; with copy_qkv false its projections are random.")
+    print("\nwith window=N every mixer remembers what has left a window of the teacher's attention")
+    print(f"  options: sinks=0, merge={'|'.join(MERGES)}, memory={'|'.join(MEMORIES)}, memory_heads")
 
 
 def run_inspect(args: Namespace) -> None:

@@ -2,50 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
 from pydantic.types import NonNegativeFloat, PositiveFloat, PositiveInt
-from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
+from pydantic_core import PydanticCustomError
 
+from subquad.config.section import Fraction, NonEmptyStr, Section, raise_mistakes
+from subquad.config.student import Student
 from subquad.config.yaml_tree import KeyPath, dump, format_value
-from subquad.mixers.options import SOFTMAX, find_options
 from subquad.registry import STAGES
 from subquad.utils import UserError
-
-NonEmptyStr = Annotated[str, Field(min_length=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-def raise_mistakes(mistakes: Iterable[tuple[KeyPath, object]]) -> None:
-    """Raises one ValidationError for all mistakes, if any: their paths below the validated value, and messages."""
-    details = [
-        InitErrorDetails(type=PydanticCustomError("value_error", "{error}", {"error": str(m)}), loc=path, input=None)
-        for path, m in mistakes
-    ]
-    if details:
-        raise ValidationError.from_exception_data("recipe", details)
-
-
-class Section(BaseModel, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True):
-    """A mapping in the recipe. No boolean or text stands for a number, and a validated section is immutable."""
-
-    model_config = ConfigDict(frozen=True)  # as a class argument, mypy takes it for a dataclass's
-    SHORTHAND: ClassVar[str | None] = None
-    """The key that a bare value in place of the mapping stands for."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand_shorthand(cls, value: Any) -> Any:
-        is_bare = value is not None and not isinstance(value, Mapping | BaseModel)
-        return {cls.SHORTHAND: value} if cls.SHORTHAND is not None and is_bare else value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _read_integral_floats(cls, value: Any) -> Any:
-        """Reads `1e6`, which is a float in YAML, as an integer; fields of floats convert it back."""
-        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class MixtureSource(Section):
@@ -126,71 +94,6 @@ class Data(Section):
         return enabled
 
 
-class Student(Section):
-    SHORTHAND = "mixer"
-    mixer: NonEmptyStr = "gated_deltanet"
-    """The mixer that replaces attention in every layer; `subquad mixers` lists them."""
-    copy_qkv: bool = True
-    """True: initialize the query, key, value and output projections from the teacher's. False: at random."""
-    calibration_tokens: PositiveInt | None = 2048
-    """Tokens of the training text on which `qk_activation`, `rotary`, half-lives, beta and output scales are fitted to
-    the teacher's attention; null: the default initialization. Without effect if `copy_qkv` is false."""
-    mixer_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Options of the mixer, such as `{half_life: 64}`; `subquad mixers` lists them. Calibration keeps them as given."""
-    layer_types: dict[str, Any] | None = None
-    """The mixer or attention of each layer, counted from 0, in place of `mixer` and `mixer_kwargs`, such as
-    `{default: gla, "1,3": attention, 4-6: {mixer: gla, short_conv: 4}}`; null: `mixer` in every layer."""
-    export_target: NonEmptyStr | None = None
-    """Restrict the student to layers that Qwen3.5 or Bamba has, so that it can be exported; null: no restriction."""
-
-    @field_validator("mixer")
-    @classmethod
-    def _check_mixer(cls, name: str) -> str:
-        if name != SOFTMAX:
-            find_options(name)
-        return name
-
-    @field_validator("mixer_kwargs")
-    @classmethod
-    def _check_mixer_kwargs(cls, options: dict[str, Any], info: Any) -> dict[str, Any]:
-        mixer = info.data.get("mixer")
-        if mixer == SOFTMAX:
-            mistakes = dict.fromkeys(options, f"unknown option; {mixer} has none")
-        else:
-            mistakes = {} if mixer is None else find_options(mixer).mistakes(options)
-        raise_mistakes(((name,), message.removeprefix(f"{name}: ")) for name, message in mistakes.items())
-        return options
-
-    @field_validator("layer_types")
-    @classmethod
-    def _check_layer_types(cls, layer_types: dict[str, Any] | None, info: Any) -> dict[str, Any] | None:
-        from subquad.modeling.layer_types import find_mistakes
-
-        if layer_types is not None and info.data.get("mixer_kwargs"):
-            raise UserError("got layer_types and mixer_kwargs, expected the options inside layer_types")
-        if layer_types == {}:
-            raise UserError("got an empty mapping, expected layer types such as `default: gla`")
-        raise_mistakes(((key,), message) for key, message in find_mistakes(layer_types or {}))
-        return layer_types
-
-    @field_validator("export_target")
-    @classmethod
-    def _check_export_target(cls, target: str | None, info: Any) -> str | None:
-        from subquad.modeling.export_target import check_mixers, find_target
-
-        found = None if target is None else find_target(target)
-        if found is not None and {"mixer", "layer_types"} <= info.data.keys():
-            layer_types = info.data["layer_types"] or {"default": info.data["mixer"]}
-            names = [spec if isinstance(spec, str) else spec["mixer"] for spec in layer_types.values()]
-            check_mixers(names, found)
-        return target
-
-    @property
-    def name(self) -> str:
-        """The student's name in tables: its mixer, or "hybrid" if it has layer types."""
-        return self.mixer if self.layer_types is None else "hybrid"
-
-
 class ParamGroup(Section):
     lr: PositiveFloat | None = None
     """Peak learning rate; null: the stage's."""
@@ -208,7 +111,9 @@ class ParamGroups(Section):
     backbone: ParamGroup = ParamGroup()
     """MLPs and norms outside the mixers."""
     embeddings: ParamGroup = ParamGroup()
-    """Token and position embeddings and the language modeling head."""
+    """Token and position embeddings, and the language modeling head unless `head` is given."""
+    head: ParamGroup | None = None
+    """The language modeling head where it is not tied to the embeddings; null: as `embeddings`."""
 
 
 class Lora(Section):
@@ -257,6 +162,23 @@ class Stage(Section):
         return rows
 
 
+MEMORY_OPTIONS = ("far_weight", "window_dropout")
+"""Options of stages that need a student with a memory beside windows."""
+
+
+def _read_schedule(value: Any) -> Any:
+    def is_probability(p: Any) -> bool:
+        return isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1
+
+    if isinstance(value, list) and len(value) == 2 and all(map(is_probability, value)):
+        return [float(p) for p in value]
+    expected = "two probabilities, of the first and the last step, such as [0.9, 0.5]; in a study [[0.9, 0.5]]"
+    raise UserError(f"got {format_value(value)}, expected {expected}")
+
+
+Schedule = Annotated[list[float], BeforeValidator(_read_schedule)]
+
+
 class MatrixStage(Stage):
     row_chunk_size: PositiveInt = 1024
     """Rows of the mixing matrices compared at once; smaller values need less memory at long `data.seq_len`."""
@@ -265,6 +187,19 @@ class MatrixStage(Stage):
 class HiddenStage(Stage):
     target: Literal["mixer", "decoder_layer"] = "mixer"
     """Outputs that are compared: the mixer's with the attention's, or those of the whole decoder layers."""
+    far_weight: NonNegativeFloat = 0.0
+    """Weight of a second loss, of memories beside windows: the distance of what the memory gives from what the
+    teacher's attention has of the tokens outside the window, relative to the same norm as the distance of outputs."""
+    window_dropout: Schedule | None = None
+    """Probabilities, of the first and the last step (linear in between), with which a step trains without windows: the
+    outputs of layers with a memory are the memory's alone where a token has left the window; null: never."""
+
+    @field_validator("far_weight")
+    @classmethod
+    def _check_target(cls, far_weight: float, info: Any) -> float:
+        if far_weight and info.data.get("target") == "decoder_layer":
+            raise UserError(f"got {format_value(far_weight)} with target: decoder_layer, expected target: mixer")
+        return far_weight
 
 
 class EndToEndStage(Stage):
@@ -282,6 +217,13 @@ class EndToEndStage(Stage):
     """Train on the text of `data`, or on text that the teacher generates from the first tokens of each row."""
     prompt_fraction: Fraction = 0.125
     """Fraction of a row's tokens given to the teacher as a prompt if `data` is teacher_generated."""
+    window_dropout: Schedule | None = None
+    """Probabilities, of the first and the last step (linear in between), with which a step trains without windows: the
+    outputs of layers with a memory are the memory's alone where a token has left the window; null: never."""
+
+    untie_head: bool = False
+    """Of a teacher whose head is tied to its embeddings: train them apart in this stage, then drop the head's weights
+    and tie it to the embeddings again."""
 
     @field_validator("kl_weight")
     @classmethod
@@ -389,6 +331,7 @@ class Recipe(Section):
 
 def conflicts(recipe: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Mistakes between sections, as paths and messages. A key whose own value is wrong is None in `recipe`."""
+    yield from _options_without_memory(recipe)
     evaluation = Evaluation.model_construct(**recipe.get("evaluation") or {})
     if not evaluation.load_best_model_at_end:
         return
@@ -398,3 +341,14 @@ def conflicts(recipe: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     if any(stage and stage.get("ema_decay") is not None for stage in (recipe.get("stages") or {}).values()):
         message = "got true with the ema_decay of a stage, expected one of them: no checkpoint holds the average"
         yield ("evaluation", "load_best_model_at_end"), message
+
+
+def _options_without_memory(recipe: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Options of stages that train memories beside windows, of a student that has none."""
+    if Student.has_memory(recipe.get("student")):
+        return
+    for name, stage in (recipe.get("stages") or {}).items():
+        for key in MEMORY_OPTIONS if isinstance(stage, Mapping) else ():
+            if stage.get(key):
+                expected = "expected a student with a memory: a mixer with `window`, or `budget_memory`"
+                yield ("stages", name, key), f"got {format_value(stage[key])}, {expected}"

@@ -1,6 +1,6 @@
 """Text for training and evaluation: from sources to documents, and from documents to rows of token ids."""
 
 from subquad.data.corpora import check_data, documents
-from subquad.data.packing import PackedDataset, token_rows
+from subquad.data.packing import PackedDataset, spread_rows, token_rows
 
-__all__ = ["PackedDataset", "check_data", "documents", "token_rows"]
+__all__ = ["PackedDataset", "check_data", "documents", "spread_rows", "token_rows"]

@@ -36,11 +36,18 @@ MAX_WORKERS = 16
 """With more workers, reading is the bottleneck."""
 
 
+def text_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens that the tokenizer puts in front of every text: a beginning-of-text token, or none."""
+    whole, plain = (list(tokenizer("a", add_special_tokens=add).input_ids) for add in (True, False))
+    return whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)]
+
+
 class Encoder(Dataset):
     """Encodes documents as token ids with flags, `uint32`.
 
-    A text follows the tokenizer's end-of-text token (without one, its beginning-of-text token, or nothing); a
-    conversation is rendered by the chat template.
+    A text begins as the tokenizer begins one (`text_prefix`) and ends with the end-of-text token. Where the tokenizer
+    puts nothing in front, a text follows the end-of-text token (without one, the beginning-of-text token, or nothing).
+    A conversation is rendered by the chat template.
 
     assistant_only_loss: flag the tokens of other roles as LOSS_IGNORED, and skip conversations without an assistant.
     """
@@ -48,9 +55,13 @@ class Encoder(Dataset):
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", assistant_only_loss: bool = False):
         self.tokenizer, self.assistant_only_loss = tokenizer, assistant_only_loss
         self.template = Template(tokenizer)
-        separators = (tokenizer.eos_token_id, tokenizer.bos_token_id)
-        self.separator: list[int] = [token for token in separators if isinstance(token, int)][:1]
-        """The tokens before each text."""
+        eos, bos = ([x] if isinstance(x, int) else [] for x in (tokenizer.eos_token_id, tokenizer.bos_token_id))
+        self.prefix = text_prefix(tokenizer)
+        """What the tokenizer puts in front of a text; empty where this is the end-of-text token."""
+        if self.prefix == eos:
+            self.prefix = []
+        self.before, self.after = (self.prefix, eos) if self.prefix else (eos or bos, [])
+        """The tokens before and after each text."""
         self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         """Of a fast tokenizer."""
         if self.backend is not None:  # earlier calls may have set these
@@ -60,14 +71,15 @@ class Encoder(Dataset):
     def fingerprint(self) -> list[Any]:
         """Identifies the tokenizer: equal fingerprints give equal tokens of texts."""
         if self.backend is not None:
-            return [json.loads(self.backend.to_str()), self.separator]
-        return [type(self.tokenizer).__qualname__, sorted(self.tokenizer.get_vocab().items()), self.separator]
+            return [json.loads(self.backend.to_str()), self.before, self.after]
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        return [type(self.tokenizer).__qualname__, vocabulary, self.before, self.after]
 
     def encode(self, batch: Sequence[Document]) -> np.ndarray:
         """The tokens of all documents, `[tokens]`. The tokens of a document do not depend on the batch."""
         texts = iter(self._tokenize([document for document in batch if isinstance(document, str)]))
         pieces = [
-            _set_flags(self.separator + next(texts)) if isinstance(document, str) else self._encode_chat(document)
+            self._encode_text(next(texts)) if isinstance(document, str) else self._encode_chat(document)
             for document in batch
         ]
         return np.concatenate([np.empty(0, np.uint32), *pieces])
@@ -80,6 +92,9 @@ class Encoder(Dataset):
             return error
         except Exception:
             return RuntimeError(traceback.format_exc())
+
+    def _encode_text(self, ids: list[int]) -> np.ndarray:
+        return _set_flags(self.before + ids + self.after)
 
     def _encode_chat(self, conversation: Conversation) -> np.ndarray:
         if self.assistant_only_loss:

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 MIN_CACHED_TOKENS = 2**16
 WRITTEN_AT_ONCE = 16
 """Arrays of tokens that are kept in memory until they are written to the cache."""
+SPREAD = 32
+"""`spread_rows` chooses one of so many rows."""
 IGNORE_INDEX = -100
 """Label of a token that is excluded from the loss."""
 
@@ -87,12 +89,14 @@ class SourceRows:
     """The first `num_rows` rows of a source's tokens, a dataset of the cache.
 
     starts_with_eos: each document starts with the end-of-text token, which is a label for the document before it.
+    prefix: tokens with which each document starts, and which are put in front of a row that starts within one.
     """
 
     dataset: "datasets.Dataset"
     num_rows: int
     starts_with_eos: bool = True
     weight: float = 1.0
+    prefix: tuple[int, ...] = ()
 
 
 class PackedDataset(Dataset):
@@ -134,9 +138,14 @@ class PackedDataset(Dataset):
             raise IndexError(f"row {index}; expected 0 or more")
         source, row = self._schedule[index]
         epoch, offset = divmod(row, self.sources[source].num_rows)
-        start = int(self._order(source, epoch)[offset]) * self.seq_len
+        own = self.sources[source]
+        start = int(self._order(source, epoch)[offset]) * (self.seq_len - len(own.prefix))
         tokens = self._tokens[source].slice(start, self.seq_len).to_numpy()
-        return self._make_item(tokens, self.sources[source].starts_with_eos)
+        if own.prefix and not tokens[0] & DOC_START:
+            prefix = np.array(own.prefix, np.uint32)
+            prefix[0] |= DOC_START
+            tokens = np.concatenate([prefix, tokens[: self.seq_len - len(prefix)]])
+        return self._make_item(tokens, own.starts_with_eos)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[i] for i in range(len(self)))
@@ -179,14 +188,21 @@ def next_labels(batch: Mapping[str, Tensor]) -> Tensor:
     return F.pad(batch.get("labels", batch["input_ids"])[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
+def spread_rows(data: Data, tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> Tensor:
+    """Rows of training tokens, `[at most rows, length]`, drawn from the first `SPREAD` times as many: the beginning of
+    a text, with its title and contents, is not typical. Raises UserError if there is not one row."""
+    found = token_rows(data.model_copy(update={"seq_len": length}), tokenizer, "train", limit=SPREAD * rows * length)
+    return torch.stack([found[i]["input_ids"] for i in range(min(rows, len(found)))])
+
+
 def token_rows(
     data: Data, tokenizer: PreTrainedTokenizerBase, split: Split, *, limit: int | None = None, seed: int = 0
 ) -> PackedDataset:
     """The training or validation text of a recipe, packed into rows of `data.seq_len` tokens.
 
-    Documents are concatenated and cut into rows without overlap; the remainder is dropped. Each text follows the
-    tokenizer's end-of-text token (without one, its beginning-of-text token, or nothing); conversations are rendered by
-    the chat template.
+    Documents are concatenated and cut into rows without overlap; the remainder is dropped. How a document begins and
+    ends is said in `Encoder`. Where the tokenizer puts a beginning-of-text token in front of texts, a row that starts
+    within a document begins with it too; one that starts with a document has one token of the next row in its place.
 
     Args:
         limit: an epoch has at most this many tokens, rounded up to whole rows, from the beginning of the text, and only
@@ -208,19 +224,23 @@ def token_rows(
     max_rows = None if limit is None else max(1, -(-limit // seq_len))
     schedule = MixtureSchedule([source.weight for source in sources])
     encoder = Encoder(tokenizer, data.assistant_only_loss)
-    eos_separated = encoder.separator == [tokenizer.eos_token_id]
+    eos_separated = encoder.before == [tokenizer.eos_token_id]
     rows = []
     for k, source in enumerate(sources):
         needed = None if max_rows is None else schedule.max_count(k, max_rows)
         dataset = _token_dataset(source, encoder, None if needed is None else needed * seq_len)
-        count = len(_flat_tokens(dataset))
+        tokens, prefix = _flat_tokens(dataset), tuple(encoder.prefix)
+        count, begins = len(tokens), tokens[: len(prefix)].to_numpy() & TOKEN_MASK
+        if tuple(begins) != prefix:  # a chat template without it
+            prefix = ()
         if count < seq_len:
             kind = "training" if split == "train" else "validation"
             raise UserError(
                 f"{source.label}: got {count} tokens of {kind} text, expected at least data.seq_len = {seq_len}"
             )
-        num_rows = count // seq_len if needed is None else min(count // seq_len, needed)
-        rows.append(SourceRows(dataset, num_rows, eos_separated and not source.chat, source.weight))
+        num_rows = (count - len(prefix)) // (seq_len - len(prefix))
+        num_rows = num_rows if needed is None else min(num_rows, needed)
+        rows.append(SourceRows(dataset, num_rows, eos_separated and not source.chat, source.weight, prefix))
     with_labels = has_chat or (masking and not eos_separated)
     return PackedDataset(rows, seq_len, seed, document_masking=masking, with_labels=with_labels, max_rows=max_rows)
 

@@ -13,7 +13,7 @@ from subquad.config import EndToEndStage
 from subquad.data.packing import IGNORE_INDEX
 from subquad.distill.lm_head import Head
 from subquad.distill.objective import KnownGradients, slices
-from subquad.evaluate.perplexity import kl_divergence
+from subquad.utils import kl_divergence
 
 CHUNK = 512
 """Tokens whose logits exist at a time: products of matrices with fewer rows are slower (128: by a quarter)."""

@@ -81,7 +81,7 @@ class EndToEndDistillation(Objective):
         if head is None:
             outputs = student(input_ids=input_ids, position_ids=positions, use_cache=False).logits
         else:
-            outputs = student.last_hidden_state(input_ids, positions)
+            outputs = student.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
         labels = targets["next_labels"].flatten()
         loss, _, _ = distillation_loss(
             outputs.flatten(0, 1), targets["teacher"], labels, head, self.teacher_head, self.stage

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from subquad.distill.objective import Batch, KnownGradients, Objective, StageOutput, document_ids
-from subquad.modeling.attention.activations import LayerActivations, visit_activations
+from subquad.modeling.attention.activations import LayerActivations, ModuleAndProjection, visit_activations
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 
@@ -20,9 +20,9 @@ class LayerwiseDistillation(Objective):
     graph of only one layer is in memory.
     """
 
-    def teacher_modules(self) -> list[nn.Module]:
+    def teacher_modules(self) -> list[ModuleAndProjection]:
         """The modules, one for each layer, whose inputs and outputs `layer_loss` gets."""
-        return [attention.module for attention in self.attention_layers]
+        return [(attention.module, None) for attention in self.attention_layers]
 
     def layer_parameters(self, student: SubquadForCausalLM) -> list[list[nn.Parameter]]:
         """The parameters that this stage trains, a list for each layer."""
@@ -45,8 +45,7 @@ class LayerwiseDistillation(Objective):
     def visit(
         self, on_output: Callable[[int, LayerActivations], None], input_ids: Tensor, positions: Tensor | None = None
     ) -> None:
-        modules = [(module, None) for module in self.teacher_modules()]
-        visit_activations(self.teacher, modules, on_output, input_ids, positions)
+        visit_activations(self.teacher, self.teacher_modules(), on_output, input_ids, positions)
 
     def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
         differentiate, layers = torch.is_grad_enabled(), self.layer_parameters(student)

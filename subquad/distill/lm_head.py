@@ -92,10 +92,7 @@ def _hidden_states_and_logits(
     # the first tokens of a vocabulary are often special
     tokens = (3 + torch.arange(_ROWS * _TOKENS, device=weight.device)).view(_ROWS, _TOKENS) % len(weight)
     with torch.no_grad():
-        if isinstance(model, SubquadForCausalLM):
-            own: Any = model.last_hidden_state(tokens)
-        else:
-            own = getattr(causal_lm.base_model(input_ids=tokens, use_cache=False), "last_hidden_state", None)
+        own: Any = getattr(causal_lm.base_model(input_ids=tokens, use_cache=False), "last_hidden_state", None)
         if not isinstance(own, Tensor) or own.shape != (*tokens.shape, weight.shape[1]):
             return []
         samples = [(own, model(input_ids=tokens, use_cache=False).logits)]

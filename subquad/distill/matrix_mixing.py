@@ -1,5 +1,6 @@
 """Stage 1, matrix mixing: each layer's mixing matrix is fitted to the teacher's attention matrix (arXiv 2504.14366;
-MOHAWK, arXiv 2408.10189, section 3.1, calls it matrix orientation)."""
+MOHAWK, arXiv 2408.10189, section 3.1, calls it matrix orientation). Of a layer with near and far, the memory's part is
+fitted to the columns of the tokens outside the window."""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from subquad.distill.objective import Batch, slices
 from subquad.modeling.attention.activations import LayerActivations
 from subquad.modeling.attention.scores import AttentionProbabilities, slice_arguments
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.modeling.near_far_matrix import NearFarMatrix
 
 MatrixRows = Callable[[slice], Tensor]
 """Maps a slice of rows to these rows of a matrix `[B, H, T, T]`: `[B, H, rows, T]`."""
@@ -40,11 +42,22 @@ class MatrixMixing(LayerwiseDistillation):
         for rows, tokens in targets["documents"]:
             args, kwargs = slice_arguments(activations.args, activations.kwargs, tokens, rows)
             count, length = rows.stop - rows.start, tokens.stop - tokens.start
-            matrix = layer.matrix_rows(*args, **kwargs)
-            target = AttentionProbabilities(attention.module, attention.spec.window, 0, args, kwargs)
+            matrix: MatrixRows = layer.matrix_rows(*args, **kwargs)
+            target: MatrixRows = AttentionProbabilities(attention.module, attention.spec.window, 0, args, kwargs)
+            if isinstance(matrix, NearFarMatrix) and layer.has_memory:
+                matrix, target = outside_parts(matrix, target)
             distance = matrix_distance(matrix, target, length, layer.scale_invariant, self.stage.row_chunk_size)
             total = total + length * count * distance
         return total / (B * T)
+
+
+def outside_parts(matrix: NearFarMatrix, target: MatrixRows) -> tuple[MatrixRows, MatrixRows]:
+    """Both matrices in the columns of the tokens that have left the window, sinks excluded."""
+
+    def target_outside(rows: slice) -> Tensor:
+        return target(rows).masked_fill(~matrix.outside_columns(rows), 0)
+
+    return matrix.outside, target_outside
 
 
 def document_slices(mask: Tensor | None, B: int, T: int) -> list[tuple[slice, slice]]:

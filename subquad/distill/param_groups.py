@@ -9,15 +9,16 @@ import torch.nn as nn
 from subquad.config import Lora, Stage
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.modeling.near_far import NearFarLayer
 from subquad.utils import UserError, needs_extra
 
 
 def parameter_roles(student: SubquadForCausalLM) -> dict[int, str]:
     """The role of each parameter, by its `id`; the roles are the keys of `param_groups` in a recipe.
 
-    "embeddings": embeddings and the head. "attention_projections": the projections that the teacher's attention has
-    too with their low-rank updates, and attention that is kept. "mixer": all other parameters of the mixers.
-    "backbone": MLPs and norms.
+    "embeddings": embeddings and a head that is tied to them. "head": a head that is not. "attention_projections": the
+    projections that the teacher's attention has too with their low-rank updates, and attention that is kept. "mixer":
+    all other parameters of the mixers. "backbone": MLPs and norms.
     """
     role_of = {id(p): "backbone" for p in student.parameters()}
     for layer in student.mixer_layers:
@@ -25,8 +26,10 @@ def parameter_roles(student: SubquadForCausalLM) -> dict[int, str]:
         role_of.update((id(p), "attention_projections") for p in layer.projection_parameters())
     head = student.get_output_embeddings()
     for module in student.modules():
-        if isinstance(module, nn.Embedding) or module is head:
+        if isinstance(module, nn.Embedding):
             role_of.update((id(p), "embeddings") for p in module.parameters())
+    for p in () if head is None else head.parameters():
+        role_of[id(p)] = "embeddings" if role_of[id(p)] == "embeddings" else "head"
     return role_of
 
 
@@ -43,7 +46,7 @@ def parameter_groups(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         role = role_of[id(parameter)]
-        group, is_low_rank = getattr(stage.param_groups, role), "lora_" in name
+        group, is_low_rank = getattr(stage.param_groups, role) or stage.param_groups.embeddings, "lora_" in name
         if is_low_rank or (stage.lora is not None and role == "attention_projections"):
             is_trained = is_low_rank
         else:
@@ -59,8 +62,8 @@ def parameter_groups(
 
 
 def add_lora(student: SubquadForCausalLM, lora: Lora, seed: int) -> Any:
-    """Adds a low-rank update to every copied projection, in place; PEFT's model, whose `merge_and_unload` adds the
-    updates to the weights.
+    """Adds a low-rank update to every copied projection, also of attention beside a memory, in place; PEFT's model,
+    whose `merge_and_unload` adds the updates to the weights.
 
     Raises:
         UserError: PEFT is not installed, or no layer has copied projections.
@@ -73,6 +76,10 @@ def add_lora(student: SubquadForCausalLM, lora: Lora, seed: int) -> Any:
         if isinstance(layer, MixerLayer)
         for name in layer.mixer.projections()
     ]
+    for path, layer in student.named_modules():
+        if isinstance(layer, NearFarLayer):
+            linear = (name for name, module in layer.attention.named_modules() if isinstance(module, nn.Linear))
+            names += [f"{path}.attention.{name}" for name in linear]
     if not names:
         raise UserError("lora: no layer has a mixer with copied projections; remove lora from the stage")
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names)

@@ -17,17 +17,21 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from subquad.config import Recipe, different_keys, load_recipe
-from subquad.data import check_data, token_rows
+from subquad.data import check_data, spread_rows, token_rows
 from subquad.distill.logging_callbacks import draw_curves, read_jsonl
 from subquad.distill.recipe_stages import StageCache, epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
 from subquad.distill.trainer import StageTrainer
 from subquad.evaluate.efficiency import decode_speed
 from subquad.evaluate.perplexity import UNIGRAM_TOKENS, compare, recovered_share, unigram_loss
 from subquad.modeling.attention.discovery import discover_attention
+from subquad.modeling.budget import calibration_shape
 from subquad.modeling.linearize import linearize
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.modeling.summary import model_card
 from subquad.modeling.teachers import ModelAndTokenizer, check_reference, load_teacher
 from subquad.registry import STAGES
+from subquad.selection.ranking import top_groups
+from subquad.selection.texts import HAYSTACK
 from subquad.utils import UserError, eval_mode, run_info, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -43,7 +47,8 @@ def distill(
 ) -> dict[str, Any]:
     """Runs a recipe in the directory `output` and returns its result, also if the run was finished before.
 
-    At the end the directory is the loadable student, with `recipe.yaml`, `metrics.jsonl`, `loss.svg` and `result.json`.
+    At the end the directory is the loadable student, with its model card `README.md`, `recipe.yaml`, `metrics.jsonl`,
+    `loss.svg` and `result.json`.
 
     Args:
         loaded: the recipe's teacher and tokenizer, if they are loaded already.
@@ -187,21 +192,41 @@ class DistillationRun:
             return
         start = time.perf_counter()
         options = self.recipe.student
-        calibration_tokens = options.calibration_tokens if options.copy_qkv else None
         self.student = linearize(
             self.teacher,
             options.mixer,
             copy_qkv=options.copy_qkv,
             layer_types=options.layer_types,
             scale_ids=self.training_ids(SCALE_TOKENS),
-            calibration_ids=None if calibration_tokens is None else self.training_ids(calibration_tokens),
+            calibration_ids=self.calibration_ids(),
             seed=self.recipe.seed,
             export_target=options.export_target,
             attention_layers=self.attention_layers,
+            budget=options.budget,
+            budget_context=options.budget_context,
+            budget_memory=options.budget_memory,
+            keep_groups=self.kept_groups(),
             **options.mixer_kwargs,
         )
         self.seconds = time.perf_counter() - start
         on_first_process(self.measure_untrained_student)
+
+    def calibration_ids(self) -> Tensor | None:
+        """Training text on which the student is calibrated, `[rows, T]`."""
+        options = self.recipe.student
+        if options.budget is not None:
+            return spread_rows(self.recipe.data, self.tokenizer, *calibration_shape(self.teacher))
+        tokens = options.calibration_tokens if options.copy_qkv else None
+        return None if tokens is None else self.training_ids(tokens)
+
+    def kept_groups(self) -> list[tuple[int, int]]:
+        """Layer and key/value head of the groups that the student keeps whole."""
+        options = self.recipe.student
+        if options.keep_groups is None:
+            return []
+        given = {"by": options.keep_by, "seed": self.recipe.seed, "attention_layers": self.attention_layers}
+        haystack = spread_rows(self.recipe.data, self.tokenizer, *HAYSTACK).flatten()
+        return top_groups(self.teacher, self.tokenizer, haystack, options.keep_groups, **given)
 
     def measure_untrained_student(self) -> None:
         if not (self.checkpoints / "initial.json").exists():
@@ -274,5 +299,24 @@ class DistillationRun:
         title = f"{result['mixer']}, seed {self.recipe.seed}"
         draw_curves(read_jsonl(self.metrics), self.directory / "loss.svg", title)
         head = {"digest": self.recipe.digest(), "seed": self.recipe.seed, **run_info()}
+        notes = training_notes(self.recipe, result)
+        card = model_card(self.student.config, self.recipe.teacher, notes, trained=True)  # type: ignore[arg-type]
+        (self.directory / "README.md").write_text(card, encoding="utf-8")
         write_json_atomic(self.directory / "result.json", {**head, "result": result})
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def training_notes(recipe: Recipe, result: dict[str, Any]) -> str:
+    """Of a model card: how the student was trained, and what was measured."""
+    tokens = ", ".join(f"{name} {count:,}" for name, count in stage_tokens(recipe).items())
+    scores = {
+        "perplexity": f"{result['perplexity']:.2f} (teacher {result['teacher_perplexity']:.2f})",
+        "KL from the teacher, nats per token": f"{result['kl']:.3f}",
+        "equal most likely tokens": f"{result['top1_agreement']:.1%}",
+    }
+    lines = [
+        f"Training tokens by stage: {tokens}; the recipe is in `recipe.yaml`.",
+        f"On {recipe.evaluation.eval_tokens:,} tokens of held-out text of the same source:",
+        "| measure | value |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in scores.items()),
+    ]
+    return "\n" + "\n\n".join(lines) + "\n"

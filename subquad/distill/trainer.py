@@ -21,6 +21,8 @@ from subquad.distill.logging_callbacks import MetricsCallback, tensorboard
 from subquad.distill.objective import Batch, Objective
 from subquad.distill.param_groups import add_lora, keep_average, load_average, parameter_groups
 from subquad.distill.recipe_stages import total_steps
+from subquad.distill.untied_head import UntiedHead
+from subquad.distill.window_dropout import dropped_windows, drops_windows
 from subquad.modeling.attention.activations import LayerActivations, capture_activations
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
@@ -52,6 +54,7 @@ class StageTrainer(Trainer):
         self.stage: Stage = getattr(recipe.stages, objective.name)
         self.directory = run_directory / "checkpoints" / objective.name
         self.lora = None if self.stage.lora is None else add_lora(student, self.stage.lora, recipe.seed)
+        self.untied = UntiedHead(student) if getattr(self.stage, "untie_head", False) else None
         self.groups = parameter_groups(student, objective.trained_parameters(student), self.stage)
         callbacks: list[TrainerCallback] = [
             MetricsCallback(run_directory, objective.name, self.stage.batch_size * recipe.data.seq_len)
@@ -61,6 +64,7 @@ class StageTrainer(Trainer):
         args = training_arguments(recipe, self.stage, self.directory, f"{run_directory.name} {objective.name}")
         super().__init__(student, args, train_dataset=train, eval_dataset=validation, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # `compute_loss` weights the micro-batches itself
         if self.stage.gradient_checkpointing:  # these methods have other names in newer releases of `transformers`
             enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
@@ -76,6 +80,8 @@ class StageTrainer(Trainer):
         self.train(resume_from_checkpoint=checkpoint)
         if self.stage.ema_decay is not None:
             load_average(self.create_optimizer())
+        if self.untied is not None:
+            self.untied.tie()
         if self.lora is not None:
             self.lora.merge_and_unload()
         if self.stage.gradient_checkpointing:
@@ -94,6 +100,16 @@ class StageTrainer(Trainer):
         total = self.accelerator.reduce(counts.sum().to(self.args.device), "sum").cpu()
         self.loss_weights = (counts * len(samples) * self.accelerator.num_processes / total.clamp_min(1)).tolist()
         return samples, None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch, without windows in the steps that `window_dropout` chooses."""
+        schedule, state = getattr(self.stage, "window_dropout", None), self.state
+        if schedule is None or not drops_windows(
+            schedule, self.recipe.seed, self.objective.name, state.global_step, state.max_steps
+        ):
+            return super().training_step(*args, **kwargs)
+        with dropped_windows(self.student):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
         return self.objective_loss(model, inputs) * self.loss_weights.pop(0)
@@ -170,7 +186,7 @@ def non_finite_layers(
             bad.append(index)
 
     with torch.no_grad(), capture_activations([(layer, None) for layer in student.mixer_layers], check):
-        student.last_hidden_state(input_ids, positions)
+        student.base_model(input_ids=input_ids, position_ids=positions, use_cache=False)
     return bad
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import estimate
-from subquad.utils import eval_mode
+from subquad.utils import eval_mode, kl_divergence
 
 Batch = Tensor | Mapping[str, Tensor]
 """Token ids `[B, T]`, or a batch of `subquad.data`: `input_ids`, optional `position_ids` and `labels`."""
@@ -72,12 +72,6 @@ def _logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids") if name in batch}
     with eval_mode(model):
         return model(**inputs, use_cache=False).logits
-
-
-def kl_divergence(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats, `[...]`, from p and both logarithms, `[..., vocab]`. A token with probability 0 in p adds 0,
-    also where it has probability 0 in q."""
-    return (p * (log_p - log_q)).masked_fill_(log_p == -torch.inf, 0).sum(-1)
 
 
 def prediction_sums(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ An output directory holds `jobs/` (one file per finished job, named by a hash of
 on) and `results.json` (a header and all results), written at the end and on interruption.
 """
 
-import copy
 import functools
 import hashlib
 import importlib.metadata
@@ -19,27 +18,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.data import token_rows
 from subquad.data.packing import PackedDataset
+from subquad.evaluate.baselines import CONTEXT, equal_bytes, int8_teacher, windowed_teacher
 from subquad.evaluate.results import Result, label_results
 from subquad.evaluate.suites import Settings
-from subquad.modeling.linearize import linearize
+from subquad.modeling.budget import SINKS
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.teachers import load_teacher, resolve_reference
 from subquad.registry import SUITES
-from subquad.utils import UserError, needs_extra, run_info, write_json_atomic
+from subquad.utils import UserError, run_info, write_json_atomic
 
 logger = logging.getLogger(__name__)
 FORMAT = 2
 """Version of what stored outcomes mean; a higher one makes older outcomes invalid."""
+CACHE = "cache"
+"""The task of results about caches."""
 LIBRARIES = ("subquad", "torch", "transformers", "lm-eval")
 """Libraries whose other versions may measure other numbers."""
-WINDOW, SINKS = 512, 4
-"""Tokens that the windowed teacher sees."""
 
 
 @functools.cache
@@ -64,6 +63,10 @@ class EvalModel:
     @property
     def vocab_size(self) -> int:
         return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value, union-attr]
+
+    def variant(self, name: str, model: PreTrainedModel) -> "EvalModel":
+        """A model made from this one in the way that `name` says."""
+        return replace(self, name=f"{self.name}, {name}", model=model)
 
     @functools.cached_property
     def key(self) -> str:
@@ -99,8 +102,9 @@ class Evaluation:
     output: a directory; jobs whose outcome it holds are not computed again. None: nothing is written. figures: whether
     suites that have figures draw them into `output`/figures.
 
-    `models` are the students, the teacher and, with `settings.baselines`, the baseline models; `failed` has the error
-    messages of failed jobs by job name.
+    `models` are the students, the teacher and the baselines of `settings`. `caches` are results by the model's name:
+    the bytes of its cache, and the uniform window of equal bytes (`equal_bytes`). `failed` has the error messages of
+    failed jobs by job name.
 
     Raises:
         UserError: models that cannot be compared (`check_models`).
@@ -118,14 +122,45 @@ class Evaluation:
         self.students, self.teacher, self.settings = list(students), teacher, settings
         self.output = None if output is None else Path(output)
         self.figures = self.output / "figures" if self.output is not None and figures else None
-        self.models = [*students, *([] if teacher is None else [teacher])]
-        if teacher is not None and settings.baselines:
-            makers = {"int8": int8_teacher, f"window {WINDOW}+{SINKS}": windowed_teacher}
-            for name, make in makers.items():
-                self.models.append(replace(teacher, name=f"{teacher.name}, {name}", model=make(teacher.model)))
         self.outcomes: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
+        self.caches: dict[str, list[Result]] = {}
         self._cache: dict[tuple[int, Any], Any] = {}
+        self.models = list(students)
+        if teacher is not None:
+            self.models += self._equal_windows(teacher) if "window" in settings.baselines else []
+            self.models.append(teacher)
+            self.models += (
+                [teacher.variant("int8", int8_teacher(teacher.model))] if "int8" in settings.baselines else []
+            )
+
+    def _equal_windows(self, teacher: EvalModel) -> list[EvalModel]:
+        """The teacher behind each window that has as many bytes as a student. Fills `caches`."""
+
+        def state_bytes(size: int) -> Result:
+            return Result(CACHE, "state_bytes", float(size), length=CONTEXT)
+
+        windows: dict[int, EvalModel] = {}
+        for student in self.students:
+            if not isinstance(student.model, SubquadForCausalLM):
+                continue
+            found = equal_bytes(student.model)
+            self.caches[student.name] = [state_bytes(found.student)]
+            self.caches.setdefault(teacher.name, [state_bytes(found.teacher)])
+            if found.window is None:
+                continue
+            self.caches[student.name].append(Result(CACHE, "equal_window", float(found.window)))
+            if found.window in windows:
+                continue
+            name = f"window {found.window} + {SINKS} sinks"
+            try:
+                model = windowed_teacher(teacher.model, found.window)
+            except UserError as error:  # the student is of another teacher
+                self.failed[f"{teacher.name}, {name}"] = str(error)
+                continue
+            windows[found.window] = made = teacher.variant(name, model)
+            self.caches[made.name] = [state_bytes(equal_bytes(model).student)]
+        return [*windows.values()]
 
     def outcome(self, name: str, model: EvalModel, dependencies: Sequence[Any], compute: Callable[[], Any]) -> Any:
         """The outcome of the job `name: model`: `compute()`, which is JSON, once; None if it raises UserError.
@@ -211,7 +246,7 @@ def evaluate(
     evaluation = Evaluation(models, teacher, settings, output, figures)
     if evaluation.figures is not None:
         evaluation.figures.mkdir(parents=True, exist_ok=True)
-    by_model: dict[str, list[Result]] = {model.name: [] for model in evaluation.models}
+    by_model = {model.name: evaluation.caches.get(model.name, []) for model in evaluation.models}
     complete = False
     try:
         for suite in settings.suites:
@@ -243,24 +278,3 @@ def check_models(models: Sequence[EvalModel], teacher: EvalModel | None) -> None
                 f"teacher: {teacher.name!r} and {model.name!r} have different vocabularies ({teacher.vocab_size} and "
                 f"{model.vocab_size} tokens); expected the teacher that {model.name!r} was made from"
             )
-
-
-def int8_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
-    """A copy with int8 weights in its linear layers, one scale per row (torchao, weight-only).
-
-    Raises:
-        UserError: torchao is not installed.
-    """
-    with needs_extra("the teacher in int8", "eval"):
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    quantized = copy.deepcopy(teacher)
-    head = quantized.get_output_embeddings()
-    if head is not None:  # a tied head must not quantize the embedding
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    quantize_(quantized, Int8WeightOnlyConfig(version=2))
-    return quantized
-
-
-def windowed_teacher(teacher: PreTrainedModel, window: int = WINDOW, sinks: int = SINKS) -> SubquadForCausalLM:
-    """The teacher with all attention limited to the last `window` tokens and the first `sinks` (arXiv 2309.17453)."""
-    return linearize(teacher, layer_types={"default": {"mixer": "attention", "window": window, "sinks": sinks}}).eval()

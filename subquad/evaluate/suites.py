@@ -66,10 +66,13 @@ class Settings:
     repeats: int = 3
     max_prefill_seconds: float = 60.0
     """Lengths with a longer expected prefill are skipped."""
-    baselines: bool = False
-    """Also measure the teacher in int8 and with a sliding window."""
+    baselines: tuple[str, ...] = ("window",)
+    """Models measured beside: "window", the teacher behind the uniform window of as many bytes as each student; "int8",
+    the teacher in int8."""
     recall_lengths: tuple[int, ...] = (128, 256, 512)
     """Context lengths of the recall tasks."""
+    recall_tasks: tuple[str, ...] | None = None
+    """Recall tasks (docs/analysis.md); None: all."""
     recall_items: int = 8
     """Questions per length and depth."""
     diag_rows: int = 4
@@ -96,8 +99,8 @@ QUICK = Settings(
 def settings_for(names: Sequence[str]) -> Settings:
     """The settings for names of suites and presets.
 
-    `quick` is a small version of `STANDARD_SUITES`; `full` is all of them, with baselines. `recall` and `diagnostics`
-    are in neither preset.
+    `quick` is a small version of `STANDARD_SUITES`; `full` is all of them, with the teacher in int8. `recall` and
+    `diagnostics` are in neither preset.
 
     Raises:
         UserError: an unknown name; `quick` together with others; no name.
@@ -110,7 +113,8 @@ def settings_for(names: Sequence[str]) -> Settings:
     if names[0] == "quick":
         return QUICK
     wanted = {*names, *(STANDARD_SUITES if "full" in names else ())}
-    return replace(Settings(), suites=tuple(name for name in SUITES if name in wanted), baselines="full" in names)
+    baselines = ("window", "int8") if "full" in names else ("window",)
+    return replace(Settings(), suites=tuple(name for name in SUITES if name in wanted), baselines=baselines)
 
 
 # ---------------------------------------------------------------------- suites

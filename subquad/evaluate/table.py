@@ -27,6 +27,8 @@ METRIC_LABELS = {
     "prefill_seconds": "prefill time",
     "cache_bytes": "cache",
     "peak_bytes": "peak memory",
+    "state_bytes": "cache",
+    "equal_window": "uniform window of equal bytes",
 }
 """Labels of metrics whose name with spaces would read badly."""
 
@@ -49,11 +51,14 @@ def format_tables(results: Sequence[Result]) -> str:
         for model in dict.fromkeys(result.model for result in own):
             cells = {result.column: format_result(result) for result in select(own, model=model)}
             lines.append([model, *(cells.get(column, "") for column in columns)])
-        parts = [
-            [[line[0], *line[i : i + MAX_COLUMNS]] for line in lines] for i in range(1, len(lines[0]), MAX_COLUMNS)
-        ]
-        tables.append(f"{task}\n" + "\n\n".join(map(text_table, parts)))
+        tables.append(f"{task}\n{wide_table(lines)}")
     return "\n\n".join(tables)
+
+
+def wide_table(lines: Sequence[Sequence[str]]) -> str:
+    """As `text_table`, with `MAX_COLUMNS` columns side by side after the first, which is repeated."""
+    starts = range(1, len(lines[0]), MAX_COLUMNS)
+    return "\n\n".join(text_table([[line[0], *line[i : i + MAX_COLUMNS]] for line in lines]) for i in starts)
 
 
 def column_title(metric: str, length: int | None = None, batch: int | None = None) -> str:
@@ -75,13 +80,13 @@ def format_result(result: Result) -> str:
 
 def value_formatter(metric: str) -> Callable[[float], str]:
     """How values of a metric are printed: bytes, seconds, percent, or a number."""
-    if metric in ("peak_bytes", "cache_bytes"):
-        return lambda x: f"{x / 2**20:,.1f} MiB"
+    if metric in ("peak_bytes", "cache_bytes", "state_bytes"):
+        return lambda x: f"{x / 2**20:,.1f} MiB" if x >= 2**20 else f"{x / 2**10:,.0f} KiB"
     if metric in ("prefill_seconds", "seconds_per_token"):
         return lambda x: f"{1e3 * x:,.1f} ms" if x < 1 else f"{x:,.2f} s"
     if metric.startswith(SHARES) or metric.endswith("agreement") or "@" in metric:
         return lambda x: f"{x:.1%}"
-    if metric == "degradation_length":
+    if metric in ("degradation_length", "equal_window"):
         return lambda x: f"{x:,.0f}"
     return lambda x: f"{x:.2f}" if 1 <= x < 1e5 else f"{x:.3g}"
 

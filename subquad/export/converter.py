@@ -19,7 +19,13 @@ from subquad.mixers import AttentionSpec
 from subquad.modeling.attention.discovery import AttentionInfo, read_attention
 from subquad.modeling.attention.tracing import AttentionCall, random_tokens, trace_attention
 from subquad.modeling.decoder_weights import DecoderWeights, has_bias, read_decoder
-from subquad.modeling.export_target import ExportError, ExportTarget, unsupported_attention
+from subquad.modeling.export_target import (
+    BESIDE_ATTENTION,
+    ExportError,
+    ExportTarget,
+    has_memory,
+    unsupported_attention,
+)
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import eval_mode
@@ -142,7 +148,10 @@ class Converter:
 def check_layers(student: SubquadForCausalLM, target: ExportTarget) -> None:
     """Raises ExportError if the target does not have a layer of the student, by its layer specs and weights."""
     for i, (layer, spec) in enumerate(zip(student.mixer_layers, student.config.layer_specs, strict=True)):
-        if isinstance(layer, AttentionLayer):
+        problem: str | None
+        if has_memory(spec):
+            problem = BESIDE_ATTENTION
+        elif isinstance(layer, AttentionLayer):
             problem = unsupported_attention(spec, layer.spec, target)
             normed = layer.spec.qk_norm is not None or layer.added_qk_norms()
             if problem is None and target.has_qk_norm and not normed:

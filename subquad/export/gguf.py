@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from subquad.data.encoding import text_prefix
 from subquad.modeling.export_target import ExportError
 
 ARCHITECTURE = "qwen35"
@@ -200,7 +201,7 @@ def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBa
         if token_id is not None:
             getattr(writer, f"add_{kind}_token_id")(token_id)
     plain, full = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
-    writer.add_add_bos_token(full[: -len(plain)] == [tokenizer.bos_token_id])
+    writer.add_add_bos_token(text_prefix(tokenizer) == [tokenizer.bos_token_id])
     writer.add_add_eos_token(full[len(plain) :] == [tokenizer.eos_token_id] != [None])
     writer.add_add_space_prefix(False)
     if isinstance(tokenizer.chat_template, str):

@@ -14,8 +14,11 @@ from subquad.mixers.options import (
     AttentionSpec,
     MixerOptions,
     create,
+    create_memory,
     find_options,
     get,
+    memory_mistakes,
+    memory_options,
     names,
 )
 from subquad.registry import MIXERS
@@ -33,8 +36,11 @@ __all__ = [
     "Mixer",
     "MixerOptions",
     "create",
+    "create_memory",
     "find_options",
     "get",
+    "memory_mistakes",
+    "memory_options",
     "names",
 ]
 

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from subquad import ops
 from subquad.mixers.conv import short_conv_padded, short_conv_step
+from subquad.mixers.feature_maps import FEATURE_SCALES, activate, initial_map
 from subquad.mixers.gate_init import GATE_BIAS_INIT
 from subquad.mixers.norms import head_norm, qk_norm
-from subquad.mixers.options import AttentionSpec, MixerOptions
+from subquad.mixers.options import AttentionSpec, DecayOptions, MixerOptions
 from subquad.mixers.packing import PackedDocuments
 from subquad.mixers.rotary import apply_rotary
+from subquad.mixers.states import State, loaded, stored
 from subquad.utils import UserError
 
-State = tuple[Tensor, ...]
 CalibrationGrid = tuple[tuple[str, tuple[float, ...]], ...]
 
 PAD_VALUES = {"k": 0.0, "v": 0.0, "log_decay": 0.0, "beta": 0.0, "input_gate": -30.0, "forget_gate": 1e4}
@@ -31,7 +32,8 @@ with k = v = 0 the input gate affects only mLSTM's stabilizer, on which the outp
 
 
 class Mixer(nn.Module):
-    """Base of all mixers.
+    """Base of all mixers: H query heads read G states, `num_states`; G is H, or with `state_heads="key_value"` the
+    number of the teacher's key/value heads. Query head h reads state h // (H / G).
 
     A subclass defines `Options` and `gates`; where it has parameters of its own also `build_gates`, and `reset_gates`
     or `set_log_decay`.
@@ -45,38 +47,50 @@ class Mixer(nn.Module):
     """An operator with a normalizer, and its matrix, in place of `ops.step`, `ops.chunk` and `ops.matrix`."""
     norm_eps: float = 1e-8
     """Epsilon of the output norm; see `head_norm`."""
+    feature_dim: int
+    """Channels of the queries and keys that the op gets, which are the rows of each state."""
     CALIBRATED_PARAMS: CalibrationGrid = ()
-    """Quantities that calibration sets per head, with the values that it tries: "half_life" is set by
-    `set_half_life(values: [H])`."""
+    """Quantities that calibration sets per state, with the values that it tries: "half_life" is set by
+    `set_half_life(values: [G])`."""
     VALUE_PATH_PARAMS: ClassVar[frozenset[str]] = frozenset(
         {"v_proj", "v_conv", "o_proj", "o_norm", "g_proj", "self_augmentation"}
     )
     """Modules and parameters on which the mixing matrix does not depend."""
 
-    def __init__(self, spec: AttentionSpec, **options: Any):
+    def __init__(self, spec: AttentionSpec, memory_only: bool = False, **options: Any):
+        """
+        Args:
+            spec: the attention that the mixer replaces.
+            memory_only: without projections and skips, for queries, keys and values that attention computes
+                (`subquad.modeling.near_far`).
+            options: of `Options`.
+        """
         super().__init__()
-        self.spec = spec
+        self.spec, self.memory_only = spec, memory_only
         self.options = self.Options.from_dict(options)
         self.has_biases: bool = getattr(self.options, "biases", True)
         H, K, V, D = spec.num_heads, spec.head_dim, spec.value_dim, spec.hidden_size
+        G = self.num_states = H if self.options.state_heads == "query" else spec.num_kv_heads
         qkv_bias, output_bias = spec.qkv_bias and self.has_biases, spec.output_bias and self.has_biases
-        self.q_proj = nn.Linear(D, H * K, bias=qkv_bias)
-        if self.has_key_projection:
-            self.k_proj = nn.Linear(D, H * K, bias=qkv_bias)
-        self.v_proj = nn.Linear(D, H * V, bias=qkv_bias)
-        self.o_proj = nn.Linear(H * V, D, bias=output_bias)
+        if not memory_only:
+            self.q_proj = nn.Linear(D, H * K, bias=qkv_bias)
+            if self.has_key_projection:
+                self.k_proj = nn.Linear(D, G * K, bias=qkv_bias)
+            self.v_proj = nn.Linear(D, G * V, bias=qkv_bias)
+            self.o_proj = nn.Linear(H * V, D, bias=output_bias)
         if width := self.options.short_conv:
             self.q_conv = nn.Parameter(torch.empty(H * K, width))
             if self.has_key_projection:
-                self.k_conv = nn.Parameter(torch.empty(H * K, width))
-            self.v_conv = nn.Parameter(torch.empty(H * V, width))
+                self.k_conv = nn.Parameter(torch.empty(G * K, width))
+            self.v_conv = nn.Parameter(torch.empty(G * V, width))
         if self.options.qk_norm:
             if spec.qk_norm is None:
                 raise UserError("qk_norm: got True, expected False: the teacher has no supported norm of q and k")
-            for name in ("q", "k") if self.has_key_projection else ("q",):
-                setattr(self, f"{name}_norm", nn.Parameter(torch.empty(H, K)))
+            for name, heads in {"q": H, "k": G}.items() if self.has_key_projection else [("q", H)]:
+                setattr(self, f"{name}_norm", nn.Parameter(torch.empty(heads, K)))
                 if spec.qk_norm.startswith("layer"):
-                    setattr(self, f"{name}_norm_bias", nn.Parameter(torch.empty(H, K)))
+                    setattr(self, f"{name}_norm_bias", nn.Parameter(torch.empty(heads, K)))
+        self.build_feature_maps(H, G, K)
         if self.options.output_norm:
             self.o_norm = nn.Parameter(torch.empty(H, V))
         if self.options.output_gate != "none":
@@ -85,6 +99,23 @@ class Mixer(nn.Module):
         self.build_gates()
         self.gate_names = [name for name, _ in self.named_parameters() if name not in shared]
         self.reset_parameters()
+
+    def build_feature_maps(self, H: int, G: int, K: int) -> None:
+        """Creates the learned maps of H queries and G keys of K channels, if the options ask for them."""
+        if self.options.qk_activation == "ones":
+            self.feature_dim = 1
+            return
+        features = round(self.options.expand_k * K)
+        if features < 1 or not math.isclose(features, self.options.expand_k * K):
+            expected = f"expected a multiple of 1/{K}, for whole channels of heads of {K}"
+            raise UserError(f"expand_k: got {self.options.expand_k}, {expected}")
+        hedgehog = self.options.qk_activation == "hedgehog"
+        self.feature_dim = features * (2 if hedgehog else 1)
+        if hedgehog or features != K:
+            self.q_map = nn.Parameter(torch.empty(H, features, K))
+            if self.has_key_projection:
+                self.k_map = nn.Parameter(torch.empty(G, features, K))
+            self.CALIBRATED_PARAMS = (("feature_scale", FEATURE_SCALES), *self.CALIBRATED_PARAMS)
 
     # ------------------------------------------------------------------ defined by each mixer
 
@@ -95,15 +126,17 @@ class Mixer(nn.Module):
         """Initializes the parameters of the gates: zero, but for the decay if `half_life` is an option."""
         for name in self.gate_names:
             nn.init.zeros_(self.get_parameter(name))
-        if hasattr(self.options, "half_life"):
-            self.set_half_life(self.per_head(self.options.half_life))
+        if isinstance(self.options, DecayOptions):
+            shortest = self.per_state(self.options.half_life)
+            ratio = (self.options.longest_half_life or self.options.half_life) / self.options.half_life
+            self.set_half_life(shortest * ratio ** torch.linspace(0, 1, self.num_states).to(shortest))
 
     def set_half_life(self, half_life: Tensor) -> None:
-        """Sets the decay of each head to a half-life of `half_life: [H]` tokens where its projection is zero."""
+        """Sets the decay of each state to a half-life of `half_life: [G]` tokens where its projection is zero."""
         self.set_log_decay(-math.log(2.0) / half_life.double())
 
     def set_log_decay(self, log_decay: Tensor) -> None:
-        """Sets the bias of each head to that `log_decay: [H]`, float64, where the projection is zero."""
+        """Sets the bias of each state to that `log_decay: [G]`, float64, where the projection is zero."""
         raise NotImplementedError
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,7 +147,7 @@ class Mixer(nn.Module):
         return {}
 
     def value_map(self, v: Tensor) -> Tensor:
-        """Activation of the values `[B, T, H, V]` after their convolution."""
+        """Activation of the values `[B, T, G, V]` after their convolution."""
         return v
 
     def add_skip(self, o: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -135,6 +168,8 @@ class Mixer(nn.Module):
             weight[:, -1] = 1.0
         for name, parameter in self.qk_norms().items():
             nn.init.constant_(parameter, float(not name.endswith("bias")))
+        if self.feature_maps():
+            self.set_feature_scale(self.per_state(1.0))
         if self.options.output_gate != "none":
             nn.init.zeros_(self.g_proj.weight)
             if self.has_biases:
@@ -162,12 +197,30 @@ class Mixer(nn.Module):
         """
         self.set_output_scale(rms)
 
-    def per_head(self, value: float) -> Tensor:
-        """`value` for each head, `[H]`, in float64, on the device of the parameters."""
-        return torch.full((self.spec.num_heads,), value, dtype=torch.float64, device=self.q_proj.weight.device)
+    def per_state(self, value: float) -> Tensor:
+        """`value` for each state, `[G]`, in float64, on the device of the parameters."""
+        device = next((p.device for p in self.parameters()), None)
+        return torch.full((self.num_states,), value, dtype=torch.float64, device=device)
+
+    def for_queries(self, x: Tensor) -> Tensor:
+        """`x: [B, T, G, ...]` for each query head, `[B, T, H, ...]`."""
+        queries = self.spec.num_heads // self.num_states
+        return x if queries == 1 else x.repeat_interleave(queries, 2)
+
+    @torch.no_grad()
+    def set_feature_scale(self, scale: Tensor) -> None:
+        """Sets the learned maps of q and k of each state to their initial values times `scale: [G]`."""
+        _, features, channels = self.q_map.shape
+        initial = initial_map(features, channels).to(self.q_map)
+        for weight in self.feature_maps().values():
+            of_heads = scale.to(initial).repeat_interleave(len(weight) // self.num_states)
+            weight.copy_(of_heads[:, None, None] * initial)
 
     def projections(self) -> dict[str, nn.Linear]:
-        """The projections that a teacher's attention also has: q, k (unless the mixer has none), v and o."""
+        """The projections that a teacher's attention also has: q, k (unless the mixer has none), v and o; none with
+        `memory_only`."""
+        if self.memory_only:
+            return {}
         found = {"q": self.q_proj, "v": self.v_proj, "o": self.o_proj}
         return {**found, "k": self.k_proj} if self.has_key_projection else found
 
@@ -175,8 +228,12 @@ class Mixer(nn.Module):
         """Weights of the short convolutions, `[D, W]`, of q, k and v."""
         return {n: getattr(self, f"{n}_conv") for n in ("q", "k", "v") if hasattr(self, f"{n}_conv")}
 
+    def feature_maps(self) -> dict[str, nn.Parameter]:
+        """Learned maps of q `[H, F, K]` and k `[G, F, K]`; empty if the options ask for none."""
+        return {n: getattr(self, f"{n}_map") for n in ("q", "k") if f"{n}_map" in self._parameters}
+
     def qk_norms(self) -> dict[str, nn.Parameter]:
-        """Weights and biases of the teacher's norms of q and k, `[H, K]`; empty without `options.qk_norm`."""
+        """Weights and biases of the teacher's norms of q `[H, K]` and k `[G, K]`; empty without `options.qk_norm`."""
         names = ("q_norm", "q_norm_bias", "k_norm", "k_norm_bias")
         return {name: getattr(self, name) for name in names if name in self._parameters}
 
@@ -216,8 +273,9 @@ class Mixer(nn.Module):
             if position_embeddings is not None:
                 position_embeddings = documents.pack(position_embeddings[0]), documents.pack(position_embeddings[1])
         inputs, conv_states = self.op_inputs(x, position_embeddings, padding_mask, state, cu_seqlens)
-        o, op_state = self.run_op(inputs, None if state is None else state[len(conv_states) :], cu_seqlens)
-        y, states = self.output(o, x, inputs), (*conv_states, *op_state)
+        before = loaded(None if state is None else state[len(conv_states) :], inputs["q"])
+        o, op_state = self.run_op(inputs, before, cu_seqlens)
+        y, states = self.output(o, x, inputs), (*conv_states, *stored(op_state, self.options.state_dtype))
         if documents is None:
             return y, states
         return documents.unpack(y), tuple(state[documents.last_documents] for state in states)
@@ -263,14 +321,15 @@ class Mixer(nn.Module):
         """
         projected = {name: projection(x) for name, projection in self.projections().items() if name != "o"}
         conv_states = self._apply_short_convs(projected, padding_mask, state, cu_seqlens)
-        inputs = {name: t.unflatten(-1, (self.spec.num_heads, -1)) for name, t in projected.items()}
+        heads = {"q": self.spec.num_heads}
+        inputs = {name: t.unflatten(-1, (heads.get(name, self.num_states), -1)) for name, t in projected.items()}
         inputs["v"] = self.value_map(inputs["v"])
         for name in ("q", "k"):
             if name in inputs:
                 if self.options.qk_norm:
                     norm = getattr(self, f"{name}_norm"), getattr(self, f"{name}_norm_bias", None)
                     inputs[name] = qk_norm(inputs[name], self.spec.qk_norm or "", self.spec.qk_norm_eps, *norm)
-                inputs[name] = self.feature_map(inputs[name], position_embeddings)
+                inputs[name] = self.feature_map(name, inputs[name], position_embeddings)
         inputs.update(self.gates(x, inputs))
         if padding_mask is not None:
             for name in PAD_VALUES.keys() & inputs.keys():
@@ -299,16 +358,23 @@ class Mixer(nn.Module):
             states.append(after)
         return tuple(states)
 
-    def feature_map(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Rotary embedding and activation of queries or keys, `[B, T, H, K]`."""
+    def feature_map(
+        self,
+        name: str,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        heads: Tensor | slice | None = None,
+    ) -> Tensor:
+        """Rotary embedding, learned map and activation (`feature_maps`), `[B, T, H or G, feature_dim]`.
+
+        name: "q" for queries `[B, T, H, K]`, "k" for keys `[B, T, G, K]`. heads: which of the heads x has; None: all.
+        """
         if self.options.rotary and self.spec.rotary is not None and position_embeddings is not None:
             x = apply_rotary(x, *position_embeddings, self.spec.rotary)
-        activation = self.options.qk_activation
-        if activation == "silu":
-            return F.silu(x)
-        if activation == "elu1":
-            return F.elu(x) + 1
-        return F.relu(x) if activation == "relu" else x
+        if name in (maps := self.feature_maps()):
+            weight = maps[name] if heads is None else maps[name][heads]
+            x = torch.einsum("bthk,hfk->bthf", x, weight)
+        return activate(x, self.options.qk_activation)
 
     def output(self, o: Tensor, x: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """From the op's output `[B, T, H, V]` to the mixer's output `[B, T, hidden]`: norm, gate, projection."""

@@ -39,7 +39,7 @@ class ExportableMixer(Mixer):
     def reset_gates(self) -> None:
         super().reset_gates()
         if self.scales_values:
-            self.set_value_scale(self.per_head(VALUE_RMS_INIT))
+            self.set_value_scale(self.per_state(VALUE_RMS_INIT))
         if self.options.output_gate == "swish" and not self.has_biases:
             # Zero weights would close the gate; see also `init_bias_free_gates`.
             nn.init.normal_(self.g_proj.weight, std=self.spec.initializer_range)
@@ -48,7 +48,8 @@ class ExportableMixer(Mixer):
     def init_from_teacher(self, rms: Tensor, x: Tensor) -> None:
         super().init_from_teacher(rms, x)
         if self.scales_values:
-            self.set_value_scale(VALUE_RMS_INIT / rms.clamp_min(1e-4))
+            of_states = rms.view(self.num_states, -1).square().mean(-1).sqrt()
+            self.set_value_scale(VALUE_RMS_INIT / of_states.clamp_min(1e-4))
         if not self.has_biases:
             self.init_bias_free_gates(fit_bias_direction(x.flatten(0, -2)))
 
@@ -58,10 +59,10 @@ class ExportableMixer(Mixer):
             self.g_proj.weight.copy_(bias_direction * GATE_BIAS_INIT["swish"])
 
     def set_value_scale(self, scale: Tensor) -> None:
-        """Scales the values of each head by `scale: [H]` before their SiLU."""
+        """Scales the values of each state by `scale: [G]` before their SiLU."""
         self.v_conv[:, -1] = scale.to(self.v_conv).repeat_interleave(self.spec.value_dim)
 
     def set_qk_scale(self, scale: Tensor) -> None:
-        """Scales the queries and keys of each head by `scale: [H]` before their SiLU."""
+        """Scales the queries and keys of each state by `scale: [G]` before their SiLU."""
         for weight in (self.q_conv, self.k_conv):
-            weight[:, -1] = scale.to(weight).repeat_interleave(self.spec.head_dim)
+            weight[:, -1] = scale.to(weight).repeat_interleave(len(weight) // self.num_states)

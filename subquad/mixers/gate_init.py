@@ -6,6 +6,8 @@ from torch import Tensor
 
 HALF_LIVES = 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0
 """Half-lives that calibration tries, in tokens."""
+FAR_HALF_LIVES = (*HALF_LIVES, 4096.0)
+"""The same for memories beside a window."""
 LONGEST_HALF_LIVES = HALF_LIVES[3:]
 """The same for mixers whose channels' half-lives are spread from one token to the longest."""
 GATE_BIAS_INIT = {"swish": 1.2784645427610738, "sigmoid": 0.0}
@@ -16,7 +18,7 @@ RIDGE = 0.03
 
 
 def spread_half_lives(longest: Tensor, channels: int) -> Tensor:
-    """Half-lives `[H, channels]`, spaced geometrically from one token to `longest: [H]`."""
+    """Half-lives `[G, channels]`, spaced geometrically from one token to `longest: [G]`."""
     return longest.unsqueeze(-1) ** torch.linspace(0, 1, channels).to(longest)
 
 

@@ -3,9 +3,9 @@
     S~_t = exp(g_t) S_{t-1}     S_t = S~_t + beta_t k_t (v_t - S~_t^T k_t)^T     o_t = S_t^T q_t / sqrt(K)
     g_t = -exp(A) softplus(a_t + dt)
 
-Per head: S [K, V], q and k [K], v [V]; g, beta, A and dt are scalars. The decay shrinks the whole state, the delta rule
-replaces single associations. With `v_activation="silu"`, `biases=False` and Qwen3.5's `norm_eps` it equals a layer of
-Qwen3.5 (docs/serving.md).
+Per state: S [K, V], q and k [K], v [V]; g, beta, A and dt are scalars. The decay shrinks the whole state, the delta
+rule replaces single associations. With `v_activation="silu"`, `biases=False` and Qwen3.5's `norm_eps` it equals a layer
+of Qwen3.5 (docs/serving.md).
 """
 
 import torch
@@ -31,15 +31,14 @@ class GatedDeltaNet(ExportableMixer, DeltaNet):
 
     def build_gates(self) -> None:
         super().build_gates()
-        H = self.spec.num_heads
-        self.a_proj = nn.Linear(self.spec.hidden_size, H, bias=False)
-        self.A_log = nn.Parameter(torch.empty(H))
-        self.dt_bias = nn.Parameter(torch.empty(H))
+        self.a_proj = nn.Linear(self.spec.hidden_size, self.num_states, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.num_states))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_states))
 
     def init_bias_free_gates(self, bias_direction: Tensor) -> None:
         super().init_bias_free_gates(bias_direction)
         self.bias_direction = bias_direction
-        self.set_beta_init(self.per_head(self.options.beta_init))
+        self.set_beta_init(self.per_state(self.options.beta_init))
 
     def set_beta_init(self, beta: Tensor) -> None:
         if self.has_biases:

@@ -2,7 +2,7 @@
 
     S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T      o_t = S_t^T q_t / sqrt(K)      g_t = logsigmoid(W_2 W_1 x_t + b) / 16
 
-Per head: S [K, V], q, k and g [K], v [V].
+Per state: S [K, V], q, k and g [K], v [V].
 """
 
 import torch.nn as nn
@@ -25,22 +25,21 @@ class GLA(Mixer):
     CALIBRATED_PARAMS: CalibrationGrid = (("half_life", HALF_LIVES),)
 
     def build_gates(self) -> None:
-        H, K = self.spec.num_heads, self.spec.head_dim
         self.decay_down = nn.Linear(self.spec.hidden_size, self.options.decay_rank, bias=False)
-        self.decay_up = nn.Linear(self.options.decay_rank, H * K)
+        self.decay_up = nn.Linear(self.options.decay_rank, self.num_states * self.feature_dim)
 
     def reset_gates(self) -> None:
         super().reset_gates()
         nn.init.normal_(self.decay_down.weight, std=self.spec.hidden_size**-0.5)
 
     def set_log_decay(self, log_decay: Tensor) -> None:
-        log_decay = log_decay.view(self.spec.num_heads, -1).expand(-1, self.spec.head_dim)
+        log_decay = log_decay.view(self.num_states, -1).expand(-1, self.feature_dim)
         self.decay_up.bias.copy_(inverse_logsigmoid(GATE_LOGIT_NORMALIZER * log_decay).flatten())
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """g, `[B, T, H, K]`, in float32 at least."""
+        """g, `[B, T, G, K]`, in float32 at least."""
         logits = upcast(self.decay_up(self.decay_down(x)))
-        return (F.logsigmoid(logits) / GATE_LOGIT_NORMALIZER).unflatten(-1, (self.spec.num_heads, -1))
+        return (F.logsigmoid(logits) / GATE_LOGIT_NORMALIZER).unflatten(-1, (self.num_states, -1))
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"log_decay": self.log_decay(x)}

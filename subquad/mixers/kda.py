@@ -3,7 +3,8 @@
     S~_t = Diag(exp(g_t)) S_{t-1}     S_t = S~_t + beta_t k_t (v_t - S~_t^T k_t)^T     o_t = S_t^T q_t / sqrt(K)
     g_t = -exp(A) softplus(W_2 W_1 x_t + dt)
 
-Per head: S [K, V], q, k, g and dt [K], v [V]; beta and A are scalars. W_1 has rank K, as in Kimi Linear.
+Per state: S [K, V], q, k, g and dt [K], v [V]; beta and A are scalars. The rank of W_1 is the size of a head,
+as in Kimi Linear.
 """
 
 import torch
@@ -25,11 +26,11 @@ class KDA(DeltaNet):
 
     def build_gates(self) -> None:
         super().build_gates()
-        H, K = self.spec.num_heads, self.spec.head_dim
-        self.decay_down = nn.Linear(self.spec.hidden_size, K, bias=False)
-        self.decay_up = nn.Linear(K, H * K, bias=False)
-        self.A_log = nn.Parameter(torch.empty(H))
-        self.dt_bias = nn.Parameter(torch.empty(H, K))
+        G, K, rank = self.num_states, self.feature_dim, self.spec.head_dim
+        self.decay_down = nn.Linear(self.spec.hidden_size, rank, bias=False)
+        self.decay_up = nn.Linear(rank, G * K, bias=False)
+        self.A_log = nn.Parameter(torch.empty(G))
+        self.dt_bias = nn.Parameter(torch.empty(G, K))
 
     def reset_gates(self) -> None:
         super().reset_gates()
@@ -39,6 +40,6 @@ class KDA(DeltaNet):
         self.dt_bias.copy_(inverse_softplus(-log_decay).unsqueeze(-1).expand_as(self.dt_bias))
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits = upcast(self.decay_up(self.decay_down(x))).unflatten(-1, (self.spec.num_heads, -1))
+        logits = upcast(self.decay_up(self.decay_down(x))).unflatten(-1, (self.num_states, -1))
         log_decay = -upcast(self.A_log).exp().unsqueeze(-1) * F.softplus(logits + upcast(self.dt_bias))
         return {**super().gates(x, inputs), "log_decay": log_decay}

@@ -2,7 +2,7 @@
 
     o_t = phi(q_t)^T S_t / (phi(q_t) . z_t + eps)      S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t)
 
-Per head: S [K, V], q, k and z [K], v [V]. There is no decay. By default phi is SiLU, and an RMS norm of
+Per state: S [K, V], q, k and z [K], v [V]. There is no decay. By default phi is SiLU, and an RMS norm of
 each head's output replaces the normalizer (arXiv 2210.10340). The paper's form is `qk_activation="elu1",
 normalizer=True, output_norm=False`. The rotary embedding, if kept, precedes phi.
 """

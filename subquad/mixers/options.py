@@ -5,7 +5,7 @@ Imports no torch: the command line and recipes check options before any model is
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -32,8 +32,12 @@ ATTENTION = "attention"
 KEPT_ATTENTION = (SOFTMAX, ATTENTION)
 """The layer types that are no mixer of this package or another."""
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-QKActivation = Literal["silu", "elu1", "relu", "none"]
+QKActivation = Literal["silu", "elu1", "relu", "hedgehog", "ones", "none"]
+POSITIVE = ("elu1", "relu", "hedgehog", "ones")
+"""Activations of queries and keys that are not negative."""
 OutputGate = Literal["swish", "sigmoid", "none"]
+StateHeads = Literal["query", "key_value"]
+StateDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class AttentionSpec:
     initializer_range: float = 0.02
     rotary: str | None = "half"
     """Layout of the rotary embedding, one of `mixers.rotary.STYLES`; None: no rotary embedding, or an unknown one."""
+    rotary_channels: int = 0
+    """Channels of cos and sin of the rotary embedding; 0 also where the attention module calls no attention function of
+    `transformers`, so that a window's first tokens keep their distance (`modeling.attention.sinks`)."""
     window: int | None = None
     """Tokens that a query sees, itself included; None: all tokens up to itself."""
     qk_norm: str | None = None
@@ -80,9 +87,12 @@ class MixerOptions:
 
     source: ClassVar[str] = ""
     """One line: the mixer's paper and what distinguishes the mixer."""
+    sums_keys: ClassVar[bool] = True
+    """Whether the state is a (decayed) sum of k v^T, which a sum of k normalizes."""
 
     qk_activation: QKActivation = "silu"
-    """Feature map of queries and keys: silu, elu1 (elu + 1), relu or none."""
+    """Feature map of queries and keys: silu, elu1 (elu + 1), relu, hedgehog (learned, twice as wide), none, or with
+    a window ones: a constant, so that the state is one row, a sum of values."""
     short_conv: Annotated[int, Rule("0 (no convolution) or a width of at least 2", lambda w: w == 0 or w >= 2)] = 0
     """Width of the causal depthwise convolution on q, k and v; 0: no convolution. Initialized to the identity."""
     rotary: bool = False
@@ -93,6 +103,14 @@ class MixerOptions:
     """RMS norm of each head's output, with a weight per channel."""
     output_gate: OutputGate = "swish"
     """Gate on the output, computed from x: swish, sigmoid or none."""
+    state_heads: StateHeads = "query"
+    """One state, with its decay and write strength, for each query head (query), or for each key/value head of the
+    teacher, read by all query heads of its group (key_value)."""
+    expand_k: Annotated[float, Rule("a positive, finite number", lambda x: 0 < x < math.inf)] = 1.0
+    """Width of the feature map relative to the head: other than 1, a learned map of queries and keys gives `expand_k`
+    times as many channels, and so many rows to each state."""
+    state_dtype: StateDtype = "float32"
+    """Dtype of the states in the cache, between calls; the op computes in float32."""
 
     def __post_init__(self) -> None:
         # Of each option, the annotation in the class that introduces it: one that changes a default may say less.
@@ -150,6 +168,8 @@ class DecayOptions(MixerOptions):
 
     half_life: Annotated[float, Rule("a positive, finite number of tokens", lambda x: 0 < x < math.inf)] = 64.0
     """Initial half-life of the state in tokens."""
+    longest_half_life: Annotated[float, Rule("0 or a finite number of tokens", lambda x: 0 <= x < math.inf)] = 0.0
+    """Above 0: the states of a layer start with half-lives spaced geometrically from half_life to so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -170,15 +190,15 @@ class LinearAttentionOptions(MixerOptions):
     source: ClassVar[str] = "Linear attention (arXiv 2006.16236): a feature map replaces the softmax kernel."
     output_gate: OutputGate = "none"
     normalizer: bool = False
-    """Divide by phi(q) . sum of phi(k), which requires a positive phi (elu1, relu). Without effect before an output
-    norm."""
+    """Divide by phi(q) . sum of phi(k), which requires a positive phi (elu1, relu, hedgehog). Without effect before an
+    output norm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.normalizer and self.qk_activation not in ("elu1", "relu"):
+        if self.normalizer and self.qk_activation not in POSITIVE:
             raise UserError(
-                f"normalizer: got true with qk_activation {self.qk_activation!r}, expected qk_activation elu1 or relu: "
-                "the normalizer must be positive"
+                f"normalizer: got true with qk_activation {self.qk_activation!r}, expected one of "
+                f"{', '.join(POSITIVE)}: the normalizer must be positive"
             )
 
 
@@ -213,6 +233,7 @@ class MetaLAOptions(GLAOptions):
 @dataclass(frozen=True)
 class DeltaNetOptions(MixerOptions):
     source: ClassVar[str] = "DeltaNet (arXiv 2406.06484): the delta rule, without decay."
+    sums_keys: ClassVar[bool] = False
     short_conv: int = 4
     output_gate: OutputGate = "none"
     beta_init: Annotated[float, FRACTION] = 0.05
@@ -230,7 +251,11 @@ class GatedDeltaNetOptions(DeltaNetOptions, ExportOptions):
 @dataclass(frozen=True)
 class XLSTMOptions(DecayOptions):
     source: ClassVar[str] = "xLSTM's mLSTM (arXiv 2405.04517): a decay per head, exponential input gate, normalizer."
+    sums_keys: ClassVar[bool] = False
     output_gate: OutputGate = "sigmoid"
+    input_gate_bias: Annotated[float, Rule("a finite number", math.isfinite)] = 0.0
+    """Initial bias of the input gate, before exp. The larger, the rarer the normalizer is at its lower bound
+    of 1."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +276,10 @@ class HGRN2Options(DecayOptions):
     """Lower bound of a channel's decay factor."""
 
 
+MEMORY_DEFAULTS: dict[str, Any] = {"short_conv": 0, "output_gate": "none"}
+"""What a mixer beside attention to a window does not have."""
+NOT_OF_A_MEMORY = (*MEMORY_DEFAULTS, "rotary", "qk_norm", *ExportOptions.__annotations__)
+"""Options that such a mixer does not take."""
 OPTIONS: dict[str, type[MixerOptions]] = {
     "linear_attention": LinearAttentionOptions,
     "retnet": RetNetOptions,
@@ -284,3 +313,25 @@ def get(name: str) -> "type[Mixer]":
 def create(name: str, spec: AttentionSpec, **options: Any) -> "Mixer":
     """A mixer at its initialization, drawn from torch's global random generator."""
     return get(name)(spec, **options)
+
+
+def create_memory(name: str, spec: AttentionSpec, **options: Any) -> "Mixer":
+    """As `create`, for a layer that keeps attention to a window: without projections."""
+    return get(name)(spec, memory_only=True, **MEMORY_DEFAULTS, **options)
+
+
+def memory_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """All options of a mixer beside attention to a window, with their values."""
+    found = asdict(find_options(name).from_dict({**MEMORY_DEFAULTS, **options}))
+    return {option: value for option, value in found.items() if option not in NOT_OF_A_MEMORY}
+
+
+def memory_mistakes(name: str, options: dict[str, Any]) -> dict[str, str]:
+    """As `MixerOptions.mistakes`, of a mixer beside attention to a window."""
+    mistakes = {
+        option: f"{option}: a mixer with a window has none: it reads the queries, keys and values of attention"
+        for option in NOT_OF_A_MEMORY
+        if option in options
+    }
+    rest = {option: value for option, value in options.items() if option not in mistakes}
+    return mistakes | find_options(name).mistakes(rest)

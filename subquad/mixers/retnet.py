@@ -2,8 +2,8 @@
 
     S_t = gamma_h S_{t-1} + k_t v_t^T        o_t = S_t^T q_t / sqrt(K)        gamma_h = 1 - 2^(-5 - h)
 
-Per head h = 0, 1, ...: S [K, V], q and k [K], v [V], gamma a scalar. Half-lives double from head to head, starting at
-22 tokens. The teacher's rotary embedding is kept.
+Per state h = 0, 1, ...: S [K, V], q and k [K], v [V], gamma a scalar. Half-lives double from state to state, starting
+at 22 tokens. The teacher's rotary embedding is kept.
 """
 
 import torch
@@ -19,6 +19,6 @@ class RetNet(Mixer):
 
     def gates(self, x: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # A constant of the architecture, computed here so that no checkpoint needs to hold it.
-        heads = torch.arange(self.spec.num_heads, device=x.device, dtype=torch.float32)
+        heads = torch.arange(self.num_states, device=x.device, dtype=torch.float32)
         log_decay = torch.log1p(-torch.exp2(-5 - heads))
         return {"log_decay": log_decay.expand(*x.shape[:2], -1)}

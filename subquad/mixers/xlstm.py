@@ -3,7 +3,7 @@
     S_t = f_t S_{t-1} + i_t k_t v_t^T       n_t = f_t n_{t-1} + i_t k_t       f_t = sigmoid(.), i_t = exp(.)
     o_t = S_t^T q_t / sqrt(K) / max(|n_t . q_t| / sqrt(K), 1)
 
-Per head: S [K, V], q, k and n [K], v [V]; f and i are scalars. S and n are computed relative to the running maximum of
+Per state: S [K, V], q, k and n [K], v [V]; f and i are scalars. S and n are computed relative to the running maximum of
 the log gates, for numerical stability.
 """
 
@@ -24,8 +24,12 @@ class XLSTM(Mixer):
     CALIBRATED_PARAMS = (("half_life", HALF_LIVES),)
 
     def build_gates(self) -> None:
-        self.i_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads)
-        self.f_proj = nn.Linear(self.spec.hidden_size, self.spec.num_heads)
+        self.i_proj = nn.Linear(self.spec.hidden_size, self.num_states)
+        self.f_proj = nn.Linear(self.spec.hidden_size, self.num_states)
+
+    def reset_gates(self) -> None:
+        super().reset_gates()
+        nn.init.constant_(self.i_proj.bias, self.options.input_gate_bias)
 
     def set_log_decay(self, log_decay: Tensor) -> None:
         # log f = logsigmoid(b) = -softplus(-b)

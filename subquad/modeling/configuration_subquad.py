@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -39,6 +39,8 @@ class SubquadConfig(PreTrainedConfig):
     """
 
     model_type = "subquad"
+    auto_map: ClassVar[dict[str, str]] = {}
+    """Of models with code in their directory; a student has none. `trl` reads it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "SubquadConfig":
         # Registers the model class, also where a configuration is unpickled. Importing transformers imports this module

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from subquad.mixers import AttentionSpec
-from subquad.mixers.options import ATTENTION
+from subquad.mixers.options import ATTENTION, KEPT_ATTENTION
 from subquad.registry import EXPORT_TARGETS
 from subquad.utils import UserError
 
@@ -25,12 +25,15 @@ layer norms and mixer norms. Llama's 1e-5 exceeds the mean square of the first m
 initialization); layer norms are insensitive to it (KL of the teacher's logits with 1e-8: 2e-7)."""
 MIXER_OPTIONS = {
     "qk_activation": "silu",
+    "expand_k": 1.0,
     "v_activation": "silu",
     "rotary": False,
     "qk_norm": False,
     "output_norm": True,
     "output_gate": "swish",
     "biases": False,
+    "state_heads": "query",
+    "state_dtype": "float32",
 }
 """Mixer options that every target requires."""
 
@@ -72,6 +75,9 @@ QWEN3_5 = ExportTarget("qwen3_5", "Qwen3.5", "gated_deltanet", MIXER_OPTIONS, ha
 BAMBA_OPTIONS = {**MIXER_OPTIONS, "discretization": "zoh"}
 BAMBA = ExportTarget("bamba", "Bamba", "mamba2", BAMBA_OPTIONS, False, scales_queries=False, biases=("a_proj",))
 TARGETS = {"qwen3_5": QWEN3_5, "bamba": BAMBA}
+
+
+BESIDE_ATTENTION = "its mixer remembers what has left the window of attention"
 
 
 class ExportError(UserError):
@@ -129,6 +135,8 @@ def restrict_to_target(
 def restrict_layer(
     layer_spec: dict[str, Any], name: str, spec: AttentionSpec, eps: float, target: ExportTarget
 ) -> dict[str, Any]:
+    if has_memory(layer_spec):
+        raise ExportError(f"{name}: {BESIDE_ATTENTION}")
     if layer_spec["mixer"] != target.mixer:
         if problem := unsupported_attention(layer_spec, spec, target):
             raise ExportError(f"{name}: {problem}")
@@ -141,6 +149,11 @@ def restrict_layer(
                 "requires; leave out the option or export_target"
             )
     return {**layer_spec, **required}
+
+
+def has_memory(layer_spec: dict[str, Any]) -> bool:
+    """Whether a layer has a mixer beside attention to a window."""
+    return layer_spec["mixer"] not in KEPT_ATTENTION and "window" in layer_spec
 
 
 def unsupported_attention(layer_spec: dict[str, Any], spec: AttentionSpec, target: ExportTarget) -> str | None:

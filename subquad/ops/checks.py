@@ -20,16 +20,32 @@ DIMENSIONS = {"N": "B or documents", "P": "W - 1"}
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call. Only `stabilizer` has no gradient."""
+    """The tensors of a call: H query heads read G states. Only `stabilizer` has no gradient."""
 
     q: Tensor  # [B, T, H, K]
-    k: Tensor
-    v: Tensor  # [B, T, H, V]
-    log_decay: Tensor | None = None  # [H], [B, T, H] or [B, T, H, K]
-    beta: Tensor | None = None  # [B, T, H]
-    initial_state: Tensor | None = None  # [B or documents, H, K, V], with a normalizer V + 1
-    input_gate: Tensor | None = None  # [B, T, H], of mLSTM
-    stabilizer: Tensor | None = None  # [B or documents, H], of mLSTM, before the first token
+    k: Tensor  # [B, T, G, K]
+    v: Tensor  # [B, T, G, V]
+    log_decay: Tensor | None = None  # [G], [B, T, G] or [B, T, G, K]
+    beta: Tensor | None = None  # [B, T, G]
+    initial_state: Tensor | None = None  # [B or documents, G, K, V], with a normalizer V + 1
+    input_gate: Tensor | None = None  # [B, T, G], of mLSTM
+    stabilizer: Tensor | None = None  # [B or documents, G], of mLSTM, before the first token
+
+    @property
+    def queries(self) -> int:
+        """Query heads that read each state."""
+        return self.q.shape[2] // max(1, self.k.shape[2])
+
+    def expand(self) -> Inputs:
+        """The same recurrence with as many equal states as query heads."""
+
+        def repeat(name: str, x: Tensor) -> Tensor:
+            axis = 1 if name in ("initial_state", "stabilizer") else min(2, x.dim() - 1)
+            return x.repeat_interleave(self.queries, axis)
+
+        named = self._asdict().items()
+        changed = {n: repeat(n, x) for n, x in named if x is not None and n != "q" and self.queries != 1}
+        return self._replace(**changed)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -107,14 +123,16 @@ def check_recurrence(
     """Raises unless the arguments of a recurrence, but its gates of mLSTM, are valid. Returns the sizes found."""
     shapes, (q, k, v, log_decay, beta, initial_state, *_) = Shapes(), inputs
     shapes.check("q", q, "BTHK")
-    shapes.check("k", k, "BTHK", dtype=q.dtype)
-    shapes.check("v", v, "BTHV", dtype=q.dtype)
+    shapes.check("k", k, "BTGK", dtype=q.dtype)
+    if q.shape[2] % max(1, k.shape[2]):
+        raise ValueError(f"q: got {q.shape[2]} heads, expected a multiple of the {k.shape[2]} heads of k")
+    shapes.check("v", v, "BTGV", dtype=q.dtype)
     if log_decay is not None:
-        shapes.check("log_decay", log_decay, "H", "BTH", "BTHK")
+        shapes.check("log_decay", log_decay, "G", "BTG", "BTGK")
         if can_read_values(log_decay) and log_decay.numel() and (largest := log_decay.amax().item()) > 0:
             raise ValueError(f"log_decay: got {largest:.6g}, expected at most 0, the log of a decay in [0, 1]")
     if beta is not None:
-        shapes.check("beta", beta, "BTH")
+        shapes.check("beta", beta, "BTG")
     if chunk_size is not None:
         if type(chunk_size) is not int:
             raise TypeError(f"chunk_size: got {type(chunk_size).__name__}, expected an int or None")
@@ -126,7 +144,7 @@ def check_recurrence(
         raise ValueError('cu_seqlens: got boundaries with form="step", expected None; documents need form="chunk"')
     shapes.sizes["N"] = check_cu_seqlens(q, cu_seqlens)
     if initial_state is not None:
-        shapes.check("initial_state", initial_state, "NHKV", dtype=compute_dtype(q))
+        shapes.check("initial_state", initial_state, "NGKV", dtype=compute_dtype(q))
     return shapes
 
 

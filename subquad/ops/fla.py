@@ -2,7 +2,8 @@
 
 They are used for CUDA tensors if the package is installed. The argument `backend="torch"` or `"fla"`, or else the
 environment variable `SUBQUAD_BACKEND`, overrides that. What `fla` does not support is computed by PyTorch, with one log
-line for each reason. Layouts and states are the same: [B, T, H, K], [N, H, K, V], one state for each document.
+line for each reason. Layouts and states are the same: [B, T, H, K], [N, H, K, V], one state for each document. Several
+query heads of one state get a copy of it each in the chunk kernels, and are not supported by those for single tokens.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def unsupported_reason(op: str, q: Tensor, v: Tensor, beta: Tensor | None, gradi
         return "fla does not support empty sequences"
     if op == "chunk" and not all(MIN_HEAD_SIZE <= x.shape[-1] <= MAX_HEAD_SIZE for x in (q, v)):
         return f"fla's chunk kernels support heads of {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE}"
+    if op == "step" and q.shape[2] != v.shape[2]:
+        return "fla's token-by-token kernels have one query head for each state"
     if op == "step" and beta is not None and gradients:
         return "fla's token-by-token delta-rule kernels have no backward pass"
     return None
@@ -87,6 +90,7 @@ def run(
 
 
 def run_kernel(op: str, inputs: Inputs, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    queries, inputs = inputs.queries, inputs.expand()
     q, k, v, log_decay, beta, initial_state, *_ = inputs
     decays = log_decay is not None or beta is not None
     if op == "chunk" and decays and any_requires_grad(*inputs) and refuses_scalar_decay():
@@ -105,7 +109,7 @@ def run_kernel(op: str, inputs: Inputs, scale: float, cu_seqlens: Tensor | None)
     prefix = "chunk" if op == "chunk" else "fused_recurrent"
     kernel = getattr(importlib.import_module(f"fla.ops.{family}"), f"{prefix}_{family}")
     o, state = kernel(q.contiguous(), k.contiguous(), v.contiguous(), **arguments)
-    return o.to(q.dtype), state
+    return o.to(q.dtype), state if queries == 1 else state[:, ::queries].contiguous()
 
 
 def _per_channel(log_decay: Tensor | None, k: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def matrix(
     Raises:
         TypeError, ValueError: as `step`; `rows` with a step.
     """
-    checks.check_recurrence(checks.Inputs(q, k, k, log_decay, beta))
+    inputs = checks.Inputs(q, k, k, log_decay, beta)
+    checks.check_recurrence(inputs)
+    q, k, _, log_decay, beta, *_ = inputs.expand()
     B, T, H, K = q.shape
     first, end = checks.check_rows(rows, T)
     dtype, dtype_out, scale = checks.compute_dtype(q), q.dtype, K**-0.5 if scale is None else scale
@@ -62,6 +64,7 @@ def matrix(
         if b < end:
             tile = tile - solved @ products.off_diagonal(writes[:, :, b:end], b, a, b)
         system = products.diagonal(writes[:, :, a:b], a)  # solve_triangular does not read its diagonal
+        system, tile = system.to(dtype), tile.to(dtype)  # autocast makes products bfloat16, which cannot be solved
         tile = torch.linalg.solve_triangular(system, tile, upper=False, left=False, unitriangular=True)
         solved = torch.cat([tile, solved], -1)
     M = solved * beta[..., :end].unsqueeze(-2)

@@ -45,7 +45,7 @@ def normalized(
 
     Args:
         q, k, v, log_decay, scale: as in `step`; chunk_size, cu_seqlens: as in `chunk`.
-        initial_state: (S [B, H, K, V], z [B, H, K]) in float32 (float64 for float64 inputs); None is zeros.
+        initial_state: (S [B, G, K, V], z [B, G, K]) in float32 (float64 for float64 inputs); None is zeros.
         eps: added to the normalizer.
         form: "chunk" (training, prefill) or "step" (token by token).
 
@@ -57,7 +57,7 @@ def normalized(
     """
     dtype = compute_dtype(q)
     shapes = check_recurrence(Inputs(q, k, v, log_decay), chunk_size, cu_seqlens, form)
-    shapes.check_states(initial_state, dtype, S="NHKV", z="NHK")
+    shapes.check_states(initial_state, dtype, S="NGKV", z="NGK")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     state = None
     if initial_state is not None:
@@ -105,10 +105,9 @@ def mlstm(
     """Runs the mLSTM over a sequence.
 
     Args:
-        q, k: [B, T, H, K]; bfloat16 and float16 are computed in float32.
-        v: [B, T, H, V].
-        input_gate, forget_gate: [B, T, H], before exp and log-sigmoid. An input gate of -inf writes nothing.
-        initial_state: (S [B, H, K, V], n [B, H, K], m [B, H]) in float32 (float64 for float64 inputs).
+        q, k, v: [B, T, H, K], [B, T, G, K], [B, T, G, V], as in `step`.
+        input_gate, forget_gate: [B, T, G], before exp and log-sigmoid. An input gate of -inf writes nothing.
+        initial_state: (S [B, G, K, V], n [B, G, K], m [B, G]) in float32 (float64 for float64 inputs).
         scale: of q; None is K ** -0.5.
         form: "chunk" (training, prefill) or "step" (token by token, the definition).
         chunk_size, cu_seqlens: as in `chunk`; with documents the states are [N, ...].
@@ -120,17 +119,17 @@ def mlstm(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; an unknown form.
     """
     shapes = check_recurrence(Inputs(q, k, v), chunk_size, cu_seqlens, form)
-    shapes.check("input_gate", input_gate, "BTH")
-    shapes.check("forget_gate", forget_gate, "BTH")
+    shapes.check("input_gate", input_gate, "BTG")
+    shapes.check("forget_gate", forget_gate, "BTG")
     dtype = compute_dtype(q)
-    shapes.check_states(initial_state, dtype, S="NHKV", n="NHK", m="NH")
-    N, H, K, V = (shapes.sizes[letter] for letter in "NHKV")
+    shapes.check_states(initial_state, dtype, S="NGKV", n="NGK", m="NG")
+    N, G, K, V = (shapes.sizes[letter] for letter in "NGKV")
     scale = K**-0.5 if scale is None else scale
     # Gates are computed in float64 in both forms: m grows to hundreds, and differences of it are exponentiated.
     i, f = input_gate.to(torch.float64), F.logsigmoid(forget_gate.to(torch.float64))
     if initial_state is None:
-        zeros = q.new_zeros(N, H, K, V + 1, dtype=dtype)
-        initial_state = zeros[..., :-1], zeros[..., -1], zeros.new_full((N, H), INITIAL_STABILIZER)
+        zeros = q.new_zeros(N, G, K, V + 1, dtype=dtype)
+        initial_state = zeros[..., :-1], zeros[..., -1], zeros.new_full((N, G), INITIAL_STABILIZER)
     S, n, m = initial_state
     m = m.detach()
     if form == "step":
@@ -148,7 +147,8 @@ def mlstm(
 
 def _mlstm_step(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState) -> tuple[Tensor, MLSTMState]:
     S, n, m = state
-    outputs = []
+    queries = Inputs(q, k, v).queries
+    q, outputs = q.unflatten(2, (k.shape[2], queries)), []
     for t in range(q.shape[1]):
         next_m = torch.maximum(f[:, t].detach() + m, i[:, t].detach()).clamp_min(INITIAL_STABILIZER).to(m.dtype)
         forget = (f[:, t] - (next_m.double() - m)).to(S.dtype).exp().unsqueeze(-1)
@@ -156,9 +156,10 @@ def _mlstm_step(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: ML
         m = next_m
         S = forget.unsqueeze(-1) * S + write.unsqueeze(-1) * v[:, t].unsqueeze(-2)
         n = forget * n + write
-        denominator = (q[:, t] * n).sum(-1, keepdim=True).abs().maximum((-m).exp().unsqueeze(-1))
-        outputs.append((q[:, t].unsqueeze(-2) @ S).squeeze(-2) / denominator)
-    return torch.stack(outputs, 1) if outputs else v, (S, n, m)
+        size = (q[:, t] * n.unsqueeze(-2)).sum(-1, keepdim=True).abs()
+        outputs.append((q[:, t] @ S) / size.maximum((-m).exp()[..., None, None]))
+    o = torch.stack(outputs, 1).flatten(2, 3) if outputs else v.repeat_interleave(queries, 2)
+    return o, (S, n, m)
 
 
 def mlstm_matrix(
@@ -174,8 +175,10 @@ def mlstm_matrix(
     rows: compute only these rows of M, [B, H, len(rows), T]; a slice without a step.
     """
     shapes = check_recurrence(Inputs(q, k, k))
-    shapes.check("input_gate", input_gate, "BTH")
-    shapes.check("forget_gate", forget_gate, "BTH")
+    shapes.check("input_gate", input_gate, "BTG")
+    shapes.check("forget_gate", forget_gate, "BTG")
+    queries = Inputs(q, k, k).queries
+    k, input_gate, forget_gate = (x.repeat_interleave(queries, 2) for x in (k, input_gate, forget_gate))
     first, end = check_rows(rows, q.shape[1])
     dtype, dtype_out, scale = compute_dtype(q), q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
     q, k = (q[:, first:end].to(dtype) * scale).transpose(1, 2), k.to(dtype).transpose(1, 2)

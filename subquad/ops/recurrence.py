@@ -1,12 +1,12 @@
 """The recurrence in two forms: `step`, token by token, defines all others and decodes; `chunk`, parallel within chunks
 with a scan over states between them, is linear in T and computes training and prefill.
 
-Per head, with a state S of shape [K, V] and the log decay g_t <= 0:
+Per state S, of shape [K, V], with the log decay g_t <= 0:
 
     S~_t = Diag(exp(g_t)) S_{t-1}
     S_t  = S~_t + k_t v_t^T                              additive, or with beta
     S_t  = S~_t + beta_t k_t (v_t - S~_t^T k_t)^T        the delta rule
-    o_t  = scale S_t^T q_t
+    o_t  = scale S_t^T q_t                               for each query head that reads S
 
 In float64 `step` is the reference of all tests. `engine.autograd` has the equations of `chunk` and its backward pass,
 `engine.segments` the order of computation.
@@ -35,17 +35,18 @@ def step(
     """Runs the recurrence token by token. Time and memory of a token do not depend on the number of tokens before it.
 
     Args:
-        q, k: [B, T, H, K]; bfloat16 and float16 are computed in float32.
-        v: [B, T, H, V].
-        log_decay: [H] (fixed), [B, T, H] (scalar) or [B, T, H, K] (per channel), at most 0; None is no decay.
-        beta: [B, T, H], the step size of the delta rule; None is the additive update.
-        initial_state: [B, H, K, V] in float32 (float64 for float64 inputs); None is zeros.
+        q: [B, T, H, K]; bfloat16 and float16 are computed in float32.
+        k: [B, T, G, K], for G states; H is a multiple of G, and query head h reads state h // (H / G).
+        v: [B, T, G, V].
+        log_decay: [G] (fixed), [B, T, G] (scalar) or [B, T, G, K] (per channel), at most 0; None is no decay.
+        beta: [B, T, G], the step size of the delta rule; None is the additive update.
+        initial_state: [B, G, K, V] in float32 (float64 for float64 inputs); None is zeros.
         scale: of the output; None is K ** -0.5.
         backend: "torch", "fla", or None to choose by device, see `fla`.
         inplace: write the final state into `initial_state`; only without gradients.
 
     Returns:
-        o [B, T, H, V] in the dtype of q, and the final state [B, H, K, V].
+        o [B, T, H, V] in the dtype of q, and the final state [B, G, K, V].
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; a positive log decay.
@@ -57,14 +58,14 @@ def step(
         raise ValueError("inplace: got True without initial_state, expected a state to write into")
     if inplace and differentiable:
         raise ValueError("inplace: got tensors that require gradients, expected torch.no_grad() or detached ones")
-    B, T, H, K = q.shape
+    B, T, _, K = q.shape
     scale = K**-0.5 if scale is None else scale
     if initial_state is None:
-        S = q.new_zeros(B, H, K, v.shape[-1], dtype=checks.compute_dtype(q))
+        S = q.new_zeros(B, v.shape[2], K, v.shape[-1], dtype=checks.compute_dtype(q))
     else:
         S = initial_state
     if T == 0:
-        return v.clone(), S
+        return v.repeat_interleave(inputs.queries, 2), S
     if (results := fla.run(backend, "step", inputs, scale)) is not None:
         o, state = results
         return (o, initial_state.copy_(state)) if inplace and initial_state is not None else results
@@ -76,12 +77,12 @@ def step(
 def _token_by_token(inputs: checks.Inputs, S: Tensor, scale: float, differentiable: bool) -> tuple[Tensor, Tensor]:
     """`step` from the state `S`, which is written into unless the computation is differentiable."""
     q, k, v, log_decay, beta = inputs[:5]
-    B, T, H, _ = q.shape
+    B, T, G, K = k.shape
     dtype, none = checks.compute_dtype(q), [None] * T
-    queries, keys = (q.to(dtype) * scale).unsqueeze(-2).unbind(1), k.to(dtype).unsqueeze(-1).unbind(1)
-    values = v.to(dtype).unsqueeze(-2).unbind(1)
-    if log_decay is not None:  # as [B, T, H, 1] or [B, T, H, K]
-        log_decay = log_decay.to(dtype).expand(B, T, H) if log_decay.dim() == 1 else log_decay.to(dtype)
+    queries = (q.to(dtype) * scale).view(B, T, G, -1, K).unbind(1)
+    keys, values = k.to(dtype).unsqueeze(-1).unbind(1), v.to(dtype).unsqueeze(-2).unbind(1)
+    if log_decay is not None:  # as [B, T, G, 1] or [B, T, G, K]
+        log_decay = log_decay.to(dtype).expand(B, T, G) if log_decay.dim() == 1 else log_decay.to(dtype)
         log_decay = log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1)
     decays = none if log_decay is None else log_decay.exp().unsqueeze(-1).unbind(1)
     betas = none if beta is None else beta.to(dtype)[..., None, None].unbind(1)
@@ -96,9 +97,9 @@ def _token_by_token(inputs: checks.Inputs, S: Tensor, scale: float, differentiab
             value = value if strength is None else (value - key.mT @ S).mul_(strength)
             S.addcmul_(key, value)
         outputs.append(query @ S)
-    # [B, H, 1, V] each; transposing one token to [B, 1, H, V] takes no copy.
-    o = torch.cat(outputs, 2).transpose(1, 2) if T > 1 else outputs[0].transpose(1, 2)
-    return o.to(q.dtype), S
+    # [B, G, H / G, V] each; one token takes no copy.
+    o = torch.stack(outputs, 1) if T > 1 else outputs[0]
+    return o.view(B, T, -1, v.shape[-1]).to(q.dtype), S
 
 
 def chunk(
@@ -122,7 +123,7 @@ def chunk(
         backend: "torch", "fla", or None to choose by device, see `fla`.
 
     Returns:
-        o [B, T, H, V] in the dtype of q, and the final state [B, H, K, V] ([N, H, K, V] with `cu_seqlens`).
+        o [B, T, H, V] in the dtype of q, and the final state [B, G, K, V] ([N, G, K, V] with `cu_seqlens`).
 
     Raises:
         TypeError, ValueError: as `step`; boundaries that do not rise from 0 to T.

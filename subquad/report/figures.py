@@ -42,7 +42,7 @@ DIAGNOSTICS = {
     "half_life": "half-life, tokens",
     "mixer_error": "error of the mixer output",
 }
-MAX_HEAT_MAPS = 12
+MAX_HEAT_MAPS = 18
 """Heat maps in one figure."""
 
 
@@ -236,11 +236,11 @@ def line_figures(
     lines = [(m, points) for m in models if (points := style.points_by(field, select(results, model=m.name)))]
     if not lines:
         return []
-    figure, axes = style.new_figure()
+    figure, axes = style.new_figure(width=4.6)
     extra: list[Line2D] = []
     for model, points in lines:
         if model.mixer is None:
-            dash = ("-", "--", ":")[len(extra[:2])]
+            dash = ("-", "--", ":", "-.")[min(len(extra), 3)]
             look: dict[str, Any] = {"color": style.TEACHER_COLOR, "marker": ".", "linestyle": dash, "zorder": 3}
             extra.append(style.legend_line(model.label, **look))
         else:

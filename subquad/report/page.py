@@ -15,14 +15,15 @@ import jinja2
 import matplotlib
 
 from subquad.analysis.plot_style import RC_PARAMS, save_figure
-from subquad.analysis.plots import matrices_figure
+from subquad.analysis.plots import frontier_figure, matrices_figure
 from subquad.evaluate.results import Result
 from subquad.report import figures
 from subquad.report.diagram import draw_student
 from subquad.report.figures import NamedFigure, PlotModel
-from subquad.report.tables import Table, evaluation_tables, grid_table
+from subquad.report.tables import Table, evaluation_tables, frontier_table, grid_table
 from subquad.report.text import report_notes, summary
 from subquad.study.aggregate import Group, best_group, group_by_seed, group_labels
+from subquad.study.frontier import panels, read_frontier
 from subquad.study.results import evaluation_results, read_study, saved_matrices
 from subquad.study.runs import Run, read_json, unrelated_runs
 from subquad.utils import write_text_atomic
@@ -112,7 +113,9 @@ def report_sections(
         by_mixer.setdefault(group.mixer, []).append(group)
     best = [one for own in by_mixer.values() if (one := best_group(own, "perplexity", lower_is_better=True))]
     labels, names = group_labels(groups), {run.name for run in runs}
-    others = [PlotModel(name, name, None) for name in dict.fromkeys(r.model for r in results) if name not in names]
+    made = {r.model: r.model.removeprefix(f"{r.teacher}, ") for r in results if r.model not in names}
+    others = [PlotModel(name, label, None) for name, label in made.items()]
+    others.sort(key=lambda model: model.name not in {r.teacher for r in results})
     students: dict[str, list[PlotModel]] = {}
     for group in groups:
         for run in group.runs:
@@ -135,6 +138,7 @@ def report_sections(
     sections = [
         Section("All students", overview, [grid_table(groups)], GRID_TEXT),
         Section("Time and memory by context length", costs),
+        frontier_section(directory / "frontier"),
         Section("Long context", figures.length_figures(results, best_models, figures.LONG_CONTEXT)),
         Section("Recall", figures.recall_figures(results, one_seed)),
         Section("Mixing matrices and hidden states", diagnostics),
@@ -143,6 +147,16 @@ def report_sections(
         Section("Evaluation", (), evaluation_tables(results, all_models), EVALUATION_TEXT),
     ]
     return [section for section in sections if section.figures or section.tables]
+
+
+def frontier_section(directory: Path) -> Section:
+    """What `subquad frontier` has measured into `directory`; empty if there is nothing."""
+    title, frontier = "Quality against bytes of cache", read_frontier(directory)
+    if frontier is None:
+        return Section(title, ())
+    caption = f"Quality against the bytes of the cache after {frontier.context:,} tokens. Hollow markers: trained"
+    figure = NamedFigure("frontier", caption, frontier_figure(panels(frontier)))
+    return Section(title, [figure], [frontier_table(frontier)])
 
 
 def student_figures(groups: Sequence[Group]) -> list[NamedFigure]:

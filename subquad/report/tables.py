@@ -12,6 +12,7 @@ from subquad.evaluate.results import Result, select
 from subquad.evaluate.table import column_title, format_result, in_tables
 from subquad.report.figures import PlotModel, file_name
 from subquad.study.aggregate import Group, Mean, group_labels, significant_best
+from subquad.study.frontier import Frontier, show
 
 
 @dataclass(frozen=True)
@@ -163,3 +164,14 @@ def evaluation_tables(results: Sequence[Result], models: Sequence[PlotModel]) ->
                 lines.append({"model": name} | {column_title(*c): cells.get(c, MISSING) for c in columns})
         tables.append(Table(f"evaluation-{file_name(task)}", f"Evaluation on {task}", lines))
     return tables
+
+
+def frontier_table(frontier: Frontier) -> Table:
+    """A line for each model of `subquad frontier`."""
+    numbers = [(row, frontier.numbers(row)) for row in frontier.rows]
+    titles = dict.fromkeys(title for _, found in numbers for title in found)
+    lines = []
+    for row, found in numbers:
+        cells = {title: Cell(show(result), result.value) for title, result in found.items()}
+        lines.append({"model": Cell(row.model)} | {title: cells.get(title, MISSING) for title in titles})
+    return Table("frontier", "All that shrinks the teacher's cache", lines)

@@ -76,7 +76,7 @@ def test_sample_matrices_are_those_of_the_first_head(known_model, rows):
 
 
 LAYER_TYPES = {
-    "mistral": {"default": "gla", "1": "attention"},
+    "mistral": {"default": {"mixer": "gla", "state_heads": "key_value"}, "1": "attention"},
     "qwen3": {"default": "xlstm", "0": {"mixer": "attention", "window": 5, "sinks": 2}},
     "wide-biased-tied": {"default": "gated_deltanet"},
 }

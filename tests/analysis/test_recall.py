@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import subquad
 from subquad.analysis.recall import answer_all, recall_results
-from subquad.analysis.recall_tasks import COPY_TOKENS, TASKS, Item, PromptSource, Question, make_items
+from subquad.data.recall_tasks import COPY_TOKENS, TASKS, Item, PromptSource, Question, make_items
 from subquad.evaluate.results import select
 from subquad.utils import UserError, eval_mode
 from tests.helpers.known_models import Copier

@@ -70,6 +70,8 @@ seed=-1 seed=4294967296
         ),
         ("student.layer_types={default: glaa}", "unknown mixer 'glaa'; did you mean 'gla'?"),
         ("student.layer_types={}", "student.layer_types: got an empty mapping"),
+        ("student={budget_context: 96}", "student.budget_context: got 96 without student.budget"),
+        ("student={budget: 96, mixer: gla}", "student.budget: got 96 and mixer, expected a budget alone"),
         (
             "stages.hidden.lr_scheduler=cosin",
             "lr_scheduler: got 'cosin', expected one of linear, cosine, constant, wsd; did you mean 'cosine'?",
@@ -82,6 +84,18 @@ seed=-1 seed=4294967296
         (
             "student.mixer_kwargs.half_live=3",
             "student.mixer_kwargs.half_live: unknown mixer option 'half_live'; did you mean 'half_life'?",
+        ),
+        (
+            "student={mixer: gla, mixer_kwargs: {window: 0, sinks: 2}}",
+            "student.mixer_kwargs.window: got 0, expected a whole number of tokens, at least 1",
+        ),
+        (
+            "student={mixer: gla, mixer_kwargs: {window: 8, merge: mas}}",
+            "student.mixer_kwargs.merge: got 'mas'; did you mean 'mass'?",
+        ),
+        (
+            "student={mixer: gla, mixer_kwargs: {sinks: 8}}",
+            "student.mixer_kwargs.window: missing; expected a number of tokens for sinks",
         ),
         (
             "student={mixer: softmax, mixer_kwargs: {half_life: 3}}",

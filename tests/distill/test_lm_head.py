@@ -56,7 +56,7 @@ def test_head_of_an_architecture(model_type):
         logits = teacher(tokens).logits.flatten(0, 1)
         teacher_hidden = teacher.base_model(tokens).last_hidden_state.flatten(0, 1)
     expected = distillation_loss(student(tokens).logits.flatten(0, 1), logits, labels, None, None, stage)
-    hidden = student.last_hidden_state(tokens).flatten(0, 1)
+    hidden = student.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
     found = distillation_loss(hidden, teacher_hidden, labels, heads[1], heads[0], stage, chunk=10)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(x[0], learning, allow_unused=True) for x in (found, expected)]

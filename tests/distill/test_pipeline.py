@@ -76,6 +76,15 @@ def test_finished_run_is_not_repeated(uninterrupted, recipe_path, monkeypatch):
     assert distill(load_recipe(recipe_path), output) == result
 
 
+def test_recipe_keeps_groups_whole(recipe_path, tmp_path):
+    changes = ["student={layer_types: {default: {mixer: attention, window: 8}}, keep_groups: 1, keep_by: kl}"]
+    stages = ["stages.matrix=null", "stages.end_to_end=null", "stages.hidden.tokens=64"]
+    result = distill(load_recipe(recipe_path, [*changes, *stages]), tmp_path / "s")
+    assert result["mixer"] == "hybrid-keep-1"
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "s")
+    assert sorted(str(window) for layer in student.mixer_layers for window in layer.windows) == ["8", "8", "8", "None"]
+
+
 def test_attention_is_discovered_once(recipe_path, tmp_path, monkeypatch):
     calls = []
 

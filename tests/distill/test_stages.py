@@ -9,12 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import subquad
 from subquad import mixers
-from subquad.config import EndToEndStage, HiddenStage, MatrixStage
+from subquad.config import EndToEndStage, HiddenStage, Lora, MatrixStage
 from subquad.distill import matrix_mixing
 from subquad.distill.end_to_end import EndToEndDistillation
 from subquad.distill.hidden_alignment import HiddenAlignment
 from subquad.distill.layerwise import LayerwiseDistillation
 from subquad.distill.matrix_mixing import MatrixMixing, document_slices, matrix_distance
+from subquad.distill.param_groups import add_lora, parameter_roles
 from subquad.distill.pipeline import respects_document_boundaries
 from subquad.distill.recipe_stages import STAGE_NAMES
 
@@ -47,12 +48,31 @@ def copied_weights(model):
     return [p.clone() for p in model.state_dict().values()]
 
 
+NEAR_FAR = [
+    ("gla", {"window": 5, "sinks": 2}),
+    ("gated_deltanet", {"window": [3, 9], "merge": "add", "state_heads": "key_value"}),
+    ("mamba2", {"window": 6, "merge": "denominator", "qk_activation": "hedgehog", "output_norm": False}),
+    ("xlstm", {"window": 4, "memory": "all"}),
+]
+ROLES = {
+    ".attention.": "attention_projections",
+    ".mixer.": "mixer",
+    ".merge.": "mixer",
+    "embed_tokens": "embeddings",
+    "lm_head": "head",
+}
+each_student = pytest.mark.parametrize(
+    ("mixer", "options"), [*((name, {}) for name in mixers.names()), *NEAR_FAR], ids=str
+)
+
+
 @pytest.mark.parametrize("stage", STAGE_NAMES)
-@pytest.mark.parametrize("mixer", mixers.names())
-def test_stage_lowers_its_loss_and_trains_its_parameters_only(mixer, stage, teacher):
+@each_student
+def test_stage_lowers_its_loss_and_trains_its_parameters_only(mixer, options, stage, teacher):
     torch.manual_seed(1)
     ids = torch.randint(0, 64, (2, 24))
-    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=ids).requires_grad_(True)
+    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=ids, **options)
+    student.requires_grad_(True)
     objective = make_objective(stage, teacher, ids)
     before, teacher_before = copied_weights(student), copied_weights(teacher)
     trained = objective.trained_parameters(student)
@@ -74,18 +94,19 @@ def test_stage_lowers_its_loss_and_trains_its_parameters_only(mixer, stage, teac
         name for (name, new), old in zip(student.state_dict().items(), before, strict=True) if not torch.equal(new, old)
     }
     outside = {name for name in changed if ".self_attn." not in name}
+    assert changed.issuperset(name for name in student.state_dict() if name.endswith(("q_map", "k_map")))
     assert changed
     assert bool(outside) == (stage == "end_to_end")
     if stage == "matrix":
         assert not any(part in name for name in changed for part in ("v_proj", "o_proj", "o_norm", "g_proj"))
 
 
-@pytest.mark.parametrize("mixer", mixers.names())
-def test_stage_2_has_gradients_for_every_parameter_of_a_mixer(mixer, teacher):
+@each_student
+def test_stage_2_has_gradients_for_every_parameter_of_a_mixer(mixer, options, teacher):
     """Weights are perturbed first, since gates that are zero at initialization block gradients."""
     torch.manual_seed(2)
     ids = torch.randint(0, 64, (2, 24))
-    student = subquad.linearize(teacher, mixer, scale_ids=ids).requires_grad_(True)
+    student = subquad.linearize(teacher, mixer, scale_ids=ids, **options).requires_grad_(True)
     objective = HiddenAlignment(teacher, HiddenStage(tokens=1, lr=1.0), ids)
     with torch.no_grad():
         for parameter in objective.trained_parameters(student):
@@ -93,6 +114,21 @@ def test_stage_2_has_gradients_for_every_parameter_of_a_mixer(mixer, teacher):
     student(objective=objective, **objective.forward_kwargs({"input_ids": ids})).loss.backward()
     layers = student.mixer_layers
     assert not [n for layer in layers for n, p in layer.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_roles_and_low_rank_updates_of_attention_beside_a_memory(teacher):
+    ids = torch.randint(0, 64, (2, 24))
+    student = subquad.linearize(teacher, "gla", window=4, qk_activation="hedgehog", scale_ids=ids)
+    roles = parameter_roles(student)
+    for name, parameter in student.named_parameters():
+        expected = [role for part, role in ROLES.items() if part in name] or ["backbone"]
+        assert [roles[id(parameter)]] == expected, name
+    before = student(ids).logits
+    lora = add_lora(student, Lora(rank=2, alpha=4), 0)
+    updated = {name.split(".lora_")[0] for name, _ in student.named_parameters() if ".lora_" in name}
+    assert {name.split(".")[-1] for name in updated} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    lora.merge_and_unload()
+    torch.testing.assert_close(student(ids).logits, before)
 
 
 def test_layerwise_losses_of_a_softmax_copy_are_zero(teacher):
@@ -115,10 +151,12 @@ def test_loss_of_stage_2_is_one_for_outputs_of_zero(teacher):
     torch.testing.assert_close(out.layer_losses, torch.ones(2))
 
 
-@pytest.mark.parametrize("mixer", mixers.names())
-def test_row_chunk_size_of_stage_1_has_no_effect(mixer, teacher):
+@each_student
+def test_row_chunk_size_of_stage_1_has_no_effect(mixer, options, teacher):
     ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(3))
-    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=ids).requires_grad_(True)
+    options = {} if mixer == "softmax" else {"state_heads": "key_value", **options}
+    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=ids, **options)
+    student.requires_grad_(True)
     results = []
     for row_chunk_size in (1024, 7):
         objective = MatrixMixing(teacher, MatrixStage(tokens=1, lr=1.0, row_chunk_size=row_chunk_size))
@@ -133,12 +171,14 @@ def test_row_chunk_size_of_stage_1_has_no_effect(mixer, teacher):
 
 
 @pytest.mark.parametrize("stage", STAGE_NAMES)
-@pytest.mark.parametrize("mixer", ["gla", "gated_deltanet", "xlstm", "softmax"])
-def test_loss_of_packed_documents_matches_separate_rows(mixer, stage, teacher):
+@pytest.mark.parametrize(
+    ("mixer", "options"), [*((m, {}) for m in ("gla", "gated_deltanet", "xlstm", "softmax")), *NEAR_FAR], ids=str
+)
+def test_loss_of_packed_documents_matches_separate_rows(mixer, options, stage, teacher):
     """Two documents in a row, separated by their positions: the loss is the mean over the tokens of both."""
     a, b = torch.randint(3, 64, (1, 9)), torch.randint(3, 64, (1, 15))
     calibration = torch.randint(3, 64, (2, 12))
-    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=calibration)
+    student = subquad.linearize(teacher, mixer, copy_qkv=mixer != "softmax", scale_ids=calibration, **options)
     objective = make_objective(stage, teacher, calibration)
 
     def loss_and_count(ids, lengths):

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 import subquad
 from subquad.config import HiddenStage, load_recipe
-from subquad.distill import trainer
+from subquad.distill import trainer, untied_head
 from subquad.distill.end_to_end import EndToEndDistillation
 from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
+from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
-from tests.helpers.recipes import tiny_recipe
+from tests.helpers.recipes import save_tiny_teacher, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 SIZES = {"tokens": 512, "lr": 1e-3, "batch_size": 4}
@@ -120,6 +121,60 @@ def test_param_groups_freeze_parts_and_set_their_lr(recipe_path, tmp_path, fresh
         train(recipe_path, tmp_path / "nothing", *only("hidden", *everything))
 
 
+@pytest.fixture(scope="module")
+def tied_teacher(tmp_path_factory):
+    return save_tiny_teacher(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("frozen", ["head", "embeddings"])
+def test_head_is_untied_for_a_stage(frozen, tied_teacher, recipe_path, tmp_path):
+    """With a frozen head only the rows of tokens in the text change, with frozen embeddings none. Then it is tied."""
+    groups = {"head": {"frozen": frozen == "head"}, "embeddings": {"frozen": frozen == "embeddings"}}
+    options = ["untie_head=true", f"param_groups={json.dumps(groups)}"]
+    trained = train(recipe_path, tmp_path / "out", f"teacher={tied_teacher}", *only("end_to_end", *options))
+    assert "base.lm_head.weight" not in trained
+    initial = load_file(tied_teacher / "model.safetensors")["model.embed_tokens.weight"]
+    rows = (trained["base.model.embed_tokens.weight"] != initial).any(1)
+    assert not rows.any() if frozen == "embeddings" else 0 < rows.sum() < len(rows) / 2
+    student = SubquadForCausalLM.from_pretrained(tmp_path / "out")
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+
+
+def test_untied_head_is_trained_and_resumed(tied_teacher, recipe_path, tmp_path, monkeypatch):
+    ends, tie = [], untied_head.UntiedHead.tie
+
+    def record(self):
+        ends.append([module.weight.detach().clone() for module in (self.embeddings, self.head)])
+        tie(self)
+
+    monkeypatch.setattr(untied_head.UntiedHead, "tie", record)
+    overrides = [f"teacher={tied_teacher}", *only("end_to_end", "untie_head=true")]
+    whole = train(recipe_path, tmp_path / "whole", *overrides)
+    end_of_step = trainer.MetricsCallback.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        end_of_step(self, args, state, control, **kwargs)
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.MetricsCallback, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe_path, tmp_path / "cut", *overrides)
+    assert not changed(whole, train(recipe_path, tmp_path / "cut", *overrides))
+    (embeddings, head), again = ends
+    assert (embeddings != head).any(1).all()
+    assert torch.equal(embeddings, whole["base.model.embed_tokens.weight"])
+    assert torch.equal(embeddings, again[0])
+    assert torch.equal(head, again[1])
+    assert changed(whole, train(recipe_path, tmp_path / "tied", *overrides[:1], *only("end_to_end")))
+
+
+def test_untie_head_has_no_effect_where_the_head_is_not_tied(recipe_path, tmp_path):
+    plain = train(recipe_path, tmp_path / "plain", *only("end_to_end"))
+    assert not changed(plain, train(recipe_path, tmp_path / "untied", *only("end_to_end", "untie_head=true")))
+
+
 def test_lora_is_merged(recipe_path, tmp_path, fresh):
     trained = train(recipe_path, tmp_path / "out", *only("hidden", "lora={rank: 2, alpha: 4}"))
     assert trained.keys() <= fresh.keys()
@@ -161,6 +216,9 @@ def test_best_model_is_loaded_at_the_end(recipe_path, tmp_path):
     assert min(losses, key=losses.get) != 4
     assert changed(best, last)
     assert (tmp_path / "best" / "loss.svg").read_text().startswith("<?xml")
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "Training tokens by stage: hidden " in card
+    assert "Nothing is trained" not in card
 
 
 @pytest.mark.parametrize("stage", STAGE_NAMES)
@@ -259,6 +317,15 @@ def test_wsd_learning_rates(recipe_path, tmp_path):
     assert len(rates) == 8
     assert rates[0] < rates[2] == rates[3] == rates[4] == 1e-3
     assert rates[-1] < 1e-3
+
+
+def test_budgeted_student_is_trained(recipe_path, tmp_path):
+    result = distill(load_recipe(recipe_path, ["student={budget: 8}"]), tmp_path / "out")
+    student = subquad.load_teacher(tmp_path / "out")[0]
+    windows = [window for layer in student.mixer_layers for window in layer.windows]
+    assert sum(window + 3 for window in windows) <= 12 * len(windows)
+    assert len(set(windows)) > 1
+    assert result["mixer"] == "budget-8"
 
 
 def test_hybrid_of_layer_types_is_trained(recipe_path, tmp_path):

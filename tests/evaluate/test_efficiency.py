@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import subquad
+from subquad.evaluate.baselines import int8_teacher, windowed_teacher
 from subquad.evaluate.efficiency import efficiency_results, peak_memory, prefill, timed
 from subquad.evaluate.results import select
-from subquad.evaluate.runner import int8_teacher, windowed_teacher
 from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
 from tests.helpers.results import select_one
 
@@ -64,11 +64,12 @@ def test_prefill_returns_the_last_logits(make_teacher):
 def test_windowed_teacher_equals_teacher_within_the_window(make_teacher):
     teacher = make_teacher()
     ids = torch.randint(3, 61, (2, 24))
-    windowed = windowed_teacher(teacher, window=8, sinks=2)
+    windowed = windowed_teacher(teacher, window=8)
     with torch.no_grad():
         full, limited = teacher(ids).logits, windowed(ids).logits
-    assert torch.allclose(full[:, :8], limited[:, :8], atol=1e-5)
+    assert torch.allclose(full[:, :12], limited[:, :12], atol=1e-5)
     assert not torch.allclose(full[:, 16:], limited[:, 16:], atol=1e-2)
+    assert {id(p) for p in windowed.parameters()} == {id(p) for p in teacher.parameters()}
 
 
 @pytest.mark.parametrize("name", ["plain", "wide-biased-tied"])

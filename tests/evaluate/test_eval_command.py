@@ -14,15 +14,19 @@ import subquad
 from subquad import cli
 from subquad.analysis.mixing_matrices import unpack_pairs
 from subquad.evaluate import command, runner, suites
+from subquad.evaluate.baselines import int8_teacher
 from subquad.evaluate.perplexity import token_sums
 from subquad.evaluate.results import Result, select
-from subquad.evaluate.runner import EvalModel, Evaluation, evaluate, int8_teacher, load_eval_model
+from subquad.evaluate.runner import EvalModel, Evaluation, evaluate, load_eval_model
 from subquad.evaluate.suites import QUICK, STANDARD_SUITES, Settings, settings_for
 from subquad.evaluate.table import column_title, format_tables
 from subquad.registry import SUITES
 from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
 from tests.helpers.results import select_one
+
+WINDOW = "teacher, window 4 + 4 sinks"
+"""The uniform window of the students' bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,9 @@ def test_quick_evaluation_writes_results(workspace, tmp_path, capsys):
     header, found = read(tmp_path / "out")
     assert {"versions", "device", "recipe"} <= set(header)
     assert header["jobs"]["complete"]
-    assert {result.model for result in found} == {"student", "teacher"}
+    assert {result.model for result in found} == {"student", "teacher", WINDOW}
+    metrics, of_window = ({(r.task, r.metric) for r in select(found, model=name)} for name in ("student", WINDOW))
+    assert metrics - of_window - {("text.txt", "degradation_length")} == {("cache", "equal_window")}
     of_teacher = select(found, model="teacher")
     assert select_one(of_teacher, metric="kl").value == 0
     assert select_one(of_teacher, metric="top1_agreement").value == 1
@@ -78,13 +84,17 @@ def test_quick_evaluation_writes_results(workspace, tmp_path, capsys):
     assert "student" in shown
 
 
+RECALL_FIGURES = {"student-recall", "teacher-window-4-4-sinks-recall", "teacher-recall"}
 DIAGNOSTIC_FIGURES = {"student-matrices", "student-decays", "cka"}
 
 
 def test_recall_diagnostics_and_figures(workspace, tmp_path, capsys):
     (workspace / "long.txt").write_text((workspace / "text.txt").read_text() * 2)
     expected: set[str] = set()
-    for suite, new in (("recall", {"student-recall", "teacher-recall"}), ("recall,diagnostics", DIAGNOSTIC_FIGURES)):
+    for suite, new in (
+        ("recall", {"student-recall", "teacher-window-4-4-sinks-recall", "teacher-recall"}),
+        ("recall,diagnostics", DIAGNOSTIC_FIGURES),
+    ):
         more = ["--suite", suite, "--output", str(tmp_path / "out"), "--figures"]
         assert cli.main(arguments(workspace, *more, corpus="long.txt", lengths="128")) == 0
         expected |= {f"{name}.{kind}" for name in new for kind in ("svg", "png")}
@@ -97,7 +107,7 @@ def test_recall_diagnostics_and_figures(workspace, tmp_path, capsys):
     assert select_one(of_student, metric="topk_mass_overlap").value < 0.99
     assert select(found, model="student", task="needle_number", metric="acc")
     assert select(found, model="student", task="without_layer", metric="loss", layer=1)
-    assert_documented({result.metric for result in found}, "analysis.md")
+    assert_documented({result.metric for result in found if result.task != runner.CACHE}, "analysis.md")
     pairs = unpack_pairs(json.loads((tmp_path / "out" / "matrices" / "student.json").read_text())["heads"])
     for student, teacher in pairs.values():
         assert not student.equal(teacher)
@@ -303,7 +313,7 @@ def test_several_students_with_one_teacher_and_json_as_the_only_output(workspace
     command, *more = arguments(workspace, "--suite", "language", "--json")
     assert cli.main([command, str(tmp_path / "other"), *more]) == 0
     found = select([Result(**row) for row in json.loads(capsys.readouterr().out)["results"]], metric="perplexity")
-    assert [result.model for result in found] == ["other", "student", "teacher"]
+    assert [result.model for result in found] == ["other", "student", WINDOW, "teacher"]  # of equal bytes
     assert all(result.value > 1 for result in found)
 
 

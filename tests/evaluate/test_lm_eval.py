@@ -202,7 +202,7 @@ FIRST = b'{"context": "a", "continuation": "b"}\n'
         ("odd.jsonl", FIRST + b'{"context": \n', r"odd\.jsonl: line 2 is not a JSON object"),
         ("odd.jsonl", FIRST + b'{"context": "c"}\n', r"odd\.jsonl: item 2 has no continuation"),
         ("odd.jsonl", b"\xff\n", r"odd\.jsonl: cannot be read"),
-        ("cut.jsonl.gz", gzip.compress(FIRST * 1000)[:40], r"cut\.jsonl\.gz: cannot be read"),
+        ("cut.jsonl.gz", gzip.compress(FIRST * 1000, mtime=0)[:40], r"cut\.jsonl\.gz: cannot be read"),
     ],
 )
 def test_errors_name_the_file_and_line(tmp_path, name, content, message):
@@ -251,4 +251,5 @@ def test_scores_equal_the_lm_eval_command_line(tmp_path, tasks, nano):
         loaded = subquad.load_teacher(tmp_path / "model")
         for name, task in tasks.items():
             for result in zero_shot(*loaded, task, batch_size=1).results:  # no padding, as batches differ
-                assert result.value == expected[name][f"{result.metric},none"], (name, result)
+                # another process may sum in another order: a perplexity of 3e6 differed by 7e-7 of itself
+                assert result.value == pytest.approx(expected[name][f"{result.metric},none"], rel=1e-5), (name, result)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import subquad
-from subquad.analysis.recall_tasks import PromptSource, make_items
+from subquad.data.recall_tasks import PromptSource, make_items
 
 pytest.importorskip("lm_eval", reason="RULER is in lm-eval (extra: eval)")
 nltk = pytest.importorskip("nltk", reason="lm-eval's RULER needs nltk")

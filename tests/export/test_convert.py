@@ -190,6 +190,18 @@ REFUSED = {
     ("qwen3_5", "another mixer"): (lambda: made_with("gla"), "layer 0: .*gla"),
     ("qwen3_5", "default options"): (lambda: made_with(), "layer 0: v_activation"),
     ("qwen3_5", "an option"): (lambda: made_with(rotary=True, **OPTIONS), "layer 0: rotary: got True"),
+    ("qwen3_5", "a learned feature map"): (
+        lambda: made_with(**{**OPTIONS, "qk_activation": "hedgehog"}),
+        "layer 0: qk_activation: got 'hedgehog', expected 'silu'",
+    ),
+    ("qwen3_5", "states of key/value heads"): (
+        lambda: made_with(state_heads="key_value", **OPTIONS),
+        "layer 0: state_heads: got 'key_value', expected 'query'",
+    ),
+    ("qwen3_5", "a memory beside a window"): (
+        lambda: made_with(window=5),
+        "layer 0: its mixer remembers what has left",
+    ),
     ("qwen3_5", "gates with biases"): (lambda: made_with(**{**OPTIONS, "biases": True}), "layer 0: biases in .*g_proj"),
     ("qwen3_5", "one bias"): (biased, "layer 2: biases in b_proj"),
     ("qwen3_5", "an epsilon"): (
@@ -219,6 +231,10 @@ REFUSED = {
         "layer 0: norm_eps: got 0.0001",
     ),
     ("bamba", "a window"): (lambda: mamba2_hybrid({"mixer": "attention", "window": 5}), "layer 1: .* window"),
+    ("bamba", "a memory beside a window"): (
+        lambda: made_with("mamba2", window=5),
+        "layer 0: its mixer remembers what has left",
+    ),
     ("bamba", "attention with norms"): (
         lambda: mamba2_hybrid("attention", "qwen3"),
         "layer 1: .* norm of queries and keys",
@@ -260,6 +276,9 @@ def test_older_transformers_without_group_norm_is_refused():
         ({"mixer": "gla", "export_target": "qwen3_5"}, r"gla cannot be exported to Qwen3\.5"),
         ({"mixer": "softmax", "export_target": "qwen3_5"}, "softmax cannot be exported"),
         ({"rotary": True, "export_target": "qwen3_5"}, "layer 0: rotary: got True"),
+        ({"state_dtype": "bfloat16", "export_target": "qwen3_5"}, "layer 0: state_dtype: got 'bfloat16'"),
+        ({"expand_k": 2, "export_target": "qwen3_5"}, "layer 0: expand_k: got 2, expected 1.0"),
+        ({"state_heads": "key_value", "export_target": "qwen3_5"}, "layer 0: state_heads: got 'key_value', .*'query'"),
         (
             {
                 "export_target": "qwen3_5",
@@ -267,6 +286,7 @@ def test_older_transformers_without_group_norm_is_refused():
             },
             "layer 1: .* window",
         ),
+        ({"window": 4, "export_target": "qwen3_5"}, "layer 0: its mixer remembers what has left the window"),
         ({"mixer": "gla", "export_target": "bamba"}, "gla cannot be exported to Bamba"),
         ({"mixer": "mamba2", "rotary": True, "export_target": "bamba"}, "layer 0: rotary: got True"),
     ],

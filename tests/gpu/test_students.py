@@ -15,7 +15,17 @@ from tests.helpers.teachers import tiny_teacher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-HYBRID = {"default": "gla", "1": "attention", "2": {"mixer": "attention", "window": 4}, "3": "xlstm"}
+HYBRID = {
+    "default": {"mixer": "gla", "state_heads": "key_value"},
+    "1": "attention",
+    "2": {"mixer": "attention", "window": 4},
+    "3": "xlstm",
+}
+NEAR_FAR = {
+    "default": {"mixer": "gated_deltanet", "window": [4, 9], "sinks": 2, "state_heads": "key_value"},
+    "1": {"mixer": "gla", "window": 5, "merge": "denominator", "qk_activation": "elu1"},
+    "2": {"mixer": "xlstm", "window": 7, "merge": "add", "memory": "all"},
+}
 TOLERANCE = {"torch": 1e-4, "auto": 4e-2}
 """Of logits, relative to the largest: fla multiplies in TF32. Deltanet amplifies the rounding of gradients."""
 
@@ -24,10 +34,12 @@ def build(name):
     if name == "hybrid":
         teacher = tiny_teacher(num_hidden_layers=4, head_dim=16)
         return subquad.linearize(teacher, layer_types=HYBRID, scale_ids=SCALE_IDS)
+    if name == "near_far":
+        return make_student(tiny_teacher(num_hidden_layers=3, head_dim=16), layer_types=NEAR_FAR)
     return make_student(tiny_teacher(head_dim=16), name)
 
 
-@pytest.fixture(scope="module", params=[*MIXERS, "hybrid"])
+@pytest.fixture(scope="module", params=[*MIXERS, "hybrid", "near_far"])
 def pair(request):
     """A student on the CPU and the same on the device."""
     return build(request.param), build(request.param).cuda()

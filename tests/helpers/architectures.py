@@ -90,12 +90,29 @@ ARCHITECTURES: dict[str, dict] = {  # those that this version of transformers ha
 }
 ARCHITECTURES = {name: sizes for name, sizes in ARCHITECTURES.items() if name in CONFIG_MAPPING}
 HAS_EXPERTS = ("gpt_oss", "qwen2_moe", "mixtral", "phimoe", "flex_olmo")
+COMPUTE_ATTENTION = ("gpt_neo", "falcon")
+"""Their modules do not call an attention implementation of `transformers`' registry."""
 LEARNED_POSITIONS = ("gpt2", "opt", "biogpt", "gpt_bigcode", "gpt_neo")
 LAYER_TYPES = {
     "gated_deltanet": {"default": {"mixer": "gated_deltanet", "short_conv": 4}},
-    "retnet": {"default": "retnet"},
-    "hybrid": {"default": "gla", "1": "attention"},
+    "retnet": {"default": {"mixer": "retnet", "state_heads": "key_value", "qk_activation": "hedgehog"}},
+    "hybrid": {"default": {"mixer": "gla", "state_heads": "key_value"}, "1": "attention"},
+    "local": {"default": {"mixer": "attention", "window": 5, "sinks": 2}},
+    "near_far": {
+        "default": {"mixer": "gated_deltanet", "window": 5, "sinks": 2},
+        "1": {"mixer": "xlstm", "window": 4, "merge": "add", "state_heads": "key_value"},
+    },
 }
+
+
+def students_of(*layer_types: str) -> list[tuple[str, str]]:
+    """Every architecture with each of these layer types that it can have."""
+    return [
+        (model_type, name)
+        for model_type in ARCHITECTURES
+        for name in layer_types
+        if name != "near_far" or model_type not in COMPUTE_ATTENTION
+    ]
 
 
 def build_teacher(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:

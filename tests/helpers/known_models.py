@@ -46,6 +46,55 @@ def previous_and_uniform(vocabulary: int = 40, layers: int = 2) -> LlamaForCausa
     return model
 
 
+INDUCTION_GROUP = 1, 1
+"""Layer and key/value head of `induction_model` that reads from any distance."""
+
+
+def induction_model(vocabulary: int) -> LlamaForCausalLM:
+    """A Llama that predicts what followed the current token before (Olsson et al., arXiv 2209.11895).
+
+    A hidden state is a token's vector of signs, and that of the token before it, which head 0 of layer 0 copies. In
+    layer 1, `INDUCTION_GROUP` looks for tokens after the current one, and adds their vectors. Nothing else has output.
+    """
+    torch.manual_seed(0)
+    d = 64
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=2 * d,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=2 * d,
+        attention_bias=True,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e12},
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    slow = torch.cat([torch.arange(d // 2, d), torch.arange(d // 2, d) + d])  # channels that rotary hardly turns
+    fast = torch.arange(8)
+    eye = torch.eye(d)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+        model.model.embed_tokens.weight[:, :d] = torch.randn(vocabulary, d).sign()
+        first, second = (layer.self_attn for layer in model.model.layers)
+        angles = 1e12 ** (-fast / d)
+        first.q_proj.bias[fast], first.q_proj.bias[fast + d] = 1e3 * angles.cos(), -1e3 * angles.sin()
+        first.k_proj.bias[fast] = 1.0
+        first.v_proj.weight[:d, :d] = eye / 2**0.5  # the norm scales a state with an empty half by the square root of 2
+        first.o_proj.weight[d:, :d] = eye
+        head = INDUCTION_GROUP[1]
+        query, key = 2 * head * 2 * d, head * 2 * d  # of the first of its two query heads
+        second.q_proj.weight[query + slow, :d] = 4 * eye
+        second.k_proj.weight[key + slow, d:] = eye
+        second.v_proj.weight[key : key + d, :d] = eye
+        second.o_proj.weight[:d, query : query + d] = 3 * eye
+    return model
+
+
 def previous_matrix(T: int) -> Tensor:
     """`[T, T]`; the first token attends to itself."""
     M = torch.zeros(T, T)
@@ -109,6 +158,6 @@ def snapshot(model: PreTrainedModel) -> dict:
         "weights": {name: (id(t), t._version) for name, t in model.state_dict(keep_vars=True).items()},
         "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
         "own": {name: sorted(m.__dict__) for name, m in modules.items()},
-        "windows": [getattr(m, "window", None) for m in modules.values()],
+        "windows": [getattr(m, "windows", None) for m in modules.values()],
         "training": {name: m.training for name, m in modules.items()},
     }

@@ -7,35 +7,42 @@ from torch import Tensor
 
 from subquad import mixers
 from subquad.mixers import AttentionSpec, Mixer
-from subquad.mixers.options import OutputGate, QKActivation
+from subquad.mixers.options import OutputGate, QKActivation, StateHeads
 
 SPECS = {
     "plain": AttentionSpec(hidden_size=24, num_heads=3, num_kv_heads=3, head_dim=8, value_dim=8),
-    "biased": AttentionSpec(24, 2, 1, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True),
+    "biased": AttentionSpec(24, 4, 2, head_dim=8, value_dim=6, qkv_bias=True, output_bias=True),
 }
 SHARED_OPTIONS = {
-    "qk_activation": get_args(QKActivation),
+    "qk_activation": [name for name in get_args(QKActivation) if name != "ones"],  # which is for memories
     "short_conv": (0, 2, 4),
     "rotary": (True, False),
     "output_norm": (True, False),
     "output_gate": get_args(OutputGate),
     "half_life": (3.0,),
+    "state_heads": get_args(StateHeads),
 }
 OWN_OPTIONS: dict[str, tuple[dict, ...]] = {
     "linear_attention": (
         {"normalizer": True, "qk_activation": "elu1", "output_norm": False},
-        {"normalizer": True, "qk_activation": "relu", "rotary": True, "short_conv": 4},
+        {"normalizer": True, "qk_activation": "hedgehog", "expand_k": 2, "output_norm": False, "rotary": True},
+        {"normalizer": True, "qk_activation": "relu", "rotary": True, "short_conv": 4, "state_heads": "key_value"},
     ),
-    "mamba2": ({"discretization": "zoh"}, {"discretization": "zoh", "short_conv": 0}),
-    "gla": ({"decay_rank": 3},),
-    "metala": ({"decay_rank": 3},),
+    "mamba2": (
+        {"discretization": "zoh", "state_heads": "key_value"},
+        {"discretization": "zoh"},
+        {"discretization": "zoh", "short_conv": 0},
+    ),
+    "gla": ({"decay_rank": 3}, {"expand_k": 2, "state_heads": "key_value"}),
+    "metala": ({"decay_rank": 3}, {"expand_k": 2.5}),
     "deltanet": ({"beta_init": 0.5},),
     "gated_deltanet": (
         {"beta_init": 0.5},
         {"v_activation": "silu", "biases": False, "norm_eps": 1e-5},
+        {"v_activation": "silu", "biases": False, "state_heads": "key_value"},
         {"v_activation": "silu", "short_conv": 0},
     ),
-    "kda": ({"beta_init": 0.5},),
+    "kda": ({"beta_init": 0.5}, {"qk_activation": "hedgehog", "expand_k": 0.5, "state_heads": "key_value"}),
     "hgrn2": ({"lower_bound": 0.3},),
 }
 

@@ -19,15 +19,18 @@ def rounded(x):
     return x.float().double()
 
 
-def draw(variant, B=1, T=64, H=2, K=16, V=16, state=True, log_decay=None, seed=0):
-    """The arguments of `step` and `chunk` in float64; log decays from EXTREMES, mixed within every head."""
+def draw(variant, B=1, T=64, H=2, K=16, V=16, state=True, log_decay=None, seed=0, queries=1, repeat_keys=False):
+    """The arguments of `step` and `chunk` in float64: H states, each with `queries` query heads; log decays from
+    EXTREMES, mixed within every head. With `repeat_keys` a third of the keys repeat earlier ones."""
     decay, delta = variant
     gen = torch.Generator().manual_seed(1000 * seed + T)
 
     def normal(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=gen)
 
-    q, k, v = normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V)
+    q, k, v = normal(B, T, H * queries, K), normal(B, T, H, K), normal(B, T, H, V)
+    if repeat_keys:
+        k[:, 2::3] = k[:, ::2][:, : len(range(2, T, 3))].clone()
     shape = {"none": None, "fixed": (H,), "scalar": (B, T, H), "channel": (B, T, H, K)}[decay]
     if shape is not None and log_decay is None:
         log_decay = EXTREMES[torch.randint(0, len(EXTREMES), shape, generator=gen)]
@@ -99,12 +102,27 @@ def assert_close(got, expected, tolerance):
     assert not bad, f"above {tolerance:.0e}: {bad}"
 
 
+def ungrouped(op):
+    """`op` with as many states as query heads, those of a group equal, of which it returns the first."""
+
+    def run(**args):
+        queries = args["q"].shape[2] // args["k"].shape[2]
+        for name in args.keys() - {"q"}:
+            if args[name] is not None:
+                axis = 1 if name in ("initial_state", "S", "n", "z", "m") else min(2, args[name].dim() - 1)
+                args[name] = args[name].repeat_interleave(queries, axis)
+        o, *states = flatten(op(**args))
+        return o, tuple(x[:, ::queries] for x in states)
+
+    return run
+
+
 def definition(case, op=ops.step):
-    """`op` in float64. The gradient of a fixed decay is a sum over all tokens that may cancel; its scale is the sum of
-    the absolute values."""
+    """`op` in float64, with a state for each query head. The gradient of a fixed decay is a sum over all tokens that
+    may cancel; its scale is the sum of the absolute values."""
     log_decay = case["log_decay"]
     if log_decay is None or log_decay.dim() > 1:
-        return differentiate(op, case)
-    results = differentiate(op, case | {"log_decay": log_decay.expand(*case["q"].shape[:3])})
+        return differentiate(ungrouped(op), case)
+    results = differentiate(ungrouped(op), case | {"log_decay": log_decay.expand(*case["k"].shape[:3])})
     per_token = results["dlog_decay"]
     return results | {"dlog_decay": per_token.sum((0, 1)), "scale of dlog_decay": per_token.abs().sum((0, 1))}

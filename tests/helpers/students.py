@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import subquad
 from subquad import SubquadForCausalLM, mixers
 from subquad.modeling.layers import MixerLayer
+from subquad.modeling.near_far import NearFarLayer
 
 MIXERS_AND_SOFTMAX = mixers.names()
 MIXERS = list(mixers.MIXERS)
@@ -17,17 +18,18 @@ SCALE_IDS = torch.arange(3, 15)[None]
 """For tests in which the scales do not matter; the default, tokens sampled from the teacher, is slower."""
 
 
-def randomize_gates(student: SubquadForCausalLM, seed: int = 0) -> SubquadForCausalLM:
-    """Adds noise to every parameter of the mixers that is not copied from the teacher: gates, convolutions, norms."""
+def randomize_gates(student: SubquadForCausalLM, seed: int = 0, noise: float = 0.3) -> SubquadForCausalLM:
+    """Adds noise to every parameter of the mixers that is not copied from the teacher: gates, convolutions, norms, and
+    the shares of memories beside attention."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in student.mixer_layers:
-            if not isinstance(layer, MixerLayer):
+            if not isinstance(layer, MixerLayer | NearFarLayer):
                 continue
             copied = {id(p) for p in layer.projection_parameters()}
             for parameter in layer.parameters():
                 if id(parameter) not in copied:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
+                    parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * noise)
     return student
 
 

@@ -126,10 +126,12 @@ def write_study(
 
 
 def write_evaluation(output: Path, runs: list[Run]) -> None:
-    """Writes an evaluation of `runs` and their teacher."""
+    """Writes an evaluation of `runs`, a window and the teacher."""
     results = []
-    for name, kl, is_student in [("nano", 0.0, False)] + [
-        (r.name, BASE_KL[r.recipe.student.mixer], True) for r in runs
+    for name, kl, is_student in [
+        *((r.name, BASE_KL[r.recipe.student.mixer], True) for r in runs),
+        ("nano, window 45 + 4 sinks", 0.15, False),
+        ("nano", 0.0, False),
     ]:
         common = {"model": name, "teacher": "nano", "n": 100}
         for length in (512, 1024, 2048, 4096):

@@ -19,7 +19,11 @@ CASES = [
     ("retnet", {"qk_activation": "none"}),
     ("mamba2", {}),
     ("mamba2", {"discretization": "zoh", "output_gate": "sigmoid"}),
+    ("linear_attention", {"normalizer": True, "qk_activation": "hedgehog", "rotary": True}),
     ("gla", {"qk_activation": "relu"}),
+    ("gla", {"expand_k": 2}),
+    ("metala", {"qk_activation": "hedgehog", "expand_k": 0.5}),
+    ("gated_deltanet", {"qk_activation": "hedgehog"}),
     ("metala", {"short_conv": 4}),
     ("deltanet", {}),
     ("gated_deltanet", {"rotary": True}),
@@ -27,6 +31,7 @@ CASES = [
     ("xlstm", {}),
     ("xlstm", {"output_gate": "none", "output_norm": False}),
 ]
+CASES += [(name, {**options, "state_heads": "key_value"}) for name, options in CASES]
 
 
 def rotated(x, cos, sin):
@@ -37,7 +42,8 @@ def rotated(x, cos, sin):
 
 
 def gate_values(mixer, x, H):
-    """Decay, beta and input gate of each token, `[T, H, 1 or K]`, as the papers define them."""
+    """Decay, beta and input gate of each token, `[T, H, 1 or K]`, as the papers define them; H is the number of
+    states."""
     name, params = mixer.name, dict(mixer.named_parameters())
     linear = lambda part: F.linear(x, params[f"{part}.weight"], params.get(f"{part}.bias"))  # noqa: E731
     one = torch.ones(x.shape[0], H, 1, dtype=x.dtype)
@@ -64,27 +70,41 @@ def gate_values(mixer, x, H):
 def reference_output(mixer, x, cos, sin):
     """The mixer's output for x `[T, hidden]` in float64, by the equations."""
     spec, options, params = mixer.spec, mixer.options, dict(mixer.named_parameters())
-    T, H, K = x.shape[0], spec.num_heads, spec.head_dim
+    T, H = x.shape[0], spec.num_heads
+    G = spec.num_kv_heads if options.state_heads == "key_value" else H
 
     def projected(part):
         y = F.linear(x, params[f"{part}_proj.weight"], params.get(f"{part}_proj.bias"))
         if f"{part}_conv" in params:
             kernel, W = params[f"{part}_conv"], options.short_conv
             y = torch.stack([sum(kernel[:, W - 1 - d] * y[t - d] for d in range(min(W, t + 1))) for t in range(T)])
-        return y.unflatten(-1, (H, -1))
+        return y.unflatten(-1, (H if part == "q" else G, -1))
 
-    def feature_map(y):
-        y = rotated(y, cos, sin) if options.rotary else y
+    def for_queries(y):
+        """State g of G is read by query heads g H / G to (g + 1) H / G - 1."""
+        return None if y is None else y[:, [h * G // H for h in range(H)]]
+
+    def feature_map(part):
+        y = rotated(projected(part), cos, sin) if options.rotary else projected(part)
+        if f"{part}_map" in params:
+            maps = params[f"{part}_map"]
+            y = torch.stack([y[:, head] @ maps[head].T for head in range(len(maps))], 1)
+        if options.qk_activation == "hedgehog":
+            features = [(sign * y).exp() for sign in (1, -1)]
+            y = torch.cat([f / f.sum(-1, keepdim=True) for f in features], -1)
         y = {"silu": lambda z: z / (1 + torch.exp(-z)), "elu1": lambda z: torch.where(z > 0, z + 1, z.exp())}.get(
             options.qk_activation, lambda z: z.clamp_min(0) if options.qk_activation == "relu" else z
         )(y)
         return y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() if "deltanet" in mixer.name else y
 
-    decay, beta, input_gate = gate_values(mixer, x, H)
-    q, v = feature_map(projected("q")) / math.sqrt(K), projected("v")
+    decay, beta, input_gate = gate_values(mixer, x, G)
+    q, v = feature_map("q"), projected("v")
+    K = q.shape[-1]
+    q = q / math.sqrt(K)
     if getattr(options, "v_activation", "none") == "silu":
         v = v / (1 + torch.exp(-v))
-    k = 1 - decay.expand(T, H, K) if mixer.name == "metala" else feature_map(projected("k"))
+    k = 1 - decay.expand(T, G, K) if mixer.name == "metala" else feature_map("k")
+    k, v, decay, beta, input_gate = map(for_queries, (k, v, decay, beta, input_gate))
     outputs = []
     S, n = torch.zeros(H, K, v.shape[-1], dtype=x.dtype), torch.zeros(H, K, dtype=x.dtype)
     for t in range(T):
@@ -130,6 +150,21 @@ def test_mixer_matches_its_equations(name, options):
     assert error(found[0], expected) < (1e-6 if name == "retnet" else 1e-9)
 
 
+@pytest.mark.parametrize("name", mixers.MIXERS)
+def test_both_choices_are_equal_where_each_query_head_has_its_own_keys(name):
+    x, positions = draw(2, 9, 24), rotary(torch.arange(9)[None])
+    own, shared = (build(name, "plain", short_conv=4, state_heads=heads) for heads in ("query", "key_value"))
+    shared.load_state_dict(own.state_dict())
+    assert torch.equal(own(x, positions)[0], shared(x, positions)[0])
+
+
+@pytest.mark.parametrize("name", mixers.MIXERS)
+def test_states_of_key_value_heads_have_their_share_of_the_bytes(name):
+    x = draw(2, 3, 24)
+    own, shared = (build(name, "biased", short_conv=0, state_heads=h)(x)[1] for h in ("query", "key_value"))
+    assert all(len(a[0]) == 2 * len(b[0]) == 4 for a, b in zip(own, shared, strict=True))
+
+
 @pytest.mark.parametrize("gate", get_args(OutputGate))
 @pytest.mark.parametrize("name", mixers.MIXERS)
 def test_set_output_scale_sets_the_rms_of_each_head(name, gate):
@@ -159,6 +194,11 @@ def test_initial_decay_over_the_half_life_is_one_half(name):
     assert torch.allclose((20 * log_decay).exp(), torch.tensor(0.5), rtol=1e-4)
 
 
+def test_half_lives_are_spread_over_the_states():
+    log_decay = initial_inputs("gated_deltanet", half_life=3.0, longest_half_life=48.0)["log_decay"][0, 0]
+    assert torch.allclose(math.log(0.5) / log_decay, torch.tensor([3.0, 12.0, 48.0]), rtol=1e-4)
+
+
 @pytest.mark.parametrize(("name", "options"), [("metala", {}), ("hgrn2", {}), ("hgrn2", {"lower_bound": 0.4})], ids=str)
 def test_initial_half_lives_run_from_one_token_to_the_longest(name, options):
     op_inputs = initial_inputs(name, half_life=128.0, **options)
@@ -185,6 +225,17 @@ def test_initial_short_conv_is_the_identity(name, width):
 
     x, positions = draw(2, 9, 24), rotary(torch.arange(9)[None])
     assert torch.equal(fresh(width)(x, positions)[0], fresh(0)(x, positions)[0])
+
+
+def test_initial_maps_keep_the_products_of_queries_and_keys():
+
+    def products(expand_k):
+        torch.manual_seed(0)
+        mixer = mixers.create("linear_attention", SPECS["biased"], expand_k=expand_k, qk_activation="none")
+        inputs, _ = mixer.op_inputs(draw(2, 9, 24))
+        return torch.einsum("bthk,bshk->bhts", inputs["q"], mixer.for_queries(inputs["k"]))
+
+    assert error(products(3), 3 * products(1)) < 1e-5
 
 
 def test_rotary_does_not_change_channels_beyond_its_size():

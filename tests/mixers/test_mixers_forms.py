@@ -68,9 +68,9 @@ def test_mixing_matrix_times_v_is_the_op_output(build_case, dtype):
     if mixer.name == "mamba2":  # the matrix includes the skip D
         o = mixer.add_skip(o, op_inputs)
     M = mixer.mixing_matrix(op_inputs)
-    assert M.shape == (2, 2, 21, 21)
+    assert M.shape == (2, 4, 21, 21)
     assert torch.equal(M, M.tril()), "the matrix is not causal"
-    assert error(torch.einsum("bhij,bjhv->bihv", M, op_inputs["v"]), o) < PRECISIONS[dtype]
+    assert error(torch.einsum("bhij,bjhv->bihv", M, mixer.for_queries(op_inputs["v"])), o) < PRECISIONS[dtype]
 
 
 def test_gradients_reach_every_parameter(build_case):
@@ -102,6 +102,25 @@ def test_bfloat16_is_close_to_float32(name):
     found, _ = mixer(x.bfloat16(), tuple(p.bfloat16() for p in positions))
     assert found.dtype == torch.bfloat16
     assert error(found, expected) < 0.1
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=dtype_name)
+@pytest.mark.parametrize("name", mixers.MIXERS)
+def test_states_in_bfloat16_are_rounded_between_calls(name, dtype):
+    """The matrices alone; the next call continues from them as from any state."""
+    rounding, exact = (build(name, "biased", dtype=dtype, short_conv=4, state_dtype=d) for d in ("bfloat16", "float32"))
+    rounding.load_state_dict(exact.state_dict())
+    x, positions = inputs(9, dtype)
+    first, rest = ((x[:, part], tuple(p[:, part] for p in positions)) for part in (slice(8), slice(8, 9)))
+    (y, kept), (expected, state) = rounding(*first), exact(*first)
+    assert torch.equal(y, expected)
+    matrices = [s.dim() == 4 for s in state]
+    assert [s.dtype == torch.bfloat16 for s in kept] == matrices
+    assert any(matrices)
+    rounded = tuple(s.bfloat16().to(dtype) if s.dim() == 4 else s for s in state)
+    assert all(torch.equal(a.to(b), b) for a, b in zip(kept, rounded, strict=True))
+    assert torch.equal(rounding(*rest, state=kept)[0], exact(*rest, state=rounded)[0])
+    assert not torch.equal(exact(*rest, state=rounded)[0], exact(*rest, state=state)[0])
 
 
 @pytest.mark.parametrize("name", mixers.MIXERS)

@@ -66,6 +66,10 @@ def test_unknown_mixer_names_the_nearest_or_all(name, message):
         ({"qk_activation": "sillu"}, "qk_activation: got 'sillu'; did you mean 'silu'"),
         ({"output_gate": "swich"}, "output_gate: got 'swich'; did you mean 'swish'"),
         ({"output_gate": None}, "output_gate: got None"),
+        ({"state_heads": "key-value"}, "state_heads: got 'key-value'; did you mean 'key_value'"),
+        ({"state_dtype": "float16"}, "state_dtype: got 'float16'; did you mean 'bfloat16'"),
+        ({"expand_k": 0}, "expand_k: got 0, expected a positive, finite number"),
+        ({"expand_k": 1.3}, "expand_k: got 1.3, expected a multiple of 1/8"),
         ({"short_conv": 1}, "short_conv: got 1"),
         ({"short_conv": -4}, "short_conv: got -4"),
         ({"short_conv": 2.5}, "short_conv: got 2.5, expected an integer"),
@@ -78,12 +82,13 @@ def test_unknown_mixer_names_the_nearest_or_all(name, message):
         ({"half_life": -3.0}, "half_life: got -3.0"),
         ({"half_life": float("nan")}, "half_life: got nan"),
         ({"half_life": float("inf")}, "half_life: got inf"),
+        ({"longest_half_life": -1.0}, "longest_half_life: got -1.0, expected 0 or a finite number"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_invalid_option(name, options, message):
-    if "half_life" in options and not hasattr(mixers.OPTIONS[name], "half_life"):
-        message = "unknown mixer option 'half_life'"
+    for option in {"half_life", "longest_half_life"} & options.keys():
+        message = message if hasattr(mixers.OPTIONS[name], option) else f"unknown mixer option {option!r}"
     with pytest.raises(UserError, match=message):
         mixers.create(name, SPECS["plain"], **options)
 

@@ -15,12 +15,14 @@ from subquad.modeling.attention.tracing import find_max_learned_positions, rando
 from subquad.utils import UserError
 from tests.helpers.architectures import (
     ARCHITECTURES,
+    COMPUTE_ATTENTION,
     HAS_EXPERTS,
     LAYER_TYPES,
     LEARNED_POSITIONS,
     build_teacher,
     cached_student,
     cached_teacher,
+    students_of,
 )
 from tests.helpers.results import select_one
 from tests.helpers.students import (
@@ -36,7 +38,8 @@ from tests.helpers.students import (
 from tests.helpers.teachers import layer_activations
 
 each_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
-each_layer_types = pytest.mark.parametrize("layer_types", LAYER_TYPES)
+each_student = pytest.mark.parametrize(("model_type", "layer_types"), students_of(*LAYER_TYPES))
+each_with_attention = pytest.mark.parametrize(("model_type", "layer_types"), students_of("hybrid", "local", "near_far"))
 
 
 @pytest.fixture
@@ -86,16 +89,17 @@ def project(model_type, attention, x, spec):
 @pytest.mark.parametrize(
     ("model_type", "mixer"), [(n, "gla") for n in ARCHITECTURES] + [(n, m) for n in FAMILIES for m in MIXERS]
 )
-def test_copied_projections_have_the_teachers_outputs(model_type, mixer, ids):
+@pytest.mark.parametrize("state_heads", ["query", "key_value"])
+def test_copied_projections_have_the_teachers_outputs(model_type, mixer, state_heads, ids):
     teacher = build_teacher(model_type)
     if model_type not in HAS_EXPERTS:  # experts have no float64 kernel
         teacher.double()
-    copied = subquad.linearize(teacher, mixer, scale_ids=SCALE_IDS)
+    copied = subquad.linearize(teacher, mixer, scale_ids=SCALE_IDS, state_heads=state_heads)
     attention_layers = discover_attention(teacher)
     activations = layer_activations(teacher, attention_layers, ids)
     for info, layer, recorded in zip(attention_layers, copied.mixer_layers, activations, strict=True):
         spec, x, projections = info.spec, recorded.hidden_states, layer.mixer.projections()
-        groups = spec.num_heads // spec.num_kv_heads
+        groups = spec.num_heads // spec.num_kv_heads if state_heads == "query" else 1
         with torch.no_grad():
             q, k, v = project(model_type, info.module, x, spec)
             expected = {"q": q, "v": v.repeat_interleave(groups, 2)}
@@ -110,15 +114,13 @@ def test_copied_projections_have_the_teachers_outputs(model_type, mixer, ids):
 # ---------------------------------------------------------------------- students
 
 
-@each_layer_types
-@each_architecture
+@each_student
 def test_cached_decoding_equals_the_full_forward(model_type, layer_types, ids):
     model = cached_student(model_type, layer_types)
     assert all_close(in_pieces(model, ids, [5, 1, 1, 1, 4, 1, 1, 3]), logits(model, ids, use_cache=False))
 
 
-@each_layer_types
-@each_architecture
+@each_student
 def test_padded_rows_and_packed_documents_match_separate_forwards(model_type, layer_types, ids):
     model = cached_student(model_type, layer_types)
     mask = torch.ones_like(ids)
@@ -133,9 +135,9 @@ def test_padded_rows_and_packed_documents_match_separate_forwards(model_type, la
         assert all_close(found[:, document], logits(model, ids[:1, document]))
 
 
-@each_architecture
-def test_greedy_and_beam_search(model_type, ids):
-    model = cached_student(model_type, "hybrid")
+@each_with_attention
+def test_greedy_and_beam_search(model_type, layer_types, ids):
+    model = cached_student(model_type, layer_types)
     settings = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
     padded, mask = ids[:2, :9].clone(), torch.ones(2, 9, dtype=torch.long)
     padded[0, :4], mask[0, :4] = 0, 0
@@ -148,8 +150,7 @@ def test_greedy_and_beam_search(model_type, ids):
     assert torch.equal(found, without)
 
 
-@each_layer_types
-@each_architecture
+@each_student
 def test_saved_and_loaded_student_has_the_same_weights(model_type, layer_types, ids, tmp_path):
     model = cached_student(model_type, layer_types)
     loaded = reloaded(model, tmp_path)
@@ -167,9 +168,11 @@ def test_saved_and_loaded_student_has_the_same_weights(model_type, layer_types, 
     assert all_close(logits(loaded, ids), logits(model, ids), 1e-5)
 
 
-@each_architecture
-def test_gradient_checkpointing_gives_the_same_gradients(model_type, ids):
-    check_gradient_checkpointing(make_student(cached_teacher(model_type), layer_types=LAYER_TYPES["hybrid"]), ids, 1e-5)
+@each_with_attention
+def test_gradient_checkpointing_gives_the_same_gradients(model_type, layer_types, ids):
+    check_gradient_checkpointing(
+        make_student(cached_teacher(model_type), layer_types=LAYER_TYPES[layer_types]), ids, 1e-5
+    )
 
 
 class AssertNoQuadraticTensor(TorchDispatchMode):
@@ -197,11 +200,15 @@ def run_long(model):
 
 
 @torch.no_grad()
-@each_architecture
-def test_student_allocates_no_quadratic_tensor(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "layer_types"),
+    [(n, t) for n, t in students_of("retnet", "local", "near_far") if t == "retnet" or n not in COMPUTE_ATTENTION],
+)
+def test_student_allocates_no_quadratic_tensor(model_type, layer_types):
     key = "n_positions" if model_type in ("gpt2", "gpt_bigcode", "gptj") else "max_position_embeddings"
     teacher = build_teacher(model_type, **{key: LONG})
-    assert run_long(subquad.linearize(teacher, "retnet", scale_ids=SCALE_IDS)).isfinite().all()
+    student = subquad.linearize(teacher, layer_types=LAYER_TYPES[layer_types], scale_ids=SCALE_IDS)
+    assert run_long(student).isfinite().all()
 
 
 @torch.no_grad()
@@ -212,7 +219,7 @@ def test_mixer_allocates_no_quadratic_tensor(mixer):
 
 def test_quadratic_tensor_of_softmax_is_detected():
     with pytest.raises(AssertionError, match=r"returns \[.*521, 521\]"), torch.no_grad():
-        run_long(subquad.linearize(build_teacher("mistral"), "softmax", scale_ids=SCALE_IDS))
+        run_long(subquad.linearize(build_teacher("llama"), "softmax", scale_ids=SCALE_IDS))
 
 
 # ---------------------------------------------------------------------- learned positions
@@ -265,15 +272,17 @@ NORMED = {
 }
 
 
+@pytest.mark.parametrize("state_heads", ["query", "key_value"])
 @pytest.mark.parametrize("model_type", [model_type for model_type in ARCHITECTURES if model_type in NORMED])
-def test_kept_qk_norms_have_the_teachers_outputs(model_type):
+def test_kept_qk_norms_have_the_teachers_outputs(model_type, state_heads):
     teacher = build_teacher(model_type)
-    kept = subquad.linearize(teacher, "retnet", qk_norm=True, rotary=False, qk_activation="none", scale_ids=SCALE_IDS)
+    options = {"qk_norm": True, "rotary": False, "qk_activation": "none", "state_heads": state_heads}
+    kept = subquad.linearize(teacher, "retnet", scale_ids=SCALE_IDS, **options)
     calls = trace_attention(teacher, random_tokens(teacher))
     for info, call, layer in zip(discover_attention(teacher), calls, kept.mixer_layers, strict=True):
         assert info.spec.qk_norm == NORMED[model_type]
         core, _ = layer.mixer.op_inputs(call.forward.hidden_states, None, None, None)
-        groups = info.spec.num_heads // info.spec.num_kv_heads
+        groups = info.spec.num_heads // info.spec.num_kv_heads if state_heads == "query" else 1
         # a rotary embedding does not change the first token
         for part, values, repeats in (("q", call.query, 1), ("k", call.key, groups)):
             wanted = values.repeat_interleave(repeats, 1)[:, :, 0]
@@ -283,6 +292,7 @@ def test_kept_qk_norms_have_the_teachers_outputs(model_type):
 @pytest.mark.parametrize("model_type", ["qwen3", "olmo2", "persimmon"])
 def test_student_with_kept_qk_norms_decodes_and_loads(model_type, ids, tmp_path):
     layer_types = {"default": {"mixer": "gated_deltanet", "qk_norm": True}, "1": {"mixer": "retnet", "qk_norm": True}}
+    layer_types["1"]["state_heads"] = "key_value"
     model = make_student(cached_teacher(model_type), layer_types=layer_types)
     full = logits(model, ids, use_cache=False)
     assert all_close(in_pieces(model, ids, [5, 1, 11]), full)

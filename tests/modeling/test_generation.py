@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, pipeline
 
 from subquad.modeling.cache import RecurrentCacheLayer, SubquadCache, cache_bytes
+from subquad.modeling.far_call import NearFarCacheLayer
 from tests.helpers.students import (
     MIXERS,
     MIXERS_AND_SOFTMAX,
@@ -24,6 +25,12 @@ CASES = [(mixer, {}) for mixer in MIXERS_AND_SOFTMAX] + [
     ("gla", {"short_conv": 4, "rotary": True}),
     ("linear_attention", {"normalizer": True, "qk_activation": "elu1"}),
     ("mamba2", {"discretization": "zoh"}),
+    *((mixer, {"state_heads": "key_value"}) for mixer in MIXERS),
+    *((mixer, {"window": 4, "sinks": 1}) for mixer in MIXERS),
+    *((mixer, {"window": [3, 5], "state_heads": "key_value", "merge": "add"}) for mixer in MIXERS),
+    *((mixer, {"window": [5, 2], "sinks": 1, "memory": "all"}) for mixer in ("gla", "gated_deltanet", "xlstm")),
+    ("gla", {"window": ["full", 1], "merge": "fixed"}),
+    ("mamba2", {"window": [6, 2], "sinks": 2, "merge": "denominator", "qk_activation": "elu1"}),
 ]
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -31,7 +38,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None}
 
 @pytest.fixture(params=CASES, ids=["-".join([m, *o]) for m, o in CASES])
 def student(request, make_teacher):
-    """A student of a teacher with biases in all projections."""
+    """A student of a teacher with biases in all projections; with a window, beside a memory."""
     mixer, options = request.param
     return make_student(make_teacher("wide-biased-tied"), mixer, **options)
 
@@ -50,7 +57,8 @@ def test_cached_decoding_equals_the_full_forward(student, ids):
         found.append(out.logits)
         assert cache.get_seq_length() == len(found)
     for logits_of_pieces in (torch.cat(found, 1), in_pieces(student, ids, [4, 1, 6])):
-        assert torch.allclose(logits_of_pieces, full, atol=1e-4)
+        # HGRN2 with shared states norms a head of small output: 1.2e-4 in float32, 1.3e-15 in float64
+        assert torch.allclose(logits_of_pieces, full, atol=2e-4)
 
 
 def test_greedy_search_with_cache_equals_without(student, ids):
@@ -160,6 +168,8 @@ def test_cache_size_is_constant_for_mixers_and_grows_for_attention(student, ids)
         sizes.append(cache.nbytes())
     if layers_with_attention(student):  # keys and values of 2 layers, 2 heads, 12 channels and 3 rows in float32
         assert sizes == [2 * 2 * 2 * 12 * 3 * 4 * t for t in range(1, 12)]
+    elif isinstance(cache.layers[0], NearFarCacheLayer):
+        assert (len(set(sizes[8:])) == 1) == (None not in student.mixer_layers[0].windows)
     else:
         assert sizes[0] > 0
         assert len(set(sizes)) == 1

@@ -27,7 +27,9 @@ windows = {} if family == "llama" else {"sliding_window": 512}
 config = AutoConfig.for_model(family, **sizes, **windows)
 with torch.no_grad():
     teacher = AutoModelForCausalLM.from_config(config).eval()
-    student = subquad.linearize(teacher, mixer, scale_ids=torch.arange(3, 15)[None])
+    name, _, near = mixer.partition("+")
+    spec = {"mixer": name, **({"window": [96, 512], "sinks": 4} if near else {})}
+    student = subquad.linearize(teacher, layer_types={"default": spec}, scale_ids=torch.arange(3, 15)[None])
     ids = torch.randint(3, 61, (1, T))
     mask = torch.ones_like(ids)
     mask[:, : T // 4] = how != "padded"
@@ -55,6 +57,13 @@ WINDOWS = [
     pytest.param("gemma2", "gla", "padded", marks=pytest.mark.sample),
     ("gemma3_text", "xlstm", "uncached"),
     ("mistral", "gated_deltanet", "padded"),
+    pytest.param("llama", "attention+window", "cached", marks=pytest.mark.sample),
+    ("llama", "attention+window", "padded"),
+    ("gpt_oss", "attention+window", "uncached"),
+    ("llama", "gla+window", "uncached"),
+    pytest.param("llama", "gla+window", "cached", marks=pytest.mark.sample),
+    ("llama", "gated_deltanet+window", "padded"),
+    ("gpt_oss", "xlstm+window", "cached"),
 ]
 
 

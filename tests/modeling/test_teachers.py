@@ -1,5 +1,6 @@
 """`load_teacher`: directories, GGUF files and SmolLM2, and the errors for wrong references."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,11 +8,12 @@ import sys
 import pytest
 import torch
 from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import subquad
 from subquad.modeling import teachers
 from subquad.utils import UserError
-from tests.helpers.students import logits, make_student, reloaded
+from tests.helpers.students import all_close, logits, make_student, reloaded
 from tests.helpers.teachers import WORDS, byte_tokenizer
 
 
@@ -166,3 +168,48 @@ def test_smollm2_is_downloaded_and_converted_once(tmp_path, monkeypatch):
     assert "Paris" in text
     monkeypatch.setattr(subprocess, "run", None)  # it is not downloaded again
     assert subquad.load_teacher("smollm2-135m")[0].dtype == torch.float32
+
+
+def test_quantized_checkpoint_is_dequantized(directory, tmp_path, ids):
+    torchao = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    plain, _ = subquad.load_teacher(directory)
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    quantized = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, quantization_config=config)
+    expected = logits(quantized, ids)
+    quantized.save_pretrained(tmp_path / "int8")
+    byte_tokenizer().save_pretrained(tmp_path / "int8")
+    with pytest.raises(UserError, match="quantized"):
+        subquad.linearize(quantized, "gla")
+    teacher, _ = subquad.load_teacher(tmp_path / "int8")
+    assert all_close(logits(teacher, ids), expected, 1e-5)
+    assert not torch.equal(logits(teacher, ids), logits(plain, ids))
+    student = reloaded(make_student(teacher, "gla"), tmp_path / "student")
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
+def test_format_that_cannot_be_dequantized_is_named(directory, make_teacher):
+    model = make_teacher("wide-biased-tied")
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(UserError, match=r"my-model.*quantized \(gptq\) and cannot be dequantized"):
+        teachers.dequantize(model, "my-model")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.9, "top_p": 0.6},
+        {"do_sample": False, "temperature": 0.9},
+        {"cache_implementation": "hybrid", "temperature": 0.6},
+        {"length_penalty": 0.8, "early_stopping": True},
+    ],
+    ids=lambda values: "-".join(values),
+)
+def test_generation_config_is_kept_but_for_the_cache(directory, tmp_path, values):
+    """Values without effect beside greedy decoding, which `transformers` refuses to save once they have changed."""
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, **values}))
+    teacher, _ = subquad.load_teacher(directory)
+    student = reloaded(make_student(teacher, "gla"), tmp_path / "student")
+    again = reloaded(student, tmp_path / "again")
+    for name, value in values.items():
+        found = getattr(again.generation_config, name)
+        assert found == (None if name == "cache_implementation" else value), name

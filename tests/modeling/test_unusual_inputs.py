@@ -18,9 +18,17 @@ LAYER_TYPES = {
     "hybrid": {"default": "mamba2", "1": "attention"},
     "window": {"default": "metala", "1": {"mixer": "attention", "window": 5, "sinks": 2}},
     "softmax": {"default": "softmax"},
+    "near_far": {
+        "default": {"mixer": "gated_deltanet", "window": 5, "sinks": 2},
+        "1": {"mixer": "mamba2", "window": [3, 7], "merge": "add", "state_heads": "key_value"},
+    },
+    "denominator": {
+        "default": {"mixer": "gla", "window": 4, "merge": "denominator", "qk_activation": "elu1"},
+        "1": {"mixer": "xlstm", "window": [3, 6], "sinks": 1, "memory": "all"},
+    },
 }
 CASES = [("llama", layer_types) for layer_types in LAYER_TYPES]
-CASES += [("gpt2", "hybrid"), ("gemma3_text", "window"), ("mistral", "softmax")]
+CASES += [("gpt2", "hybrid"), ("gemma3_text", "window"), ("mistral", "softmax"), ("gemma3_text", "near_far")]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -86,7 +94,7 @@ def test_prompts_of_one_token_and_without_tokens(student, ids):
     assert student.generate(bos_token_id=1, **GREEDY).shape == (1, 5)
 
 
-@pytest.mark.parametrize("layer_types", ["gated_deltanet", "hybrid", "window"])
+@pytest.mark.parametrize("layer_types", ["gated_deltanet", "hybrid", "window", "near_far"])
 def test_prompt_of_5000_tokens(layer_types):
     teacher = build_teacher("llama", max_position_embeddings=8192)
     student = make_student(teacher, layer_types=LAYER_TYPES[layer_types])
@@ -171,7 +179,9 @@ def test_set_input_and_output_embeddings(student, ids):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer_types", [pytest.param("gated_deltanet", marks=pytest.mark.sample), "window"])
+@pytest.mark.parametrize(
+    "layer_types", [pytest.param("gated_deltanet", marks=pytest.mark.sample), "window", "near_far"]
+)
 def test_compiled_student_has_the_same_logits(ids, layer_types):
     student = make_student(build_teacher("llama"), layer_types=LAYER_TYPES[layer_types])
     compiled = torch.compile(student, backend="eager")

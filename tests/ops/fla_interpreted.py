@@ -31,7 +31,7 @@ def first_configuration(self, *args, **kwargs):
     return self.fn.run(*args, **(kwargs | self.configs[0].all_kwargs()))
 
 
-def main(decay, delta, op, packed, refused):
+def main(decay, delta, op, layout, refused):
     with tempfile.TemporaryDirectory() as folder:
         copy_of_fla(folder)
         import torch
@@ -43,13 +43,14 @@ def main(decay, delta, op, packed, refused):
         from tests.helpers.ops import definition, differentiate, draw, errors
 
         fla.refuses_scalar_decay = lambda: refused
-        case = draw((decay, delta), T=40 if op == "step" else 96, H=2, K=32, V=32)
+        queries = 2 if layout == "grouped" else 1
+        case = draw((decay, delta), T=40 if op == "step" else 96, H=2, K=32, V=32, queries=queries)
         if decay != "none":
             gen = torch.Generator().manual_seed(4)
             case["log_decay"] = -torch.rand(case["log_decay"].shape, generator=gen).double()
         kwargs = {}
         reference = definition(case)
-        if packed:
+        if layout == "packed":
             bounds = torch.tensor([0, 40, 96])
             kwargs["cu_seqlens"] = bounds
             case["initial_state"] = case["initial_state"].repeat(2, 1, 1, 1)
@@ -66,5 +67,5 @@ def main(decay, delta, op, packed, refused):
 
 
 if __name__ == "__main__":
-    decay, delta, op, packed, *refused = sys.argv[1:]
-    main(decay, delta == "delta", op, packed == "packed", bool(refused))
+    decay, delta, op, layout, *refused = sys.argv[1:]
+    main(decay, delta == "delta", op, layout, bool(refused))

@@ -27,6 +27,8 @@ SHARED = [
     ({"q": torch.zeros(T, H, K)}, ValueError, r"q: got shape \[5, 3, 4\]"),
     ({"k": torch.zeros(B, T, H, K + 1)}, ValueError, r"k: got shape \[2, 5, 3, 5\], .*\[2, 5, 3, 4\]"),
     ({"k": torch.zeros(B, T, H, K).double()}, TypeError, "k: got dtype torch.float64, .*torch.float32"),
+    ({"q": torch.zeros(B, T, H + 1, K)}, ValueError, "q: got 4 heads, expected a multiple of the 3 heads of k"),
+    ({"q": torch.zeros(B, T, 2 * H, K), "beta": torch.zeros(B, T, 2 * H)}, ValueError, r"beta: .*\[2, 5, 3\]"),
     ({"log_decay": torch.zeros(B, T)}, ValueError, r"log_decay: got shape \[2, 5\], .*\[3\] or \[2, 5, 3\]"),
     ({"log_decay": torch.full((H,), 0.5)}, ValueError, "log_decay: got 0.5"),
     ({"log_decay": torch.zeros(B, T, H, K).long()}, TypeError, "log_decay: got dtype torch.int64"),

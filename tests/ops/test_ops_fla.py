@@ -41,14 +41,15 @@ def test_one_chunk_and_one_step_kernel_in_the_interpreter():
     worst = interpreted_errors("scalar", "delta", "chunk", "packed") | interpreted_errors(
         "channel", "additive", "step", "batch"
     )
+    worst |= interpreted_errors("scalar", "additive", "chunk", "grouped")
     assert max(worst.values()) < 1e-5, worst
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", ["batch", "packed"])
+@pytest.mark.parametrize("layout", ["batch", "packed", "grouped"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=VARIANT_IDS)
-def test_chunk_kernels_in_the_interpreter(variant, packed):
-    worst = interpreted_errors(variant[0], "delta" if variant[1] else "additive", "chunk", packed)
+def test_chunk_kernels_in_the_interpreter(variant, layout):
+    worst = interpreted_errors(variant[0], "delta" if variant[1] else "additive", "chunk", layout)
     assert max(worst.values()) < 1e-5, worst
 
 
@@ -69,11 +70,12 @@ def test_step_kernels_in_the_interpreter(variant):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("variant", VARIANTS, ids=VARIANT_IDS)
+@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("backend", ["torch", "fla"])
-def test_chunk_on_a_gpu(variant, backend):
+def test_chunk_on_a_gpu(variant, backend, queries):
     if backend == "fla" and not fla.installed():
         pytest.skip("fla or triton is missing, or hidden in this process")
-    case = draw(variant, T=300, H=4, K=64, V=64, log_decay=None if variant[0] == "none" else -0.1)
+    case = draw(variant, T=300, H=4, K=64, V=64, log_decay=None if variant[0] == "none" else -0.1, queries=queries)
     on_gpu = {n: None if x is None else x.cuda() for n, x in case.items()}
     got = differentiate(ops.chunk, on_gpu, torch.float32, backend=backend)
     tolerance = 1e-6 if backend == "torch" else 5e-3  # fla multiplies in TF32
@@ -160,8 +162,9 @@ def test_unsupported_calls_fall_back_with_one_log_line(monkeypatch, caplog):
         ("chunk", {"v": torch.zeros(1, 4, 2, 8)}, "16"),
         ("chunk", {"q": torch.zeros(1, 0, 2, 16)}, "empty"),
         ("step", {"gradients": True}, "backward"),
+        ("step", {"q": torch.zeros(1, 4, 4, 16)}, "one query head"),
     ],
-    ids=["wide", "narrow", "empty", "gradients"],
+    ids=["wide", "narrow", "empty", "gradients", "grouped"],
 )
 def test_unsupported_reasons(op, change, reason):
     arguments = {"q": torch.zeros(1, 4, 2, 16), "v": torch.zeros(1, 4, 2, 16), "gradients": False}

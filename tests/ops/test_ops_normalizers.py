@@ -7,7 +7,18 @@ import torch
 
 from subquad import ops
 from subquad.ops.engine.scalar_decay import INITIAL_STABILIZER
-from tests.helpers.ops import assert_close, definition, differentiate, draw, draw_gates, error, errors, flatten, rounded
+from tests.helpers.ops import (
+    assert_close,
+    definition,
+    differentiate,
+    draw,
+    draw_gates,
+    error,
+    errors,
+    flatten,
+    rounded,
+    ungrouped,
+)
 
 
 def unstabilized(q, k, v, input_gate, forget_gate, scale):
@@ -23,25 +34,23 @@ def unstabilized(q, k, v, input_gate, forget_gate, scale):
     return torch.stack(outputs, 1)
 
 
-def draw_mlstm(T, B=1, H=2, K=16, V=16, state=False, **gates):
-    case = draw(("none", False), B=B, T=T, H=H, K=K, V=V)
+def draw_mlstm(T, B=1, H=2, K=16, V=16, state=False, queries=1, **gates):
+    case = draw(("none", False), B=B, T=T, H=H, K=K, V=V, queries=queries)
     i, f = draw_gates(B=B, T=T, H=H, **gates)
     args = {"q": case["q"], "k": case["k"], "v": case["v"], "input_gate": i, "forget_gate": f}
     if state:
         gen = torch.Generator().manual_seed(5)
         args["S"] = case["initial_state"]
         args["n"] = rounded(torch.randn(B, H, K, generator=gen, dtype=torch.float64))
+        args["m"] = rounded(3 * torch.randn(B, H, generator=gen, dtype=torch.float64))
     return args
 
 
 def run(form, **kwargs):
-    """`mlstm` as a function of the parts of its state; the stabilizer m is random and has no gradient."""
+    """`mlstm` as a function of the parts of its state; the stabilizer m has no gradient."""
 
-    def op(q, k, v, input_gate, forget_gate, S=None, n=None):
-        state = None
-        if S is not None:
-            gen = torch.Generator().manual_seed(6)
-            state = S, n, 3 * torch.randn(n.shape[:2], generator=gen).to(S.dtype)
+    def op(q, k, v, input_gate, forget_gate, S=None, n=None, m=None):
+        state = None if S is None else (S, n, m)
         o, (S, n, m) = ops.mlstm(q, k, v, input_gate, forget_gate, state, form=form, **kwargs)
         assert not m.requires_grad
         return o, (S, n)
@@ -86,25 +95,32 @@ def test_mlstm_chunk_is_as_accurate_as_step_in_float32(T, K, V):
     assert not bad, f"(chunk, float32 step): {bad}"
 
 
+@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("T", [1, 64, 257])
-def test_mlstm_states_with_moderate_gates(T):
-    case = draw_mlstm(T, H=3, state=True, low=-2.0, high=2.0)
+def test_mlstm_states_with_moderate_gates(T, queries):
+    case = draw_mlstm(T, H=3, state=True, low=-2.0, high=2.0, queries=queries)
     case["q"], case["k"] = case["q"].abs(), case["k"].abs()  # keeps the normalizer away from zero
     case["n"] = case["n"].abs()
-    reference = differentiate(run("step"), case)
+    reference = differentiate(ungrouped(run("step")), case)
     assert_close(differentiate(run("chunk"), case, torch.float32), reference, 1e-6)
     assert_close(differentiate(run("chunk"), case, torch.float64), reference, 1e-12)
+    assert_close(differentiate(run("step"), case), reference, 1e-12)
 
 
 @pytest.mark.parametrize(
     ("sizes", "chunk_size"),
-    [({"T": 40, "B": 50, "H": 7, "K": 8, "V": 8}, None), *(({"T": 130}, size) for size in (1, 2, 7, 16, 64, 128))],
+    [
+        ({"T": 40, "B": 50, "H": 7, "K": 8, "V": 8}, None),
+        *(({"T": 130}, size) for size in (1, 2, 7, 16, 64, 128)),
+        ({"T": 40, "B": 50, "H": 7, "K": 8, "V": 8, "queries": 2}, None),
+        ({"T": 130, "queries": 3}, None),
+    ],
     ids=str,
 )
 def test_mlstm_does_not_depend_on_chunk_size_and_on_splitting_a_large_batch(sizes, chunk_size):
     case = draw_mlstm(**sizes, state=True)
     got = differentiate(run("chunk", chunk_size=chunk_size), case)
-    assert_close(got, differentiate(run("step"), case), 1e-10)
+    assert_close(got, differentiate(ungrouped(run("step")), case), 1e-10)
 
 
 @pytest.mark.parametrize("cut", [1, 31, 32, 65, 99])
@@ -143,18 +159,19 @@ def test_mlstm_final_state_is_relative_to_its_rounded_stabilizer():
         assert error(n2, n * (m - m2.double()).exp()[..., None]) < 2e-6
 
 
-def test_mlstm_packed_documents_match_separate_documents():
+@pytest.mark.parametrize("queries", [1, 3])
+def test_mlstm_packed_documents_match_separate_documents(queries):
     bounds = [0, 0, 1, 40, 40, 104, 137]
-    case = draw_mlstm(137, low=-5.0, high=5.0)
+    case = draw_mlstm(137, low=-5.0, high=5.0, queries=queries)
     gen = torch.Generator().manual_seed(3)
     case["S"] = rounded(torch.randn(6, 2, 16, 16, generator=gen).double())
     case["n"] = rounded(torch.randn(6, 2, 16, generator=gen).double())
-    m = torch.randn(6, 2, generator=gen).double()
+    case["m"] = torch.randn(6, 2, generator=gen).double()
 
-    def packed(*, S, n, **args):
+    def packed(*, S, n, m, **args):
         return ops.mlstm(**args, initial_state=(S, n, m), cu_seqlens=torch.tensor(bounds))
 
-    def separate(q, k, v, input_gate, forget_gate, S, n):
+    def separate(q, k, v, input_gate, forget_gate, S, n, m):
         results = []
         for d, (start, end) in enumerate(itertools.pairwise(bounds)):
             parts = (x[:, start:end] for x in (q, k, v, input_gate, forget_gate))
@@ -162,13 +179,14 @@ def test_mlstm_packed_documents_match_separate_documents():
         o, S, n, m_ = zip(*results, strict=True)
         return torch.cat(o, 1), (torch.cat(S), torch.cat(n), torch.cat(m_))
 
-    assert_close(differentiate(packed, case), differentiate(separate, case), 1e-12)
+    assert_close(differentiate(packed, case), differentiate(ungrouped(separate), case), 1e-12)
 
 
+@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("form", ["step", "chunk"])
-def test_mlstm_input_gates_of_minus_infinity_write_nothing(form):
+def test_mlstm_input_gates_of_minus_infinity_write_nothing(form, queries):
     """Padding before the first token leaves the initial state and stabilizer, without NaN."""
-    case = draw_mlstm(40)
+    case = draw_mlstm(40, queries=queries)
     case["input_gate"][:, :35] = -torch.inf
     case["input_gate"][:, 36] = -torch.inf
     args = {n: x.float().requires_grad_() for n, x in case.items()}
@@ -218,10 +236,11 @@ def test_mlstm_with_large_heads(K):
     assert_close(differentiate(run("chunk"), case, torch.float32), differentiate(run("step"), case), 1e-6)
 
 
+@pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("decay", ["none", "fixed", "scalar", "channel"])
 @pytest.mark.parametrize("T", [1, 65, 200])
-def test_normalized_matches_division_by_a_second_recurrence(decay, T):
-    case = draw((decay, False), T=T, H=3, V=24)
+def test_normalized_matches_division_by_a_second_recurrence(decay, T, queries):
+    case = draw((decay, False), T=T, H=3, V=24, queries=queries)
     del case["beta"]
     S = case.pop("initial_state")
     case |= {"q": case["q"].abs(), "k": case["k"].abs(), "S": S, "z": S[..., 0].abs()}
@@ -238,7 +257,9 @@ def test_normalized_matches_division_by_a_second_recurrence(decay, T):
 
     reference = definition(case, naive)
     assert_close(differentiate(op("step"), case), reference, 1e-13)
-    assert_close(differentiate(op("chunk"), case, torch.float32), reference, 1e-6)
+    assert_close(differentiate(op("chunk"), case), reference, 1e-13)
+    # The decay cancels in the ratio, to a gradient that is small next to its terms in some draws.
+    assert_close(differentiate(op("chunk"), case, torch.float32), reference, 1e-6 if queries == 1 else 5e-6)
 
 
 def test_normalized_documents_and_bfloat16():

@@ -12,10 +12,12 @@ variants = pytest.mark.parametrize("variant", VARIANTS, ids=VARIANT_IDS)
 
 
 @variants
+@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("normalizer", [False, True], ids=["plain", "normalizer"])
-def test_schema_and_fake_results_of_the_custom_operation(variant, normalizer):
+def test_schema_and_fake_results_of_the_custom_operation(variant, normalizer, queries):
     """The slow tests compile whole graphs."""
-    case = {n: x if x is None else x.float() for n, x in draw(variant, T=70, state=False).items()}
+    case = draw(variant, T=70, state=False, queries=queries)
+    case = {n: x if x is None else x.float() for n, x in case.items()}
     gate = case["log_decay"]
     gate = gate.expand(1, 70, 2) if variant[0] == "fixed" else gate
     given = [case["q"], case["k"], case["v"], gate, case["beta"], None, None]
@@ -33,10 +35,10 @@ def test_schema_and_fake_results_of_the_custom_operation(variant, normalizer):
 @variants
 def test_compiled_step_and_chunk_match_eager(variant):
     torch.compiler.reset()
-    case = draw(variant, T=70)
+    case = draw(variant, T=70, queries=2)
     for op in (ops.chunk, ops.step):
         compiled = torch.compile(lambda op=op, **args: op(**args), backend="aot_eager", fullgraph=True)
-        short = case if op is ops.chunk else draw(variant, T=3)
+        short = case if op is ops.chunk else draw(variant, T=3, queries=2)
         tolerance = 1e-6 if op is ops.chunk else 1e-5
         assert_close(differentiate(compiled, short, torch.float32), definition(short), tolerance)
 
@@ -78,6 +80,7 @@ def losses():
     weight = torch.ones(16, 4, dtype=torch.float64)
     return {
         "chunk": lambda q: ops.chunk(**case | {"q": q})[0].square().sum(),
+        "grouped": lambda q: ops.chunk(**case | {"q": torch.cat([q, 2 * q.roll(1, 2)], 2)})[0].square().sum(),
         "channel": lambda q: ops.chunk(**channel | {"q": q})[0].square().sum(),
         "mlstm": lambda q: ops.mlstm(q, k, v, i, f)[0].square().sum(),
         "mlstm gates": lambda q: ops.mlstm(k, k, v, q[..., 0], f)[1][0].square().sum(),
@@ -123,7 +126,7 @@ def test_two_backward_passes_and_checkpointing():
 
 
 def test_gradients_of_single_arguments():
-    case = draw(("scalar", True), T=40)
+    case = draw(("scalar", True), T=40, queries=2)
     expected = definition(case)
     for name in [n for n, x in case.items() if x is not None]:
         leaf = case[name].clone().requires_grad_()

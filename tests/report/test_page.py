@@ -14,9 +14,11 @@ import pytest
 from subquad.analysis.plot_style import MIXER_STYLES
 from subquad.cli import main
 from subquad.config import load_study
+from subquad.evaluate.results import Result
 from subquad.report.figures import pareto_front
 from subquad.report.page import write_report
 from subquad.report.tables import MISSING, Cell, Table
+from subquad.study.frontier import Frontier, Row, write
 from subquad.study.grid import run_study
 from tests.helpers.recipes import tiny_recipe
 from tests.helpers.studies import STAGE_SETS, synthetic_recipes, write_study
@@ -150,6 +152,8 @@ def test_every_figure_and_table_is_written_to_files(full_report):
     first = lines[0]
     assert (first["mixer"], first["stages"], first["copied"], first["seeds"]) == ("gated deltanet", "1+2+3", "yes", "3")
     assert float(first["perplexity low"]) < float(first["perplexity"]) < float(first["perplexity high"])
+    with (output / "report" / "evaluation-text.csv").open() as file:
+        assert [line["model"] for line in csv.DictReader(file)][:2] == ["nano", "window 45 + 4 sinks"]
     latex = (output / "report" / "grid.tex").read_text()
     assert all(rule in latex for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
     assert r"\%" in latex
@@ -185,6 +189,36 @@ def test_runs_of_an_earlier_recipe_are_left_out_with_a_note(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "2 other runs in this directory" in page
     assert "retnet" not in page
+
+
+def test_the_frontier_has_a_figure_and_a_table(tmp_path):
+    write_study(tmp_path, synthetic_recipes(("gla",), STAGE_SETS[:1], (True,), (0,)), evaluated=False)
+    assert "Quality against bytes" not in write_report(tmp_path).read_text()
+    rows = [
+        Row("nano", "teacher"),
+        Row("nano, window 96 + 4 sinks", "uniform window", 96),
+        Row("gla", "recipe", None, True),
+    ]
+    results = [
+        result
+        for row, size, loss in zip(rows, (8e6, 4e5, 2e5), (3.1, 3.4, 3.6), strict=True)
+        for result in (
+            Result("cost", "cache_bytes", size, length=64, model=row.model),
+            Result("text", "loss", loss, model=row.model),
+        )
+    ]
+    (tmp_path / "frontier").mkdir()
+    write(Frontier(rows, results, {}, 64), tmp_path / "frontier")
+    page = write_report(tmp_path).read_text()
+    assert "Quality against bytes of cache" in page
+    assert "400 kB" in page
+    assert (tmp_path / "report" / "frontier.svg").exists()
+    with (tmp_path / "report" / "frontier.csv").open() as file:
+        assert [(line["model"], line["loss"]) for line in csv.DictReader(file)] == [
+            ("nano", "3.1"),
+            ("nano, window 96 + 4 sinks", "3.4"),
+            ("gla", "3.6"),
+        ]
 
 
 def test_a_trained_study_with_a_hybrid_is_drawn(tmp_path, monkeypatch):

@@ -169,9 +169,9 @@ def test_students_are_evaluated_one_at_a_time_and_the_teacher_once(study_recipe,
     recipes = load_study(study_recipe, [*SHORT, "seed=[0,1]"])
     run_study(recipes, tmp_path, suites=["language"])
     assert model_counts == [1, 1]
-    assert len(computed) == len(set(computed)) == 4  # two students, the teacher, its unigram
+    assert len(computed) == len(set(computed)) == 5  # two students, their window, the teacher, its unigram
     rows = json.loads((tmp_path / "evaluation" / "results.json").read_text())["results"]
-    assert len({row["model"] for row in rows}) == 3
+    assert len({row["model"] for row in rows}) == 4
     assert len({(row["model"], row["metric"]) for row in rows}) == len(rows)
 
 

@@ -23,6 +23,7 @@ from subquad.mixers import AttentionSpec
 from subquad.mixers.norms import qk_norm
 from subquad.mixers.rotary import STYLES, apply_rotary
 from subquad.modeling.attention.activations import ModuleAndProjection
+from subquad.modeling.attention.local import calls_interface
 from subquad.modeling.attention.tracing import (
     TRACE_BATCH,
     TRACE_LENGTH,
@@ -84,6 +85,12 @@ class AttentionInfo:
         source = self.slices[name]
         weight, bias = _weight_and_bias(self.module.get_submodule(source.projection))
         return weight[source.rows], None if bias is None else bias[source.rows]
+
+    def values(self, x: Tensor) -> Tensor:
+        """The values `[B, T, num_kv_heads, value_dim]` for inputs of the attention, `[B, T, hidden]`."""
+        v = nn.functional.linear(x, *self.projection_weights("v")).unflatten(-1, (self.spec.num_kv_heads, -1))
+        norm = self.slices["v"].norm
+        return v if norm is None else self.module.get_submodule(norm)(v)
 
     def expanded_weights(self, name: str) -> tuple[Tensor, Tensor | None]:
         """`projection_weights`, with each head of k and v repeated for all query heads of its group."""
@@ -167,7 +174,8 @@ def read_attention(index: int, path: str, call: AttentionCall, config: Any) -> A
         qkv_bias=any(has_bias[found.projection] for found in slices.values()),
         output_bias=has_bias[output],
         initializer_range=getattr(config, "initializer_range", None) or 0.02,
-        rotary=find_rotary_style(call, slices["q"]),
+        rotary=(rotary := find_rotary_style(call, slices["q"])),
+        rotary_channels=find_rotary_channels(call) if rotary else 0,
         window=call.window,
         qk_norm=norms["q"].kind if norms else None,
         qk_norm_eps=norms["q"].eps if norms else 1e-6,
@@ -335,6 +343,12 @@ def match_channels(wanted: Tensor, channels: Tensor, factors: list[float]) -> Te
                 return contiguous
         return rows
     return None
+
+
+def find_rotary_channels(call: AttentionCall) -> int:
+    """See `AttentionSpec.rotary_channels`."""
+    found = call.forward.position_embeddings
+    return found[0].shape[-1] if found is not None and calls_interface(call.module) else 0
 
 
 def find_rotary_style(call: AttentionCall, query: ProjectionSlice) -> str | None:

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from subquad.modeling.attention.activations import hidden_states_of
+from subquad.modeling.attention.sinks import RotaryTokens, with_sink_channels
 from subquad.modeling.attention.tracing import attention_implementation, is_shape_mismatch
 from subquad.modeling.masks import additive_mask, doc_ids_and_positions
 
@@ -26,16 +27,21 @@ ROW_SLICED = "subquad_rows"
 PROBE_LENGTH = 6
 """Tokens on which row slicing is compared with the whole matrix, once for each class of attention."""
 
-_request: ContextVar[tuple[slice, list[Tensor]]] = ContextVar("rows that are asked for in this thread, and their list")
+_request: ContextVar[tuple["AttentionProbabilities", slice, list[Tensor]]] = ContextVar("what a thread asks for")
+"""Of which attention which rows, and a list, which gets the rows of the matrix and the values."""
 _row_slicing: dict[type, bool] = {}
 
 
 def _row_sliced_attention(module, query, key, value, attention_mask, **kwargs):
-    rows, found = _request.get()
+    probabilities, rows, found = _request.get()
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    B, H, T, K = query.shape
     if eager is not None:
-        found.append(eager(module, query[:, :, rows], key, value, attention_mask, **kwargs)[1])
-    B, H, T, _ = query.shape
+        q, k, v = query[:, :, rows], key, value
+        if (moved := probabilities.moved_queries(q, rows, T)) is not None:
+            kwargs["scaling"] = kwargs.get("scaling") or K**-0.5
+            q, k, v = with_sink_channels(q, moved, k, v, probabilities.sinks, None)
+        found += [eager(module, q, k, v, attention_mask, **kwargs)[1], value]
     return query.new_zeros(B, T, H, value.shape[-1]), None
 
 
@@ -51,7 +57,7 @@ def slice_arguments(
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == T:
-            return value[batch if value.shape[0] > 1 else slice(None), tokens]
+            return value[batch if value.shape[0] > 1 else slice(None), tokens].contiguous()  # GPT-2 takes a view of it
         return tuple(map(cut, value)) if isinstance(value, tuple) else value
 
     return cut(args), {name: cut(value) for name, value in kwargs.items()}
@@ -79,29 +85,49 @@ class AttentionProbabilities:
     """The attention probabilities of one layer; called with a slice of rows, gives these, `[B, H, rows, T]`;
     differentiable.
 
-    window: tokens that a query attends to, itself included; None for all.
+    window: tokens that a query attends to, itself included: a number, or one for each head, `[H, 1, 1]`; None for all.
     sinks: first tokens that every query also attends to.
     args, kwargs: of the attention module's forward, for sequences of one document each, without padding or cache.
+    limit: the teacher's own window, which the sinks do not extend.
+    rotary: layout of the rotary embedding, with which sinks stay at a constant distance (see `sinks.py`).
     """
 
     attention: nn.Module
-    window: int | None
+    window: int | Tensor | None
     sinks: int
     args: tuple
     kwargs: dict[str, Any]
+    limit: int | None = None
+    rotary: str | None = None
 
     def __call__(self, rows: slice = slice(None)) -> Tensor:
         T = hidden_states_of(self.args, self.kwargs).shape[1]
-        start, stop, _ = rows.indices(T)
-        if stop - start < T and self.supports_row_slicing():
-            return self.some_rows(slice(start, stop))
+        chosen = range(*rows.indices(T))
+        if (self.sinks or len(chosen) < T) and self.supports_row_slicing():
+            return self.some_rows(slice(chosen.start, chosen.stop, chosen.step))
         return self.whole()[:, :, rows]
+
+    def moved_queries(self, q: Tensor, rows: slice, T: int) -> Tensor | None:
+        """The queries `[B, H, rows, K]` of T tokens as the sinks see them; None if they are the queries themselves."""
+        positions = self.kwargs.get("position_embeddings")
+        if not self.sinks or self.window is None or self.rotary is None or positions is None:
+            return None
+        lasts = torch.as_tensor(self.window).flatten().expand(q.shape[1]) + self.sinks - 1
+        cos, sin = positions
+        chosen = RotaryTokens(self.rotary, cos[:, rows], sin[:, rows], 0, torch.arange(T, device=q.device)[None, rows])
+        moved = q
+        for last in set(lasts.tolist()):
+            rotation = RotaryTokens(self.rotary, cos, sin).at(last, None)
+            if rotation is not None:
+                own = (lasts == last).to(q.device).view(-1, 1, 1)
+                moved = torch.where(own, chosen.moved(q, last, rotation), moved)
+        return moved
 
     def run(self, implementation: str, rows: slice) -> Any:
         """The result of the attention module, with the rows of a mask."""
         x = hidden_states_of(self.args, self.kwargs)
         keys = doc_ids, positions = doc_ids_and_positions(None, len(x), x.shape[1], x.device)
-        mask = additive_mask((doc_ids[:, rows], positions[:, rows]), keys, self.window, self.sinks, x.dtype)
+        mask = additive_mask((doc_ids[:, rows], positions[:, rows]), keys, self.window, self.sinks, self.limit, x.dtype)
         with attention_implementation(self.attention, implementation):
             return self.attention(*self.args, **{**self.kwargs, "attention_mask": mask})
 
@@ -110,13 +136,22 @@ class AttentionProbabilities:
 
     def some_rows(self, rows: slice) -> Tensor:
         """No elements where the module has no eager function, or computes attention itself."""
+        return (self._request(rows) or [torch.empty(0)])[0]
+
+    def values(self) -> Tensor | None:
+        """The values `[B, heads, T, V]` of all key/value heads, or of all query heads if the module repeats them; None
+        where the module computes attention itself."""
+        found = self._request(slice(0, 1))
+        return found[1] if found else None
+
+    def _request(self, rows: slice) -> list[Tensor]:
         found: list[Tensor] = []
-        token = _request.set((rows, found))
+        token = _request.set((self, rows, found))
         try:
             self.run(ROW_SLICED, rows)
         finally:
             _request.reset(token)
-        return found[0] if found else torch.empty(0)
+        return found
 
     @torch.no_grad()
     def supports_row_slicing(self) -> bool:
@@ -127,7 +162,7 @@ class AttentionProbabilities:
         kind = type(self.attention)
         if kind not in _row_slicing:
             args, kwargs = slice_arguments(self.args, self.kwargs, slice(0, PROBE_LENGTH))
-            probe, rows = replace(self, args=args, kwargs=kwargs), slice(2, 4)
+            probe, rows = replace(self, args=args, kwargs=kwargs, rotary=None), slice(2, 4)
             whole = probe.whole()[:, :, rows]
             try:
                 some = probe.some_rows(rows)

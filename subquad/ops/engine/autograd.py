@@ -1,8 +1,9 @@
 """The chunk form and its backward pass, written once for every decay and update.
 
-Each token has R queries that read the state (q; under the delta rule also k) and one key that writes it (under the
-delta rule beta k). Inside a chunk: the products of queries and keys A (with q) and L (with k, strictly lower), the
-queries decayed since the chunk's start P q and P k, the keys decayed to its end E k, and the state S before it give
+Each token has R queries that read the state (Q = H / G heads of q; under the delta rule, last, also k) and one key that
+writes it (under the delta rule beta k). Inside a chunk: the products of queries and keys A (with q) and L (with k,
+strictly lower), the queries decayed since the chunk's start P q and P k, the keys decayed to its end E k, and the state
+S before it give
 
     U  = V                                additive       U = (I + L)^-1 (V - P k S)      delta rule
     O  = A U + P q S                      S' = total S + (E k)^T U
@@ -54,15 +55,15 @@ class ChunkSpec:
 def chunked_recurrence(
     inputs: Inputs, scale: float, chunk_size: int | None, cu_seqlens: Tensor | None, eps: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns o [B, T, H, V], the final states [B or documents, H, K, V], with a normalizer V + 1, and of mLSTM the
-    final stabilizers [B or documents, H], float64."""
-    B, T, H, _ = inputs.q.shape
+    """Returns o [B, T, H, V], the final states [B or documents, G, K, V], with a normalizer V + 1, and of mLSTM the
+    final stabilizers [B or documents, G], float64."""
+    B, T, G, _ = inputs.k.shape
     C = segments.chunk_length(T, chunk_size)
-    matrices = segments.matrices_per_segment(inputs.q, inputs.v, C)
+    matrices = segments.matrices_per_segment(inputs, C)
     if inputs.log_decay is not None and inputs.log_decay.dim() == 1:
-        inputs = inputs._replace(log_decay=inputs.log_decay.expand(B, T, H))
-    if B > 1 and 2 * matrices < B * H:  # one chunk of the whole batch would exceed the CPU cache
-        size = max(1, matrices // H)
+        inputs = inputs._replace(log_decay=inputs.log_decay.expand(B, T, G))
+    if B > 1 and 2 * matrices < B * G:  # one chunk of the whole batch would exceed the CPU cache
+        size = max(1, matrices // G)
         parts = zip(*([None] * -(-B // size) if x is None else x.split(size) for x in inputs), strict=True)
         results = [chunked_recurrence(Inputs._make(part), scale, chunk_size, None, eps) for part in parts]
         outputs, states, stabilizers = zip(*results, strict=True)
@@ -84,22 +85,22 @@ def empty_outputs(inputs: Inputs, spec: ChunkSpec) -> tuple[Any, ...]:
     saved for the backward pass: the states before each chunk, A, U, (I + L)^-1, and the normalizer's denominator and
     slope, its derivative with respect to what queries read from the last channel of v."""
     q, v, C = inputs.q, inputs.v, spec.C
-    layout, H, K, V = ChunkLayout(q, v, C, spec.bounds), q.shape[2], q.shape[-1], v.shape[-1] + (spec.eps is not None)
+    layout, K, V = ChunkLayout(inputs, C, spec.bounds), q.shape[-1], v.shape[-1] + (spec.eps is not None)
     chunks = layout.N if spec.save else layout.chunks_per_segment
-    m, num_states = chunks * layout.BH, layout.num_documents * layout.B
+    m, num_states = chunks * layout.BG, layout.num_documents * layout.B
     options: dict[str, Any] = {"dtype": compute_dtype(q)}
     last_m = A = U = inverse = denominator = slope = None
     if inputs.input_gate is not None:
-        last_m = q.new_empty(num_states, H, dtype=torch.float64)
+        last_m = q.new_empty(num_states, layout.G, dtype=torch.float64)
     if inputs.beta is None:
-        A = q.new_empty(m, C, C, **options)
+        A = q.new_empty(m, C, layout.Q, C, **options)
     else:
         U, inverse = q.new_empty(m, C, V, **options), q.new_zeros(m, C * (C + 1), **options)
     if spec.eps is not None:
         denominator, slope = (q.new_ones(q.shape[:3], **options) for _ in range(2))
-    final_state = q.new_empty(num_states, H, K, V, **options)
-    states = q.new_empty(chunks + 1, layout.BH, K, V, **options)
-    return q.new_empty(v.shape), final_state, last_m, states, A, U, inverse, denominator, slope
+    final_state = q.new_empty(num_states, layout.G, K, V, **options)
+    states = q.new_empty(chunks + 1, layout.BG, K, V, **options)
+    return q.new_empty(*q.shape[:3], v.shape[-1]), final_state, last_m, states, A, U, inverse, denominator, slope
 
 
 class ChunkedRecurrence(VmapByLoopFunction):
@@ -115,7 +116,7 @@ class ChunkedRecurrence(VmapByLoopFunction):
         if call.decay.last_m is not None:
             last_m.copy_(call.decay.last_m.view_as(last_m))
         normalizer = None if spec.eps is None else Normalizer(spec.eps, call, denominator, slope)
-        o_chunks = ChunkedView(layout, o)
+        o_chunks = ChunkedView(layout, o, by_query=True)
         for segment in layout.segments():
             queries, keys = call.queries_and_keys(segment)
             reads = call.update.forward(segment, queries, keys, call.values(segment), (initial, final))
@@ -147,24 +148,24 @@ class ChunkedRecurrenceBackward(OnceDifferentiable):
         *tensors, states, A, U, inverse, denominator, slope, o, spec = args
         inputs = Inputs(*tensors)
         V, additive = inputs.v.shape[-1], inputs.beta is None
+        do = inputs.q.new_zeros(*inputs.q.shape[:3], V) if do is None else do
         call = ChunkedCall(inputs, spec, (states, A, U, inverse))
-        layout, work, decay, update = call.layout, call.work, call.decay, call.update
+        layout, work, decay, update, Q = call.layout, call.work, call.decay, call.update, call.layout.Q
         grads = InputGrads(call, inputs, spec.needs_grad)
-        do = torch.zeros_like(inputs.v) if do is None else do
-        do_chunks, reciprocal, d_last = ChunkedView(layout, do), None, None
+        do_chunks, reciprocal, d_last = ChunkedView(layout, do, by_query=True), None, None
         if denominator is not None:  # through the division, and of the last channel that q reads
             each = denominator.reciprocal()
             d_each = torch.linalg.vecdot(do.to(each), o.to(each)).mul_(each).mul_(slope).neg_()
-            reciprocal, d_last = ChunkedView(layout, each), ChunkedView(layout, d_each)
+            reciprocal, d_last = (ChunkedView(layout, x, by_query=True) for x in (each, d_each))
         d_initial = states.new_empty(layout.num_documents, *states.shape[1:])
         d_ends = torch.zeros_like(states[0]), call.by_document(d_final), d_initial
         for segment in reversed(layout.segments()):
             raw_queries, raw_keys = call.queries_and_keys(segment, "raw")
             m, C, R, K = raw_queries.shape
             d_reads = work("reads", m, C, R, states.shape[-1])
-            do_chunks.load(segment, d_reads[:, :, 0, :V], by=reciprocal)
+            do_chunks.load(segment, d_reads[:, :, :Q, :V], by=reciprocal)
             if d_last is not None:
-                d_last.load(segment, d_reads[:, :, 0, V:])
+                d_last.load(segment, d_reads[:, :, :Q, V:])
             saved_A = update.of_segment(A, segment) if additive else None
             queries, keys, A_segment = decay.recompute(segment, raw_queries, raw_keys, saved_A)
             values = call.values(segment) if additive else update.of_segment(U, segment)
@@ -187,34 +188,35 @@ class ChunkedCall:
 
     def __init__(self, inputs: Inputs, spec: ChunkSpec, saved: Sequence[Any]) -> None:
         self.spec, self.V = spec, inputs.v.shape[-1]
-        self.layout = layout = ChunkLayout(inputs.q, inputs.v, spec.C, spec.bounds)
+        self.layout = layout = ChunkLayout(inputs, spec.C, spec.bounds)
         self.work = work = Workspace(inputs.q, compute_dtype(inputs.q))
         per_channel = inputs.log_decay is not None and inputs.log_decay.dim() == 4
         self.decay = (ChannelDecay if per_channel else ScalarDecay)(layout, inputs, work)
         self.update = (AdditiveUpdate if inputs.beta is None else DeltaUpdate)(
             layout, self.decay, work, spec.save, *saved
         )
-        self.q, self.k, self.v = (ChunkedView(layout, x) for x in (inputs.q, inputs.k, inputs.v))
+        self.q, self.K = ChunkedView(layout, inputs.q, by_query=True), inputs.k.shape[-1]
+        self.k, self.v = ChunkedView(layout, inputs.k), ChunkedView(layout, inputs.v)
         self.beta = None if inputs.beta is None else ChunkedView(layout, inputs.beta)
 
     def by_document(self, states: Tensor | None) -> Any:
-        """States [B or documents, H, K, V] as [documents, BH, K, V]; None stays None."""
+        """States [B or documents, G, K, V] as [documents, BG, K, V]; None stays None."""
         layout = self.layout
-        return None if states is None else states.reshape(layout.num_documents, layout.BH, *states.shape[2:])
+        return None if states is None else states.reshape(layout.num_documents, layout.BG, *states.shape[2:])
 
     def queries_and_keys(self, segment: Segment, name: str = "decayed") -> tuple[Tensor, Tensor]:
         """Queries [m, C, R, K] (scale q; delta rule: also k) and keys [m, C, K] (delta rule: beta k)."""
-        m, C, R = segment.n * self.layout.BH, self.layout.C, 1 if self.beta is None else 2
-        queries, keys = queries_and_keys(self.work, name, m, C, R, self.q.full.shape[-1])
-        self.q.load(segment, queries[:, :, 0], self.spec.scale)
+        m, C, Q = segment.n * self.layout.BG, self.layout.C, self.layout.Q
+        queries, keys = queries_and_keys(self.work, name, m, C, Q + (self.beta is not None), self.K)
+        self.q.load(segment, queries[:, :, :Q], self.spec.scale)
         self.k.load(segment, keys, by=self.beta)
-        if R == 2:
-            self.k.load(segment, queries[:, :, 1])
+        if self.beta is not None:
+            self.k.load(segment, queries[:, :, Q])
         return queries, keys
 
     def values(self, segment: Segment) -> Tensor:
         """Values [m, C, V]; with a normalizer one more channel of ones."""
-        m, C, V = segment.n * self.layout.BH, self.layout.C, self.V
+        m, C, V = segment.n * self.layout.BG, self.layout.C, self.V
         if self.spec.eps is None:
             return self.v.load(segment, self.work("values", m, C, V))
         values = self.work("values", m, C, V + 1)
@@ -224,18 +226,18 @@ class ChunkedCall:
 
 
 class Normalizer:
-    """Divides reads [m, C, V + 1] by a function of their last channel. Stores the denominator and its slope."""
+    """Divides reads [m, C, Q, V + 1] by a function of their last channel. Stores the denominator and its slope."""
 
     def __init__(self, eps: float, call: ChunkedCall, denominator: Tensor, slope: Tensor) -> None:
         self.eps, self.floor = eps, call.decay.floor
-        self.denominator, self.slope = (ChunkedView(call.layout, x) for x in (denominator, slope))
+        self.denominator, self.slope = (ChunkedView(call.layout, x, by_query=True) for x in (denominator, slope))
 
     def divide(self, reads: Tensor, segment: Segment) -> Tensor:
         x = reads[..., -1:]
         if self.floor is None:
             denominator = x + self.eps
         else:
-            floor, size = self.floor[segment.chunks].reshape(x.shape), x.abs()
+            floor, size = self.floor[segment.chunks].reshape(*x.shape[:2], 1, 1), x.abs()
             denominator = size.maximum(floor)
             self.slope.store(x.sign() * (size > floor), segment)
         self.denominator.store(denominator, segment)
@@ -251,19 +253,22 @@ class InputGrads:
         self.needs_gates, self.needs_initial = bool(needed & {"log_decay", "input_gate"}), "initial_state" in needed
         given = {name: getattr(inputs, name) for name in needed - {"initial_state"}}
         self.grads = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in given.items()}
-        self.views = {name: ChunkedView(call.layout, grad) for name, grad in self.grads.items()}
+        self.views = {name: ChunkedView(call.layout, grad, name == "q") for name, grad in self.grads.items()}
 
     def store(
         self, segment: Segment, d_queries: Tensor, d_keys: Tensor, d_values: Tensor, raw_queries: Tensor, d_gates: tuple
     ) -> None:
-        call, (m, C, _) = self.call, d_keys.shape
-        found = {"q": d_queries[:, :, 0], "k": d_keys, "v": d_values, "log_decay": d_gates[0], "input_gate": d_gates[1]}
+        call, (m, C, _), Q = self.call, d_keys.shape, self.call.layout.Q
+        found = {"k": d_keys, "v": d_values, "log_decay": d_gates[0], "input_gate": d_gates[1]}
         if call.beta is not None:
-            found["beta"] = call.work.dot(d_keys, raw_queries[:, :, 1])
+            found["beta"] = call.work.dot(d_keys, raw_queries[:, :, Q])
             beta = call.beta.load(segment, call.work("beta", m, C, 1))
-            d_keys.mul_(beta).add_(d_queries[:, :, 1])
+            d_keys.mul_(beta).add_(d_queries[:, :, Q])
         for name, view in self.views.items():
-            view.store(found[name].view(m, C, -1), segment, call.spec.scale if name == "q" else 1.0)
+            if name == "q":
+                view.store(d_queries[:, :, :Q], segment, call.spec.scale)
+            else:
+                view.store(found[name].view(m, C, -1), segment)
 
     def results(self, d_initial: Tensor) -> tuple[Tensor | None, ...]:
         """In the order of `Inputs`, without that of the stabilizer."""

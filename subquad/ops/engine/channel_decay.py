@@ -21,7 +21,7 @@ from subquad.ops.engine.workspace import Workspace
 
 
 class ChannelDecay:
-    """The methods of `ScalarDecay` for a log decay [B, T, H, K]."""
+    """The methods of `ScalarDecay` for a log decay [B, T, G, K]."""
 
     floor: Tensor | None = None
     last_m: Tensor | None = None
@@ -31,8 +31,8 @@ class ChannelDecay:
         self.layout, self.log_decay, self.work = layout, ChunkedView(layout, inputs.log_decay), work
 
     def total(self, segment: Segment) -> Tensor:
-        """The decay of the state over each chunk, [n, BH, K, 1]."""
-        return self.tree.total.view(segment.n, self.layout.BH, -1, 1)
+        """The decay of the state over each chunk, [n, BG, K, 1]."""
+        return self.tree.total.view(segment.n, self.layout.BG, -1, 1)
 
     def _build_tree(self, segment: Segment, shape: torch.Size) -> None:
         """Sets the tree of a segment and computes the factors of all its blocks."""
@@ -42,31 +42,35 @@ class ChannelDecay:
             torch.mul(*level.left_and_right, out=level.parent_factor)
 
     def forward(self, segment: Segment, queries: Tensor, keys: Tensor, A: Tensor, L: Tensor | None) -> None:
-        m, _, R, _ = queries.shape
+        (m, _, R, _), Q = queries.shape, self.layout.Q
         self._build_tree(segment, queries.shape)
-        A.zero_()
-        A.diagonal(0, 1, 2).copy_(self.work.dot(queries[:, :, 0], keys))
+        self._start_products(A, queries, keys)
         queries.mul_(self.tree.step_factors.unsqueeze(2))
         for level in self.tree.levels:
             block = level.dot.run().view(m, -1, level.h, R, level.h)
-            level.blocks(A).copy_(block[:, :, :, 0])
+            level.blocks(A).copy_(block[:, :, :, :Q])
             if L is not None:
-                level.blocks(L).copy_(block[:, :, :, 1])
+                level.blocks(L).copy_(block[:, :, :, Q])
             for side in level.sides:
                 side.decay()
+
+    def _start_products(self, A: Tensor, queries: Tensor, keys: Tensor) -> None:
+        """Sets A [m, C, Q, C] to the products of queries of q and keys of the same token."""
+        products = self.work.dot(queries[:, :, : self.layout.Q], keys.unsqueeze(2))
+        A.zero_().diagonal(0, 1, 3).copy_(products.mT)
 
     def recompute(
         self, segment: Segment, raw_queries: Tensor, raw_keys: Tensor, A: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Also saves each level's operands."""
-        m, C, R, K = raw_queries.shape
+        (m, C, R, K), Q = raw_queries.shape, self.layout.Q
         self._build_tree(segment, raw_queries.shape)
         self.raw_queries, self.raw_keys = raw_queries, raw_keys
         queries, keys = queries_and_keys(self.work, "decayed", m, C, R, K)
         compute_A = A is None
         if A is None:
-            A = self.work("A", m, C, C).zero_()
-            A.diagonal(0, 1, 2).copy_(self.work.dot(raw_queries[:, :, 0], raw_keys))
+            A = self.work("A", m, C, Q, C)
+            self._start_products(A, raw_queries, raw_keys)
         torch.mul(raw_queries, self.tree.step_factors.unsqueeze(2), out=queries)
         keys.copy_(raw_keys)
         for level in self.tree.levels:
@@ -75,7 +79,7 @@ class ChannelDecay:
                 side.decay()
             if compute_A:
                 block = level.saved_dot.run().view(m, -1, level.h, R, level.h)
-                level.blocks(A).copy_(block[:, :, :, 0])
+                level.blocks(A).copy_(block[:, :, :, :Q])
         return queries, keys, A
 
     def backward(
@@ -99,7 +103,8 @@ class ChannelDecay:
         if gates:
             for role in range(R):
                 tree.d_steps.addcmul_(self.raw_queries[:, :, role], d_queries[:, :, role])
-        diagonal = dA[:, :, 0].diagonal(0, 1, 2).unsqueeze(-1)
-        d_queries[:, :, 0].addcmul_(self.raw_keys, diagonal)
-        d_keys.addcmul_(self.raw_queries[:, :, 0], diagonal)
+        for role in range(self.layout.Q):
+            diagonal = dA[:, :, role].diagonal(0, 1, 2).unsqueeze(-1)
+            d_queries[:, :, role].addcmul_(self.raw_keys, diagonal)
+            d_keys.addcmul_(self.raw_queries[:, :, role], diagonal)
         return tree.d_steps if gates else None, None

@@ -31,17 +31,17 @@ def stabilized_cum_decay(
     """The cumulative log decay relative to the running maximum of i_t - (f_1 + ... + f_t), of each document, of mLSTM.
 
     Returns it at the queries, keys, start and end of each chunk, the stabilizer m_t = f_1 + ... + f_t + maximum
-    [N, BH, C], and the last m of each document [.., BH].
+    [N, BG, C], and the last m of each document [.., BG].
     """
-    N, BH, C = layout.N, layout.BH, layout.C
+    N, BG, C = layout.N, layout.BG, layout.C
 
     def by_chunk(x: Tensor) -> Tensor:
-        return x.view(BH, N, -1).transpose(0, 1)
+        return x.view(BG, N, -1).transpose(0, 1)
 
     f, i = layout.gates_to_chunks(f), layout.gates_to_chunks(i, fill=-torch.inf)
-    f, i = (x.transpose(0, 1).reshape(BH, N * C) for x in (f, i))
+    f, i = (x.transpose(0, 1).reshape(BG, N * C) for x in (f, i))
     documents, last_m = [], []
-    initial_m = initial_m.double().reshape(layout.num_documents, BH, 1).clamp_min(INITIAL_STABILIZER)
+    initial_m = initial_m.double().reshape(layout.num_documents, BG, 1).clamp_min(INITIAL_STABILIZER)
     for (first, end), document_m in zip(layout.chunk_ranges, initial_m, strict=True):
         t = slice(first * C, end * C)
         sums = f[:, t].cumsum(-1)
@@ -57,7 +57,7 @@ def stabilized_cum_decay(
 class ScalarDecay:
     """Computes products and decays of the chunks of a segment; `decays` is whether anything decays.
 
-    `floor` and `last_m` are of mLSTM: exp(-m_t) [N, BH, C], and the last stabilizer of each document [.., BH].
+    `floor` and `last_m` are of mLSTM: exp(-m_t) [N, BG, C], and the last stabilizer of each document [.., BG].
     """
 
     def __init__(self, layout: ChunkLayout, inputs: Inputs, work: Workspace) -> None:
@@ -66,7 +66,7 @@ class ScalarDecay:
         if inputs.log_decay is None:
             return
         dtype, C = compute_dtype(inputs.q), layout.C
-        # cumulative log decays, in base two and float64: [N, BH, C] and, at the start and end of a chunk, [N, BH, 1]
+        # cumulative log decays, in base two and float64: [N, BG, C] and, at the start and end of a chunk, [N, BG, 1]
         if inputs.input_gate is None or inputs.stabilizer is None:
             sums = (layout.gates_to_chunks(inputs.log_decay).clamp_min_(MIN_LOG_DECAY) * LOG2E).cumsum(-1)
             at_queries, at_keys, at_start, at_end = sums, sums, torch.zeros_like(sums[..., :1]), sums[..., -1:]
@@ -82,7 +82,7 @@ class ScalarDecay:
         self.totals = torch.exp2((at_end - at_start).to(dtype)).unsqueeze(-1)
 
     def total(self, segment: Segment) -> Tensor | None:
-        """The decay of the state over each chunk, [n, BH, 1, 1]."""
+        """The decay of the state over each chunk, [n, BG, 1, 1]."""
         return self.totals[segment.chunks] if self.decays else None
 
     def _pairwise_decay(self, segment: Segment) -> Tensor | None:
@@ -90,7 +90,7 @@ class ScalarDecay:
         if not self.decays:
             return None
         s, C = segment.chunks, self.layout.C
-        D = self.work("D", segment.n, self.layout.BH, C, C)
+        D = self.work("D", segment.n, self.layout.BG, C, C)
         torch.sub(self.at_queries[s].unsqueeze(-1), self.at_keys[s].unsqueeze(-2), out=D)
         return D.exp2_().view(-1, C, C)
 
@@ -100,18 +100,19 @@ class ScalarDecay:
         return self.P[s].reshape(-1, C, 1, 1), self.E[s].reshape(-1, C, 1)
 
     def forward(self, segment: Segment, queries: Tensor, keys: Tensor, A: Tensor, L: Tensor | None) -> None:
-        """Fills A [m, C, C], lower triangular, and the lower triangle of L, then decays queries and keys in place."""
-        m, C, R, K = queries.shape
+        """Fills A [m, C, Q, C], zero above the diagonal, and the lower triangle of L, then decays queries and keys in
+        place."""
+        (m, C, R, K), Q = queries.shape, self.layout.Q
         D = self._pairwise_decay(segment)
-        products = A if R == 1 else self.work("products", m, C * R, C)
-        torch.bmm(queries.view(m, C * R, K), keys.mT, out=products)
+        products = A if L is None else self.work("products", m, C, R, C)
+        torch.bmm(queries.view(m, C * R, K), keys.mT, out=products.view(m, C * R, C))
         if L is not None:
-            by_role = products.view(m, C, R, C)
-            A.copy_(by_role[:, :, 0])
-            L.copy_(by_role[:, :, 1]) if D is None else torch.mul(by_role[:, :, 1], D, out=L)
+            A.copy_(products[:, :, :Q])
+            L.copy_(products[:, :, Q]) if D is None else torch.mul(products[:, :, Q], D, out=L)
         if D is not None:
-            A.mul_(D)
-        A.tril_()
+            A.mul_(D.tril_().unsqueeze(2))
+        else:
+            _clear_above_diagonal(A)
         if self.decays:
             P, E = self._factors(segment)
             queries.mul_(P)
@@ -127,14 +128,14 @@ class ScalarDecay:
             D.tril_()
         self.raw_queries, self.raw_keys = raw_queries, raw_keys
         if A is not None:
-            self.products = A.unsqueeze(2)
+            self.products = A
         else:
             flat = torch.bmm(raw_queries.view(m, C * R, K), raw_keys.mT, out=self.work("products", m, C * R, C))
             self.products = flat.view(m, C, R, C)
             if D is not None:
                 self.products.mul_(D.unsqueeze(2))
             else:
-                self.products[:, :, 0].tril_()
+                _clear_above_diagonal(self.products[:, :, : self.layout.Q])
         if not self.decays:
             self.queries, self.keys = raw_queries, raw_keys
         else:
@@ -142,7 +143,7 @@ class ScalarDecay:
             self.queries, self.keys = queries_and_keys(self.work, "decayed", m, C, R, K)
             torch.mul(raw_queries, P, out=self.queries)
             torch.mul(raw_keys, E, out=self.keys)
-        return self.queries, self.keys, self.products[:, :, 0]
+        return self.queries, self.keys, self.products[:, :, : self.layout.Q]
 
     def backward(
         self, segment: Segment, dA: Tensor, d_queries: Tensor, d_keys: Tensor, G: Tensor, S: Tensor, gates: bool
@@ -151,13 +152,13 @@ class ScalarDecay:
 
         Args:
             dA: [m, C, R, C], the gradients of A and, under the delta rule, of L.
-            G, S: [n, BH, K, V], the gradients of the states after each chunk, and the states before.
+            G, S: [n, BG, K, V], the gradients of the states after each chunk, and the states before.
             gates: whether gradients of the gates are needed.
 
         Returns:
-            The gradients of the log decay and of the input gate, [n, BH, C].
+            The gradients of the log decay and of the input gate, [n, BG, C].
         """
-        m, C, R, K = d_queries.shape
+        (m, C, R, K), Q = d_queries.shape, self.layout.Q
         d_log_decay = d_input_gate = None
         if gates and self.decays:
             d_log_decay, d_input_gate = self._gate_grads(segment, dA, d_queries, d_keys, G, S)
@@ -167,9 +168,9 @@ class ScalarDecay:
             d_queries.mul_(P)
             d_keys.mul_(E)
         else:
-            dA[:, :, 0].tril_()
-        if R == 2:
-            dA[:, :, 1].tril_(-1)
+            _clear_above_diagonal(dA[:, :, :Q])
+        if R > Q:
+            dA[:, :, Q].tril_(-1)
         flat = dA.view(m, C * R, C)
         d_queries.view(m, C * R, K).baddbmm_(flat, self.raw_keys)
         d_keys.baddbmm_(flat.mT, self.raw_queries.view(m, C * R, K))
@@ -185,13 +186,17 @@ class ScalarDecay:
         """
         m, C, _, _ = dA.shape
         W = torch.mul(self.products[:, :, 0], dA[:, :, 0], out=self.work("W", m, C, C))
-        if dA.shape[2] == 2:
-            W.addcmul_(self.products[:, :, 1], dA[:, :, 1])
-        by_query = self.work.dot(self.queries, d_queries)
-        by_query = by_query.sum(-1) if dA.shape[2] == 2 else by_query.squeeze(-1)
+        for role in range(1, dA.shape[2]):
+            W.addcmul_(self.products[:, :, role], dA[:, :, role])
+        by_query = self.work.dot(self.queries, d_queries).sum(-1)
         by_key = self.work.dot(self.keys, d_keys)
         by_step = torch.matmul(self.from_step, W, out=self.work("by_step", m, C, C)).tril_(-1).sum(-1)
         by_step.addmm_(by_query, self.from_step.mT).addmm_(by_key, self.after_step)
         d_total = self.work.dot(G.flatten(-2), S.flatten(-2)) * self.totals[segment.chunks][..., 0, 0]
         d_log_decay = by_step.view(segment.n, -1, C) + d_total.unsqueeze(-1)
         return d_log_decay, (W.tril_().sum(-2) + by_key).view(segment.n, -1, C) if self.input_gate else None
+
+
+def _clear_above_diagonal(A: Tensor) -> None:
+    """Sets the products A [m, C, Q, C] of queries with later keys to zero."""
+    A.transpose(1, 2).tril_()

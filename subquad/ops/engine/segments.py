@@ -1,7 +1,7 @@
 """How a sequence is processed: chunks of C tokens, grouped into segments whose temporaries fit in the CPU cache.
 
-A segment is n consecutive chunks of all B H heads. All its tensors are batches of m = n B H small matrices
-[m, C, ...] in the order (chunk, batch, head). Inputs are copied into the segment and converted to the computation's
+A segment is n consecutive chunks of all B G states. All its tensors are batches of m = n B G small matrices
+[m, C, ...] in the order (chunk, batch, state). Inputs are copied into the segment and converted to the computation's
 dtype there; outputs are copied back. Zeros fill the last chunk, which leaves the state unchanged.
 """
 
@@ -29,11 +29,12 @@ def chunk_length(T: int, chunk_size: int | None) -> int:
     return 1 << (min(max(1, T), max(MIN_CHUNK, chunk_size or DEFAULT_CHUNK)) - 1).bit_length()
 
 
-def matrices_per_segment(q: Tensor, v: Tensor, C: int) -> int:
+def matrices_per_segment(inputs: Inputs, C: int) -> int:
     """Upper bound of m. Each matrix holds queries, keys and values with their gradients, and two states."""
-    K, V = q.shape[-1], v.shape[-1]
-    matrices = max(MIN_MATRICES, min(MAX_MATRICES, SEGMENT_ELEMENTS // (K * V + 2 * C * (K + V))))
-    return matrices * (1 if q.device.type == "cpu" else DEVICE_FACTOR)
+    K, V = inputs.k.shape[-1], inputs.v.shape[-1]
+    elements = K * V + (1 + inputs.queries) * C * (K + V)
+    matrices = max(MIN_MATRICES, min(MAX_MATRICES, SEGMENT_ELEMENTS // max(1, elements)))
+    return matrices * (1 if inputs.q.device.type == "cpu" else DEVICE_FACTOR)
 
 
 class Segment(NamedTuple):
@@ -46,21 +47,21 @@ class Segment(NamedTuple):
 
 
 class ChunkLayout:
-    """Maps tokens of q [B, T, H, K] and v to chunks and segments, and documents to the chunks where they begin and end.
+    """Maps tokens to chunks and segments, and documents to the chunks where they begin and end.
 
     bounds: boundaries of packed documents in tokens, multiples of C (see `DocumentPadding`); None without documents.
     """
 
-    def __init__(self, q: Tensor, v: Tensor, C: int, bounds: list[int] | None) -> None:
-        self.B, self.T, self.H, _ = q.shape
-        self.BH, self.C, self.N = self.B * self.H, C, -(-self.T // C)
+    def __init__(self, inputs: Inputs, C: int, bounds: list[int] | None) -> None:
+        (self.B, self.T, self.G, _), self.Q = inputs.k.shape, inputs.queries
+        self.BG, self.C, self.N = self.B * self.G, C, -(-self.T // C)
         chunk_bounds = [0, self.N] if bounds is None else [b // C for b in bounds]
         self.chunk_ranges = list(itertools.pairwise(chunk_bounds))  # of each document
         self.num_documents = len(self.chunk_ranges)
         self.first_chunks = {a: doc for doc, (a, b) in enumerate(self.chunk_ranges) if a < b}
         self.last_chunks = {b - 1: doc for doc, (a, b) in enumerate(self.chunk_ranges) if a < b}
         self.empty_documents = [doc for doc, (a, b) in enumerate(self.chunk_ranges) if a == b]
-        most = max(1, matrices_per_segment(q, v, C) // max(1, self.BH))
+        most = max(1, matrices_per_segment(inputs, C) // max(1, self.BG))
         self.chunks_per_segment = max(1, -(-self.N // max(1, -(-self.N // most))))  # segments of nearly equal size
 
     def segments(self) -> list[Segment]:
@@ -68,26 +69,29 @@ class ChunkLayout:
         return [Segment(c, min(size, self.N - c)) for c in range(0, self.N, size)]
 
     def gates_to_chunks(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """[B, T, H] -> [N, BH, C] in float64 for the whole sequence at once, since gates are small."""
-        padded = x.new_full((self.B, self.N * self.C, self.H), fill, dtype=torch.float64)
+        """[B, T, G] -> [N, BG, C] in float64 for the whole sequence at once, since gates are small."""
+        padded = x.new_full((self.B, self.N * self.C, self.G), fill, dtype=torch.float64)
         padded[:, : self.T] = x
-        return padded.view(self.B, self.N, self.C, self.H).permute(1, 0, 3, 2).reshape(self.N, self.BH, self.C)
+        return padded.view(self.B, self.N, self.C, self.G).permute(1, 0, 3, 2).reshape(self.N, self.BG, self.C)
 
 
 class ChunkedView:
-    """A tensor [B, T, H, D], or [B, T, H] as D = 1, viewed as chunks [N, B, H, C, D], to copy segments from and to."""
+    """A tensor [B, T, G, D], or [B, T, G] as D = 1, viewed as chunks [N, B, G, C, D], to copy segments from and to.
 
-    def __init__(self, layout: ChunkLayout, x: Tensor) -> None:
+    by_query: a tensor [B, T, H, D] or [B, T, H], viewed as chunks [N, B, G, C, Q, D] with Q = H / G.
+    """
+
+    def __init__(self, layout: ChunkLayout, x: Tensor, by_query: bool = False) -> None:
         x = x.unsqueeze(-1) if x.dim() == 3 else x
-        B, T, H, D = x.shape
-        self.layout, self.num_full = layout, T // layout.C
+        x = x.unflatten(2, (layout.G, layout.Q)) if by_query else x
+        self.layout, self.num_full = layout, x.shape[1] // layout.C
         length = self.num_full * layout.C
-        self.full = x[:, :length].view(B, self.num_full, layout.C, H, D).permute(1, 0, 3, 2, 4)
-        self.tail = x[:, length:].transpose(1, 2)  # the tokens after the last full chunk, [B, H, fewer than C, D]
+        self.full = x[:, :length].unflatten(1, (self.num_full, layout.C)).transpose(0, 1).transpose(2, 3)
+        self.tail = x[:, length:].transpose(1, 2)  # the tokens after the last full chunk, [B, G, fewer than C, D]
 
     def load(self, segment: Segment, out: Tensor, scale: float = 1.0, by: ChunkedView | None = None) -> Tensor:
-        """Copies a segment into `out` [m, C, D], times `scale` or times `by` [.., 1] per token, padded with zeros."""
-        target = self._by_head(out, segment)
+        """Copies a segment into `out` [m, C, (Q,) D], times `scale` or `by` [.., 1] per token, padded with zeros."""
+        target = self._by_state(out, segment)
         n = min(segment.n, self.num_full - segment.first)
         chunks = slice(segment.first, segment.first + n)
         _copy(self.full[chunks], target if n == segment.n else target[:n], scale if by is None else by.full[chunks])
@@ -98,15 +102,15 @@ class ChunkedView:
         return out
 
     def store(self, x: Tensor, segment: Segment, scale: float = 1.0) -> None:
-        """Copies x [m, C, D], times `scale`, to the tokens of the segment."""
-        source = self._by_head(x, segment)
+        """Copies x [m, C, (Q,) D], times `scale`, to the tokens of the segment."""
+        source = self._by_state(x, segment)
         n = min(segment.n, self.num_full - segment.first)
         _copy(source if n == segment.n else source[:n], self.full[segment.first : segment.first + n], scale)
         if n < segment.n:
             _copy(source[n, :, :, : self.tail.shape[2]], self.tail, scale)
 
-    def _by_head(self, x: Tensor, segment: Segment) -> Tensor:
-        return x.view(segment.n, self.layout.B, self.layout.H, *x.shape[1:])
+    def _by_state(self, x: Tensor, segment: Segment) -> Tensor:
+        return x.view(segment.n, self.layout.B, self.layout.G, *x.shape[1:])
 
 
 def _copy(source: Tensor, target: Tensor, factor: float | Tensor) -> None:

@@ -1,7 +1,7 @@
 """The additive update and the delta rule of the state: scans over the chunks of a segment, forward and backward.
 
-Notation and shapes as in `autograd`, for m = n B H chunk matrices: decayed queries [m, C, R, K] and keys [m, C, K],
-values [m, C, V], reads [m, C, (R,) V], states [n, BH, K, V].
+Notation and shapes as in `autograd`, for m = n B G chunk matrices: decayed queries [m, C, R, K] and keys [m, C, K],
+values [m, C, V], reads [m, C, Q or R, V], states [n, BG, K, V].
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class AdditiveUpdate:
 
     Args:
         save: whether intermediates of all chunks are kept for the backward pass; else those of one segment.
-        states: [chunks + 1, BH, K, V], the state before each chunk.
-        saved: A [chunks BH, C, C] for the additive update; for the delta rule U [chunks BH, C, V] and the inverse
-            [chunks BH, C (C + 1)], see `unit_lower_inverse`.
+        states: [chunks + 1, BG, K, V], the state before each chunk.
+        saved: A [chunks BG, C, Q, C] for the additive update; for the delta rule U [chunks BG, C, V] and the inverse
+            [chunks BG, C (C + 1)], see `unit_lower_inverse`.
     """
 
     def __init__(
@@ -40,19 +40,21 @@ class AdditiveUpdate:
         return segment.first if self.save else 0
 
     def before(self, segment: Segment) -> Tensor:
-        """The states before each chunk of the segment, [n, BH, K, V]."""
+        """The states before each chunk of the segment, [n, BG, K, V]."""
         return self.states[self.offset(segment) :][: segment.n]
 
     def of_segment(self, x: Tensor | None, segment: Segment) -> Tensor:
         """The segment's matrices of A, U or inverse."""
         assert x is not None
-        return x[self.offset(segment) * self.layout.BH :][: segment.n * self.layout.BH]
+        return x[self.offset(segment) * self.layout.BG :][: segment.n * self.layout.BG]
 
     def forward(self, segment: Segment, queries: Tensor, keys: Tensor, values: Tensor, ends: tuple) -> Tensor:
-        """Returns O [m, C, V]. `ends` are the states before each document (None: zeros) and, to be filled, after it."""
+        """Returns O [m, C, Q, V]. `ends` are the states before each document (None: zeros) and, to be filled, after."""
         A, U = self.update_states(segment, queries, keys, values, ends)
-        reads = torch.bmm(A, U, out=self.work("reads", *U.shape))
-        return reads.baddbmm_(queries[:, :, 0], self.before(segment).flatten(0, 1))
+        A, queries = A.flatten(1, 2), self.of_q(queries)
+        reads = torch.bmm(A, U, out=self.work("reads", *queries.shape[:2], U.shape[-1]))
+        reads.baddbmm_(queries, self.before(segment).flatten(0, 1))
+        return reads.unflatten(1, (-1, self.layout.Q))
 
     def update_states(
         self, segment: Segment, queries: Tensor, keys: Tensor, values: Tensor, ends: tuple
@@ -69,17 +71,17 @@ class AdditiveUpdate:
     def backward(
         self, segment: Segment, queries: Tensor, keys: Tensor, A: Tensor, d_reads: Tensor, d_ends: tuple
     ) -> tuple[Tensor, Tensor]:
-        """Returns the gradients of the states after each chunk, G [n, BH, K, V], and of V [m, C, V].
+        """Returns the gradients of the states after each chunk, G [n, BG, K, V], and of V [m, C, V].
 
-        `d_ends` are the carry [BH, K, V] to the segment before, and the gradients of the final states (None: zeros)
+        `d_ends` are the carry [BG, K, V] to the segment before, and the gradients of the final states (None: zeros)
         and, to be filled, of the initial ones.
         """
-        do = d_reads[:, :, 0]
+        do = self.of_q(d_reads)
         d_states, G = self._start_backward(queries, do, segment.n)
         for i, decay, d_after, d_before in self.scan_backward(segment, G, d_ends):
             _add_decayed(d_states[i], d_after, decay, out=d_before)
-        d_values = torch.bmm(keys, G.flatten(0, 1), out=self.work("d_values", *do.shape))
-        return G, d_values.baddbmm_(A.mT, do)
+        d_values = torch.bmm(keys, G.flatten(0, 1), out=self.work("d_values", *keys.shape[:2], do.shape[-1]))
+        return G, d_values.baddbmm_(A.flatten(1, 2).mT, do)
 
     def scan(self, segment: Segment, ends: tuple) -> Iterator[tuple[int, Tensor | None, Tensor, Tensor]]:
         """Yields for each chunk i (i, its decay, the state before, the tensor to fill with the state after)."""
@@ -110,6 +112,10 @@ class AdditiveUpdate:
             if chunk in layout.first_chunks:
                 d_initial[layout.first_chunks[chunk]].copy_(d_before)
 
+    def of_q(self, x: Tensor) -> Tensor:
+        """Of all queries [m, C, R, D] those of q [m, C Q, D]; a copy if k lies between several of them."""
+        return x[:, :, : self.layout.Q].flatten(1, 2)
+
     def _decays(self, segment: Segment) -> tuple[Tensor | None, ...]:
         total = self.decay.total(segment)
         return (None,) * segment.n if total is None else total.unbind(0)
@@ -117,7 +123,7 @@ class AdditiveUpdate:
     def _start_backward(self, queries: Tensor, do: Tensor, n: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """The gradients of the state before each chunk that its outputs cause, and memory for G."""
         size = queries.shape[-1], do.shape[-1]
-        d_states = torch.bmm(queries[:, :, 0].mT, do, out=self.work("d_state", len(do), *size)).view(n, -1, *size)
+        d_states = torch.bmm(self.of_q(queries).mT, do, out=self.work("d_state", len(do), *size)).view(n, -1, *size)
         return d_states.unbind(0), self.work("G", *d_states.shape)
 
 
@@ -142,12 +148,12 @@ class DeltaUpdate(AdditiveUpdate):
         self, segment: Segment, queries: Tensor, keys: Tensor, values: Tensor, ends: tuple
     ) -> tuple[Tensor, Tensor]:
         (m, C, _, K), V, n, work = queries.shape, values.shape[-1], segment.n, self.work
-        A, L = work("A", m, C, C), padded_square(work("L", m, C * (C + 1)), C)
+        A, L = work("A", m, C, self.layout.Q, C), padded_square(work("L", m, C * (C + 1)), C)
         self.decay.forward(segment, queries, keys, A, L)
         inverse, U = self.of_segment(self.inverse, segment), self.of_segment(self.U, segment)
         unit_lower_inverse(L, inverse, work)
         inverses = padded_square(inverse, C).unflatten(0, (n, -1)).unbind(0)
-        key_queries, writes = queries[:, :, 1].view(n, -1, C, K).unbind(0), keys.mT.view(n, -1, K, C).unbind(0)
+        key_queries, writes = queries[:, :, -1].view(n, -1, C, K).unbind(0), keys.mT.view(n, -1, K, C).unbind(0)
         each_V, each_U = values.view(n, -1, C, V).unbind(0), U.view(n, -1, C, V).unbind(0)
         for i, decay, before, after in self.scan(segment, ends):
             each_V[i].baddbmm_(key_queries[i], before, alpha=-1)
@@ -159,20 +165,20 @@ class DeltaUpdate(AdditiveUpdate):
     def backward(
         self, segment: Segment, queries: Tensor, keys: Tensor, A: Tensor, d_reads: Tensor, d_ends: tuple
     ) -> tuple[Tensor, Tensor]:
-        """Also writes -dV, the gradient of what keys read, to `d_reads[:, :, 1]`."""
-        (m, C, _, K), do, V, n, work = queries.shape, d_reads[:, :, 0], d_reads.shape[-1], segment.n, self.work
+        """Also writes -dV, the gradient of what keys read, to `d_reads[:, :, -1]`."""
+        (m, C, _, K), do, V, n, work = queries.shape, self.of_q(d_reads), d_reads.shape[-1], segment.n, self.work
         inverses = padded_square(self.of_segment(self.inverse, segment), C).mT.unflatten(0, (n, -1)).unbind(0)
         d_states, G = self._start_backward(queries, do, n)
-        dU = torch.bmm(A.mT, do, out=work("d_values", m, C, V)).view(n, -1, C, V).unbind(0)
+        dU = torch.bmm(A.flatten(1, 2).mT, do, out=work("d_values", m, C, V)).view(n, -1, C, V).unbind(0)
         d_values = work("solved", m, C, V)
         dV = d_values.view(n, -1, C, V).unbind(0)
-        key_queries, writes = queries[:, :, 1].mT.view(n, -1, K, C).unbind(0), keys.view(n, -1, C, K).unbind(0)
+        key_queries, writes = queries[:, :, -1].mT.view(n, -1, K, C).unbind(0), keys.view(n, -1, C, K).unbind(0)
         for i, decay, d_after, d_before in self.scan_backward(segment, G, d_ends):
             dU[i].baddbmm_(writes[i], d_after)
             torch.bmm(inverses[i], dU[i], out=dV[i])
             _add_decayed(d_states[i], d_after, decay, out=d_before)
             d_before.baddbmm_(key_queries[i], dV[i], alpha=-1)
-        torch.neg(d_values, out=d_reads[:, :, 1])
+        torch.neg(d_values, out=d_reads[:, :, -1])
         return G, d_values
 
 

@@ -1,4 +1,4 @@
-"""The tasks of `recall.py`: contexts with questions, drawn from a tokenizer and natural text.
+"""Tasks of recall: contexts with questions, drawn from a tokenizer and natural text.
 
 The pieces of a prompt are tokenized separately, so that a prompt has exactly the requested length, and the tokens of an
 answer are those in the context.
@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from subquad.data.encoding import text_prefix
 from subquad.utils import UserError
 
 Tokens = list[int]
@@ -69,9 +70,7 @@ class PromptSource:
     @cached_property
     def prefix(self) -> Tokens:
         """The tokens that the tokenizer prepends to every text: a beginning-of-text token, or none."""
-        whole, plain = self.tokenizer("a").input_ids, self.encode("a")
-        found = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-        return list(whole[:found])
+        return text_prefix(self.tokenizer)
 
     @cached_property
     def ordinary_tokens(self) -> Tokens:
@@ -140,14 +139,21 @@ def draw_needle(kind: str, filler: str, source: PromptSource, length: int, depth
 
     filler: the method of `source` that draws the text.
     """
-    name = source.rng.choice(source.words)
-    answer, *distractors = draw_values(source, kind, name)
-    opening = source.encode(f"\nThe {kind} of the {name} is")
-    statement = [*opening, *answer, *source.encode(".\n")]
-    needed = len(statement) + len(opening)
-    check_length(length, needed, f"needle_{kind}")
-    text = getattr(source, filler)(length - needed)
-    return Item(insert([statement], [depth], text), [Question(opening, answer, distractors, depth)])
+    return draw_needles([kind], filler, source, length, depth)
+
+
+def draw_needles(kinds: Sequence[str], filler: str, source: PromptSource, length: int, *depths: float) -> Item:
+    """Statements about different names within a long text, one of each of `kinds` at each of `depths`, and a question
+    about each. The queries can differ in length; the prompt with the longest has `length` tokens."""
+    pieces, questions = [], []
+    for kind, name, depth in zip(kinds, source.rng.sample(source.words, len(kinds)), depths, strict=True):
+        answer, *distractors = draw_values(source, kind, name)
+        opening = source.encode(f"\nThe {kind} of the {name} is")
+        pieces.append([*opening, *answer, *source.encode(".\n")])
+        questions.append(Question(opening, answer, distractors, depth))
+    needed = sum(map(len, pieces)) + max(len(question.query) for question in questions)
+    check_length(length, needed, f"needle_{kinds[0]}")
+    return Item(insert(pieces, depths, getattr(source, filler)(length - needed)), questions)
 
 
 def draw_values(source: PromptSource, kind: str, name: str) -> list[Tokens]:
