@@ -23,8 +23,16 @@ DELEGATED = (
     "intermediate_size",
     "max_position_embeddings",
     "initializer_range",
+    # how logits are computed from the head; `trl` reads them
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier",
 )
 """Attributes that are read from `base_config`."""
+REQUIRES = "the Python package subquad; `import subquad` before loading"
+"""In config.json, for readers who meet the error of transformers about an unknown model type."""
 
 
 class SubquadConfig(PreTrainedConfig):
@@ -69,6 +77,7 @@ class SubquadConfig(PreTrainedConfig):
         self.attention_specs = copy_specs("attention_specs", attention_specs)
         self.max_learned_positions = max_learned_positions
         self.use_cache = use_cache
+        kwargs["requires"] = REQUIRES
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
             if getattr(self.base_config, name, None) is not None:
                 kwargs.setdefault(name, getattr(self.base_config, name))

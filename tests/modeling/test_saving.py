@@ -81,6 +81,7 @@ def test_config_holds_the_teachers_config_and_layer_specs(make_teacher, tmp_path
     written = json.loads((tmp_path / "student" / "config.json").read_text())
     assert written["model_type"] == "subquad"
     assert written["architectures"] == ["SubquadForCausalLM"]
+    assert "import subquad" in written["requires"]
     assert written["layer_specs"] == [{"mixer": mixer, **options}] * 2
     assert written["base_config"]["model_type"] == "qwen2"
     config = AutoConfig.from_pretrained(tmp_path / "student")

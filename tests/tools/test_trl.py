@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from subquad import linearize
 from tests.helpers.students import SCALE_IDS, logits, randomize_gates, reloaded
-from tests.helpers.teachers import byte_tokenizer, tiny_teacher
+from tests.helpers.teachers import SIZES, byte_tokenizer, random_teacher, tiny_teacher
 
 trl = pytest.importorskip("trl", exc_type=ImportError)
 pytest.importorskip("peft", exc_type=ImportError)
@@ -22,6 +22,10 @@ LAYER_TYPES = {
 }
 TEXTS = [{"text": f"def f{i}(x): return x" + " + 1" * (i % 5)} for i in range(12)]
 PAIRS = [{"prompt": f"say {i}", "chosen": "yes " * (1 + i % 3), "rejected": "no"} for i in range(12)]
+CHATS = [
+    {"messages": [{"role": "user", "content": f"say {i} " * (1 + i % 3)}, {"role": "assistant", "content": "yes " * i}]}
+    for i in range(1, 13)
+]
 PROMPTS = [{"prompt": f"say {i} " * (1 + i % 3)} for i in range(12)]
 COMMON = {
     "max_steps": 3,
@@ -56,7 +60,8 @@ def first_batch(trainer):
 
     def keep(model, inputs, *args, **kwargs):
         if not kept:
-            kept.append({name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
+            given = {**inputs, "num_items": kwargs.get("num_items_in_batch")}
+            kept.append({name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in given.items()})
         return compute(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = keep
@@ -120,6 +125,25 @@ def test_sft_with_lora_from_a_directory(model, tokenizer, tmp_path):
     assert losses[0] == pytest.approx(mean_loss(before, batch), rel=1e-3)
 
 
+SCALED_LOGITS = {"gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16}, "granite": {"logits_scaling": 8.0}}
+
+
+def scaled_pair(model_type):
+    """A teacher whose logits are scaled or capped, and its student."""
+    teacher = random_teacher(model_type, **{**SIZES, "vocab_size": 256, **SCALED_LOGITS[model_type]})
+    return teacher, randomize_gates(linearize(copy.deepcopy(teacher), "gla", scale_ids=SCALE_IDS))
+
+
+@pytest.mark.parametrize("model_type", SCALED_LOGITS)
+def test_sft_with_scaled_logits(tokenizer, tmp_path, model_type):
+    _, model = scaled_pair(model_type)
+    before = copy.deepcopy(model).eval()
+    args = trl.SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, **COMMON)
+    data = Dataset.from_list(TEXTS)
+    batch, losses = first_batch(trl.SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer))
+    assert losses[0] == pytest.approx(mean_loss(before, batch), rel=1e-3)
+
+
 def log_likelihood(model, ids, mask, completion):
     """Of the completion's tokens, each row alone: a sum."""
     total = []
@@ -180,3 +204,67 @@ def test_policy_gradients(model, tokenizer, tmp_path, trainer_name):
     expected = log_likelihood(before, ids, mask, completion)
     assert torch.allclose((found * completion[:, -count:]).sum(1), expected, atol=1e-3)
     assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def divergence(student, teacher, ids, mask, completion, beta):
+    """beta KL(teacher, m) + (1 - beta) KL(student, m), m = beta teacher + (1 - beta) student; for beta 1 the reverse
+    KL(student, teacher). Of the completion's tokens, each row alone: a sum."""
+    total = 0.0
+    for row, real, own in zip(ids, mask.bool(), completion.bool(), strict=True):
+        tokens, chosen = row[real][None], own[real][1:]
+        p, q = (logits(model, tokens)[0, :-1][chosen].double().softmax(-1) for model in (student, teacher))
+        if beta == 1:
+            total += float((p * (p / q).log()).sum())
+        else:
+            m = beta * q + (1 - beta) * p
+            total += float((beta * q * (q / m).log() + (1 - beta) * p * (p / m).log()).sum())
+    return total
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0], ids=["text of the data", "text of the student"])
+def test_gkd(model, tokenizer, tmp_path, lmbda):
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    before, teacher = copy.deepcopy(model).eval(), tiny_teacher(seed=1, vocab_size=256, max_position_embeddings=256)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    args = GKDConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        lmbda=lmbda,
+        beta=0.3,
+        max_new_tokens=8,
+        max_length=128,
+        **COMMON,
+    )
+    trainer = GKDTrainer(model, teacher, args=args, train_dataset=Dataset.from_list(CHATS), processing_class=tokenizer)
+    batch, losses = first_batch(trainer)
+    completion = batch["labels"] != -100
+    expected = divergence(before, teacher, batch["input_ids"], batch["attention_mask"], completion, 0.3)
+    assert losses[0] == pytest.approx(expected / float(batch["num_items"]), rel=1e-3)
+
+
+def check_distillation(model, teacher, tokenizer, tmp_path, beta):
+    """The first loss of trl's `DistillationTrainer`, on text of the student."""
+    args = trl.DistillationConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_completion_length=8, beta=beta, **COMMON
+    )
+    model = reloaded(model, tmp_path / "model")  # the trainer asks for the name of its directory
+    before, data = copy.deepcopy(model).eval(), Dataset.from_list(PROMPTS)
+    batch, losses = first_batch(
+        trl.DistillationTrainer(model, teacher, args=args, train_dataset=data, processing_class=tokenizer)
+    )
+    ids, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    completion = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["completion_mask"]], 1)
+    expected = divergence(before, teacher, ids, mask, completion, beta) / int(completion.sum())
+    assert losses[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_distillation(model, tokenizer, tmp_path):
+    teacher = tiny_teacher(seed=1, vocab_size=256, max_position_embeddings=256)
+    check_distillation(model, teacher, tokenizer, tmp_path, beta=0.3)
+
+
+@pytest.mark.parametrize("model_type", SCALED_LOGITS)
+def test_distillation_with_scaled_logits(tokenizer, tmp_path, model_type):
+    teacher, model = scaled_pair(model_type)
+    check_distillation(model, teacher, tokenizer, tmp_path, beta=1.0)
