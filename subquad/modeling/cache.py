@@ -5,6 +5,7 @@ linear attention without a convolution for an empty one. So these classes count 
 tuple of tensors.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,20 +19,39 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from subquad.mixers import AttentionSpec
 from subquad.modeling.masks import DocIdsAndPositions
+from subquad.modeling.rollback import LayerCall, Record
 
 CACHE_ARGUMENT = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """The name in `transformers` of the cache that a model takes and returns: "cache" since 5.24."""
 
 
 class RecurrentCacheLayer(DynamicLayer):
-    """The states of one mixer, tensors with the batch as first axis, and the number of tokens that they summarize."""
+    """The states of one mixer, tensors with the batch as first axis, and the number of tokens that they summarize.
 
-    is_croppable = False
+    No method changes a tensor in place, so copies can share them.
+    """
+
+    is_croppable = True
 
     def __init__(self) -> None:
         super().__init__()
         self.states: tuple[Tensor, ...] | None = None
         self.num_tokens = 0
+        self.record = Record()
+
+    def contents(self) -> dict[str, Any]:
+        """What calls replace, by attribute."""
+        return {"states": self.states, "num_tokens": self.num_tokens}
+
+    def with_types(self, contents: dict[str, Any]) -> dict[str, Any]:
+        """`contents` whose keys may be strings and whose tuples may be plain, as they were."""
+        return {"states": contents["states"], "num_tokens": int(contents["num_tokens"])}
+
+    def copy(self) -> "RecurrentCacheLayer":
+        """A layer with the same tensors, which records nothing."""
+        new = copy.copy(self)
+        vars(new).update(self.contents(), record=Record())
+        return new
 
     def tensors(self) -> list[Tensor]:
         """All that the layer holds."""
@@ -48,8 +68,10 @@ class RecurrentCacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.states, self.num_tokens = None, 0
+        self.record.clear()
 
     def _map_states(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.record.clear()
         if self.states is not None:
             self.states = tuple(function(s) for s in self.states)
 
@@ -62,8 +84,30 @@ class RecurrentCacheLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map_states(lambda s: s[indices])
 
-    def crop(self, *args: Any) -> None:
-        raise NotImplementedError("a recurrent state cannot be cropped to fewer tokens; copy the cache before the call")
+    @property
+    def record_past(self) -> bool:
+        """Whether calls are recorded, so that `crop` can take their tokens back (name and use of `transformers`)."""
+        return self.record.active
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.record.active = value
+        self.record.clear()
+
+    def activate_past_recording(self) -> None:
+        self.record.active = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens; see `SubquadCache.crop`."""
+        removed = -tokens_to_remove
+        self.record.check(removed)
+        taken = self.record.take_back(removed)
+        if taken is None:
+            return
+        contents, call = taken
+        vars(self).update(contents)
+        if call is not None:
+            call()
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +194,13 @@ class LocalCacheLayer(RecurrentCacheLayer):
         """Documents and positions of the tokens of the next `update`, for attention that gets joined keys from it."""
         self._next: list[Tensor] = []
 
+    def contents(self) -> dict[str, Any]:
+        return {**super().contents(), "sink_rotations": dict(self.sink_rotations)}
+
+    def with_types(self, contents: dict[str, Any]) -> dict[str, Any]:
+        rotations = {int(last): (cos, sin) for last, (cos, sin) in contents["sink_rotations"].items()}
+        return {**super().with_types(contents), "sink_rotations": rotations}
+
     def reset(self) -> None:
         super().reset()
         self.sink_rotations = {}
@@ -171,6 +222,12 @@ class LocalCacheLayer(RecurrentCacheLayer):
         new, self.joined_tokens = self.joined_tokens, None
         if new is None:
             return key_states, value_states
+        if self.record.active:
+            self.record.add(self.contents(), JoinedUpdate(self, key_states, value_states, new))
+        return self.join(key_states, value_states, new)
+
+    def join(self, key_states: Tensor, value_states: Tensor, new: DocIdsAndPositions) -> tuple[Tensor, Tensor]:
+        """Keys and values of the cache and of the new tokens, whose documents and positions are `new`."""
         kv_heads = sum(len(group.kv_heads) for group in self.groups)
         repeats = key_states.shape[1] // kv_heads  # some modules repeat keys and values before
         keys, values = (x[:, ::repeats] for x in (key_states, value_states))
@@ -206,7 +263,7 @@ class LocalCacheLayer(RecurrentCacheLayer):
         else:
             ends = group.sinks, S - (capacity - group.sinks)
             kept = (torch.cat((x[:, :, : ends[0]], x[:, :, ends[1] :]), 2) for x in (keys, values))
-        self._next += kept
+        self._next = [*self._next, *kept]  # a copy of the layer may share the list
         return keys, values, layout
 
     def layout(
@@ -256,12 +313,81 @@ class LocalCacheLayer(RecurrentCacheLayer):
         self.update_states(states, new_tokens)
 
 
+@dataclass
+class JoinedUpdate(LayerCall):
+    """The update of a cache layer by an attention module that computes attention itself."""
+
+    cache_layer: LocalCacheLayer
+    keys: Tensor
+    values: Tensor
+    new: DocIdsAndPositions
+    mask = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[2]
+
+    def narrow(self, start: int, stop: int) -> "JoinedUpdate":
+        new = self.new[0][:, start:stop], self.new[1][:, start:stop]
+        return JoinedUpdate(self.cache_layer, self.keys[:, :, start:stop], self.values[:, :, start:stop], new)
+
+    def __call__(self) -> Tensor:
+        return self.cache_layer.join(self.keys, self.values, self.new)[0]
+
+
 class SubquadCache(Cache):
     """One cache layer per decoder layer: `RecurrentCacheLayer` for a mixer, `LocalCacheLayer` for attention with a
     window in any of its heads, and `DynamicLayer` for full attention, whose keys and values grow with the context."""
 
     def nbytes(self) -> int:
         return cache_bytes(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens, so that the cache is as it was before them.
+
+        tokens_to_remove: 0 or a negative number: how many tokens are removed; a positive one: how many stay. Tokens
+        are removed as far back as calls were recorded, which `activate_past_recording` begins, and at most to the last
+        crop: at least `RECORDED_TOKENS` tokens. Without a mixer or a window in any layer there is no limit.
+
+        Raises:
+            RuntimeError: more tokens than were recorded.
+        """
+        past = self.get_seq_length()
+        removed = max(past - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
+        if removed > past:
+            raise RuntimeError(f"crop: got {removed} tokens to remove, expected at most {past}, all of the cache")
+        for layer in self.layers:
+            if isinstance(layer, RecurrentCacheLayer):
+                layer.record.check(removed)
+        super().crop(-removed)
+
+    def snapshot(self) -> "SubquadCache":
+        """A cache of the same tokens, from which other texts can go on; it shares the tensors, which no call changes,
+        and records nothing."""
+        layers: list[Any] = self.layers
+        return SubquadCache([x.copy() if isinstance(x, RecurrentCacheLayer) else copy.copy(x) for x in layers])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SubquadCache":
+        new = self.snapshot()
+        for layer in new.layers:
+            vars(layer).update(copy.deepcopy(layer_contents(layer), memo))
+        return new
+
+
+def layer_contents(layer: Any) -> dict[str, Any]:
+    """What calls replace in a layer of a `SubquadCache`: tensors, numbers, and tuples and dictionaries of these."""
+    if isinstance(layer, RecurrentCacheLayer):
+        return layer.contents()
+    return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+
+
+def set_layer_contents(layer: Any, contents: dict[str, Any]) -> None:
+    """Gives an empty layer what `layer_contents` returned, in which keys may be strings and tuples plain."""
+    if isinstance(layer, RecurrentCacheLayer):
+        vars(layer).update(layer.with_types(contents))
+    elif contents:
+        layer.lazy_initialization(contents["keys"], contents["values"])
+        layer.keys, layer.values = contents["keys"], contents["values"]
 
 
 def cache_bytes(cache: Cache) -> int:

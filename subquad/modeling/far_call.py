@@ -15,6 +15,7 @@ from subquad.mixers.states import loaded, stored
 from subquad.modeling.attention.banded import Implementation, Slots
 from subquad.modeling.cache import HeadGroup, LocalCacheLayer
 from subquad.modeling.merge import TINY
+from subquad.modeling.rollback import tokens_of
 
 if TYPE_CHECKING:
     from subquad.modeling.near_far import NearFarLayer
@@ -47,6 +48,13 @@ class NearFarCacheLayer(LocalCacheLayer):
     def __init__(self, groups: Sequence[HeadGroup]):
         super().__init__(groups)
         self.far_states: dict[int, FarStates] = {}
+
+    def contents(self) -> dict[str, Any]:
+        return {**super().contents(), "far_states": dict(self.far_states)}
+
+    def with_types(self, contents: dict[str, Any]) -> dict[str, Any]:
+        far = {int(index): FarStates(*states) for index, states in contents["far_states"].items()}
+        return {**super().with_types(contents), "far_states": far}
 
     def reset(self) -> None:
         super().reset()
@@ -115,6 +123,10 @@ class FarCall:
     def __init__(self, layer: "NearFarLayer", x: Tensor, packed: bool, cache: NearFarCacheLayer | None):
         self.layer, self.x, self.packed, self.cache = layer, x, packed, cache
         self.shared = layer.mixer.options.state_heads == "key_value"
+
+    def narrow(self, start: int, stop: int) -> "FarCall":
+        """That of new tokens `start` to `stop` alone."""
+        return FarCall(self.layer, tokens_of(self.x, start, stop), self.packed, self.cache)
 
     def begin(self, query: Tensor, key: Tensor, value: Tensor, order: Tensor | None) -> None:
         """Computes the gates of the new tokens, in their order. query: `[B, H, T, K]`; key, value: `[B, G, T, D]`."""

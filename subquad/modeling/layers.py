@@ -5,6 +5,7 @@ Both take the arguments that the decoder layer passes to its attention and retur
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from subquad.modeling.cache import (
 )
 from subquad.modeling.layer_types import Window
 from subquad.modeling.masks import additive_mask, doc_ids_and_positions, new_documents
+from subquad.modeling.rollback import LayerCall, mask_of, run_recorded, tokens_of
 from subquad.utils import UserError
 
 
@@ -34,6 +36,35 @@ def find_cache_layer(args: tuple, kwargs: dict[str, Any], index: int) -> Any:
     """Layer `index` of the cache among the arguments, found by its type: its name differs between architectures."""
     caches = (value for value in (*args, *kwargs.values()) if isinstance(value, SubquadCache))
     return next((cache.layers[index] for cache in caches), None)
+
+
+@dataclass
+class MixerCall(LayerCall):
+    """A pass of a mixer over new tokens `x: [B, T, hidden]`, with cos and sin `[1 or B, T, R]`."""
+
+    mixer: Mixer
+    cache_layer: RecurrentCacheLayer | None
+    x: Tensor
+    position_embeddings: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.x.shape[1]
+
+    def narrow(self, start: int, stop: int) -> "MixerCall":
+        rotary: Any = self.position_embeddings
+        rotary = None if rotary is None else tuple(tokens_of(t, start, stop) for t in rotary)
+        mask = mask_of(self.mask, self.num_tokens, start, stop)
+        return MixerCall(self.mixer, self.cache_layer, tokens_of(self.x, start, stop), rotary, mask)
+
+    def __call__(self) -> Tensor:
+        doc_ids = None if self.mask is None else new_documents(self.mask, self.x.shape[1])
+        state = None if self.cache_layer is None else self.cache_layer.states
+        y, new_state = self.mixer(self.x, self.position_embeddings, doc_ids, state)
+        if self.cache_layer is not None:
+            self.cache_layer.update_states(new_state, self.x.shape[1])
+        return y
 
 
 class MixerLayer(nn.Module):
@@ -51,18 +82,14 @@ class MixerLayer(nn.Module):
 
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         x = hidden_states_of(args, kwargs)
-        T = x.shape[1]
-        doc_ids = None if attention_mask is None else new_documents(attention_mask, T)
         cache_layer = find_cache_layer(args, kwargs, self.index)
         if cache_layer is not None and not isinstance(cache_layer, RecurrentCacheLayer):
             raise TypeError(
                 f"{CACHE_ARGUMENT}: got {type(cache_layer).__name__} for layer {self.index}, expected "
                 "RecurrentCacheLayer; pass student.new_cache() or None"
             )
-        state = None if cache_layer is None else cache_layer.states
-        y, new_state = self.mixer(x, kwargs.get("position_embeddings"), doc_ids, state)
-        if cache_layer is not None:
-            cache_layer.update_states(new_state, T)
+        call = MixerCall(self.mixer, cache_layer, x, kwargs.get("position_embeddings"), attention_mask)
+        y = run_recorded(cache_layer, call)
         return (y, *[None] * (self.spec.num_outputs - 1)) if self.spec.num_outputs else y
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:

@@ -6,6 +6,7 @@ modules are replaced as the configuration says. Embeddings, MLPs, norms and head
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from subquad.mixers import AttentionSpec, Mixer
 from subquad.modeling.attention.local import use_local_attention
 from subquad.modeling.backbone import PADDING_FREE, add_hooks
 from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
+from subquad.modeling.cache_files import load_cache, save_cache
 from subquad.modeling.configuration_subquad import SubquadConfig
 from subquad.modeling.layer_types import DEFAULT_MERGE, NEAR_OPTIONS
 from subquad.modeling.layers import AttentionLayer, MixerLayer
@@ -37,7 +39,6 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = SubquadConfig
     base_model_prefix = "base"
     supports_gradient_checkpointing = True
-    _is_stateful = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -207,6 +208,18 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         """An empty cache. Only layers that keep full attention make it grow with the context."""
         return SubquadCache([layer.new_cache_layer() for layer in self.mixer_layers])
 
+    def save_cache(self, cache: SubquadCache, path: str | Path) -> None:
+        """Writes a cache of this student to a safetensors file."""
+        save_cache(cache, self.config, path)
+
+    def load_cache(self, path: str | Path) -> SubquadCache:
+        """The cache in a file that `save_cache` wrote, on the CPU.
+
+        Raises:
+            UserError: no such file, no cache in it, or one of a student with other layers.
+        """
+        return load_cache(self.new_cache(), self.config, path)
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
@@ -215,6 +228,8 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation: got {chosen!r}, expected None; a student makes its own cache")
         if generation_config.use_cache is not False and model_kwargs.get(CACHE_ARGUMENT) is None:
             model_kwargs[CACHE_ARGUMENT] = self.new_cache()
+            if generation_config.is_assistant:  # its drafts are taken back as far as they are rejected
+                model_kwargs[CACHE_ARGUMENT].activate_past_recording()
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_ARGUMENT)
         # Read once here, and not at each token. transformers 5.17 finds the new tokens after a cache by the mask.
         if mask is not None and not (cache and cache.get_seq_length()) and bool(mask.all()):

@@ -11,7 +11,7 @@ the number of its document (0: it is empty) and its token's position in the docu
 import copy
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from subquad.modeling.masks import (
     additive_mask,
     doc_ids_and_positions,
 )
+from subquad.modeling.rollback import LayerCall, mask_of, run_recorded, tokens_of
 
 LOCAL = "subquad_local"
 """Name of the attention implementation."""
@@ -91,6 +92,47 @@ def local_attention_forward(
     """query `[B, H, T, K]`, key `[B, G, T, K]`, value `[B, G, T, V]` of the new tokens; returns `[B, T, H, V]`."""
     call = _call.get()
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
+    return run_recorded(call.cache_layer, LocalPass(module, call, query, key, value, kwargs)), None
+
+
+@dataclass
+class LocalPass(LayerCall):
+    """A pass of local attention over new tokens; arguments as of `local_attention_forward`."""
+
+    module: nn.Module
+    call: LocalCall
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    kwargs: dict[str, Any]
+
+    @property
+    def mask(self) -> Tensor | None:  # type: ignore[override]
+        return self.call.attention_mask
+
+    @property
+    def num_tokens(self) -> int:
+        return self.query.shape[2]
+
+    def narrow(self, start: int, stop: int) -> "LocalPass":
+        T, call = self.num_tokens, self.call
+        rotary = call.rotary
+        if rotary is not None and rotary[1].shape[1] == T:
+            rotary = (rotary[0], tokens_of(rotary[1], start, stop), tokens_of(rotary[2], start, stop))
+        far = None if call.far is None else call.far.narrow(start, stop)
+        mask = mask_of(call.attention_mask, T, start, stop)
+        query, key, value = (tokens_of(x, start, stop, 2) for x in (self.query, self.key, self.value))
+        call = replace(call, attention_mask=mask, rotary=rotary, far=far)
+        return LocalPass(self.module, call, query, key, value, self.kwargs)
+
+    def __call__(self) -> Tensor:
+        return attend_locally(self.module, self.call, self.query, self.key, self.value, self.kwargs)
+
+
+def attend_locally(
+    module: nn.Module, call: LocalCall, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """Arguments and result as of `local_attention_forward`."""
     B, H, T, _ = query.shape
     cache, mask = call.cache_layer, call.attention_mask
     kv_heads = sum(len(group.kv_heads) for group in call.groups)
@@ -113,7 +155,7 @@ def local_attention_forward(
         cache.advance(T, new)
     if order is not None:
         out = out.gather(1, order.argsort(1)[:, :, None, None].expand_as(out))
-    return out, None
+    return out
 
 
 def group_output(

@@ -1,0 +1,73 @@
+"""Caches on disk: a prefix that was read once, for later processes.
+
+A file holds the tensors in safetensors; its metadata say, in JSON, what each layer holds, with the name of a tensor in
+place of it, and of which student the cache is.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from subquad.modeling.cache import SubquadCache, layer_contents, set_layer_contents
+from subquad.utils import UserError
+
+TENSOR = "tensor"
+
+
+def fingerprint(config: Any) -> str:
+    """Equal for configurations (`SubquadConfig`) of students whose caches have the same form."""
+    parts = [config.layer_specs, config.attention_specs]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def save_cache(cache: SubquadCache, config: Any, path: str | Path) -> None:
+    """Writes `cache`, of the student with `config`, to `path`."""
+    tensors: dict[str, Tensor] = {}
+
+    def described(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = str(len(tensors))
+            tensors[name] = value.detach().clone().contiguous()  # a file holds no tensor twice
+            return {TENSOR: name}
+        if isinstance(value, dict):
+            return {str(key): described(x) for key, x in value.items()}
+        return [described(x) for x in value] if isinstance(value, tuple) else value
+
+    layers = [described(layer_contents(layer)) for layer in cache.layers]
+    save_file(tensors, path, {"student": fingerprint(config), "layers": json.dumps(layers)})
+
+
+def load_cache(cache: SubquadCache, config: Any, path: str | Path) -> SubquadCache:
+    """Fills an empty `cache` of the student with `config` from the file that `save_cache` wrote, on the CPU.
+
+    Raises:
+        UserError: no such file, no cache in it, or one of another student.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"cache: no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        layers, student = json.loads(metadata["layers"]), metadata["student"]
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"cache: {str(path)!r} holds no cache of a student (or is damaged): {error}") from error
+    if student != fingerprint(config):
+        raise UserError(f"cache: {str(path)!r} is of another student, with other mixers, windows or attention")
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value[TENSOR]] if TENSOR in value else {k: restored(x) for k, x in value.items()}
+        return tuple(restored(x) for x in value) if isinstance(value, list) else value
+
+    try:
+        for layer, contents in zip(cache.layers, layers, strict=True):
+            set_layer_contents(layer, restored(contents))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"cache: {str(path)!r} is damaged: {error!r}") from error
+    return cache
