@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from transformers import AutoConfig
 
 import subquad
@@ -17,6 +18,7 @@ from subquad.modeling.layer_types import DEFAULT_MERGE, MEMORIES, NEAR_OPTIONS
 from subquad.modeling.layers import AttentionLayer
 from subquad.modeling.modeling_subquad import SubquadConfig, SubquadForCausalLM
 from subquad.modeling.near_far import NearFarLayer
+from subquad.modeling.teachers import read_license
 from subquad.utils import UserError, as_user_error
 
 CONTEXTS = (1024, 8192, 65536)
@@ -134,9 +136,14 @@ def model_card(config: SubquadConfig, teacher: str, notes: str = "", trained: bo
     """
     student, positions = meta_model(config), config.max_learned_positions
     sizes = [(f"{n:,}", *map(format_bytes, cache_sizes(student, n))) for n in CONTEXTS]
+    stated = read_license(teacher) or {"license": getattr(config.base_config, "license", None)}
+    stated = {key: value for key, value in stated.items() if value}
+    name = stated.get("license_name") or stated.get("license")
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(
         teacher=teacher_name(teacher),
+        metadata=yaml.safe_dump(stated) if stated else "",
+        license=f" ({name})" if name else "",
         origin="the other weights start from the teacher's." if trained else UNTRAINED,
         parameters=student.num_parameters(),
         model_type=config.base_config.model_type,  # type: ignore[union-attr]

