@@ -352,7 +352,7 @@ class SubquadCache(Cache):
         Raises:
             RuntimeError: more tokens than were recorded.
         """
-        past = self.get_seq_length()
+        past, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)  # transformers 5.17 gives a tensor
         removed = max(past - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
         if removed > past:
             raise RuntimeError(f"crop: got {removed} tokens to remove, expected at most {past}, all of the cache")
