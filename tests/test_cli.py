@@ -79,6 +79,10 @@ def test_linearize_generate_and_inspect(capsys, recipe_path, tmp_path):
     assert "mamba2 student" in out
     assert run(capsys, "generate", tmp_path / "s", "The", "--tokens", 3)[0] == 0
     assert run(capsys, "generate", tmp_path / "s", "", "--tokens", 3, "--temperature", 0.8)[0] == 0
+    text = run(capsys, "generate", teacher, "The red", "--tokens", 12)[1]
+    drafted = ["--draft", tmp_path / "s", "--draft-tokens", 3]
+    assert run(capsys, "generate", teacher, "The red", "--tokens", 12, *drafted) == (0, text, "")
+    assert "another vocabulary" in run(capsys, "generate", "nano", "The", "--draft", tmp_path / "s")[2]
     code, _, err = run(capsys, *argv)
     assert code == 2
     assert "not empty" in err
@@ -240,6 +244,8 @@ MISTAKES = {
     "generate TEACHER x --tokens 0": "at least 1",
     "generate TEACHER x --tokens many": "argument --tokens: got 'many', expected a whole number",
     "generate TEACHER x --chat": "no chat template",
+    "generate TEACHER x --draft no/such/dir": "neither a file nor a directory",
+    "generate TEACHER x --draft TEACHER --draft-tokens 0": "at least 1",
     "export TEACHER --format ggu": "did you mean 'gguf'",
     "distil x": "invalid choice: 'distil'",
     "distill": "the following arguments are required: RECIPE",

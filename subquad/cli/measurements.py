@@ -11,7 +11,7 @@ from pathlib import Path
 from subquad.cli.parser import Parser, count, counts, split_list
 from subquad.utils import UserError, needs_extra, quiet_libraries
 
-BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar", "data", "windows", "gpu")
+BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar", "data", "windows", "draft", "gpu")
 """Modules of `benchmarks`."""
 
 

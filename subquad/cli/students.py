@@ -45,6 +45,10 @@ def add_commands(parser: Parser) -> None:
     generate.option("--tokens", "N", "maximum number of new tokens (default: 64)", type=count, default=64)
     generate.option("--temperature", "T", "0 (default): greedy decoding", type=float, default=0.0)
     generate.option("--seed", "N", "seed of sampling (default: 0)", type=int, default=0)
+    generate.option(
+        "--draft", "MODEL", "a faster model, such as its student, that proposes tokens; the text is the same"
+    )
+    generate.option("--draft-tokens", "N", "tokens that it proposes at a time (default: 5)", type=count, default=5)
     generate.flag("--chat", "format TEXT as a user message with the chat template")
     export = parser.command("export", run_export, "Convert a student for transformers, vLLM, SGLang, llama.cpp or MLX.")
     export.option("directory", "DIR", "saved student")
@@ -247,12 +251,29 @@ def run_generate(args: Namespace) -> None:
     if not prompt:
         raise UserError("TEXT: got an empty text, and the model has no start token; expected some text")
     ids = torch.tensor([prompt], device=model.device)
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if args.draft:
+        sampling["assistant_model"] = load_draft(args.draft, args.draft_tokens, tokenizer)
     out = model.generate(  # type: ignore[operator]
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.tokens, pad_token_id=pad, **sampling
     )
     print(tokenizer.decode(out[0, len(prompt) if args.chat else 0 :], skip_special_tokens=True))
+
+
+def load_draft(reference: str, tokens: int, tokenizer: Any) -> Any:
+    """A model that proposes up to `tokens` tokens at a time to a model with this tokenizer."""
+    from subquad.modeling.teachers import check_reference, load_teacher
+
+    check_reference(reference)
+    draft, own = load_teacher(reference)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--draft: {reference} has another vocabulary than the model")
+    draft.generation_config.num_assistant_tokens = tokens  # type: ignore[union-attr]
+    draft.generation_config.num_assistant_tokens_schedule = "constant"  # type: ignore[union-attr]
+    return draft
 
 
 def run_export(args: Namespace) -> None:

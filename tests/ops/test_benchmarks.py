@@ -131,6 +131,20 @@ def test_bench_mqar_prints_and_writes_results(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.sample
+def test_bench_draft_counts_accepted_tokens(capsys, tmp_path):
+    """A model that drafts for itself: all drafted tokens are kept, and the text is the teacher's."""
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 200)
+    argv = ["bench", "draft", "nano", "--student", "itself=nano", "--text", str(text), "--contexts", "64"]
+    argv += ["--drafted", "3", "--prompts", "1", "--tokens", "16", "--json", str(tmp_path / "draft.json")]
+    assert cli.main(argv) == 0
+    assert "texts that differ: 0" in capsys.readouterr().out
+    teacher, itself = json.loads((tmp_path / "draft.json").read_text())["results"]
+    assert (teacher["accepted"], teacher["speed"], teacher["differ"]) == (0, 1, 0)
+    assert itself["accepted"] == 3
+    assert itself["speed"] > 0
+
+
 def test_gpu_check_takes_the_same_path_on_a_cpu(tmp_path):
     script = Path(__file__).parents[2] / "scripts" / "gpu_check.sh"
     command = [script, tmp_path, "--device", "cpu", "--seconds", "20"]
