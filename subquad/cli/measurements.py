@@ -8,7 +8,7 @@ import sys
 from argparse import REMAINDER, Namespace
 from pathlib import Path
 
-from subquad.cli.parser import Parser, count, counts, split_list
+from subquad.cli.parser import Parser, count, counts, placement_of, split_list
 from subquad.utils import UserError, needs_extra, quiet_libraries
 
 BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar", "data", "windows", "draft", "gpu")
@@ -33,6 +33,7 @@ def add_commands(parser: Parser) -> None:
     evaluate.option("--lengths", "LIST", lengths, type=counts)
     evaluate.flag("--figures", "write plots to DIR/figures as SVG and PNG")
     evaluate.flag("--json", "print the results as JSON instead of a table")
+    evaluate.placement()
     frontier = parser.command(
         "frontier", run_frontier, "Compare all that shrinks a teacher's cache, at equal bytes: quality, recall, time."
     )
@@ -74,7 +75,9 @@ def run_eval(args: Namespace) -> None:
     quiet_libraries()
     from subquad.evaluate import command
 
-    options = {name: value for name, value in vars(args).items() if name not in ("run", "json")}
+    others = ("run", "json", "device", "dtype", "attn")
+    options = {name: value for name, value in vars(args).items() if name not in others}
+    options["placement"] = placement_of(args)
     if args.json:  # nothing else may be on stdout
         logging.getLogger("subquad").handlers[0].setStream(sys.stderr)  # type: ignore[attr-defined]
     outcome = command.run(**options)

@@ -2,9 +2,12 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from subquad.utils import UserError
+
+if TYPE_CHECKING:
+    from subquad.modeling.placement import Placement
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,8 +28,32 @@ class Parser(argparse.ArgumentParser):
         """Adds an argument. flags: its name, or its flags separated by blanks. settings: see `add_argument`."""
         self.add_argument(*flags.split(), metavar=metavar, help=text, **settings)
 
+    def placement(self) -> None:
+        """Adds `--device`, `--dtype` and `--attn`; see `placement_of`."""
+        device = "auto (default): a GPU where there is one, else the CPU; cpu, cuda or cuda:N"
+        self.option("--device", "NAME", device, default="auto")
+        dtypes = ["float32", "bfloat16", "float16"]
+        self.option(
+            "--dtype",
+            "NAME",
+            "of the weights: float32 (default), bfloat16 or float16",
+            choices=dtypes,
+            default="float32",
+        )
+        self.option(
+            "--attn", "NAME", "attention of transformers: sdpa, eager, flash_attention_2 ... (default: its own)"
+        )
+
     def flag(self, name: str, text: str) -> None:
         self.add_argument(name, help=text, action="store_true")
+
+
+def placement_of(args: argparse.Namespace) -> "Placement":
+    """What the options of `Parser.placement` say. Raises UserError for a device that there is not."""
+    from subquad.modeling.placement import Placement, find_device
+
+    find_device(args.device)
+    return Placement(args.device, args.dtype, args.attn)
 
 
 def split_list(text: str) -> list[str]:

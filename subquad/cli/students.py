@@ -5,11 +5,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subquad.cli.parser import Parser, count
+from subquad.cli.parser import Parser, count, placement_of
 from subquad.utils import UserError, quiet_libraries
 
 if TYPE_CHECKING:
     from subquad.modeling.budget import Allocation
+    from subquad.modeling.placement import Placement
 
 CALIBRATION_SHAPE = 8, 256
 """Rows and tokens of each row that `linearize --calibrate` reads without a budget."""
@@ -36,6 +37,7 @@ def add_commands(parser: Parser) -> None:
     create.option("--calibrate", "SOURCE", calibration)
     create.option("--seed", "N", "seed of random initializations (default: 0)", type=int, default=0)
     create.option("--export", "TARGET", "restrict the student to layers of qwen3_5, bamba ...")
+    create.placement()
     parser.command("mixers", run_mixers, "List the mixers with their papers and options.")
     inspect = parser.command("inspect", run_inspect, "Print a student's layers, options, parameters and cache size.")
     inspect.option("directory", "DIR", "saved student")
@@ -50,6 +52,7 @@ def add_commands(parser: Parser) -> None:
     )
     generate.option("--draft-tokens", "N", "tokens that it proposes at a time (default: 5)", type=count, default=5)
     generate.flag("--chat", "format TEXT as a user message with the chat template")
+    generate.placement()
     export = parser.command("export", run_export, "Convert a student for transformers, vLLM, SGLang, llama.cpp or MLX.")
     export.option("directory", "DIR", "saved student")
     formats = "gguf, which writes a file, or an export target, which writes a directory: qwen3_5, bamba ..."
@@ -86,12 +89,13 @@ def run_linearize(args: Namespace) -> None:
     from subquad.data import check_data, spread_rows
     from subquad.modeling.budget import calibration_shape
     from subquad.modeling.linearize import linearize
-    from subquad.modeling.teachers import check_reference, load_teacher
+    from subquad.modeling.teachers import check_reference, load_placed
 
+    placement = placement_of(args)
     check_reference(args.teacher)
     if args.calibrate is not None:
         check_data(Data(source=args.calibrate))
-    teacher, tokenizer = load_teacher(args.teacher)
+    teacher, tokenizer = load_placed(args.teacher, placement)
     ids, notes = None, ""
     if args.calibrate is not None:
         shape = CALIBRATION_SHAPE if args.budget is None else calibration_shape(teacher)
@@ -235,10 +239,11 @@ def run_generate(args: Namespace) -> None:
     quiet_libraries()
     import torch
 
-    from subquad.modeling.teachers import check_reference, load_teacher
+    from subquad.modeling.teachers import check_reference, load_placed
 
+    placement = placement_of(args)
     check_reference(args.model)
-    model, tokenizer = load_teacher(args.model)
+    model, tokenizer = load_placed(args.model, placement)
     torch.manual_seed(args.seed)
     if args.chat and not tokenizer.chat_template:
         raise UserError(f"--chat: {args.model} has no chat template")
@@ -256,19 +261,19 @@ def run_generate(args: Namespace) -> None:
     )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if args.draft:
-        sampling["assistant_model"] = load_draft(args.draft, args.draft_tokens, tokenizer)
+        sampling["assistant_model"] = load_draft(args.draft, args.draft_tokens, tokenizer, placement)
     out = model.generate(  # type: ignore[operator]
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.tokens, pad_token_id=pad, **sampling
     )
     print(tokenizer.decode(out[0, len(prompt) if args.chat else 0 :], skip_special_tokens=True))
 
 
-def load_draft(reference: str, tokens: int, tokenizer: Any) -> Any:
+def load_draft(reference: str, tokens: int, tokenizer: Any, placement: "Placement") -> Any:
     """A model that proposes up to `tokens` tokens at a time to a model with this tokenizer."""
-    from subquad.modeling.teachers import check_reference, load_teacher
+    from subquad.modeling.teachers import check_reference, load_placed
 
     check_reference(reference)
-    draft, own = load_teacher(reference)
+    draft, own = load_placed(reference, placement)
     if own.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"--draft: {reference} has another vocabulary than the model")
     draft.generation_config.num_assistant_tokens = tokens  # type: ignore[union-attr]

@@ -305,6 +305,14 @@ class Recipe(Section):
     """Evaluation during and after training."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix multiplications in training. Weights, optimizer states, decays, norms and losses are float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of teacher and student; auto: the GPU of the process, or the CPU where there is none. Of several GPUs one
+    process uses the first in `CUDA_VISIBLE_DEVICES`, and each process of `torchrun` its own."""
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the teacher's weights; auto: bfloat16 on a GPU with `precision: bfloat16`, else float32. The student's
+    are float32. bfloat16 needs `precision: bfloat16`."""
+    attn_implementation: NonEmptyStr | None = None
+    """The teacher's attention in `transformers`: sdpa, eager, flash_attention_2 ...; null: its default."""
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Experiment tracker that receives training curves in addition to `metrics.jsonl`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -332,6 +340,8 @@ class Recipe(Section):
 def conflicts(recipe: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Mistakes between sections, as paths and messages. A key whose own value is wrong is None in `recipe`."""
     yield from _options_without_memory(recipe)
+    if recipe.get("teacher_dtype") == "bfloat16" and recipe.get("precision") == "float32":
+        yield ("teacher_dtype",), "got bfloat16 with precision float32, expected precision bfloat16"
     evaluation = Evaluation.model_construct(**recipe.get("evaluation") or {})
     if not evaluation.load_best_model_at_end:
         return

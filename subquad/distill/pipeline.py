@@ -27,8 +27,9 @@ from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.budget import calibration_shape
 from subquad.modeling.linearize import linearize
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.modeling.placement import Placement, find_device
 from subquad.modeling.summary import model_card
-from subquad.modeling.teachers import ModelAndTokenizer, check_reference, load_teacher
+from subquad.modeling.teachers import ModelAndTokenizer, check_reference, load_placed
 from subquad.registry import STAGES
 from subquad.selection.ranking import top_groups
 from subquad.selection.texts import HAYSTACK
@@ -112,9 +113,22 @@ def respects_document_boundaries(teacher: PreTrainedModel) -> bool:
     return torch.allclose(hidden[0, 5:], hidden[1, 5:], atol=1e-3 * float(hidden.abs().mean()), rtol=1e-3)
 
 
+def teacher_placement(recipe: Recipe) -> Placement:
+    """How the teacher of a run is loaded."""
+    dtype, device = recipe.teacher_dtype, find_device(recipe.device)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and recipe.precision == "bfloat16" else "float32"
+    return Placement(str(device), dtype, recipe.attn_implementation)
+
+
+def start_processes(recipe: Recipe) -> None:
+    """Joins the processes that train together, each with the device of the recipe, before anything is put on it."""
+    PartialState(cpu=find_device(recipe.device).type == "cpu")
+
+
 def on_first_process(action: Callable[..., None], *args: Any) -> None:
     """Calls `action(*args)` in the first of the processes that train together; the others wait until it is done."""
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState()
     with state.main_process_first():
         if state.is_main_process:
             action(*args)
@@ -139,10 +153,9 @@ class DistillationRun:
         self.finished_stages: list[str] = []
         self.seconds = 0.0
         """Time to build and train the student so far, over all sessions."""
-        self.teacher, self.tokenizer = loaded or load_teacher(recipe.teacher)
-        self.teacher.requires_grad_(False)
-        if torch.cuda.is_available():
-            self.teacher.to("cuda")  # type: ignore[arg-type]
+        start_processes(recipe)
+        self.teacher, self.tokenizer = loaded or load_placed(recipe.teacher, teacher_placement(recipe))
+        self.teacher.to(find_device(recipe.device)).requires_grad_(False)  # type: ignore[arg-type]
         self.check_teacher()
         data, eval_tokens = recipe.data, recipe.evaluation.eval_tokens
         self.train = token_rows(data, self.tokenizer, "train", limit=epoch_tokens(recipe), seed=recipe.seed)
@@ -187,7 +200,7 @@ class DistillationRun:
             self.finished_stages = names[: max(done) + 1]
             last = self.checkpoints / f"{self.finished_stages[-1]}-done"
             logger.info("%s: resuming after stage %s", self.directory, self.finished_stages[-1])
-            self.student = SubquadForCausalLM.from_pretrained(last)
+            self.student = SubquadForCausalLM.from_pretrained(last).to(self.teacher.device)
             self.seconds = json.loads((last / "done.json").read_text())["seconds"]
             return
         start = time.perf_counter()
@@ -207,7 +220,7 @@ class DistillationRun:
             budget_memory=options.budget_memory,
             keep_groups=self.kept_groups(),
             **options.mixer_kwargs,
-        )
+        ).float()
         self.seconds = time.perf_counter() - start
         on_first_process(self.measure_untrained_student)
 

@@ -25,6 +25,7 @@ from subquad.distill.untied_head import UntiedHead
 from subquad.distill.window_dropout import dropped_windows, drops_windows
 from subquad.modeling.attention.activations import LayerActivations, capture_activations
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
+from subquad.modeling.placement import find_device
 from subquad.utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -194,9 +195,9 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, run_name: 
     steps, processes = total_steps(stage, recipe.data.seq_len), PartialState().num_processes
     rows, micro_batch = rows_per_process(stage, processes)
     eval_steps = recipe.evaluation.eval_steps
-    cuda = torch.cuda.is_available()
+    cuda = find_device(recipe.device).type == "cuda"
     wsd = {"num_decay_steps": math.ceil(stage.decay * steps), "decay_type": "linear"}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         run_name=run_name,
         report_to="none" if recipe.report_to == "tensorboard" else recipe.report_to,
@@ -225,6 +226,8 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, run_name: 
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=cuda,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # more would make Trainer split batches by DataParallel
+    return arguments
 
 
 def rows_per_process(stage: Stage, processes: int) -> tuple[int, int]:

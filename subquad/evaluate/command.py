@@ -15,6 +15,7 @@ from subquad.evaluate.results import Result
 from subquad.evaluate.runner import evaluate, load_eval_model
 from subquad.evaluate.suites import Settings, settings_for
 from subquad.evaluate.table import format_tables
+from subquad.modeling.placement import Placement
 from subquad.modeling.teachers import check_reference
 from subquad.utils import UserError, needs_extra, run_info
 
@@ -50,6 +51,7 @@ def run(
     limit: int | None = None,
     lengths: Sequence[int] | None = None,
     figures: bool = False,
+    placement: Placement | None = None,
 ) -> EvalReport:
     """Evaluates models by reference; the arguments are the options of `subquad eval`.
 
@@ -77,11 +79,14 @@ def run(
     settings = replace(settings, text=validation_text(corpus, recipe))
     check_data(settings.text)
     settings = resolve_tasks(settings, data, tasks, include)
-    loaded = [load_eval_model(reference, name) for reference, name in zip(models, short_names(models), strict=True)]
+    names = zip(models, short_names(models), strict=True)
+    loaded = [load_eval_model(reference, name, placement) for reference, name in names]
     reference_model = None
     if teacher is not None:
         same = list(models) == [teacher]
-        reference_model = replace(loaded[0], name=f"{teacher} (teacher)") if same else load_eval_model(teacher)
+        reference_model = (
+            replace(loaded[0], name=f"{teacher} (teacher)") if same else load_eval_model(teacher, None, placement)
+        )
     source = None if recipe is None else recipe.model_dump(mode="json")
     results, failed = evaluate(loaded, reference_model, settings, output, source, figures)
     return EvalReport(results, failed, {**run_info(), "recipe": source})

@@ -28,7 +28,8 @@ from subquad.evaluate.results import Result, label_results
 from subquad.evaluate.suites import Settings
 from subquad.modeling.budget import SINKS
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.modeling.teachers import load_teacher, resolve_reference
+from subquad.modeling.placement import Placement
+from subquad.modeling.teachers import load_placed, resolve_reference
 from subquad.registry import SUITES
 from subquad.utils import UserError, run_info, write_json_atomic
 
@@ -79,13 +80,15 @@ class EvalModel:
         return digest.hexdigest()
 
 
-def load_eval_model(reference: str, name: str | None = None) -> EvalModel:
+def load_eval_model(reference: str, name: str | None = None, placement: Placement | None = None) -> EvalModel:
     """Loads a model to evaluate: anything that `load_teacher` loads. Raises UserError if there is no such model.
 
-    name: default: the name of the directory or file, else `reference`.
+    name: default: the name of the directory or file, else `reference`. placement: default: float32, on a GPU if there
+    is one.
     """
+    placement = placement or Placement()
     path, given = resolve_reference(reference), Path(reference).expanduser()
-    model, tokenizer = load_teacher(reference)
+    model, tokenizer = load_placed(reference, placement)
     files = [] if path is None else [path] if path.is_file() else sorted(path.iterdir())
     identity = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
@@ -93,7 +96,8 @@ def load_eval_model(reference: str, name: str | None = None) -> EvalModel:
         if file.suffix in (".safetensors", ".gguf") or file.name in ("config.json", "tokenizer.json")
     ]
     name = name or (given.resolve().name if given.exists() else reference)
-    return EvalModel(name, model, tokenizer, (reference, *identity))
+    other = tuple(value for value in placement[1:] if value not in ("float32", None))
+    return EvalModel(name, model, tokenizer, (reference, *other, *identity))
 
 
 class Evaluation:

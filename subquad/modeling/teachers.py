@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from yaml import YAMLError
 
+from subquad.modeling.placement import Placement
 from subquad.utils import UserError, as_user_error, cache_dir, nearest, needs_extra
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,19 @@ LICENSES = {NANO: "apache-2.0", SMOLLM2: "apache-2.0"}
 ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def load_teacher(reference: str | os.PathLike, dtype: torch.dtype | str = torch.float32) -> ModelAndTokenizer:
+def load_teacher(
+    reference: str | os.PathLike,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+) -> ModelAndTokenizer:
     """Loads a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
         reference: "nano", "smollm2-135m", a directory (a saved student too), a `.gguf` file, or a hub id.
         dtype: of the weights; "auto": as saved. Quantized weights are dequantized.
+        device: of the model.
+        attn_implementation: that of `transformers`, such as "sdpa" or "eager"; None: the default.
 
     Raises:
         UserError: there is no such model, it is not a causal language model, or its weights cannot be dequantized.
@@ -43,16 +51,24 @@ def load_teacher(reference: str | os.PathLike, dtype: torch.dtype | str = torch.
     reference = os.fspath(reference)
     path = resolve_reference(reference)
     source = reference if path is None else str(path)
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if path is None or path.is_dir():
         with as_user_error(f"teacher {reference!r}: it cannot be loaded"):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
             tokenizer = AutoTokenizer.from_pretrained(source)
-        return dequantize(model, reference).eval(), tokenizer
+        return dequantize(model, reference).eval().to(device), tokenizer  # type: ignore[arg-type]
     with needs_extra(f"teacher {reference!r}", "export"):
         import gguf  # noqa: F401
     with as_user_error(f"teacher {reference!r}: the GGUF file cannot be read"):
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-        return remove_quantizer(model).eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+        return remove_quantizer(read).eval().to(device), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def load_placed(reference: str | os.PathLike, placement: Placement) -> ModelAndTokenizer:
+    """`load_teacher` with the device, dtype and attention of `placement`."""
+    return load_teacher(
+        reference, placement.torch_dtype, placement.torch_device, attn_implementation=placement.attn_implementation
+    )
 
 
 def resolve_reference(reference: str) -> Path | None:

@@ -18,26 +18,28 @@ from subquad.utils import quiet_libraries
 
 if TYPE_CHECKING:
     from subquad.distill.recipe_stages import StageCache
+    from subquad.modeling.placement import Placement
     from subquad.modeling.teachers import ModelAndTokenizer
 
 logger = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=1)
-def teacher_in_memory(reference: str) -> "ModelAndTokenizer":
+def teacher_in_memory(reference: str, placement: "Placement") -> "ModelAndTokenizer":
     """A process executes many runs and loads their teacher once."""
-    from subquad.modeling.teachers import load_teacher
+    from subquad.modeling.teachers import load_placed
 
-    return load_teacher(reference)
+    return load_placed(reference, placement)
 
 
 def execute_run(run: Run, stage_cache: "StageCache") -> None:
     """Runs to the end. An exception is written to `error.json` in the run's directory and not raised."""
-    from subquad.distill.pipeline import distill
+    from subquad.distill.pipeline import distill, teacher_placement
 
     run.start()
     try:
-        distill(run.recipe, run.directory, teacher_in_memory(run.recipe.teacher), stage_cache)
+        loaded = teacher_in_memory(run.recipe.teacher, teacher_placement(run.recipe))
+        distill(run.recipe, run.directory, loaded, stage_cache)
     except Exception as error:
         run.fail(type(error).__name__, str(error), traceback.format_exc())
         logger.warning("%s failed: %s", run.name, run.error_line())

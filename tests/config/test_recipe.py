@@ -114,6 +114,8 @@ seed=-1 seed=4294967296
         ("lr=1", "unknown key 'lr'; did you mean 'stages.matrix.lr' or 'stages.hidden.lr' or 'stages.end_to_end.lr'?"),
         ("checkpoint.save_step=5", "unknown key 'checkpoint.save_step'; did you mean 'checkpoint.save_steps'?"),
         ("seed=" + "9" * 5000, "seed: got '9999999999"),
+        ("teacher_dtype=bfloat16", "teacher_dtype: got bfloat16 with precision float32, expected precision bfloat16"),
+        ("device=gpu", "device: got 'gpu'"),
         ("seed", "expected key=value, such as stages.hidden.lr=1e-3"),
         ("=1", "expected key=value, such as stages.hidden.lr=1e-3"),
         ("stages..lr=1", "expected key=value, such as stages.hidden.lr=1e-3"),
