@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from subquad.cli import measurements, students, training
+from subquad.cli import doctor, measurements, students, training
 from subquad.cli.parser import Parser
 from subquad.utils import UserError
 
@@ -43,6 +43,6 @@ def build_parser() -> Parser:
     parser.commands = parser.add_subparsers(
         metavar="COMMAND", title="commands", description="`subquad COMMAND --help` lists the options of a command."
     )
-    for group in (training, students, measurements):
+    for group in (training, students, measurements, doctor):
         group.add_commands(parser)
     return parser
