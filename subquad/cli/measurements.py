@@ -11,7 +11,7 @@ from pathlib import Path
 from subquad.cli.parser import Parser, count, counts, placement_of, split_list
 from subquad.utils import UserError, needs_extra, quiet_libraries
 
-BENCHMARKS = ("ops", "decode", "distill", "loss", "serving", "mqar", "data", "windows", "draft", "gpu")
+BENCHMARKS = ("ops", "decode", "decode_step", "distill", "loss", "serving", "mqar", "data", "windows", "draft", "gpu")
 """Modules of `benchmarks`."""
 
 

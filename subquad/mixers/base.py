@@ -22,6 +22,8 @@ from subquad.mixers.options import AttentionSpec, DecayOptions, MixerOptions
 from subquad.mixers.packing import PackedDocuments
 from subquad.mixers.rotary import apply_rotary
 from subquad.mixers.states import State, loaded, stored
+from subquad.ops.checks import Inputs
+from subquad.ops.recurrence import unchecked_step
 from subquad.utils import UserError
 
 CalibrationGrid = tuple[tuple[str, tuple[float, ...]], ...]
@@ -226,7 +228,8 @@ class Mixer(nn.Module):
 
     def conv_weights(self) -> dict[str, nn.Parameter]:
         """Weights of the short convolutions, `[D, W]`, of q, k and v."""
-        return {n: getattr(self, f"{n}_conv") for n in ("q", "k", "v") if hasattr(self, f"{n}_conv")}
+        names = [name for name in ("q", "k", "v") if f"{name}_conv" in self._parameters]
+        return {name: getattr(self, f"{name}_conv") for name in names}
 
     def feature_maps(self) -> dict[str, nn.Parameter]:
         """Learned maps of q `[H, F, K]` and k `[G, F, K]`; empty if the options ask for none."""
@@ -300,7 +303,7 @@ class Mixer(nn.Module):
             return self.normalized_ops[0](**inputs, initial_state=state or None, form=form, cu_seqlens=cu_seqlens)
         initial_state = state[0] if state else None
         if one_token:
-            o, new_state = ops.step(**inputs, initial_state=initial_state)
+            o, new_state = unchecked_step(Inputs(**inputs, initial_state=initial_state))
         else:
             o, new_state = ops.chunk(**inputs, initial_state=initial_state, cu_seqlens=cu_seqlens)
         return o, (new_state,)
@@ -319,10 +322,12 @@ class Mixer(nn.Module):
 
         padding_mask: bool `[B, T, 1]`, False at padding.
         """
-        projected = {name: projection(x) for name, projection in self.projections().items() if name != "o"}
-        conv_states = self._apply_short_convs(projected, padding_mask, state, cu_seqlens)
-        heads = {"q": self.spec.num_heads}
-        inputs = {name: t.unflatten(-1, (heads.get(name, self.num_states), -1)) for name, t in projected.items()}
+        inputs = {"q": self.q_proj(x), "v": self.v_proj(x)}
+        if self.has_key_projection:
+            inputs["k"] = self.k_proj(x)
+        conv_states = self._apply_short_convs(inputs, padding_mask, state, cu_seqlens)
+        for name, t in inputs.items():
+            inputs[name] = t.view(*x.shape[:2], self.spec.num_heads if name == "q" else self.num_states, -1)
         inputs["v"] = self.value_map(inputs["v"])
         for name in ("q", "k"):
             if name in inputs:
@@ -371,9 +376,9 @@ class Mixer(nn.Module):
         """
         if self.options.rotary and self.spec.rotary is not None and position_embeddings is not None:
             x = apply_rotary(x, *position_embeddings, self.spec.rotary)
-        if name in (maps := self.feature_maps()):
-            weight = maps[name] if heads is None else maps[name][heads]
-            x = torch.einsum("bthk,hfk->bthf", x, weight)
+        if f"{name}_map" in self._parameters:
+            weight = getattr(self, f"{name}_map")
+            x = torch.einsum("bthk,hfk->bthf", x, weight if heads is None else weight[heads])
         return activate(x, self.options.qk_activation)
 
     def output(self, o: Tensor, x: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -392,5 +397,5 @@ class Mixer(nn.Module):
         """The output gate `[B, T, H, V]` for `x: [B, T, hidden]`; None without one."""
         if self.options.output_gate == "none":
             return None
-        g = self.g_proj(x).unflatten(-1, (self.spec.num_heads, -1))
+        g = self.g_proj(x).view(*x.shape[:2], self.spec.num_heads, -1)
         return F.silu(g) if self.options.output_gate == "swish" else torch.sigmoid(g)

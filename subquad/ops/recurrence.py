@@ -53,11 +53,18 @@ def step(
     """
     inputs = checks.Inputs(q, k, v, log_decay, beta, initial_state)
     checks.check_recurrence(inputs)
-    differentiable = checks.any_requires_grad(*inputs)
     if inplace and initial_state is None:
         raise ValueError("inplace: got True without initial_state, expected a state to write into")
-    if inplace and differentiable:
+    if inplace and checks.any_requires_grad(*inputs):
         raise ValueError("inplace: got tensors that require gradients, expected torch.no_grad() or detached ones")
+    return unchecked_step(inputs, scale, backend, inplace)
+
+
+def unchecked_step(
+    inputs: checks.Inputs, scale: float | None = None, backend: str | None = None, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`step` of arguments that are known to be valid: without checks, some of which read the values of tensors."""
+    q, v, initial_state = inputs.q, inputs.v, inputs.initial_state
     B, T, _, K = q.shape
     scale = K**-0.5 if scale is None else scale
     if initial_state is None:
@@ -69,9 +76,31 @@ def step(
     if (results := fla.run(backend, "step", inputs, scale)) is not None:
         o, state = results
         return (o, initial_state.copy_(state)) if inplace and initial_state is not None else results
+    differentiable = checks.any_requires_grad(*inputs)
+    if T == 1 and not inplace:
+        return _one_token(inputs, S, scale, differentiable)
     if not (differentiable or inplace or initial_state is None):
         S = S.clone()
     return _token_by_token(inputs, S, scale, differentiable)
+
+
+def _one_token(inputs: checks.Inputs, S: Tensor, scale: float, differentiable: bool) -> tuple[Tensor, Tensor]:
+    """`step` of one token from the state `S`, in few operations, whose number bounds the speed of decoding. All states
+    of the batch are one dimension."""
+    q, k, v, log_decay, beta = inputs[:5]
+    B, _, G, K = k.shape
+    dtype, V, N = checks.compute_dtype(q), v.shape[-1], B * G
+    key, value = k.to(dtype).reshape(N, K, 1), v.to(dtype).reshape(N, 1, V)
+    before = S = S.reshape(N, K, V)
+    if log_decay is not None:
+        decay = log_decay.to(dtype).exp()
+        decay = decay.expand(B, G) if decay.dim() == 1 else decay
+        S = S * decay.reshape(N, -1, 1)
+    if beta is not None:
+        value = (value - torch.bmm(key.mT, S)) * beta.to(dtype).reshape(N, 1, 1)
+    S = torch.addcmul(S, key, value) if differentiable or S is before else S.addcmul_(key, value)
+    o = torch.bmm((q.to(dtype) * scale).reshape(N, -1, K), S)
+    return o.view(B, 1, -1, V).to(q.dtype), S.view(B, G, K, V)
 
 
 def _token_by_token(inputs: checks.Inputs, S: Tensor, scale: float, differentiable: bool) -> tuple[Tensor, Tensor]:

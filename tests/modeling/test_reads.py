@@ -12,7 +12,7 @@ import subquad
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.ops import checks
 from tests.helpers.architectures import build_teacher
-from tests.helpers.students import SCALE_IDS
+from tests.helpers.students import MIXERS, SCALE_IDS
 from tests.helpers.teachers import tiny_teacher
 
 READS = {"_local_scalar_dense", "item", "equal", "is_nonzero"}
@@ -70,6 +70,14 @@ def test_without_a_mask_nothing_is_read(student):
     reads, nonzero, out = count(student, input_ids=IDS, use_cache=True)
     assert (reads, nonzero) == (0, 0)
     cache = {"past_key_values": out[CACHE_ARGUMENT]}
+    assert count(student, input_ids=IDS[:, :1], use_cache=True, **cache)[:2] == (0, 0)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_step_of_a_mixer_reads_nothing_on_a_cpu_either(mixer, monkeypatch):
+    student = subquad.linearize(tiny_teacher(), mixer, scale_ids=SCALE_IDS)
+    cache = {"past_key_values": count(student, input_ids=IDS, use_cache=True)[-1][CACHE_ARGUMENT]}
+    monkeypatch.setattr(checks, "can_read_values", lambda x: True)
     assert count(student, input_ids=IDS[:, :1], use_cache=True, **cache)[:2] == (0, 0)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, gpu, ops, ops_timing
+from benchmarks import common, decode_step, gpu, ops, ops_timing
 from subquad import cli
 from subquad.cli.measurements import BENCHMARKS
 from tests.helpers.ops import error
@@ -107,6 +107,16 @@ def test_invalid_options_are_reported_in_one_line(capsys, options, message):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_kernels_are_operators_that_compute():
+    with torch.no_grad():
+        x, y = torch.randn(2, 1, 256), torch.randn(256, 256)
+        milliseconds, operations = decode_step.profiled(lambda: (x @ y).view(-1).unsqueeze(0))
+    assert milliseconds > 0
+    assert operations >= 4
+    names = ("aten::mm", "aten::mul", "aten::copy_", "aten::addcmul_", "aten::view", "aten::unsqueeze", "aten::matmul")
+    assert [decode_step.is_kernel(name) for name in names] == [True] * 4 + [False] * 3
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
