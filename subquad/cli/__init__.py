@@ -18,7 +18,8 @@ REFERENCES = "TEACHER and MODEL: nano, smollm2-135m, a directory, a .gguf file, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
-    Mistakes of the user are printed on stderr, a line each, with exit code 2. An interruption is exit code 130.
+    Mistakes of the user are printed on stderr, a line each, with exit code 2. An interruption is exit code 130 (SIGINT),
+    or 143 where training was ended by SIGTERM.
     """
     logger = logging.getLogger("subquad")
     logger.handlers = [logging.StreamHandler(sys.stdout)]
@@ -29,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print("subquad:", "\n  ".join(error.problems), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("subquad: interrupted; the same command continues it", file=sys.stderr)
-        return 130
+        return getattr(error, "exit_code", 130)
     except BrokenPipeError:
         sys.stderr.close()
         return 1

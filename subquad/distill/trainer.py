@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from subquad.config import Recipe, Stage
 from subquad.data.packing import IGNORE_INDEX, next_labels
+from subquad.distill.interruption import StopRequest
 from subquad.distill.logging_callbacks import MetricsCallback, tensorboard
 from subquad.distill.objective import Batch, Objective
 from subquad.distill.param_groups import add_lora, keep_average, load_average, parameter_groups
@@ -74,11 +75,18 @@ class StageTrainer(Trainer):
         self.accelerator.clip_grad_norm_ = self.clip_grad_norm_
 
     def train_stage(self) -> None:
-        """Trains the student in place, from the newest complete checkpoint of the stage if there is one."""
+        """Trains the student in place, from the newest complete checkpoint of the stage if there is one.
+
+        Raises:
+            Interruption: SIGINT or SIGTERM came; a checkpoint of the last step is saved.
+        """
         checkpoint = newest_checkpoint(self.directory)
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)
-        self.train(resume_from_checkpoint=checkpoint)
+        stop = StopRequest()
+        self.add_callback(stop)
+        with stop.listening():
+            self.train(resume_from_checkpoint=checkpoint)
         if self.stage.ema_decay is not None:
             load_average(self.create_optimizer())
         if self.untied is not None:

@@ -72,7 +72,7 @@ def test_output_is_a_loadable_student_with_its_files(uninterrupted, recipe_path)
 
 def test_finished_run_is_not_repeated(uninterrupted, recipe_path, monkeypatch):
     output, result = uninterrupted
-    monkeypatch.setattr(pipeline, "load_teacher", lambda *a: pytest.fail("loaded a teacher for a finished run"))
+    monkeypatch.setattr(pipeline, "load_placed", lambda *a: pytest.fail("loaded a teacher for a finished run"))
     assert distill(load_recipe(recipe_path), output) == result
 
 

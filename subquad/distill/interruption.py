@@ -1,0 +1,71 @@
+"""Interrupts of training: after SIGINT or SIGTERM the current step ends and a checkpoint is saved.
+
+A second signal stops at once, without a checkpoint. In several processes all stop after the same step, as soon as one
+of them has been asked to.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption(KeyboardInterrupt):
+    """A stage was interrupted, and a checkpoint saved. exit_code: of the command, 128 and the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+class StopRequest(TrainerCallback):
+    """Saves a checkpoint and ends training after the step in which a signal arrives."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        name = signal.Signals(number).name
+        logger.warning("%s: a checkpoint is saved after this step; a second signal stops at once", name)
+
+    def agreed(self) -> bool:
+        """Whether any process got a signal; all processes call it together."""
+        state = PartialState()
+        if state.num_processes > 1:
+            number = torch.tensor(self.signal or 0, device=state.device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.signal = int(number) or None
+        return self.signal is not None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.agreed():
+            control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside this context the signals are handled; then it raises `Interruption` if one came. Nothing is changed
+        outside of the main thread, and for signals that the process ignores."""
+        main = threading.current_thread() is threading.main_thread()
+        handled = [s for s in SIGNALS if main and signal.getsignal(s) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self.handle) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.signal is not None:
+            raise Interruption(self.signal)
