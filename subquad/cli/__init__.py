@@ -18,8 +18,8 @@ REFERENCES = "TEACHER and MODEL: nano, smollm2-135m, a directory, a .gguf file, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
-    Mistakes of the user are printed on stderr, a line each, with exit code 2. An interruption is exit code 130 (SIGINT),
-    or 143 where training was ended by SIGTERM.
+    Mistakes of the user are printed on stderr, a line each, with exit code 2. An interruption is exit code 130, or 143
+    where training was ended by SIGTERM.
     """
     logger = logging.getLogger("subquad")
     logger.handlers = [logging.StreamHandler(sys.stdout)]
