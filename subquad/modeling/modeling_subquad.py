@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -23,6 +23,7 @@ from subquad.modeling.attention.local import use_local_attention
 from subquad.modeling.backbone import PADDING_FREE, add_hooks
 from subquad.modeling.cache import CACHE_ARGUMENT, SubquadCache
 from subquad.modeling.cache_files import load_cache, save_cache
+from subquad.modeling.compiled import CompiledStep, is_recurrent
 from subquad.modeling.configuration_subquad import SubquadConfig
 from subquad.modeling.layer_types import DEFAULT_MERGE, NEAR_OPTIONS
 from subquad.modeling.layers import AttentionLayer, MixerLayer
@@ -65,6 +66,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             base.set_submodule(path, layer)
             self.mixer_layers.append(layer)
         self.base = base
+        self._compiled_step: CompiledStep | None = None
         self.accepts_loss_kwargs = takes_loss_kwargs(base)
         """Whether `Trainer` passes `num_items_in_batch`, so that accumulated gradients are those of the whole batch."""
         add_hooks(self)
@@ -234,6 +236,28 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         # Read once here, and not at each token. transformers 5.17 finds the new tokens after a cache by the mask.
         if mask is not None and not (cache and cache.get_seq_length()) and bool(mask.all()):
             del model_kwargs["attention_mask"]
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Whether `generate` compiles the decode step: where `compile_config` is given, on every device."""
+        if generation_config.compile_config is None or generation_config.disable_compile:
+            return False
+        cache = model_kwargs.get(CACHE_ARGUMENT)
+        if cache is None or not is_recurrent(cache):
+            got = "no cache" if cache is None else "a student with attention, whose cache grows"
+            raise ValueError(f"compile_config: got {got}, expected a cache of mixers alone; leave compile_config out")
+        return True
+
+    def get_compiled_call(self, compile_config: CompileConfig | None = None) -> CompiledStep:
+        """The student with a compiled decode step, called as `student(input_ids=..., cache=...)`; `generate` uses it if
+        it gets `compile_config`. Another configuration than that of the last call compiles anew."""
+        config = CompileConfig() if compile_config is None else compile_config
+        if self._compiled_step is None or self._compiled_step.config != config:
+            self._compiled_step = CompiledStep(self, config)
+        return self._compiled_step
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled step, which cannot be copied."""
+        return {**self.__dict__, "_compiled_step": None}
 
 
 def takes_loss_kwargs(model: PreTrainedModel) -> bool:
