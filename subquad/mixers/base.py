@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad import ops
-from subquad.mixers.conv import short_conv_padded, short_conv_step
+from subquad.mixers.conv import apply_short_convs
 from subquad.mixers.feature_maps import FEATURE_SCALES, activate, initial_map
 from subquad.mixers.gate_init import GATE_BIAS_INIT
 from subquad.mixers.norms import head_norm, qk_norm
@@ -325,7 +325,7 @@ class Mixer(nn.Module):
         inputs = {"q": self.q_proj(x), "v": self.v_proj(x)}
         if self.has_key_projection:
             inputs["k"] = self.k_proj(x)
-        conv_states = self._apply_short_convs(inputs, padding_mask, state, cu_seqlens)
+        conv_states = apply_short_convs(inputs, self.conv_weights(), padding_mask, state, cu_seqlens)
         for name, t in inputs.items():
             inputs[name] = t.view(*x.shape[:2], self.spec.num_heads if name == "q" else self.num_states, -1)
         inputs["v"] = self.value_map(inputs["v"])
@@ -341,27 +341,6 @@ class Mixer(nn.Module):
                 padding = ~padding_mask.view(*padding_mask.shape[:2], *[1] * (inputs[name].dim() - 2))
                 inputs[name] = inputs[name].masked_fill(padding, PAD_VALUES[name])
         return inputs, conv_states
-
-    def _apply_short_convs(
-        self, projected: dict[str, Tensor], padding_mask: Tensor | None, state: State | None, cu_seqlens: Tensor | None
-    ) -> State:
-        """Convolves `projected: [B, T, D]` in place; returns the new states of the convolutions."""
-        weights = self.conv_weights()
-        if weights and state is not None and projected["q"].shape[1] == 1 and padding_mask is None:
-            convolved, states = short_conv_step(projected, weights, state[: len(weights)])
-            projected.update(convolved)
-            return tuple(states)
-        states = []
-        for index, (name, weight) in enumerate(weights.items()):
-            before = None if state is None else state[index]
-            if padding_mask is not None:
-                projected[name], after = short_conv_padded(projected[name], weight, padding_mask, before)
-            else:
-                projected[name], after = ops.short_conv(
-                    projected[name], weight, initial_state=before, cu_seqlens=cu_seqlens
-                )
-            states.append(after)
-        return tuple(states)
 
     def feature_map(
         self,

@@ -1,4 +1,4 @@
-"""Short convolutions in two special cases: one token of decoding, and rows with padding."""
+"""The short convolutions of a mixer: on sequences, and in two special cases, one token and rows with padding."""
 
 from collections.abc import Mapping
 
@@ -8,6 +8,37 @@ from torch import Tensor
 
 from subquad import ops
 from subquad.mixers.norms import upcast
+
+
+def apply_short_convs(
+    inputs: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
+    padding_mask: Tensor | None = None,
+    states: tuple[Tensor, ...] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Convolves those of `inputs: [B, T, D]` that have weights `[D, W]`, in place of their entries.
+
+    Args:
+        padding_mask: bool `[B, T, 1]`, False at padding.
+        states: inputs before the first token, `[B, W - 1, D]` in the order of `weights`; further ones are ignored.
+
+    Returns:
+        The new states, in the order of `weights`.
+    """
+    if weights and states is not None and inputs["q"].shape[1] == 1 and padding_mask is None:
+        convolved, new_states = short_conv_step(inputs, weights, states[: len(weights)])
+        inputs.update(convolved)
+        return tuple(new_states)
+    new_states = []
+    for index, (name, weight) in enumerate(weights.items()):
+        before = None if states is None else states[index]
+        if padding_mask is not None:
+            inputs[name], after = short_conv_padded(inputs[name], weight, padding_mask, before)
+        else:
+            inputs[name], after = ops.short_conv(inputs[name], weight, initial_state=before, cu_seqlens=cu_seqlens)
+        new_states.append(after)
+    return tuple(new_states)
 
 
 def short_conv_step(
