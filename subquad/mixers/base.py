@@ -265,6 +265,18 @@ class Mixer(nn.Module):
         Raises:
             ValueError: document ids together with a state.
         """
+        if torch.compiler.is_compiling() and state is not None and doc_ids is None and x.shape[1] == 1:
+            return _shared_step(self, x, position_embeddings, state)
+        return self.run(x, position_embeddings, doc_ids, state)
+
+    def run(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        doc_ids: Tensor | PackedDocuments | None,
+        state: State | None,
+    ) -> tuple[Tensor, State]:
+        """What `forward` computes."""
         documents = padding_mask = cu_seqlens = None
         if isinstance(doc_ids, Tensor) and doc_ids.dtype == torch.bool:
             padding_mask = doc_ids.unsqueeze(-1)
@@ -378,3 +390,10 @@ class Mixer(nn.Module):
             return None
         g = self.g_proj(x).view(*x.shape[:2], self.spec.num_heads, -1)
         return F.silu(g) if self.options.output_gate == "swish" else torch.sigmoid(g)
+
+
+@torch.compiler.nested_compile_region
+def _shared_step(mixer: Mixer, x: Tensor, rotary: tuple[Tensor, Tensor] | None, state: State) -> tuple[Tensor, State]:
+    """`Mixer.run` of one token, compiled once for all layers. Results of such a region must not share memory."""
+    y, states = mixer.run(x, rotary, None, state)
+    return y, tuple(x.clone() for x in states)
