@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,22 @@ def git_commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+def probe_output(option: str, path: Path) -> None:
+    """Raises UserError, before any work is done, unless the directory `path` can be made and written."""
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".subquad-{os.getpid()}"
+        probe.write_bytes(b"0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option}: {str(path)!r} cannot be written: {error.strerror}") from error
+    finally:
+        for directory in made:
+            with suppress(OSError):
+                directory.rmdir()
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

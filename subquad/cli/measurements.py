@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from argparse import REMAINDER, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from subquad.cli.parser import Parser, count, counts, placement_of, split_list
@@ -71,7 +72,8 @@ def add_commands(parser: Parser) -> None:
     bench.option("args", "...", "options of the benchmark; `subquad bench NAME --help` lists them", nargs=REMAINDER)
 
 
-def run_eval(args: Namespace) -> None:
+def run_eval(args: Namespace) -> int:
+    """Exit code 1 if any part failed."""
     quiet_libraries()
     from subquad.evaluate import command
 
@@ -85,9 +87,18 @@ def run_eval(args: Namespace) -> None:
     if args.output:
         stream = sys.stderr if args.json else sys.stdout
         print(f"\nAll results are in {Path(args.output) / 'results.json'}", file=stream)
+    return report_failures(outcome.failed)
 
 
-def run_frontier(args: Namespace) -> None:
+def report_failures(failed: Mapping[str, str]) -> int:
+    """The exit code of a command whose jobs in `failed` failed; also says on stderr how many."""
+    if failed:
+        parts = f"{len(failed)} part{'s' * (len(failed) > 1)}"
+        print(f"subquad: {parts} failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def run_frontier(args: Namespace) -> int:
     from subquad.config import load_recipe
 
     recipe = None if args.recipe is None else load_recipe(args.recipe)
@@ -95,8 +106,10 @@ def run_frontier(args: Namespace) -> None:
     from subquad.study import frontier
 
     options = {name: value for name, value in vars(args).items() if name not in ("run", "recipe")}
-    print(frontier.run(**options, recipe=recipe).table())
+    found = frontier.run(**options, recipe=recipe)
+    print(found.table())
     print(f"\nresults.json, table.csv and frontier.svg are in {args.output}")
+    return report_failures(found.failed)
 
 
 def run_select(args: Namespace) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subquad.cli.parser import Parser, count, placement_of
-from subquad.utils import UserError, quiet_libraries
+from subquad.utils import UserError, probe_output, quiet_libraries
 
 if TYPE_CHECKING:
     from subquad.modeling.budget import Allocation
@@ -83,6 +83,7 @@ def run_linearize(args: Namespace) -> None:
         find_target(args.export)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UserError(f"--output: {str(args.output)!r} exists and is not empty; expected a new directory")
+    probe_output("--output", args.output)
     if args.calibrate is not None and args.no_copy:
         raise UserError("--calibrate cannot be used with --no-copy: random projections are not calibrated")
     quiet_libraries()

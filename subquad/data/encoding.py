@@ -144,7 +144,7 @@ def token_stream(encoder: Encoder, documents: Iterable[Document], limit: float, 
     count = 0
     # Tokens are rarely shorter than two characters, so that one batch rarely exceeds the limit.
     batches = _batches(documents, min(BATCH_CHARACTERS, 2 * limit))
-    with tqdm(desc=f"tokenizing {name}", unit=" tokens", unit_scale=True, delay=3, file=sys.stderr) as progress:
+    with tqdm(desc=f"tokenizing {name}", unit=" tokens", unit_scale=True, delay=3, disable=None) as progress:
         for tokens in _encode_batches(encoder, batches):
             if isinstance(tokens, Exception):
                 raise tokens

@@ -33,7 +33,7 @@ from subquad.modeling.teachers import ModelAndTokenizer, check_reference, load_p
 from subquad.registry import STAGES
 from subquad.selection.ranking import top_groups
 from subquad.selection.texts import HAYSTACK
-from subquad.utils import UserError, eval_mode, run_info, write_json_atomic, write_text_atomic
+from subquad.utils import UserError, eval_mode, probe_output, run_info, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 SCALE_TOKENS = 1024
@@ -66,6 +66,8 @@ def distill(
     if result is not None:
         logger.info("%s is finished; nothing to do", directory)
         return result
+    if os.environ.get("RANK", "0") == "0":  # the processes that train together share the directory
+        probe_output("output", directory)
     run = DistillationRun(recipe, directory, loaded)
     on_first_process(run.start, stage_cache)
     run.build_or_resume_student()

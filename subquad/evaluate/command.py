@@ -17,7 +17,7 @@ from subquad.evaluate.suites import Settings, settings_for
 from subquad.evaluate.table import format_tables
 from subquad.modeling.placement import Placement
 from subquad.modeling.teachers import check_reference
-from subquad.utils import UserError, needs_extra, run_info
+from subquad.utils import UserError, needs_extra, probe_output, run_info
 
 logger = logging.getLogger(__name__)
 SEQ_LEN = 512
@@ -79,6 +79,8 @@ def run(
     settings = replace(settings, text=validation_text(corpus, recipe))
     check_data(settings.text)
     settings = resolve_tasks(settings, data, tasks, include)
+    if output is not None:
+        probe_output("output", Path(output))
     names = zip(models, short_names(models), strict=True)
     loaded = [load_eval_model(reference, name, placement) for reference, name in names]
     reference_model = None

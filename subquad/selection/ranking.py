@@ -3,7 +3,6 @@
 In every criterion the units that are not whole see a window and the first tokens; nothing is trained.
 """
 
-import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -134,7 +133,7 @@ class Ranking:
     ) -> dict[Unit, float]:
         """The score of the logits where one of `units` after another has `window`, and the rest is as in `read`."""
         scores = {}
-        for layer, head in tqdm(units, desc=f"ranking {self.unit}s", delay=3, file=sys.stderr, leave=False):
+        for layer, head in tqdm(units, desc=f"ranking {self.unit}s", delay=3, disable=None, leave=False):
             own = reader.windows[layer]
             changed: Windows = {layer: tuple(window if head in (None, i) else old for i, old in enumerate(own))}
             scores[layer, head] = score(reader.logits(changed))

@@ -40,7 +40,7 @@ from subquad.selection.ranking import rank_groups
 from subquad.study.grid import run_study
 from subquad.study.results import RESULTS
 from subquad.study.runs import find_runs, read_json
-from subquad.utils import UserError, needs_extra, run_info, write_json_atomic
+from subquad.utils import UserError, needs_extra, probe_output, run_info, write_json_atomic
 
 logger = logging.getLogger(__name__)
 SUITES = ("language", "long", "recall")
@@ -295,6 +295,7 @@ def run(
     calibration = Data(source=calibrate)
     check_data(calibration)
     settings = frontier_settings(suites, corpus, data, tasks, limit, context)
+    probe_output("output", Path(output))
     reference = load_eval_model(teacher)
     evaluation = Evaluation([], reference, settings, output)
     candidates = Candidates(evaluation, sorted(set(budgets)), calibration, context, budget_memory)

@@ -254,6 +254,23 @@ def test_failed_job_leaves_the_others(workspace, monkeypatch):
     assert "no hub here" in report.table()
 
 
+def test_exit_code_says_whether_a_part_failed(workspace, monkeypatch, capsys):
+    argv = ["eval", str(workspace / "student"), "--suite", "language,zero-shot", "--data", str(workspace / "items")]
+    argv += ["--corpus", str(workspace / "text.txt")]
+    monkeypatch.setattr(suites, "zero_shot", Mock(side_effect=UserError("no hub here")))
+    assert cli.main(argv) == 1
+    assert capsys.readouterr().err == "subquad: 1 part failed: zero-shot last: student\n"
+    assert cli.main([*argv[:2], "--suite", "language", *argv[-2:]]) == 0
+
+
+def test_an_output_that_cannot_be_written_is_found_first(workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_eval_model", lambda *a: pytest.fail("loaded a model"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output: .* cannot be written: "):
+        command.run([str(workspace / "student")], output=str(tmp_path / "file" / "new"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
 def test_short_names_are_distinct(tmp_path):
     for name in ("a/gla", "b/gla"):
         (tmp_path / name).mkdir(parents=True)
