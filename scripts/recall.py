@@ -10,7 +10,6 @@ beside the output has means of the seeds of a name, "NAME, seed N", and their sm
 
 import argparse
 import csv
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from subquad.modeling.teachers import load_teacher
 from subquad.utils import UserError, run_info, write_json_atomic
 
 TASKS = ("needle_number", "needle_word", "assoc_text", "assoc_tokens")
+COLUMNS = {"needles": TASKS[:2], "pairs": TASKS[2:]}
 DEPTHS = (0.0, 0.25, 0.5, 0.75)
 METRICS = ("acc", "acc_generated", "loglikelihood")
 
@@ -35,27 +35,28 @@ def measure(reference: str, text: str, lengths: list[int], items: int) -> list[d
 
 
 def write_table(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
-    """By likelihood / by writing, in percent, one row for each name and one column for each task and length."""
-    columns = list(dict.fromkeys((r["task"], r["length"]) for rows in results.values() for r in rows))
+    """By likelihood / by writing, in percent, one row for each name, one column for each of `COLUMNS` and length."""
+    lengths = sorted({r["length"] for rows in results.values() for r in rows})
     names = dict.fromkeys(name.split(", seed ")[0] for name in results)
 
-    def cell(name: str, task: str, length: int) -> str:
+    def share(rows: list[dict[str, Any]], tasks: tuple[str, ...], length: int, metric: str) -> float:
+        own = [r for r in rows if r["task"] in tasks and (r["length"], r["metric"]) == (length, metric)]
+        return 100 * sum(r["value"] * r["n"] for r in own) / sum(r["n"] for r in own)
+
+    def cell(name: str, tasks: tuple[str, ...], length: int) -> str:
+        seeds = [rows for own, rows in results.items() if own.split(", seed ")[0] == name]
         parts = []
         for metric in METRICS[:2]:
-            values = [
-                100 * r["value"]
-                for own, rows in results.items()
-                for r in rows
-                if own.split(", seed ")[0] == name and (r["task"], r["length"], r["metric"]) == (task, length, metric)
-            ]
-            mean = f"{sum(values) / len(values):.0f}" if values else ""
-            parts.append(mean if len(set(values)) < 2 else f"{mean} [{min(values):.0f}, {max(values):.0f}]")
+            values = [share(rows, tasks, length, metric) for rows in seeds]
+            spread = f" [{min(values):.0f}, {max(values):.0f}]" if len(values) > 1 else ""
+            parts.append(f"{sum(values) / len(values):.0f}{spread}")
         return " / ".join(parts)
 
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["model", *(f"{task} {length:,}" for task, length in columns)])
-        writer.writerows([[name, *itertools.starmap(lambda *c, n=name: cell(n, *c), columns)] for name in names])
+        columns = [(title, tasks, length) for title, tasks in COLUMNS.items() for length in lengths]
+        writer.writerow(["model", *(f"{title}, {length:,}" for title, _, length in columns)])
+        writer.writerows([[name, *(cell(name, tasks, length) for _, tasks, length in columns)] for name in names])
 
 
 def main() -> None:
