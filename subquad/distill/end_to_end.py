@@ -21,22 +21,26 @@ from subquad.modeling.modeling_subquad import SubquadForCausalLM
 class EndToEndDistillation(Objective):
     name = "end_to_end"
 
-    student_head: tuple[SubquadForCausalLM, Head | None] | None = None
+    student_head: tuple[Head | None] | None = None
+    """The head of the student, if it has been read."""
 
     @functools.cached_property
     def teacher_head(self) -> Head | None:
         return read_head(self.teacher)
 
     def head_of(self, student: SubquadForCausalLM) -> Head | None:
-        """The student's head. Its form is read once; its weights are the current parameters, which sharding
-        replaces."""
-        if self.student_head is None or self.student_head[0] is not student:
-            self.student_head = student, read_head(student)
-        head, output = self.student_head[1], student.get_output_embeddings()
+        """The student's head. Its form is read once, of the first student; its weights are the current parameters,
+        which sharding replaces."""
+        if self.student_head is None:
+            self.student_head = (read_head(student),)
+        head, output = self.student_head[0], student.get_output_embeddings()
         return None if head is None else head._replace(weight=output.weight, bias=getattr(output, "bias", None))  # type: ignore[union-attr,arg-type]
 
     def trained_parameters(self, student: SubquadForCausalLM) -> list[nn.Parameter]:
         return list(student.parameters())
+
+    def before_sharding(self, student: SubquadForCausalLM) -> None:
+        self.head_of(student)
 
     def count_tokens(self, batch: Batch) -> Tensor:
         return (next_labels(batch) != IGNORE_INDEX).sum()

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from subquad.config import HiddenStage
 from subquad.distill.layerwise import LayerwiseDistillation
+from subquad.mixers.norms import upcast
 from subquad.modeling.attention.activations import LayerActivations, ModuleAndProjection, layer_path
 from subquad.modeling.attention.discovery import attention_modules
 from subquad.modeling.attention.scores import replace_mask
@@ -36,7 +37,7 @@ class HiddenAlignment(LayerwiseDistillation):
         self.target_norms: dict[int, Tensor] = {}
 
         def measure(index: int, activations: LayerActivations) -> None:
-            self.target_norms[index] = activations.output.float().square().sum(-1).mean()
+            self.target_norms[index] = upcast(activations.output).square().sum(-1).mean()
 
         self.visit(measure, scale_ids)
 
@@ -67,7 +68,7 @@ class HiddenAlignment(LayerwiseDistillation):
             args, kwargs = replace_mask(module, activations.args, activations.kwargs, targets["mask"])
             output = module(*args, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
-        distance = (output.float() - activations.output.float()).square().sum(-1).mean()
+        distance = (upcast(output) - upcast(activations.output)).square().sum(-1).mean()
         return (distance + self.stage.far_weight * far_distance) / self.target_norms[index]
 
     def near_far_outputs(
@@ -82,4 +83,4 @@ class HiddenAlignment(LayerwiseDistillation):
         share, value = far_target(layer, info, activations, mask)
         error = (share * call.far - value).flatten(-2)
         weight, _ = info.projection_weights("o")
-        return output, (error @ weight.float().mT).square().sum(-1).mean()
+        return output, (error @ upcast(weight).mT).square().sum(-1).mean()

@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from subquad.distill.objective import Batch, KnownGradients, Objective, StageOutput, document_ids
+from subquad.distill.sharding import gathered, reduce_gradients
 from subquad.modeling.attention.activations import LayerActivations, ModuleAndProjection, visit_activations
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
@@ -54,12 +55,14 @@ class LayerwiseDistillation(Objective):
 
         def add_loss(index: int, activations: LayerActivations) -> None:
             own = parameters[index]
-            with torch.set_grad_enabled(bool(own)):
+            with gathered(student, index) as is_sharded, torch.set_grad_enabled(bool(own)):
+                current = self.layer_parameters(student)[index] if is_sharded else own
                 loss = self.layer_loss(student, index, activations, targets)
-            if own:
-                # data-parallel wrappers wait for the gradient of an unused parameter
-                grads = torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True)
-                gradients[index] = [g / len(layers) for g in grads]
+                if own:
+                    whole = [p for p in current if p.requires_grad]
+                    # data-parallel wrappers wait for the gradient of an unused parameter
+                    grads = torch.autograd.grad(loss, whole, allow_unused=True, materialize_grads=True)
+                    gradients[index] = reduce_gradients([g / len(layers) for g in grads], own)
             losses[index] = loss.detach()
 
         self.visit(add_loss, input_ids, targets["positions"])

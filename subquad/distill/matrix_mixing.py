@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from subquad.distill.layerwise import LayerwiseDistillation
 from subquad.distill.objective import Batch, slices
+from subquad.mixers.norms import upcast
 from subquad.modeling.attention.activations import LayerActivations
 from subquad.modeling.attention.scores import AttentionProbabilities, slice_arguments
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
@@ -89,8 +90,8 @@ def matrix_distance(
 
     def both(rows: slice) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            A = target(rows).float()
-        return matrix(rows).float(), A
+            A = upcast(target(rows))
+        return upcast(matrix(rows)), A
 
     chunks = list(slices(length, row_chunk_size))
     if len(chunks) == 1:

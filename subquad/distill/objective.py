@@ -66,6 +66,10 @@ class Objective:
         """The parameters that this stage trains."""
         raise NotImplementedError
 
+    def before_sharding(self, student: SubquadForCausalLM) -> None:
+        """Called with the whole student before a copy of it is sharded and trained (FSDP): reads what needs whole
+        parameters."""
+
     def training_batch(self, batch: Batch) -> Batch:
         """The batch on which the loss is computed: `batch`, or one made from it (rows continued by the teacher).
 

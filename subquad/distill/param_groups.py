@@ -47,10 +47,8 @@ def parameter_groups(
     for name, parameter in student.named_parameters():
         role = role_of[id(parameter)]
         group, is_low_rank = getattr(stage.param_groups, role) or stage.param_groups.embeddings, "lora_" in name
-        if is_low_rank or (stage.lora is not None and role == "attention_projections"):
-            is_trained = is_low_rank
-        else:
-            is_trained = id(parameter) in trained_ids
+        is_replaced = stage.lora is not None and role == "attention_projections" and not is_low_rank
+        is_trained = id(parameter) in trained_ids and not is_replaced
         parameter.requires_grad_(is_trained and not group.frozen)
         if parameter.requires_grad:
             decay = stage.weight_decay if group.weight_decay is None else group.weight_decay

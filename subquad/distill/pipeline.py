@@ -45,6 +45,7 @@ def distill(
     output: str | os.PathLike,
     loaded: ModelAndTokenizer | None = None,
     stage_cache: StageCache | None = None,
+    fsdp: bool = False,
 ) -> dict[str, Any]:
     """Runs a recipe in the directory `output` and returns its result, also if the run was finished before.
 
@@ -54,6 +55,7 @@ def distill(
     Args:
         loaded: the recipe's teacher and tokenizer, if they are loaded already.
         stage_cache: finished stages that this run shares with others; it takes them from there and stores its own.
+        fsdp: shard weights, gradients and optimizer states over the processes of `torchrun` while a stage trains.
 
     Raises:
         UserError: the directory holds other files or the run of another recipe; the teacher cannot read `data.seq_len`
@@ -66,9 +68,7 @@ def distill(
     if result is not None:
         logger.info("%s is finished; nothing to do", directory)
         return result
-    if os.environ.get("RANK", "0") == "0":  # the processes that train together share the directory
-        probe_output("output", directory)
-    run = DistillationRun(recipe, directory, loaded)
+    run = DistillationRun(recipe, directory, loaded, fsdp)
     on_first_process(run.start, stage_cache)
     run.build_or_resume_student()
     for name, key in stage_keys(recipe).items():
@@ -123,9 +123,17 @@ def teacher_placement(recipe: Recipe) -> Placement:
     return Placement(str(device), dtype, recipe.attn_implementation)
 
 
-def start_processes(recipe: Recipe) -> None:
-    """Joins the processes that train together, each with the device of the recipe, before anything is put on it."""
+def start_processes(recipe: Recipe, fsdp: bool) -> None:
+    """Joins the processes that train together, each with the device of the recipe, before anything is put on it.
+
+    Raises:
+        UserError: FSDP of accelerate, which this does not use, or FSDP in one process.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise UserError("accelerate: got --use_fsdp, expected processes without it and `subquad distill --fsdp`")
     PartialState(cpu=find_device(recipe.device).type == "cpu")
+    if fsdp and not torch.distributed.is_initialized():
+        raise UserError("fsdp: got one process, expected several (torchrun --nproc_per_node N)")
 
 
 def on_first_process(action: Callable[..., None], *args: Any) -> None:
@@ -148,14 +156,16 @@ class DistillationRun:
 
     student: SubquadForCausalLM
 
-    def __init__(self, recipe: Recipe, directory: Path, loaded: ModelAndTokenizer | None = None):
+    def __init__(self, recipe: Recipe, directory: Path, loaded: ModelAndTokenizer | None = None, fsdp: bool = False):
         """Loads the teacher, unless `loaded` has it and its tokenizer, and tokenizes as much of the text as needed."""
-        self.recipe, self.directory = recipe, directory
+        self.recipe, self.directory, self.fsdp = recipe, directory, fsdp
         self.checkpoints, self.metrics = directory / "checkpoints", directory / "metrics.jsonl"
         self.finished_stages: list[str] = []
         self.seconds = 0.0
         """Time to build and train the student so far, over all sessions."""
-        start_processes(recipe)
+        start_processes(recipe, fsdp)
+        # by now all processes have looked into the directory, which they share
+        on_first_process(probe_output, "output", directory)
         self.teacher, self.tokenizer = loaded or load_placed(recipe.teacher, teacher_placement(recipe))
         self.teacher.to(find_device(recipe.device)).requires_grad_(False)  # type: ignore[arg-type]
         self.check_teacher()
@@ -263,7 +273,8 @@ class DistillationRun:
         names = list(rows)
         offset = sum(rows[earlier] for earlier in names[: names.index(name)])
         train = self.train.take(rows[name], start=offset)
-        StageTrainer(self.recipe, objective, self.student, train, self.validation, self.directory).train_stage()
+        trainer = StageTrainer(self.recipe, objective, self.student, train, self.validation, self.directory, self.fsdp)
+        trainer.train_stage()
         self.seconds += time.perf_counter() - start
         self.finished_stages.append(name)
         on_first_process(self.save_stage, name)

@@ -1,6 +1,7 @@
 """Training of one stage on `transformers.Trainer`: batches, learning rates, checkpoints, precision, validation."""
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from subquad.distill.logging_callbacks import MetricsCallback, tensorboard
 from subquad.distill.objective import Batch, Objective
 from subquad.distill.param_groups import add_lora, keep_average, load_average, parameter_groups
 from subquad.distill.recipe_stages import total_steps
+from subquad.distill.sharding import gather_weights, own_part, scatter_weights, shard, use_whole_states
 from subquad.distill.untied_head import UntiedHead
 from subquad.distill.window_dropout import dropped_windows, drops_windows
 from subquad.modeling.attention.activations import LayerActivations, capture_activations
@@ -49,9 +51,13 @@ class StageTrainer(Trainer):
         train: Dataset,
         validation: Dataset,
         run_directory: Path,
+        fsdp: bool = False,
     ):
-        """train: as many rows as the stage consumes, in order."""
-        self.recipe, self.student = recipe, student
+        """train: as many rows as the stage consumes, in order. fsdp: train a copy sharded over the processes."""
+        self.recipe, self.student, self.fsdp = recipe, student, fsdp
+        self.trained = student
+        """The student, or its sharded copy from `create_optimizer` on. The student's own weights are then those of the
+        last checkpoint, until the stage ends."""
         self.objective: Objective = objective
         self.stage: Stage = getattr(recipe.stages, objective.name)
         self.directory = run_directory / "checkpoints" / objective.name
@@ -89,6 +95,9 @@ class StageTrainer(Trainer):
             self.train(resume_from_checkpoint=checkpoint)
         if self.stage.ema_decay is not None:
             load_average(self.create_optimizer())
+        if self.fsdp:
+            gather_weights(self.trained, self.student)
+            self.trained = self.model_wrapped = self.student.to(self.args.device)  # type: ignore[arg-type]
         if self.untied is not None:
             self.untied.tie()
         if self.lora is not None:
@@ -117,7 +126,7 @@ class StageTrainer(Trainer):
             schedule, self.recipe.seed, self.objective.name, state.global_step, state.max_steps
         ):
             return super().training_step(*args, **kwargs)
-        with dropped_windows(self.student):
+        with dropped_windows(self.trained):
             return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
@@ -131,7 +140,9 @@ class StageTrainer(Trainer):
             if outputs.layer_losses is not None:
                 bad = (~outputs.layer_losses.isfinite()).nonzero().flatten().tolist()
             else:
-                bad = non_finite_layers(self.student, targets["input_ids"], targets.get("positions"))
+                # the other processes would have to run a sharded student too
+                given = targets["input_ids"], targets.get("positions")
+                bad = [] if self.fsdp else non_finite_layers(self.student, *given)
             origin = f"layer {bad[0]}" if bad else "the head or the loss itself"
             raise self.non_finite_error(f"the loss is not finite, starting at {origin}")
         return outputs.loss
@@ -167,10 +178,39 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            if self.fsdp:
+                self.shard_student()
             self.optimizer = torch.optim.AdamW(self.groups, self.stage.lr, betas=(0.9, 0.95), fused=True)
             if self.stage.ema_decay is not None:
                 keep_average(self.optimizer, self.stage.ema_decay)
+            if self.fsdp:
+                use_whole_states(self.optimizer)
         return self.optimizer
+
+    def shard_student(self) -> None:
+        """From now on a sharded copy of the student is trained. `Trainer` takes it for a wrapper of the student."""
+        self.objective.before_sharding(self.student)
+        self.trained = self.model_wrapped = copy.deepcopy(self.student.cpu())
+        shard(self.trained, self.args.device)
+        self.groups = parameter_groups(self.trained, self.objective.trained_parameters(self.trained), self.stage)
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return super()._wrap_model(self.trained if self.fsdp else model, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.fsdp:
+            gather_weights(self.trained, self.student)
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.fsdp and not self.args.should_save:
+            self.create_optimizer().state_dict()  # all processes gather it
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.fsdp:
+            scatter_weights(self.student, self.trained)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
@@ -179,7 +219,8 @@ class StageTrainer(Trainer):
         """Accelerate's; raises UserError for a norm that is not finite, which would make all weights so."""
         norm = self.accelerate_clip_grad_norm_(*args, **kwargs)
         if norm is not None and not math.isfinite(float(norm)):
-            bad = [n for n, p in self.student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            grads = {n: p.grad for n, p in self.trained.named_parameters() if p.grad is not None}
+            bad = [n for n, grad in grads.items() if not own_part(grad).isfinite().all()]
             raise self.non_finite_error(f"the gradient is not finite, in {', '.join(bad[:3])}")
         return norm
 

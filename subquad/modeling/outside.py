@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.mixers.norms import upcast
 from subquad.modeling.attention.activations import LayerActivations
 from subquad.modeling.attention.banded import Implementation, LogSumExp, Slots
 from subquad.modeling.attention.discovery import AttentionInfo
@@ -25,8 +26,8 @@ QUERY_BLOCK = 512
 
 
 class FarTarget(NamedTuple):
-    """share: `[B, T, H, 1]`. value: what the memory, times the share, should give, `[B, T, H, V]`. Both float32, and 0
-    while the memory is empty, and for heads without a memory."""
+    """share: `[B, T, H, 1]`. value: what the memory, times the share, should give, `[B, T, H, V]`. Both float32, or
+    float64 of a float64 model, and 0 while the memory is empty, and for heads without a memory."""
 
     share: Tensor
     value: Tensor
@@ -44,14 +45,15 @@ class OutsideRecorder:
 
     def begin(self, query: Tensor, key: Tensor, value: Tensor, order: Tensor | None) -> None:
         B, H, T, _ = query.shape
-        self.near = query.new_zeros(B, T, H, value.shape[-1], dtype=torch.float32)
-        self.near_lse = query.new_zeros(B, T, H, dtype=torch.float32)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        self.near = query.new_zeros(B, T, H, value.shape[-1], dtype=dtype)
+        self.near_lse = query.new_zeros(B, T, H, dtype=dtype)
         self.full_lse = torch.zeros_like(self.near_lse) if self.known_lse is None else self.known_lse
         self.left = torch.zeros(B, T, H, dtype=torch.bool, device=query.device)
 
     def __call__(self, index: int, slots: Slots, runner: Implementation, near: Tensor, lse: Any) -> Tensor:
         heads = slice(None) if runner.heads is None else runner.heads
-        self.near[:, :, heads], self.near_lse[:, :, heads] = near.float(), lse(False)
+        self.near[:, :, heads], self.near_lse[:, :, heads] = upcast(near), lse(False)
         self.left[:, :, heads] = left_tokens(slots, self.layer.memory).unsqueeze(-1)
         if self.known_lse is None:
             self.full_lse[:, :, heads] = full_log_sum_exp(slots, runner)
@@ -70,20 +72,20 @@ class OutsideRecorder:
         share = {"add": torch.ones_like(mass), "fixed": torch.full_like(mass, 0.5)}.get(merge, mass)
         share = torch.where(left, share, 0.0)
         kept = self.near if merge == "add" else (1 - share) * self.near
-        return FarTarget(share, torch.where(left, full.float() - kept, 0.0))
+        return FarTarget(share, torch.where(left, upcast(full) - kept, 0.0))
 
 
 class KeptFarCall(FarCall):
-    """Keeps what the memories give, `far: [B, T, H, V]` in float32; zero for heads without one."""
+    """Keeps what the memories give, `far: [B, T, H, V]` in float32 or float64; zero for heads without one."""
 
     def begin(self, query: Tensor, key: Tensor, value: Tensor, order: Tensor | None) -> None:
         super().begin(query, key, value, order)
         B, H, T, _ = query.shape
-        self.far = query.new_zeros(B, T, H, value.shape[-1], dtype=torch.float32)
+        self.far = query.new_zeros(B, T, H, value.shape[-1], dtype=torch.promote_types(query.dtype, torch.float32))
 
     def far_part(self, index: int, slots: Slots, heads: Tensor | None) -> tuple[Tensor, Tensor | None]:
         far, z = super().far_part(index, slots, heads)
-        self.far = far.float() if heads is None else self.far.index_copy(2, heads, far.float())
+        self.far = upcast(far) if heads is None else self.far.index_copy(2, heads, upcast(far))
         return far, z
 
 

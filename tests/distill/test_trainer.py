@@ -3,9 +3,6 @@
 import contextlib
 import json
 import math
-import os
-import subprocess
-import sys
 import types
 
 import pytest
@@ -67,22 +64,6 @@ def fresh(recipe_path, own_cache):
 def test_micro_batches_have_no_effect(stage, recipe_path, tmp_path):
     expected = train(recipe_path, tmp_path / "whole", *only(stage))
     assert_close(expected, train(recipe_path, tmp_path / "micro", *only(stage, "micro_batch_size=1")), 2e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [*STAGE_NAMES[:-1], pytest.param(STAGE_NAMES[-1], marks=pytest.mark.sample)])
-def test_two_processes_match_one(stage, recipe_path, tmp_path):
-    """The same global batch over two gloo processes."""
-    one = train(recipe_path, tmp_path / "one", *only(stage))
-    output = tmp_path / "two"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
-    command += ["-m", "subquad.cli", "distill", str(recipe_path), "--output", str(output)]
-    for override in only(stage):
-        command += ["--set", override]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_close(one, load_file(output / "model.safetensors"), 2e-5)
 
 
 def test_batch_size_must_be_a_multiple_of_the_processes():
