@@ -89,3 +89,9 @@ def test_a_busy_machine(monkeypatch):
     assert "OMP_NUM_THREADS" in list(doctor.resources())[-1].problem
     monkeypatch.setattr(doctor.os, "getloadavg", lambda: (0.0, 0, 0))
     assert list(doctor.resources())[-1].problem is None
+
+
+def test_only_the_device_is_an_option(capsys):
+    """Dtype and attention would change nothing."""
+    assert main(["doctor", "--seconds", "0", "--dtype", "bfloat16"]) == 2
+    assert "unrecognized arguments: --dtype" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from subquad.cli.parser import Parser, placement_of
+from subquad.cli.parser import Parser
 from subquad.utils import cache_dir, quiet_libraries
 
 PACKAGE = "subquad"
@@ -34,13 +34,14 @@ def add_commands(parser: Parser) -> None:
     doctor = parser.command("doctor", run_doctor, "Report devices, kernels, versions, disk and speed of this machine.")
     doctor.option("--seconds", "S", "time for the speed test; 0: none (default: 10)", type=float, default=10.0)
     doctor.flag("--json", "print the findings as JSON")
-    doctor.placement()
+    doctor.device()
 
 
 def run_doctor(args: Namespace) -> None:
     quiet_libraries()
-    placement = placement_of(args)
-    device = placement.torch_device
+    from subquad.modeling.placement import find_device
+
+    device = find_device(args.device)
     findings = [*versions(), *extras(), *devices(), *kernels(device), *resources()]
     if args.seconds > 0:
         findings += speed(device, args.seconds)

@@ -28,10 +28,14 @@ class Parser(argparse.ArgumentParser):
         """Adds an argument. flags: its name, or its flags separated by blanks. settings: see `add_argument`."""
         self.add_argument(*flags.split(), metavar=metavar, help=text, **settings)
 
-    def placement(self) -> None:
-        """Adds `--device`, `--dtype` and `--attn`; see `placement_of`."""
+    def device(self) -> None:
+        """Adds `--device`; see `find_device`."""
         device = "auto (default): a GPU where there is one, else the CPU; cpu, cuda or cuda:N"
         self.option("--device", "NAME", device, default="auto")
+
+    def placement(self) -> None:
+        """Adds `--device`, `--dtype` and `--attn`; see `placement_of`."""
+        self.device()
         dtypes = ["float32", "bfloat16", "float16"]
         self.option(
             "--dtype",

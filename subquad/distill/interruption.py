@@ -33,12 +33,15 @@ class StopRequest(TrainerCallback):
     """Saves a checkpoint and ends training after the step in which a signal arrives."""
 
     def __init__(self) -> None:
+        self.received: int | None = None
+        """The signal that this process got."""
         self.signal: int | None = None
+        """The signal that any process got, as far as this one knows."""
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.received is not None:
             raise KeyboardInterrupt
-        self.signal = number
+        self.received = self.signal = number
         name = signal.Signals(number).name
         logger.warning("%s: a checkpoint is saved after this step; a second signal stops at once", name)
 
@@ -48,7 +51,7 @@ class StopRequest(TrainerCallback):
         if state.num_processes > 1:
             number = torch.tensor(self.signal or 0, device=state.device)
             dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.signal = int(number) or None
+            self.signal = int(number) or self.signal  # one may have come since
         return self.signal is not None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):

@@ -339,7 +339,8 @@ class Mixer(nn.Module):
             inputs["k"] = self.k_proj(x)
         conv_states = apply_short_convs(inputs, self.conv_weights(), padding_mask, state, cu_seqlens)
         for name, t in inputs.items():
-            inputs[name] = t.view(*x.shape[:2], self.spec.num_heads if name == "q" else self.num_states, -1)
+            heads = self.spec.num_heads if name == "q" else self.num_states
+            inputs[name] = t.view(*x.shape[:2], heads, t.shape[-1] // heads)  # -1 is ambiguous without tokens
         inputs["v"] = self.value_map(inputs["v"])
         for name in ("q", "k"):
             if name in inputs:
@@ -388,7 +389,7 @@ class Mixer(nn.Module):
         """The output gate `[B, T, H, V]` for `x: [B, T, hidden]`; None without one."""
         if self.options.output_gate == "none":
             return None
-        g = self.g_proj(x).view(*x.shape[:2], self.spec.num_heads, -1)
+        g = self.g_proj(x).view(*x.shape[:2], self.spec.num_heads, self.spec.value_dim)
         return F.silu(g) if self.options.output_gate == "swish" else torch.sigmoid(g)
 
 

@@ -104,10 +104,11 @@ class RecurrentCacheLayer(DynamicLayer):
         taken = self.record.take_back(removed)
         if taken is None:
             return
-        contents, call = taken
+        contents, call, with_gradients = taken
         vars(self).update(contents)
         if call is not None:
-            call()
+            with torch.set_grad_enabled(with_gradients):
+                call()
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,11 @@ place of it, and of which student the cache is.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,8 +44,11 @@ def save_cache(cache: SubquadCache, config: Any, path: str | Path) -> None:
     save_file(tensors, path, {"student": fingerprint(config), "layers": json.dumps(layers)})
 
 
-def load_cache(cache: SubquadCache, config: Any, path: str | Path) -> SubquadCache:
-    """Fills an empty `cache` of the student with `config` from the file that `save_cache` wrote, on the CPU.
+def load_cache(
+    cache: SubquadCache, config: Any, path: str | Path, devices: Sequence[torch.device | str]
+) -> SubquadCache:
+    """Fills an empty `cache` of the student with `config` from the file that `save_cache` wrote, each layer on its
+    device of `devices`.
 
     Raises:
         UserError: no such file, no cache in it, or one of another student.
@@ -60,14 +65,16 @@ def load_cache(cache: SubquadCache, config: Any, path: str | Path) -> SubquadCac
     if student != fingerprint(config):
         raise UserError(f"cache: {str(path)!r} is of another student, with other mixers, windows or attention")
 
-    def restored(value: Any) -> Any:
+    def restored(value: Any, device: torch.device | str) -> Any:
+        if isinstance(value, dict) and TENSOR in value:
+            return tensors[value[TENSOR]].to(device)
         if isinstance(value, dict):
-            return tensors[value[TENSOR]] if TENSOR in value else {k: restored(x) for k, x in value.items()}
-        return tuple(restored(x) for x in value) if isinstance(value, list) else value
+            return {key: restored(x, device) for key, x in value.items()}
+        return tuple(restored(x, device) for x in value) if isinstance(value, list) else value
 
     try:
-        for layer, contents in zip(cache.layers, layers, strict=True):
-            set_layer_contents(layer, restored(contents))
+        for layer, contents, device in zip(cache.layers, layers, devices, strict=True):
+            set_layer_contents(layer, restored(contents, device))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"cache: {str(path)!r} is damaged: {error!r}") from error
     return cache

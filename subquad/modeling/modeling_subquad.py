@@ -215,12 +215,15 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         save_cache(cache, self.config, path)
 
     def load_cache(self, path: str | Path) -> SubquadCache:
-        """The cache in a file that `save_cache` wrote, on the CPU.
+        """The cache in a file that `save_cache` wrote, each layer on the device of its weights.
 
         Raises:
             UserError: no such file, no cache in it, or one of a student with other layers.
         """
-        return load_cache(self.new_cache(), self.config, path)
+        devices = [next(layer.parameters()).device for layer in self.mixer_layers]
+        # offloaded weights are nowhere between calls
+        devices = [self.device if device.type == "meta" else device for device in devices]
+        return load_cache(self.new_cache(), self.config, path, devices)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any

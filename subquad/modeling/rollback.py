@@ -43,10 +43,11 @@ class LayerCall(ABC):
 
 
 class RecordedCall(NamedTuple):
-    """A call, and what the cache layer held before it."""
+    """A call, what the cache layer held before it, and whether autograd was enabled."""
 
     contents: dict[str, Any]
     call: LayerCall
+    with_gradients: bool
 
 
 class Record:
@@ -60,7 +61,7 @@ class Record:
         self._calls = []
 
     def add(self, contents: dict[str, Any], call: LayerCall) -> None:
-        self._calls.append(RecordedCall(contents, call))
+        self._calls.append(RecordedCall(contents, call, torch.is_grad_enabled()))
         while self.num_tokens - self._calls[0].call.num_tokens >= RECORDED_TOKENS:
             self._calls.pop(0)
 
@@ -90,15 +91,15 @@ class Record:
             count -= recorded.call.num_tokens
         return found
 
-    def take_back(self, count: int) -> tuple[dict[str, Any], LayerCall | None] | None:
-        """What the layer must hold and the call to run then, so that the last `count` tokens are removed; None for no
-        tokens. Forgets all calls."""
+    def take_back(self, count: int) -> tuple[dict[str, Any], LayerCall | None, bool] | None:
+        """What the layer must hold, the call to run then, and whether with autograd, so that the last `count` tokens
+        are removed; None for no tokens. Forgets all calls."""
         back = self._back(count)
         self.clear()
         if not back:
             return None
-        (contents, call), left = back[-1]
-        return contents, call.narrow(0, left) if left else None
+        (contents, call, with_gradients), left = back[-1]
+        return contents, call.narrow(0, left) if left else None, with_gradients
 
 
 def run_recorded(cache_layer: Any, call: LayerCall) -> Tensor:

@@ -79,9 +79,11 @@ def run(
 ) -> tuple[Tensor, Tensor] | None:
     """Computes `op`, "chunk" or "step", with fla's kernel.
 
-    Returns None if PyTorch should compute it, and logs the reason if fla was chosen but does not support the call.
+    Returns None if PyTorch should compute it, as in a compiled step, and logs the reason if fla was chosen but does not
+    support the call.
     """
-    if not use_fla(backend, inputs.q):
+    # A compiled step is PyTorch's, which the compiler fuses: fla's kernels and log lines would break its graph.
+    if (op == "step" and torch.compiler.is_compiling()) or not use_fla(backend, inputs.q):
         return None
     if (reason := unsupported_reason(op, inputs.q, inputs.v, inputs.beta, any_requires_grad(*inputs))) is not None:
         warn_once(op, reason)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from safetensors.torch import load_file
@@ -77,6 +78,18 @@ def test_a_second_signal_stops_at_once():
     assert type(stopped.value) is KeyboardInterrupt
 
 
+def test_the_first_signal_of_a_process_may_follow_that_of_another():
+    stop = StopRequest()
+
+    def interrupt_after_another_process():
+        with stop.listening():
+            stop.signal = signal.SIGTERM  # agreed on at the end of a step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interruption):
+        interrupt_after_another_process()
+
+
 def test_ignored_signals_and_other_threads_are_left_alone():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the workers of a study
     try:
@@ -104,7 +117,7 @@ def test_the_command_says_how_to_continue(recipe_path, uninterrupted, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = output / "metrics.jsonl"
     while process.poll() is None and not read_jsonl(metrics):
-        pass
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 143, err

@@ -50,6 +50,17 @@ def test_sequence_tokens_and_pieces_agree(build_case, dtype):
             assert error(found, expected) < PRECISIONS[dtype], sizes
 
 
+def test_no_tokens_leave_the_state_as_it_is(build_case):
+    mixer, (x, positions) = build_case(), inputs(5, torch.float32)
+    if mixer.name == "xlstm":
+        pytest.skip("mLSTM needs a token")
+    with torch.no_grad():
+        y, state = run_pieces(mixer, x, positions, [3, 0, 2])
+        expected, expected_state = run_pieces(mixer, x, positions, [3, 2])
+    assert torch.equal(y, expected)
+    assert all(torch.equal(a, b) for a, b in zip(state, expected_state, strict=True))
+
+
 @pytest.mark.parametrize("name", mixers.MIXERS)
 def test_forms_agree_across_chunks(name):
     mixer = build(name, short_conv=4)

@@ -139,3 +139,13 @@ def test_an_empty_cache_and_one_of_float16(tmp_path, ids):
     loaded = round_trip(half, cache, tmp_path)
     with torch.no_grad():
         assert torch.equal(half(ids, past_key_values=cache).logits, half(ids, past_key_values=loaded).logits)
+
+
+def test_a_loaded_cache_is_on_the_device_of_the_weights(student, ids, tmp_path):
+    cache, path = prefix_cache(student, ids), tmp_path / "cache.safetensors"
+    student.save_cache(cache, path)
+    loaded = student.to("meta").load_cache(path)
+    for layer in loaded.layers:
+        held = layer.tensors() if hasattr(layer, "tensors") else [layer.keys, layer.values]
+        assert {x.device.type for x in held} == {"meta"}
+    assert loaded.nbytes() == cache.nbytes()

@@ -170,3 +170,16 @@ def test_what_a_beam_search_reorders_is_not_taken_back(ids):
     cache.reorder_cache(torch.tensor([1, 0]))
     with pytest.raises(RuntimeError, match="expected at most 0"):
         cache.crop(-1)
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["gla", "window", "near_far"])
+def test_crop_runs_in_the_mode_of_the_call(kind, without_gradients, ids):
+    """Outside of that mode the states would hold a graph, or could not be computed from inference tensors."""
+    student = make_student(build_teacher("llama"), layer_types=LAYER_TYPES[kind]).eval()
+    with without_gradients():
+        cache = run_calls(student, ids, (PROMPT, 5))
+    cache.crop(-2)
+    assert not any(x.requires_grad for _, x in tensors(cache))
+    expected = run_calls(student, ids, (PROMPT + 3,))
+    assert all_close(next_logits(student, ids, cache, 12), next_logits(student, ids, expected, 12), 1e-5)

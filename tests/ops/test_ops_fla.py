@@ -13,6 +13,8 @@ import torch
 
 from subquad import ops
 from subquad.ops import fla
+from subquad.ops.checks import Inputs
+from subquad.ops.recurrence import unchecked_step
 from tests.helpers.ops import VARIANT_IDS, VARIANTS, assert_close, definition, differentiate, draw
 
 ROOT = Path(__file__).parents[2]
@@ -170,3 +172,12 @@ def test_unsupported_reasons(op, change, reason):
     arguments = {"q": torch.zeros(1, 4, 2, 16), "v": torch.zeros(1, 4, 2, 16), "gradients": False}
     assert reason in fla.unsupported_reason(op, beta=torch.zeros(1, 4, 2), **arguments | change)
     assert fla.unsupported_reason("chunk", beta=None, **arguments) is None
+
+
+def test_a_compiled_step_is_pytorchs(monkeypatch):
+    """A region that is compiled once for all layers has no place for fla's kernels and log lines."""
+    monkeypatch.setattr(fla, "installed", lambda: True)
+    q, k, v = (torch.randn(1, 1, heads, 16) for heads in (2, 1, 1))
+    region = torch.compiler.nested_compile_region(lambda q, k, v: unchecked_step(Inputs(q, k, v), backend="fla")[0])
+    compiled = torch.compile(lambda q, k, v: region(q, k, v) * 2, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), ops.step(q, k, v, backend="torch")[0] * 2)
