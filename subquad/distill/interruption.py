@@ -1,12 +1,13 @@
 """Interrupts of training: after SIGINT or SIGTERM the current step ends and a checkpoint is saved.
 
-A second signal stops at once, without a checkpoint. In several processes all stop after the same step, as soon as one
-of them has been asked to.
+A second signal stops at once, without a checkpoint; within `REPEAT_SECONDS` it is the same request, sent twice. In
+several processes all stop after the same step, as soon as one of them has been asked to.
 """
 
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,6 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REPEAT_SECONDS = 2.0
+"""Slurm signals every process of a job, and torchrun passes on to its processes the signal that it gets itself."""
 
 
 class Interruption(KeyboardInterrupt):
@@ -37,11 +40,15 @@ class StopRequest(TrainerCallback):
         """The signal that this process got."""
         self.signal: int | None = None
         """The signal that any process got, as far as this one knows."""
+        self.ignored_until = 0.0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            if time.monotonic() >= self.ignored_until:
+                raise KeyboardInterrupt
+            return
         self.received = self.signal = number
+        self.ignored_until = time.monotonic() + REPEAT_SECONDS
         name = signal.Signals(number).name
         logger.warning("%s: a checkpoint is saved after this step; a second signal stops at once", name)
 

@@ -31,11 +31,14 @@ class CompiledStep:
         self.graph = torch.compile(self.run, **config.to_dict())
 
     def __call__(
-        self, input_ids: Tensor | None = None, past_key_values: SubquadCache | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        kwargs["input_ids"] = input_ids
-        cache: Any = kwargs.pop(CACHE_ARGUMENT, None)
-        cache = kwargs[CACHE_ARGUMENT] = past_key_values if cache is None else cache
+        cache = past_key_values if cache is None else cache
+        kwargs |= {"input_ids": input_ids, CACHE_ARGUMENT: cache}
         if not self.is_step(kwargs):
             return self.student(**kwargs)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")

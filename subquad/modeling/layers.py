@@ -18,6 +18,7 @@ from subquad.mixers.norms import head_norm
 from subquad.modeling.attention.activations import hidden_states_of
 from subquad.modeling.attention.local import LocalCall, head_windows, joined_mask, run_local, uses_local_attention
 from subquad.modeling.attention.scores import AttentionProbabilities
+from subquad.modeling.attention.tracing import attention_implementation
 from subquad.modeling.cache import (
     CACHE_ARGUMENT,
     HeadGroup,
@@ -218,6 +219,9 @@ class AttentionLayer(nn.Module):
             docs, positions = doc_ids_and_positions(attention_mask, len(x), past_tokens + T, x.device)
             queries = docs[:, past_tokens:], positions[:, past_tokens:]
             mask = additive_mask(queries, (docs, positions), None, 0, None, x.dtype)
+        if mask is not None and "flash" in self.implementation:  # flash attention has no such masks
+            with attention_implementation(self.attention, "sdpa"):
+                return self.attention(*args, attention_mask=mask, **kwargs)
         return self.attention(*args, attention_mask=mask, **kwargs)
 
     @property

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from subquad.cli import main
 from subquad.config import load_recipe
@@ -15,7 +16,9 @@ from subquad.evaluate.runner import load_eval_model
 from subquad.modeling.placement import Placement, find_device
 from subquad.modeling.teachers import load_placed
 from subquad.utils import UserError
+from tests.helpers.architectures import build_teacher
 from tests.helpers.recipes import tiny_recipe
+from tests.helpers.students import make_student
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +157,28 @@ def test_commands_take_devices_and_dtypes(recipe_path, tmp_path, capsys):
     argv = ["eval", str(tmp_path / "s"), "--suite", "language", "--dtype", "bfloat16", "--attn", "eager", "--json"]
     assert main([*argv, "--teacher", teacher, "--corpus", str(recipe_path.parent / "text.txt")]) == 0
     assert json.loads(capsys.readouterr().out)["failed"] == {}
+
+
+@torch.no_grad()
+def test_flash_attention_gets_no_masks(monkeypatch):
+    """It takes masks of two dimensions only: padding, and tokens after a cache, are left to sdpa."""
+    student = make_student(build_teacher("llama"), layer_types={"default": "gla", "1": "attention"}).eval()
+    ids = torch.arange(3, 23).view(2, 10)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+
+    def outputs():
+        cache = student.new_cache()
+        pieces = [student(piece, past_key_values=cache).logits for piece in ids.split([5, 4, 1], 1)]
+        return torch.cat([*pieces, student(ids, attention_mask=mask, use_cache=False).logits], 1)
+
+    expected, masks = outputs(), []
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
+    monkeypatch.setattr(student.mixer_layers[1].config, "_attn_implementation_internal", "flash_attention_2")
+    assert torch.allclose(outputs(), expected, atol=1e-5)
+    assert masks == [None, None]  # of the first tokens and of the last
