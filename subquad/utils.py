@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor, device, nn
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 """Loggers that warn at import about optional parts they lack; `transformers` imports torchao where it is installed."""
@@ -89,16 +89,27 @@ def as_user_error(failure: str, of_cause: bool = False) -> Iterator[None]:
         raise UserError(f"{failure}: {lines[0]}") from error
 
 
-def run_info() -> dict[str, Any]:
-    """The header of every result file: package versions, commit and device."""
+def device_name(device: "device | None" = None) -> str:
+    """The name of the GPU, or the number of the CPU's threads. device: None: the GPU if there is one."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    return torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+
+
+def run_info(device: "device | None" = None) -> dict[str, Any]:
+    """The header of every result file: package versions, commit, and device (None: the GPU if there is one)."""
     import torch
     import transformers
 
     import subquad
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     versions = {package.__name__: package.__version__ for package in (subquad, torch, transformers)}
-    return {"versions": {**versions, "python": platform.python_version()}, "commit": git_commit(), "device": device}
+    return {
+        "versions": {**versions, "python": platform.python_version()},
+        "commit": git_commit(),
+        "device": device_name(device),
+    }
 
 
 def git_commit() -> str | None:

@@ -324,7 +324,7 @@ class DistillationRun:
         self.tokenizer.save_pretrained(self.directory)
         title = f"{result['mixer']}, seed {self.recipe.seed}"
         draw_curves(read_jsonl(self.metrics), self.directory / "loss.svg", title)
-        head = {"digest": self.recipe.digest(), "seed": self.recipe.seed, **run_info()}
+        head = {"digest": self.recipe.digest(), "seed": self.recipe.seed, **run_info(self.student.device)}
         notes = training_notes(self.recipe, result)
         card = model_card(self.student.config, self.recipe.teacher, notes, trained=True)  # type: ignore[arg-type]
         (self.directory / "README.md").write_text(card, encoding="utf-8")

@@ -91,7 +91,7 @@ def run(
         )
     source = None if recipe is None else recipe.model_dump(mode="json")
     results, failed = evaluate(loaded, reference_model, settings, output, source, figures)
-    return EvalReport(results, failed, {**run_info(), "recipe": source})
+    return EvalReport(results, failed, {**run_info(loaded[0].model.device), "recipe": source})
 
 
 def find_recipe(model: str) -> Recipe | None:

@@ -265,7 +265,8 @@ def evaluate(
             found = [result.as_dict() for result in results]
             evaluation.output.mkdir(parents=True, exist_ok=True)
             path = evaluation.output / "results.json"
-            write_json_atomic(path, {**run_info(), "recipe": recipe, "jobs": jobs, "results": found})
+            header = run_info(evaluation.models[0].model.device)
+            write_json_atomic(path, {**header, "recipe": recipe, "jobs": jobs, "results": found})
     return results, evaluation.failed
 
 

@@ -23,7 +23,7 @@ from subquad.evaluate.perplexity import UNIGRAM_TOKENS, language_results, token_
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import TaskScores, accuracy_results, mean, summary_results
 from subquad.registry import SUITES
-from subquad.utils import UserError, nearest
+from subquad.utils import UserError, device_name, nearest
 
 if TYPE_CHECKING:
     from subquad.evaluate.runner import EvalModel, Evaluation
@@ -214,5 +214,6 @@ def efficiency_suite(e: "Evaluation", model: "EvalModel") -> list[Result]:
         found = efficiency_results({one.name: one.model for one in e.models}, *options)
         return {name: [result.as_dict() for result in results] for name, results in found.items()}
 
-    outcome = e.outcome(TASK, e.models[0], ([(one.name, one) for one in e.models], *options), measure)
+    device = device_name(e.models[0].model.device)
+    outcome = e.outcome(TASK, e.models[0], ([(one.name, one) for one in e.models], device, *options), measure)
     return [Result(**result) for result in outcome[model.name]] if outcome else []

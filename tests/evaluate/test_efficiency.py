@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import subquad
+from subquad.evaluate import suites
 from subquad.evaluate.baselines import int8_teacher, windowed_teacher
 from subquad.evaluate.efficiency import efficiency_results, peak_memory, prefill, timed
 from subquad.evaluate.results import select
+from subquad.evaluate.runner import EvalModel, Evaluation
 from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
+from subquad.utils import run_info
 from tests.helpers.results import select_one
 
 
@@ -88,3 +91,20 @@ def test_int8_teacher_is_close_and_a_copy(make_teacher, name):
     assert quantized.get_output_embeddings().weight.dtype != torch.float32 or "Int8" in str(
         type(quantized.get_output_embeddings().weight)
     )
+
+
+def test_times_of_one_device_are_not_those_of_another(make_teacher, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(suites, "efficiency_results", lambda models, *options: measured.append(1) or {"teacher": []})
+    model = EvalModel("teacher", make_teacher(), None, ("teacher",))
+    for device, count in (("cpu", 1), ("cpu", 1), ("some GPU", 2)):
+        monkeypatch.setattr(suites, "device_name", lambda _, device=device: device)
+        suites.efficiency_suite(Evaluation([model], None, suites.Settings(), tmp_path), model)
+        assert len(measured) == count, device
+
+
+def test_the_header_names_the_device_of_the_models(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "some GPU")
+    assert run_info()["device"] == run_info(torch.device("cuda", 0))["device"] == "some GPU"
+    assert run_info(torch.device("cpu"))["device"].startswith("cpu, ")
