@@ -250,6 +250,8 @@ class LocalCacheLayer(RecurrentCacheLayer):
         new: documents and positions of the new tokens, `[B, T]`; None: no padding, one document a row.
         """
         group, T = self.groups[index], keys.shape[2]
+        if index == 0:  # an earlier call may have ended in an error
+            self._next = []
         layout = self.layout(index, T, new, keys.device)
         if self.states is not None:
             past_keys, past_values = self.states[2 * index : 2 * index + 2]

@@ -19,16 +19,25 @@ from subquad.modeling.cache import SubquadCache, layer_contents, set_layer_conte
 from subquad.utils import UserError
 
 TENSOR = "tensor"
+SMALL = 4096
+"""Number of entries of small weights: norms, gates, decays."""
 
 
-def fingerprint(config: Any) -> str:
-    """Equal for configurations (`SubquadConfig`) of students whose caches have the same form."""
-    parts = [config.layer_specs, config.attention_specs]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+def fingerprint(student: Any) -> str:
+    """Differs between students whose caches differ, by their layers, dtype and weights; of these by the small ones,
+    which every training changes."""
+    config = student.config
+    digest = hashlib.sha256(json.dumps([config.layer_specs, config.attention_specs], sort_keys=True).encode())
+    for name, p in student.named_parameters():
+        if p.numel() <= SMALL and p.device.type != "meta":  # offloaded weights are nowhere between calls
+            digest.update(
+                f"{name} {p.dtype}".encode() + p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
+    return digest.hexdigest()
 
 
-def save_cache(cache: SubquadCache, config: Any, path: str | Path) -> None:
-    """Writes `cache`, of the student with `config`, to `path`."""
+def save_cache(cache: SubquadCache, student: Any, path: str | Path) -> None:
+    """Writes `cache`, of `student`, to `path`, completely or not at all."""
     tensors: dict[str, Tensor] = {}
 
     def described(value: Any) -> Any:
@@ -41,13 +50,15 @@ def save_cache(cache: SubquadCache, config: Any, path: str | Path) -> None:
         return [described(x) for x in value] if isinstance(value, tuple) else value
 
     layers = [described(layer_contents(layer)) for layer in cache.layers]
-    save_file(tensors, path, {"student": fingerprint(config), "layers": json.dumps(layers)})
+    partial = Path(f"{path}.part")
+    save_file(tensors, partial, {"student": fingerprint(student), "layers": json.dumps(layers)})
+    partial.replace(path)
 
 
 def load_cache(
-    cache: SubquadCache, config: Any, path: str | Path, devices: Sequence[torch.device | str]
+    cache: SubquadCache, student: Any, path: str | Path, devices: Sequence[torch.device | str]
 ) -> SubquadCache:
-    """Fills an empty `cache` of the student with `config` from the file that `save_cache` wrote, each layer on its
+    """Fills an empty `cache` of `student` from the file that `save_cache` wrote, each layer on its
     device of `devices`.
 
     Raises:
@@ -59,11 +70,11 @@ def load_cache(
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        layers, student = json.loads(metadata["layers"]), metadata["student"]
+        layers, saved = json.loads(metadata["layers"]), metadata["student"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"cache: {str(path)!r} holds no cache of a student (or is damaged): {error}") from error
-    if student != fingerprint(config):
-        raise UserError(f"cache: {str(path)!r} is of another student, with other mixers, windows or attention")
+    if saved != fingerprint(student):
+        raise UserError(f"cache: {str(path)!r} is of another student, or of one with other weights")
 
     def restored(value: Any, device: torch.device | str) -> Any:
         if isinstance(value, dict) and TENSOR in value:

@@ -212,18 +212,18 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
 
     def save_cache(self, cache: SubquadCache, path: str | Path) -> None:
         """Writes a cache of this student to a safetensors file."""
-        save_cache(cache, self.config, path)
+        save_cache(cache, self, path)
 
     def load_cache(self, path: str | Path) -> SubquadCache:
         """The cache in a file that `save_cache` wrote, each layer on the device of its weights.
 
         Raises:
-            UserError: no such file, no cache in it, or one of a student with other layers.
+            UserError: no such file, no cache in it, or one of another student or of other weights.
         """
         devices = [next(layer.parameters()).device for layer in self.mixer_layers]
         # offloaded weights are nowhere between calls
         devices = [self.device if device.type == "meta" else device for device in devices]
-        return load_cache(self.new_cache(), self.config, path, devices)
+        return load_cache(self.new_cache(), self, path, devices)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any

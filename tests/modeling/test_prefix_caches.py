@@ -119,8 +119,13 @@ def test_files_that_are_not_of_this_student(ids, tmp_path):
         student.load_cache(path)
     student.save_cache(prefix_cache(student, ids), path)
     other = make_student(build_teacher("llama"), layer_types=LAYER_TYPES["window"]).eval()
-    with pytest.raises(UserError, match="of another student"):
-        other.load_cache(path)
+    trained = make_student(build_teacher("llama"), layer_types=LAYER_TYPES["pure"]).eval()
+    with torch.no_grad():
+        trained.mixer_layers[1].mixer.o_norm += 0.1
+    for stranger in (other, trained, copy.deepcopy(student).to(torch.bfloat16)):
+        with pytest.raises(UserError, match="of another student"):
+            stranger.load_cache(path)
+    assert copy.deepcopy(student).load_cache(path).get_seq_length() == 30
     whole = path.read_bytes()
     for damaged in (whole[:200], whole[: len(whole) // 2], b"", b"no cache at all"):
         path.write_bytes(damaged)
