@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import REMAINDER, Namespace
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from subquad.cli.parser import Parser, count, counts, placement_of, split_list
@@ -82,7 +83,8 @@ def run_eval(args: Namespace) -> int:
     options["placement"] = placement_of(args)
     if args.json:  # nothing else may be on stdout
         logging.getLogger("subquad").handlers[0].setStream(sys.stderr)  # type: ignore[attr-defined]
-    outcome = command.run(**options)
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():  # lm-eval prints too
+        outcome = command.run(**options)
     print(json.dumps(outcome.as_dict(), indent=2) if args.json else outcome.table())
     if args.output:
         stream = sys.stderr if args.json else sys.stdout

@@ -263,6 +263,24 @@ def test_exit_code_says_whether_a_part_failed(workspace, monkeypatch, capsys):
     assert cli.main([*argv[:2], "--suite", "language", *argv[-2:]]) == 0
 
 
+def test_json_is_all_that_is_on_stdout(workspace, monkeypatch, capsys):
+    """lm-eval prints while it bootstraps."""
+    monkeypatch.setattr(command, "evaluate", lambda *a: (print("bootstrapping"), ([], {}))[1])
+    argv = [
+        "eval",
+        str(workspace / "student"),
+        "--suite",
+        "language",
+        "--corpus",
+        str(workspace / "text.txt"),
+        "--json",
+    ]
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["results"] == []
+    assert "bootstrapping" in err
+
+
 def test_an_output_that_cannot_be_written_is_found_first(workspace, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load_eval_model", lambda *a: pytest.fail("loaded a model"))
     (tmp_path / "file").write_text("")
