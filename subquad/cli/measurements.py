@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from argparse import REMAINDER, Namespace
-from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
@@ -89,18 +88,13 @@ def run_eval(args: Namespace) -> int:
     if args.output:
         stream = sys.stderr if args.json else sys.stdout
         print(f"\nAll results are in {Path(args.output) / 'results.json'}", file=stream)
-    return report_failures(outcome.failed)
+    if outcome.failed:
+        count = len(outcome.failed)
+        print(f"subquad: {count} part{'s' * (count > 1)} failed: {', '.join(outcome.failed)}", file=sys.stderr)
+    return int(bool(outcome.failed))
 
 
-def report_failures(failed: Mapping[str, str]) -> int:
-    """The exit code of a command whose jobs in `failed` failed; also says on stderr how many."""
-    if failed:
-        parts = f"{len(failed)} part{'s' * (len(failed) > 1)}"
-        print(f"subquad: {parts} failed: {', '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
-
-
-def run_frontier(args: Namespace) -> int:
+def run_frontier(args: Namespace) -> None:
     from subquad.config import load_recipe
 
     recipe = None if args.recipe is None else load_recipe(args.recipe)
@@ -108,10 +102,8 @@ def run_frontier(args: Namespace) -> int:
     from subquad.study import frontier
 
     options = {name: value for name, value in vars(args).items() if name not in ("run", "recipe")}
-    found = frontier.run(**options, recipe=recipe)
-    print(found.table())
+    print(frontier.run(**options, recipe=recipe).table())
     print(f"\nresults.json, table.csv and frontier.svg are in {args.output}")
-    return report_failures(found.failed)
 
 
 def run_select(args: Namespace) -> None:

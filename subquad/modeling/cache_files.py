@@ -23,17 +23,19 @@ SMALL = 4096
 """Number of entries of small weights: norms, gates, decays."""
 
 
-def fingerprint(student: Any) -> str:
-    """Differs between students whose caches differ, by their layers, dtype and weights; of these by the small ones,
-    which every training changes."""
+def fingerprints(student: Any) -> dict[str, str]:
+    """Of the student's layers and dtype; and of its small weights, which every training changes, unless some of them
+    are offloaded and are nowhere between calls."""
     config = student.config
-    digest = hashlib.sha256(json.dumps([config.layer_specs, config.attention_specs], sort_keys=True).encode())
-    for name, p in student.named_parameters():
-        if p.numel() <= SMALL and p.device.type != "meta":  # offloaded weights are nowhere between calls
-            digest.update(
-                f"{name} {p.dtype}".encode() + p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
-    return digest.hexdigest()
+    layers = json.dumps([config.layer_specs, config.attention_specs, str(student.dtype)], sort_keys=True)
+    found = {"student": hashlib.sha256(layers.encode()).hexdigest()}
+    small = [p for p in student.parameters() if p.numel() <= SMALL]
+    if all(p.device.type != "meta" for p in small):
+        digest = hashlib.sha256()
+        for p in small:
+            digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found["weights"] = digest.hexdigest()
+    return found
 
 
 def save_cache(cache: SubquadCache, student: Any, path: str | Path) -> None:
@@ -51,7 +53,7 @@ def save_cache(cache: SubquadCache, student: Any, path: str | Path) -> None:
 
     layers = [described(layer_contents(layer)) for layer in cache.layers]
     partial = Path(f"{path}.part")
-    save_file(tensors, partial, {"student": fingerprint(student), "layers": json.dumps(layers)})
+    save_file(tensors, partial, {**fingerprints(student), "layers": json.dumps(layers)})
     partial.replace(path)
 
 
@@ -70,10 +72,10 @@ def load_cache(
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        layers, saved = json.loads(metadata["layers"]), metadata["student"]
+        layers, _ = json.loads(metadata["layers"]), metadata["student"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"cache: {str(path)!r} holds no cache of a student (or is damaged): {error}") from error
-    if saved != fingerprint(student):
+    if any(metadata.get(key, value) != value for key, value in fingerprints(student).items()):
         raise UserError(f"cache: {str(path)!r} is of another student, or of one with other weights")
 
     def restored(value: Any, device: torch.device | str) -> Any:

@@ -233,17 +233,6 @@ def test_cache_implementation_is_refused(teacher, ids, implementation):
         student.generate(ids, cache_implementation=implementation, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_assisted_generation_is_refused(teacher, ids, mixer):
-    student = make_student(teacher, mixer)
-    with pytest.raises(ValueError, match="stateful"):
-        student.generate(ids[:1], assistant_model=teacher, max_new_tokens=4)
-    cache = student.new_cache()
-    logits(student, ids, past_key_values=cache)
-    with pytest.raises(NotImplementedError, match="cannot be cropped"):
-        cache.crop(3)
-
-
 @pytest.mark.parametrize("layers", [{"default": "gla"}, {"default": "gla", "1": "attention"}], ids=["gla", "hybrid"])
 def test_pipeline_equals_generate(make_teacher, layers):
     student = make_student(make_teacher(vocab_size=256), layer_types=layers)

@@ -124,7 +124,7 @@ def discover_attention(model: PreTrainedModel) -> list[AttentionInfo]:
     name = type(model).__name__
     if model.get_output_embeddings() is None:
         raise UserError(f"{name} has no language modeling head; expected a causal language model")
-    if getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False) or model.config.model_type == "subquad":
         raise cannot_linearize(name, "its layers are recurrent already")
     with eval_mode(model):
         calls = trace_attention(model, random_tokens(model))
