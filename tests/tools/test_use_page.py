@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.sample]
 def blocks(section: str) -> list[tuple[str, str, str | None]]:
     """Language and content of each code block, and the output that a block of text after it states."""
     found = re.findall(r"^```(\w+)\n(.*?)^```$", SECTIONS[section], re.MULTILINE | re.DOTALL)
-    following = [*found[1:], ("", "")]
+    following = [*found, ("", "")][1:]
     return [
         (language, content, next_content if next_language == "text" else None)
         for (language, content), (next_language, next_content) in zip(found, following, strict=True)
