@@ -384,15 +384,6 @@ def layer_contents(layer: Any) -> dict[str, Any]:
     return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
 
 
-def set_layer_contents(layer: Any, contents: dict[str, Any]) -> None:
-    """Gives an empty layer what `layer_contents` returned, in which keys may be strings and tuples plain."""
-    if isinstance(layer, RecurrentCacheLayer):
-        vars(layer).update(layer.with_types(contents))
-    elif contents:
-        layer.lazy_initialization(contents["keys"], contents["values"])
-        layer.keys, layer.values = contents["keys"], contents["values"]
-
-
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all tensors of a student's or a transformer's cache."""
     layers: list[Any] = cache.layers

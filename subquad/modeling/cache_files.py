@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from subquad.modeling.cache import SubquadCache, layer_contents, set_layer_contents
+from subquad.modeling.cache import RecurrentCacheLayer, SubquadCache, layer_contents
 from subquad.utils import UserError
 
 TENSOR = "tensor"
@@ -91,3 +91,12 @@ def load_cache(
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"cache: {str(path)!r} is damaged: {error!r}") from error
     return cache
+
+
+def set_layer_contents(layer: Any, contents: dict[str, Any]) -> None:
+    """Gives an empty layer what `layer_contents` returned, in which keys may be strings and tuples plain."""
+    if isinstance(layer, RecurrentCacheLayer):
+        vars(layer).update(layer.with_types(contents))
+    elif contents:
+        layer.lazy_initialization(contents["keys"], contents["values"])
+        layer.keys, layer.values = contents["keys"], contents["values"]

@@ -15,6 +15,15 @@ from subquad.modeling.near_far import NearFarLayer
 MIXERS_AND_SOFTMAX = mixers.names()
 MIXERS = list(mixers.MIXERS)
 SCALE_IDS = torch.arange(3, 15)[None]
+KINDS: dict[str, dict] = {
+    "pure": {"default": "gated_deltanet"},
+    "xlstm": {"default": "xlstm"},
+    "hybrid": {"default": "gla", "1": "attention"},
+    "window": {"default": {"mixer": "attention", "window": [3, 5], "sinks": 2}},
+    "near_far": {"default": {"mixer": "mamba2", "window": 5, "sinks": 2}},
+    "softmax": {"default": "softmax"},
+}
+"""Layer types of a student of each kind, for teachers with two key/value heads."""
 """For tests in which the scales do not matter; the default, tokens sampled from the teacher, is slower."""
 
 

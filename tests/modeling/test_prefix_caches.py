@@ -8,22 +8,14 @@ import torch
 from subquad.modeling.cache import CACHE_ARGUMENT
 from subquad.utils import UserError
 from tests.helpers.architectures import build_teacher
-from tests.helpers.students import all_close, make_student
+from tests.helpers.students import KINDS, all_close, make_student
 
-LAYER_TYPES = {
-    "pure": {"default": "gated_deltanet"},
-    "xlstm": {"default": "xlstm"},
-    "hybrid": {"default": "gla", "1": "attention"},
-    "window": {"default": {"mixer": "attention", "window": [3, 5], "sinks": 2}},
-    "near_far": {"default": {"mixer": "mamba2", "window": 5, "sinks": 2}},
-    "softmax": {"default": "softmax"},
-}
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8}
 
 
-@pytest.fixture(params=LAYER_TYPES)
+@pytest.fixture(params=KINDS)
 def student(request):
-    return make_student(build_teacher("llama"), layer_types=LAYER_TYPES[request.param]).eval()
+    return make_student(build_teacher("llama"), layer_types=KINDS[request.param]).eval()
 
 
 @pytest.fixture
@@ -113,13 +105,13 @@ def test_copies_record_nothing_and_share_nothing_that_changes(student, ids):
 
 
 def test_files_that_are_not_of_this_student(ids, tmp_path):
-    student = make_student(build_teacher("llama"), layer_types=LAYER_TYPES["pure"]).eval()
+    student = make_student(build_teacher("llama"), layer_types=KINDS["pure"]).eval()
     path = tmp_path / "cache.safetensors"
     with pytest.raises(UserError, match="cache: no file"):
         student.load_cache(path)
     student.save_cache(prefix_cache(student, ids), path)
-    other = make_student(build_teacher("llama"), layer_types=LAYER_TYPES["window"]).eval()
-    trained = make_student(build_teacher("llama"), layer_types=LAYER_TYPES["pure"]).eval()
+    other = make_student(build_teacher("llama"), layer_types=KINDS["window"]).eval()
+    trained = make_student(build_teacher("llama"), layer_types=KINDS["pure"]).eval()
     with torch.no_grad():
         trained.mixer_layers[1].mixer.o_norm += 0.1
     for stranger in (other, trained, copy.deepcopy(student).to(torch.bfloat16)):
@@ -137,7 +129,7 @@ def test_files_that_are_not_of_this_student(ids, tmp_path):
 
 
 def test_an_empty_cache_and_one_of_float16(tmp_path, ids):
-    student = make_student(build_teacher("llama"), layer_types=LAYER_TYPES["hybrid"]).eval()
+    student = make_student(build_teacher("llama"), layer_types=KINDS["hybrid"]).eval()
     assert round_trip(student, student.new_cache(), tmp_path).get_seq_length() == 0
     half = student.to(torch.bfloat16)
     cache = prefix_cache(half, ids)

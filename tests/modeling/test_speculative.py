@@ -6,16 +6,8 @@ import pytest
 import torch
 
 from tests.helpers.architectures import build_teacher
-from tests.helpers.students import make_student
+from tests.helpers.students import KINDS, make_student
 
-LAYER_TYPES = {
-    "pure": {"default": "gated_deltanet"},
-    "xlstm": {"default": "xlstm"},
-    "hybrid": {"default": "gla", "1": "attention"},
-    "window": {"default": {"mixer": "attention", "window": [3, 5], "sinks": 2}},
-    "near_far": {"default": {"mixer": "mamba2", "window": 5, "sinks": 2}},
-    "softmax": {"default": "softmax"},
-}
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -24,9 +16,9 @@ def teacher():
     return build_teacher("llama").eval()
 
 
-@pytest.fixture(scope="module", params=LAYER_TYPES)
+@pytest.fixture(scope="module", params=KINDS)
 def student(request, teacher):
-    return make_student(build_teacher("llama"), layer_types=LAYER_TYPES[request.param]).eval()
+    return make_student(build_teacher("llama"), layer_types=KINDS[request.param]).eval()
 
 
 def prompts(count, length=9):
@@ -66,7 +58,7 @@ def test_sampled_drafts_keep_the_distribution_of_the_teacher(teacher):
     """Pairs of tokens, 3,000 draws each with and without drafts: a chi-squared test of both samples."""
     from scipy.stats import chi2_contingency
 
-    student = make_student(build_teacher("llama"), layer_types=LAYER_TYPES["pure"]).eval()
+    student = make_student(build_teacher("llama"), layer_types=KINDS["pure"]).eval()
     student.generation_config.num_assistant_tokens_schedule = "constant"
     student.generation_config.num_assistant_tokens = 2
     ids, draws = prompts(1)[0], 3000
