@@ -39,6 +39,21 @@ def train(recipe_path, output, *overrides):
     return load_file(output / "model.safetensors")
 
 
+def train_until_step_4(monkeypatch, *args):
+    """`train`, interrupted after step 4."""
+    end_of_step = trainer.MetricsCallback.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        end_of_step(self, args, state, control, **kwargs)
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.MetricsCallback, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(*args)
+
+
 def metrics(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
@@ -131,17 +146,7 @@ def test_untied_head_is_trained_and_resumed(tied_teacher, recipe_path, tmp_path,
     monkeypatch.setattr(untied_head.UntiedHead, "tie", record)
     overrides = [f"teacher={tied_teacher}", *only("end_to_end", "untie_head=true")]
     whole = train(recipe_path, tmp_path / "whole", *overrides)
-    end_of_step = trainer.MetricsCallback.on_step_end
-
-    def stop(self, args, state, control, **kwargs):
-        end_of_step(self, args, state, control, **kwargs)
-        if state.global_step == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.MetricsCallback, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe_path, tmp_path / "cut", *overrides)
+    train_until_step_4(monkeypatch, recipe_path, tmp_path / "cut", *overrides)
     assert not changed(whole, train(recipe_path, tmp_path / "cut", *overrides))
     (embeddings, head), again = ends
     assert (embeddings != head).any(1).all()
@@ -169,17 +174,7 @@ def test_ema_replaces_the_weights_and_is_resumed(recipe_path, tmp_path, monkeypa
     plain = train(recipe_path, tmp_path / "plain", *only("hidden"))
     averaged = train(recipe_path, tmp_path / "averaged", *only("hidden", "ema_decay=0.5"))
     assert changed(plain, averaged)
-    end_of_step = trainer.MetricsCallback.on_step_end
-
-    def stop(self, args, state, control, **kwargs):
-        end_of_step(self, args, state, control, **kwargs)
-        if state.global_step == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.MetricsCallback, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe_path, tmp_path / "cut", *only("hidden", "ema_decay=0.5"))
+    train_until_step_4(monkeypatch, recipe_path, tmp_path / "cut", *only("hidden", "ema_decay=0.5"))
     again = train(recipe_path, tmp_path / "cut", *only("hidden", "ema_decay=0.5"))
     assert not changed(averaged, again)
 
