@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subquad.cli.parser import Parser, count, placement_of
-from subquad.utils import UserError, probe_output, quiet_libraries
+from subquad.utils import UserError, as_user_error, probe_output, quiet_libraries
 
 if TYPE_CHECKING:
     from subquad.modeling.budget import Allocation
@@ -245,9 +245,18 @@ def run_generate(args: Namespace) -> None:
     placement = placement_of(args)
     check_reference(args.model)
     model, tokenizer = load_placed(args.model, placement)
-    torch.manual_seed(args.seed)
     if args.chat and not tokenizer.chat_template:
         raise UserError(f"--chat: {args.model} has no chat template")
+    draft = load_draft(args.draft, args.draft_tokens, tokenizer, placement) if args.draft else None
+    torch.manual_seed(args.seed)
+    with as_user_error(f"{args.model}: cannot continue a text; its configuration or tokenizer may be damaged"):
+        print(continued(model, tokenizer, args, draft))
+
+
+def continued(model: Any, tokenizer: Any, args: Namespace, draft: Any) -> str:
+    """The text that a model writes; without `--chat` the given text is in front of it."""
+    import torch
+
     text: Any = args.text
     if args.chat:
         message = [{"role": "user", "content": text}]
@@ -257,16 +266,16 @@ def run_generate(args: Namespace) -> None:
     if not prompt:
         raise UserError("TEXT: got an empty text, and the model has no start token; expected some text")
     ids = torch.tensor([prompt], device=model.device)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
-    )
+    options: dict[str, Any] = {"do_sample": args.temperature > 0, "num_beams": 1, "num_return_sequences": 1}
+    if args.temperature:
+        options["temperature"] = args.temperature
+    if draft is not None:
+        options["assistant_model"] = draft
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if args.draft:
-        sampling["assistant_model"] = load_draft(args.draft, args.draft_tokens, tokenizer, placement)
-    out = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.tokens, pad_token_id=pad, **sampling
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.tokens, pad_token_id=pad, **options
     )
-    print(tokenizer.decode(out[0, len(prompt) if args.chat else 0 :], skip_special_tokens=True))
+    return tokenizer.decode(out[0, len(prompt) if args.chat else 0 :], skip_special_tokens=True)
 
 
 def load_draft(reference: str, tokens: int, tokenizer: Any, placement: "Placement") -> Any:

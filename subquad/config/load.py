@@ -25,6 +25,8 @@ _EXPECTED = {
     "dict_type": "a mapping of names to values",
 }
 """What pydantic expected, by the type of its error."""
+MAX_MISTAKES = 100
+"""Of one recipe, in messages."""
 _SHORTHANDS = {"data": Data.SHORTHAND, "student": Student.SHORTHAND}
 
 
@@ -82,6 +84,8 @@ def _load(path: str | Path, overrides: Iterable[str], single: bool) -> list[Reci
         except UserError as error:
             problems += error.problems
     recipes = []
+    if not single and tree.combinations() > yaml_tree.MAX_COMBINATIONS:
+        raise UserError(f"{path}: got more than {yaml_tree.MAX_COMBINATIONS:,} combinations; shorten its lists")
     for variant in [tree] if single else tree.product():
         try:
             recipes.append(Recipe.model_validate(variant.plain()))
@@ -101,7 +105,7 @@ def _line(problem: str) -> float:
 def _describe(tree: Node, error: ValidationError, list_hint: str) -> Iterator[str]:
     """A line for each error of pydantic, and for each conflict between sections whose own values are valid."""
     valid, unknown, lines = tree, "", []
-    for each in error.errors(include_url=False):
+    for each in error.errors(include_url=False)[:MAX_MISTAKES]:
         path = tuple(str(key) for key in each["loc"])
         node, text = tree.find(path), _explain(path, each)
         valid = valid.put(path, Node(None, ""), {})

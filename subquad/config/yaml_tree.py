@@ -6,6 +6,7 @@ grouped, as in `20_000`.
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ import yaml
 from subquad.utils import UserError
 
 KeyPath = tuple[str, ...]
+
+MAX_BYTES, MAX_VALUES, MAX_COMBINATIONS = 2**20, 10_000, 100_000
+"""Of a file; of its tree, in which what an alias stands for counts each time; of its lists. More is a mistake, or an
+attack."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,13 @@ class Node:
         child = inside.get(path[0], Node(None, new.where))
         return Node({**inside, path[0]: child.put(path[1:], new, shorthands, shorthands.get(path[0]))}, self.where)
 
+    def combinations(self) -> int:
+        """The number of trees that `product` returns."""
+        if isinstance(self.value, dict):
+            return math.prod(child.combinations() for child in self.value.values())
+        items = self.value if isinstance(self.value, list) else []
+        return sum(1 if isinstance(item.value, list) else item.combinations() for item in items) or 1
+
     def product(self) -> list["Node"]:
         """Every tree with one item of each list; the first list of the file changes slowest. A list that is empty or
         within a list stays."""
@@ -73,28 +85,43 @@ _RESOLVERS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds trees. The attributes are arguments of `parse`."""
+    """Builds trees. `place` and `problems` are arguments of `parse`."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (as PyYAML declares it)
     place: Path | str
     problems: list[str]
+    count = 0
 
     def tree(self, node: yaml.Node, path: KeyPath) -> Node:
         here = _where(self.place, node.start_mark.line)
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise UserError(f"{here}: not a recipe: more than {MAX_VALUES:,} values, aliases included")
         if isinstance(node, yaml.MappingNode):
             return Node(self.mapping(node, path), here)
         if isinstance(node, yaml.SequenceNode):
             return Node([self.tree(item, path) for item in node.value], here)
+        self.check_characters(node, here)
         try:
             return Node(self.construct_object(node), here)
         except ValueError:  # such as an integer of 5,000 digits
             return Node(node.value, here)
 
+    def check_characters(self, node: yaml.Node, here: str) -> None:
+        """Joins characters that are escaped in two halves, as JSON does (`\\ud83d\\ude00`), in a scalar."""
+        if isinstance(node, yaml.ScalarNode) and any("\ud800" <= c <= "\udfff" for c in node.value):
+            try:
+                node.value = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+            except UnicodeDecodeError:
+                raise UserError(f"{here}: got {node.value!a}, half of a character, expected text") from None
+
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Node]:
         inside: dict[str, Node] = {}
         for key_node, value_node in node.value:
             # The place of a value is that of its key: in block style the value itself begins a line further down.
-            key, here = key_node.value, _where(self.place, key_node.start_mark.line)
+            here = _where(self.place, key_node.start_mark.line)
+            self.check_characters(key_node, here)
+            key = key_node.value
             if not isinstance(key_node, yaml.ScalarNode):
                 dotted = ".".join(path) or "recipe"
                 self.problems.append(f"{here}: {dotted}: got a list or mapping as a key, expected a name")
@@ -124,6 +151,8 @@ def _where(place: Path | str, line: int) -> str:
 def read(path: Path, problems: list[str]) -> Node:
     """The tree of a YAML file. UserError if it cannot be read, is not YAML or holds no mapping."""
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: got {path.stat().st_size:,} bytes, expected a recipe of at most {MAX_BYTES:,}")
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

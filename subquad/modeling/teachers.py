@@ -1,6 +1,7 @@
 """Loads teachers: nano (in the package), SmolLM2-135M (from PyPI), a directory, a GGUF file or a hub id."""
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -54,7 +55,13 @@ def load_teacher(
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if path is None or path.is_dir():
         with as_user_error(f"teacher {reference!r}: it cannot be loaded"):
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
+            if path is not None:
+                check_shards(path)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+            model, loading = loaded
+            # transformers would draw them at random
+            if missing := sorted(loading["missing_keys"]):
+                raise UserError(f"teacher {reference!r}: its files lack {len(missing)} weights, such as {missing[0]}")
             tokenizer = AutoTokenizer.from_pretrained(source)
         return dequantize(model, reference).eval().to(device), tokenizer  # type: ignore[arg-type]
     with needs_extra(f"teacher {reference!r}", "export"):
@@ -62,6 +69,14 @@ def load_teacher(
     with as_user_error(f"teacher {reference!r}: the GGUF file cannot be read"):
         read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
         return remove_quantizer(read).eval().to(device), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def check_shards(directory: Path) -> None:
+    """Raises UserError if an index of shards names a file outside of `directory`."""
+    for index in directory.glob("*.index.json"):
+        for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+            if Path(name).name != name:
+                raise UserError(f"{index}: got the shard {name!r}, expected a file of its own directory")
 
 
 def load_placed(reference: str | os.PathLike, placement: Placement) -> ModelAndTokenizer:

@@ -9,19 +9,25 @@ import pytest
 PROGRAM = """
 import sys, torch, subquad
 from benchmarks.common import peak_rss
-from subquad.config import EndToEndStage, MatrixStage
+from subquad.config import EndToEndStage, HiddenStage, MatrixStage
 from subquad.distill.matrix_mixing import MatrixMixing
+from subquad.distill.hidden_alignment import HiddenAlignment
 from subquad.distill.end_to_end import EndToEndDistillation
 torch.set_num_threads(2)
-stage, layers, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+stage, layers, length, student = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 teacher, _ = subquad.load_teacher("nano")
 teacher.requires_grad_(False)
 teacher.model.layers, teacher.config.num_hidden_layers = teacher.model.layers[:layers], layers
-student = subquad.linearize(teacher, "gla")
+near_far = {i: {"mixer": "gated_deltanet", "window": 256} for i in range(layers)}
+student = subquad.linearize(teacher, layer_types=near_far) if student == "near_far" else subquad.linearize(teacher, student)
 if stage == "matrix":
     objective = MatrixMixing(teacher, MatrixStage(tokens=1, lr=1.0, row_chunk_size=128))
+elif stage == "hidden":
+    objective = HiddenAlignment(teacher, HiddenStage(tokens=1, lr=1.0), torch.arange(512)[None])
 else:
     objective = EndToEndDistillation(teacher, EndToEndStage(tokens=1, lr=1.0))
+    if length > 8192:
+        student.train().gradient_checkpointing_enable({"use_reentrant": False})
 def step(length):
     ids = torch.randint(3, 4000, (1, length))
     loss = student(objective=objective, **objective.forward_kwargs({"input_ids": ids})).loss
@@ -36,9 +42,10 @@ print(after, after - before)
 """
 
 
-def peak(stage: str, layers: int, length: int) -> tuple[int, int]:
-    """Peak memory of a step in bytes, and its difference to the peak before the step."""
-    command = [sys.executable, "-c", PROGRAM, stage, str(layers), str(length)]
+def peak(stage: str, layers: int, length: int, student: str = "gla") -> tuple[int, int]:
+    """Peak memory of a step in bytes, and its difference to the peak before the step. Stage 3 above 8,192 tokens has
+    gradient checkpointing."""
+    command = [sys.executable, "-c", PROGRAM, stage, str(layers), str(length), student]
     # freed memory returns to the system at once, so that fragmentation does not count
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
@@ -51,6 +58,14 @@ def peak(stage: str, layers: int, length: int) -> tuple[int, int]:
 @pytest.mark.sample
 def test_stage_3_at_8192_tokens_fits_in_4_gigabytes():
     total, _ = peak("end_to_end", 6, 8192)
+    assert total < 4e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["gla", "near_far"])
+@pytest.mark.parametrize("stage", ["hidden", "end_to_end"])
+def test_rows_of_32768_tokens_fit_in_4_gigabytes(stage, student):
+    total, _ = peak(stage, 6, 32_768, student)
     assert total < 4e9
 
 

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import torch
-from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import subquad
 from subquad.modeling import teachers
 from subquad.utils import UserError
+from tests.helpers.gguf_files import write_gguf
 from tests.helpers.students import all_close, logits, make_student, reloaded
-from tests.helpers.teachers import WORDS, byte_tokenizer
+from tests.helpers.teachers import byte_tokenizer
 
 
 @pytest.fixture
@@ -52,43 +52,6 @@ def test_relative_and_home_paths(directory, monkeypatch):
     monkeypatch.setenv("HOME", str(directory.parent))
     for reference in ("my teacher", "./my teacher", "~/my teacher"):
         assert subquad.load_teacher(reference)[0].config.vocab_size == 256
-
-
-def write_gguf(path, model):
-    """Writes the model in float32, with the names and the row order of a Llama in GGUF."""
-    config, writer = model.config, GGUFWriter(path, "llama")
-    for name, value in {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "head_count": config.num_attention_heads,
-        "head_count_kv": config.num_key_value_heads,
-        "layer_norm_rms_eps": config.rms_norm_eps,
-        "rope_freq_base": 10000.0,
-        "rope_dimension_count": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "tokenizer_model": "gpt2",
-        "tokenizer_pre": "default",
-        "token_list": [*WORDS, "er", "in"],
-        "token_types": [1] * (len(WORDS) + 2),
-        "token_merges": ["e r", "i n"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }.items():
-        getattr(writer, f"add_{name}")(value)
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for key, tensor in model.state_dict().items():
-        name = names.get_name(key, try_suffixes=(".weight",))
-        part = name.split(".")[-2]
-        if part in heads:  # GGUF interleaves the halves of each head
-            tensor = tensor.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(name, tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_gguf_file_linearizes_and_saves(make_teacher, tmp_path, ids):
