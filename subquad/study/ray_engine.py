@@ -16,8 +16,9 @@ from subquad.study.execute import execute_run
 from subquad.study.runs import Run
 from subquad.utils import UserError, needs_extra, quiet_libraries
 
-FORWARDED_VARIABLES = ("SUBQUAD_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
-"""Environment variables that every run receives from the study."""
+FORWARDED_VARIABLES = ("SUBQUAD_CACHE", "HF_HOME", "HF_HUB_OFFLINE")
+"""Environment variables that every run receives from the study. No HF_TOKEN, which Ray would show to every user of the
+cluster: each machine has its own, or finds that of `hf auth login` in HF_HOME."""
 
 
 def import_ray() -> Any:

@@ -18,8 +18,8 @@ stage, layers, length, student = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 teacher, _ = subquad.load_teacher("nano")
 teacher.requires_grad_(False)
 teacher.model.layers, teacher.config.num_hidden_layers = teacher.model.layers[:layers], layers
-near_far = {i: {"mixer": "gated_deltanet", "window": 256} for i in range(layers)}
-student = subquad.linearize(teacher, layer_types=near_far) if student == "near_far" else subquad.linearize(teacher, student)
+near_far = {"default": {"mixer": "gated_deltanet", "window": 256}}
+student = subquad.linearize(teacher, layer_types=near_far if student == "near_far" else {"default": student})
 if stage == "matrix":
     objective = MatrixMixing(teacher, MatrixStage(tokens=1, lr=1.0, row_chunk_size=128))
 elif stage == "hidden":

@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import resource
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subquad.config import load_recipe, load_study
-from subquad.data.corpora import documents
+from subquad.data.corpora import OPENERS, documents
 from subquad.modeling.layer_types import resolve_layer_types
 from subquad.utils import UserError
 from tests.helpers.fuzzing import JSON, cheap, damaged, mutated, to_json
@@ -114,3 +115,16 @@ def test_damaged_texts(tmp_path, data, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(data.draw(damaged(FILES[suffix])))
     refused_or_read(lambda: list(itertools.islice(documents(str(path), "all"), 1000)))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".txt.xz", ".jsonl.zst", ".parquet.gz"])
+def test_compressed_bombs(tmp_path, suffix):
+    """A few hundred kilobytes that expand to half a gigabyte without a line end."""
+    path, content = tmp_path / f"a{suffix}", b"\0" * 2**20 if suffix == ".parquet.gz" else b"x" * 2**20
+    with OPENERS["." + suffix.split(".")[-1]](path, "wb") as file:
+        for _ in range(512):
+            file.write(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"expands|parquet"):
+        list(documents(str(path), "all"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 400_000  # kB

