@@ -13,8 +13,7 @@ import pytest
 
 from subquad.analysis.plot_style import MIXER_STYLES
 from subquad.cli import main
-from subquad.config import Data
-from subquad.config import load_study
+from subquad.config import Data, load_study
 from subquad.evaluate.results import Result
 from subquad.report.figures import pareto_front
 from subquad.report.page import write_report
