@@ -30,6 +30,7 @@ def distillation_loss(
     teacher_head: Head | None,
     stage: EndToEndStage,
     chunk: int = CHUNK,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ce_weight` * cross-entropy + `kl_weight` * divergence, means per token that is not ignored.
 
@@ -41,6 +42,7 @@ def distillation_loss(
             divergence, which is multiplied by its square, so that the size of its gradient does not change (Hinton et
             al., arXiv 1503.02531).
         chunk: tokens whose logits exist at a time.
+        counted: the indices of the labels that are not ignored; None: they are found, which waits for the device.
 
     Returns:
         The loss and, detached, the cross-entropy and the divergence (0 if `kl_weight` is 0); 0 if all tokens are
@@ -51,7 +53,7 @@ def distillation_loss(
         ValueError: nothing of the teacher, or another vocabulary.
         RuntimeError: in the backward pass, as `KnownGradients`.
     """
-    counted = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    counted = (labels != IGNORE_INDEX).nonzero().squeeze(1) if counted is None else counted
     labels, count = labels.index_select(0, counted), max(len(counted), 1)
     own, other = _Projection(student.index_select(0, counted), student_head, chunk), None
     with torch.no_grad():

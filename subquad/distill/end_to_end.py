@@ -14,7 +14,7 @@ from torch import Tensor
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.distill.distillation_loss import distillation_loss
 from subquad.distill.lm_head import Head, read_head
-from subquad.distill.objective import Batch, Objective, StageOutput, document_ids
+from subquad.distill.objective import Batch, Objective, StageOutput
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 
@@ -50,7 +50,7 @@ class EndToEndDistillation(Objective):
 
     @torch.no_grad()
     def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
-        ids, positions = batch["input_ids"], None if document_ids(batch) is None else batch["position_ids"]
+        ids, positions = batch["input_ids"], batch.get("position_ids")
         outputs = None
         if self.stage.kl_weight > 0:
             inputs = {"input_ids": ids, **({} if positions is None else {"position_ids": positions})}
@@ -59,7 +59,8 @@ class EndToEndDistillation(Objective):
             else:
                 outputs = self.teacher.base_model(use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
         # not `position_ids`, which would be an argument of the student's forward itself
-        return {"input_ids": ids, "positions": positions, "next_labels": next_labels(batch), "teacher": outputs}
+        targets = {"input_ids": ids, "positions": positions, "next_labels": next_labels(batch), "teacher": outputs}
+        return {**targets, "counted": None if "labels" in batch else before_last(ids)}
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor) -> Batch:
@@ -88,6 +89,17 @@ class EndToEndDistillation(Objective):
             outputs = student.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
         labels = targets["next_labels"].flatten()
         loss, _, _ = distillation_loss(
-            outputs.flatten(0, 1), targets["teacher"], labels, head, self.teacher_head, self.stage
+            outputs.flatten(0, 1),
+            targets["teacher"],
+            labels,
+            head,
+            self.teacher_head,
+            self.stage,
+            counted=targets["counted"],
         )
         return StageOutput(loss)
+
+
+def before_last(ids: Tensor) -> Tensor:
+    """The indices of all tokens of `ids: [B, T]` but the last of each row, `[B * (T - 1)]`."""
+    return torch.arange(ids.numel(), device=ids.device).view_as(ids)[:, :-1].flatten()

@@ -77,7 +77,7 @@ class HiddenAlignment(LayerwiseDistillation):
         """What the layer returns, and the squared distance of its memory's part from the teacher's, a mean per token;
         from one pass through the layer."""
         info = self.attention_layers[index]
-        call = KeptFarCall(layer, activations.hidden_states, mask is not None, None)
+        call = KeptFarCall(layer, activations.hidden_states, mask, None)
         kwargs = {name: value for name, value in activations.kwargs.items() if name != "attention_mask"}
         output = layer.forward_local(None, activations.args, kwargs, mask, call)
         share, value = far_target(layer, info, activations, mask)

@@ -16,7 +16,7 @@ from subquad.modeling.attention.discovery import AttentionInfo, discover_attenti
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 Batch = dict[str, Tensor]
-"""A batch of `subquad.data.PackedDataset`: `input_ids`, and where documents are masked or some tokens are ignored,
+"""Rows of `subquad.data.PackedDataset`: `input_ids`, and where rows have several documents or some tokens are ignored,
 `position_ids` and `labels`, all `[B, T]`."""
 
 
@@ -82,8 +82,9 @@ class Objective:
         raise NotImplementedError
 
     def count_tokens(self, batch: Batch) -> Tensor:
-        """The number of tokens over which the loss of a batch is averaged."""
-        return torch.tensor(batch["input_ids"].numel())
+        """The number of tokens over which the loss of a batch is averaged, on the device of the batch."""
+        ids = batch["input_ids"]
+        return torch.full((), ids.numel(), device=ids.device)
 
     def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
         raise NotImplementedError
@@ -115,15 +116,12 @@ class KnownGradients(torch.autograd.Function):
 
 
 def document_ids(batch: Batch) -> Tensor | None:
-    """The number of each token's document in its row, `[B, T]`, from 1; None if every row is one document."""
+    """The number of each token's document in its row, `[B, T]`, from 1; None without `position_ids`."""
     positions = batch.get("position_ids")
     if positions is None:
         return None
-    starts = positions[:, 1:] == 0
-    if not starts.any():
-        return None
     doc_ids = torch.ones_like(positions)
-    doc_ids[:, 1:] += starts.cumsum(1)
+    doc_ids[:, 1:] += (positions[:, 1:] == 0).cumsum(1)
     return doc_ids
 
 

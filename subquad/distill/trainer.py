@@ -6,19 +6,22 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 
 from subquad.config import Recipe, Stage
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.distill.interruption import StopRequest
+from subquad.distill.late_checks import LateChecks
 from subquad.distill.logging_callbacks import MetricsCallback, tensorboard
 from subquad.distill.objective import Batch, Objective
 from subquad.distill.param_groups import add_lora, keep_average, load_average, parameter_groups
@@ -70,14 +73,16 @@ class StageTrainer(Trainer):
         if recipe.report_to == "tensorboard" and PartialState().is_main_process:
             callbacks.append(tensorboard(run_directory / "tensorboard" / objective.name))
         args = training_arguments(recipe, self.stage, self.directory, f"{run_directory.name} {objective.name}")
-        super().__init__(student, args, train_dataset=train, eval_dataset=validation, callbacks=callbacks)
+        super().__init__(
+            student, args, data_collator=collate, train_dataset=train, eval_dataset=validation, callbacks=callbacks
+        )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # `compute_loss` weights the micro-batches itself
         if self.stage.gradient_checkpointing:  # these methods have other names in newer releases of `transformers`
             enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        self.loss_weights: list[float] = []
-        self.accelerate_clip_grad_norm_ = self.accelerator.clip_grad_norm_
+        self.loss_weights: list[torch.Tensor] = []
+        self.late_checks: LateChecks | None = None
         self.accelerator.clip_grad_norm_ = self.clip_grad_norm_
 
     def train_stage(self) -> None:
@@ -93,6 +98,7 @@ class StageTrainer(Trainer):
         self.add_callback(stop)
         with stop.listening():
             self.train(resume_from_checkpoint=checkpoint)
+            self.check_steps()
         if self.stage.ema_decay is not None:
             load_average(self.create_optimizer())
         if self.fsdp:
@@ -115,8 +121,10 @@ class StageTrainer(Trainer):
         with self.autocast():
             samples = [self.objective.training_batch(batch) for batch in samples]
         counts = torch.stack([self.objective.count_tokens(batch) for batch in samples]).float()
-        total = self.accelerator.reduce(counts.sum().to(self.args.device), "sum").cpu()
-        self.loss_weights = (counts * len(samples) * self.accelerator.num_processes / total.clamp_min(1)).tolist()
+        total = self.accelerator.reduce(counts.sum(), "sum").clamp_min(1)
+        self.loss_weights = list((counts * len(samples) * self.accelerator.num_processes / total).unbind())
+        if self.late_checks is not None:
+            self.late_checks.begin_step(self.state.global_step, samples, self.loss_weights)
         return samples, None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -136,6 +144,9 @@ class StageTrainer(Trainer):
         with self.autocast():
             targets = self.objective.forward_kwargs(batch)
             outputs = model(objective=self.objective, **targets)
+        if self.late_checks is not None and torch.is_grad_enabled():
+            # to wait for the value would leave the device without work: makes the gradient NaN, see `LateChecks`
+            return outputs.loss * torch.where(outputs.loss.isfinite(), 1.0, torch.nan)
         if not torch.isfinite(outputs.loss):
             if outputs.layer_losses is not None:
                 bad = (~outputs.layer_losses.isfinite()).nonzero().flatten().tolist()
@@ -164,14 +175,14 @@ class StageTrainer(Trainer):
             loss = self.objective_loss(model, self.objective.training_batch(batch))
             positions = batch.get("position_ids")
             ce = model(input_ids=batch["input_ids"], position_ids=positions, labels=labels, use_cache=False).loss
-        self.validation_ce += torch.stack([ce.double() * count if count else count.double(), count.double()]).cpu()
+        self.validation_ce += torch.stack([torch.where(count > 0, ce.double() * count, 0.0), count.double()])
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         # the sum over tokens in nats, and the number of tokens
-        self.validation_ce = torch.zeros(2, dtype=torch.float64)
+        self.validation_ce = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         out = super().evaluation_loop(*args, **kwargs)
-        total, count = self.accelerator.reduce(self.validation_ce.to(self.args.device), "sum")
+        total, count = self.accelerator.reduce(self.validation_ce, "sum")
         return out._replace(metrics={**(out.metrics or {}), "eval_ce": float(total / count)})
 
     # ------------------------------------------------------------------ optimizer and order of rows
@@ -185,6 +196,8 @@ class StageTrainer(Trainer):
                 keep_average(self.optimizer, self.stage.ema_decay)
             if self.fsdp:
                 use_whole_states(self.optimizer)
+            elif self.args.device.type != "cpu":
+                self.late_checks = LateChecks(self.optimizer)
         return self.optimizer
 
     def shard_student(self) -> None:
@@ -215,14 +228,37 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
-    def clip_grad_norm_(self, *args: Any, **kwargs: Any) -> Any:
-        """Accelerate's; raises UserError for a norm that is not finite, which would make all weights so."""
-        norm = self.accelerate_clip_grad_norm_(*args, **kwargs)
-        if norm is not None and not math.isfinite(float(norm)):
+    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+        """As in `torch`; raises UserError for a norm that is not finite, which would make all weights so. On a device
+        that is not waited for, it prevents the update instead."""
+        parameters = [p for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.late_checks is not None:
+            self.late_checks.end_step(norm)
+        elif not math.isfinite(float(norm)):
             grads = {n: p.grad for n, p in self.trained.named_parameters() if p.grad is not None}
             bad = [n for n, grad in grads.items() if not own_part(grad).isfinite().all()]
             raise self.non_finite_error(f"the gradient is not finite, in {', '.join(bad[:3])}")
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self.check_steps()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def check_steps(self) -> None:
+        """Raises UserError if a loss or gradient was not finite since the last call, as the step itself would have
+        raised it: the step is computed again, with checks, from the weights that it had."""
+        step = None if self.late_checks is None else self.late_checks.first_without_update()
+        if step is None:
+            return
+        self.late_checks, self.state.global_step, self.loss_weights = None, step.number, step.loss_weights
+        for batch in step.batches:
+            self.training_step(self.model_wrapped, batch)
+        self.clip_grad_norm_(self.model_wrapped.parameters(), self.args.max_grad_norm)
+        raise self.non_finite_error("the loss or its gradient was not finite, but is when it is computed again")
 
 
 def non_finite_layers(
@@ -238,6 +274,15 @@ def non_finite_layers(
     with torch.no_grad(), capture_activations([(layer, None) for layer in student.mixer_layers], check):
         student.base_model(input_ids=input_ids, position_ids=positions, use_cache=False)
     return bad
+
+
+def collate(rows: list[Batch]) -> Batch:
+    """The batch of some rows, without `position_ids` if every row is one document. The device would have to be waited
+    for to know."""
+    batch = default_data_collator(rows)
+    if "position_ids" in batch and not (batch["position_ids"][:, 1:] == 0).any():
+        del batch["position_ids"]
+    return batch
 
 
 def training_arguments(recipe: Recipe, stage: Stage, directory: Path, run_name: str) -> TrainingArguments:
@@ -274,6 +319,7 @@ def training_arguments(recipe: Recipe, stage: Stage, directory: Path, run_name: 
         ddp_backend="gloo" if processes > 1 and not cuda else None,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": cuda},
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more would make Trainer split batches by DataParallel
     return arguments

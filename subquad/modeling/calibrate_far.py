@@ -92,7 +92,7 @@ class FarCalibrator(LayerCalibrator):
     ):
         super().__init__(layer.mixer, info, activations)
         self.layer, self.merge = layer, layer.merge
-        self.recorder = FarRecorder(layer, self.x, False, None)
+        self.recorder = FarRecorder(layer, self.x, None, None)
         self.recorder.known_lse = full_lse
         kwargs = {name: value for name, value in activations.kwargs.items() if name != "attention_mask"}
         layer.forward_local(None, activations.args, kwargs, None, self.recorder)

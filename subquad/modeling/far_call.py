@@ -118,15 +118,18 @@ def undelayed(slots: Slots) -> Slots:
 
 
 class FarCall:
-    """The far part of one forward pass of a layer; `run_local` calls it for each group of heads with a window."""
+    """The far part of one forward pass of a layer; `run_local` calls it for each group of heads with a window.
 
-    def __init__(self, layer: "NearFarLayer", x: Tensor, packed: bool, cache: NearFarCacheLayer | None):
-        self.layer, self.x, self.packed, self.cache = layer, x, packed, cache
+    mask: the student's, if it holds the numbers of documents.
+    """
+
+    def __init__(self, layer: "NearFarLayer", x: Tensor, mask: Tensor | None, cache: NearFarCacheLayer | None):
+        self.layer, self.x, self.mask_of_documents, self.cache = layer, x, mask, cache
         self.shared = layer.mixer.options.state_heads == "key_value"
 
     def narrow(self, start: int, stop: int) -> "FarCall":
         """That of new tokens `start` to `stop` alone."""
-        return FarCall(self.layer, tokens_of(self.x, start, stop), self.packed, self.cache)
+        return FarCall(self.layer, tokens_of(self.x, start, stop), None, self.cache)
 
     def begin(self, query: Tensor, key: Tensor, value: Tensor, order: Tensor | None) -> None:
         """Computes the gates of the new tokens, in their order. query: `[B, H, T, K]`; key, value: `[B, G, T, D]`."""
@@ -232,7 +235,7 @@ class FarCall:
         if with_normalizer:  # the normalizer is one more value channel of ones, where something is written
             written = inputs["v"].new_ones(inputs["v"].shape[:-1]).unsqueeze(-1)
             inputs["v"] = torch.cat((inputs["v"], written), -1)
-        if self.packed and slots.layout is not None:
+        if self.mask_of_documents is not None and slots.layout is not None:
             o, states = self.run_packed(inputs, slots.layout[0][:, -slots.queries.shape[2] :])
         else:
             o, states = self.run(inputs, states, None)
@@ -251,7 +254,10 @@ class FarCall:
         return o, (state,)
 
     def run_packed(self, inputs: dict[str, Any], docs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        documents = PackedDocuments(docs)
+        mask: Any = self.mask_of_documents
+        if not hasattr(mask, "subquad_far_documents"):  # located once for all layers and groups
+            mask.subquad_far_documents = PackedDocuments(docs)
+        documents = mask.subquad_far_documents
         packed = {
             name: x if x.dim() == 1 else documents.pack(x.flatten(2)).unflatten(-1, x.shape[2:])
             for name, x in inputs.items()

@@ -261,8 +261,7 @@ class AttentionLayer(nn.Module):
 
     def matrix_rows(self, *args: Any, **kwargs: Any) -> Callable[[slice], Tensor]:
         """As of a mixer: of the attention probabilities."""
-        device, groups = hidden_states_of(args, kwargs).device, self.head_groups
-        window = head_windows(groups, self.spec.num_heads, device) if self.is_local else None
+        window = head_windows(self.head_groups, self.spec.num_heads) if self.is_local else None
         limit, rotary = self.spec.window, self.spec.rotary if self.spec.rotary_channels else None
         return AttentionProbabilities(self.attention, window, self.sinks, args, kwargs, limit, rotary)
 

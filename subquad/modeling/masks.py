@@ -6,6 +6,8 @@ False at padding. With several documents a row it is int64: the number of each t
 row is real and padding is in the past.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,6 +69,12 @@ def visible_keys(
     if window is not None:
         visible = visible & ((distance < window) | (k_positions < sinks).unsqueeze(-2))
     return visible
+
+
+@functools.cache
+def numbers_of_heads(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """A number for each head, `[H, 1, 1]`; made once, since a copy waits for the device."""
+    return torch.tensor(numbers, device=device)[:, None, None]
 
 
 def additive_mask(

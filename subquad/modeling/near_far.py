@@ -91,7 +91,7 @@ class NearFarLayer(AttentionLayer):
         query = reference.new_empty(1, spec.num_heads, 1, spec.head_dim)
         key, value = (reference.new_empty(1, spec.num_kv_heads, 1, n) for n in (spec.head_dim, spec.value_dim))
         cache = NearFarCacheLayer(self.head_groups)
-        call = FarCall(self, reference.new_empty(1, 1, spec.hidden_size), False, cache)
+        call = FarCall(self, reference.new_empty(1, 1, spec.hidden_size), None, cache)
         call.begin(query, key, value, None)
         for index, group in enumerate(self.head_groups):
             if group.memory:
@@ -117,4 +117,4 @@ class NearFarLayer(AttentionLayer):
 
     def far_call(self, x: Tensor, attention_mask: Tensor | None, cache_layer: Any) -> FarCall:
         packed = attention_mask is not None and attention_mask.dtype == torch.int64
-        return FarCall(self, x, packed, cache_layer)
+        return FarCall(self, x, attention_mask if packed else None, cache_layer)

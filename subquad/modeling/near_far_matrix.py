@@ -77,7 +77,7 @@ class NearFarMatrix:
     def __init__(self, layer: "NearFarLayer", probabilities: Any, args: tuple, kwargs: dict[str, Any]):
         self.layer, self.near = layer, probabilities
         x = hidden_states_of(args, kwargs)
-        self.call = MatrixCall(layer, x, False, None)
+        self.call = MatrixCall(layer, x, None, None)
         self.call.groups, self.call.gates = [], {}
         if layer.has_memory:
             given = {name: value for name, value in kwargs.items() if name != "attention_mask"}

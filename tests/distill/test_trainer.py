@@ -13,6 +13,7 @@ import subquad
 from subquad.config import HiddenStage, load_recipe
 from subquad.distill import trainer, untied_head
 from subquad.distill.end_to_end import EndToEndDistillation
+from subquad.distill.hidden_alignment import HiddenAlignment
 from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
@@ -197,13 +198,62 @@ def test_best_model_is_loaded_at_the_end(recipe_path, tmp_path):
     assert "Nothing is trained" not in card
 
 
+def check_late(monkeypatch):
+    """Losses and gradients are checked as on a device that the host does not wait for."""
+    create = trainer.StageTrainer.create_optimizer
+
+    def create_optimizer(self, *args):
+        optimizer = create(self, *args)
+        self.late_checks = self.late_checks or trainer.LateChecks(optimizer)
+        return optimizer
+
+    monkeypatch.setattr(trainer.StageTrainer, "create_optimizer", create_optimizer)
+
+
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("stage", STAGE_NAMES)
-def test_non_finite_loss_stops_the_run_and_names_the_layer(stage, recipe_path, tmp_path):
+def test_non_finite_loss_stops_the_run_and_names_the_layer(stage, late, recipe_path, tmp_path, monkeypatch):
+    if late:
+        check_late(monkeypatch)
     wild = ["lr=1e30", "lr_scheduler=constant", "warmup=0.0", "max_grad_norm=1e30"]
     with pytest.raises(UserError, match=rf"stage {stage}, step [234]: ") as caught:
         train(recipe_path, tmp_path / "out", *only(stage, *wild), "checkpoint.save_steps=1")
     assert "layer" in str(caught.value)
     assert (tmp_path / "out" / "checkpoints" / stage / "checkpoint-1" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_late_checks_keep_the_weights_from_before_the_step_that_is_not_finite(part, recipe_path, tmp_path, monkeypatch):
+    """NaN in step 3, read in step 4, as losses are logged in every second step."""
+    check_late(monkeypatch)
+    trainers, weights, layer_loss = [], {}, HiddenAlignment.layer_loss
+
+    class BadInStep3(trainer.StageTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+
+        def training_step(self, *args, **kwargs):
+            step = self.state.global_step
+            weights.setdefault(step, {n: p.detach().clone() for n, p in self.student.named_parameters()})
+            return super().training_step(*args, **kwargs)
+
+    def bad_in_step_3(self, student, index, *args):
+        loss = layer_loss(self, student, index, *args)
+        if trainers[0].state.global_step != 2 or index != 1:
+            return loss
+        zero = torch.zeros((), requires_grad=True)
+        root = (student.mixer_layers[index].mixer.o_proj.weight.sum() * zero).clamp_min(0).sqrt()  # 0, and 0 / 0 behind
+        return loss * torch.nan if part == "loss" else loss + root
+
+    monkeypatch.setattr(HiddenAlignment, "layer_loss", bad_in_step_3)
+    monkeypatch.setattr("subquad.distill.pipeline.StageTrainer", BadInStep3)
+    place = "starting at layer 1" if part == "loss" else r"in \S*layers.1\S*o_proj.weight;"
+    with pytest.raises(UserError, match=rf"stage hidden, step 3: .*{place}"):
+        train(recipe_path, tmp_path / "out", *only("hidden", "tokens=5120"), "checkpoint.save_steps=100")
+    assert list(weights) == [0, 1, 2, 3]
+    assert all(torch.equal(p, weights[2][n]) for n, p in trainers[0].student.named_parameters())
+    assert any((weights[1][n] != weights[2][n]).any() for n in weights[2])
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from subquad.modeling.masks import (
     DocIdsAndPositions,
     additive_mask,
     doc_ids_and_positions,
+    numbers_of_heads,
 )
 from subquad.modeling.rollback import LayerCall, mask_of, run_recorded, tokens_of
 
@@ -269,15 +270,14 @@ def joined_mask(call: LocalCall, x: Tensor, num_heads: int) -> Tensor:
             for sides, empty in zip(zip(*layouts, strict=True), (0, -1), strict=True)
         )
     sinks = max(group.sinks for group in call.groups)
-    window = head_windows(call.groups, num_heads, x.device)
+    window = numbers_of_heads(head_windows(call.groups, num_heads), x.device)
     return additive_mask(new, keys, window, sinks, call.limit, x.dtype)
 
 
-def head_windows(groups: Sequence[HeadGroup], num_heads: int, device: torch.device) -> Tensor:
-    """The window of each query head, `[H, 1, 1]`; a number larger than any context for heads without."""
+def head_windows(groups: Sequence[HeadGroup], num_heads: int) -> tuple[int, ...]:
+    """The window of each query head; a number larger than any context for heads without."""
     windows = {head: group.window or NO_WINDOW for group in groups for head in group.kv_heads}
-    per_head = torch.tensor([windows[head] for head in range(len(windows))], device=device)
-    return per_head.repeat_interleave(num_heads // len(windows))[:, None, None]
+    return tuple(windows[head * len(windows) // num_heads] for head in range(num_heads))
 
 
 AttentionInterface.register(LOCAL, local_attention_forward)

@@ -20,7 +20,7 @@ from transformers.masking_utils import eager_mask
 from subquad.modeling.attention.activations import hidden_states_of
 from subquad.modeling.attention.sinks import RotaryTokens, with_sink_channels
 from subquad.modeling.attention.tracing import attention_implementation, is_shape_mismatch
-from subquad.modeling.masks import additive_mask, doc_ids_and_positions
+from subquad.modeling.masks import additive_mask, doc_ids_and_positions, numbers_of_heads
 
 ROW_SLICED = "subquad_rows"
 """Name of the attention implementation that computes some rows."""
@@ -85,7 +85,7 @@ class AttentionProbabilities:
     """The attention probabilities of one layer; called with a slice of rows, gives these, `[B, H, rows, T]`;
     differentiable.
 
-    window: tokens that a query attends to, itself included: a number, or one for each head, `[H, 1, 1]`; None for all.
+    window: tokens that a query attends to, itself included: a number, or one for each head; None for all.
     sinks: first tokens that every query also attends to.
     args, kwargs: of the attention module's forward, for sequences of one document each, without padding or cache.
     limit: the teacher's own window, which the sinks do not extend.
@@ -93,7 +93,7 @@ class AttentionProbabilities:
     """
 
     attention: nn.Module
-    window: int | Tensor | None
+    window: int | tuple[int, ...] | None
     sinks: int
     args: tuple
     kwargs: dict[str, Any]
@@ -112,22 +112,24 @@ class AttentionProbabilities:
         positions = self.kwargs.get("position_embeddings")
         if not self.sinks or self.window is None or self.rotary is None or positions is None:
             return None
-        lasts = torch.as_tensor(self.window).flatten().expand(q.shape[1]) + self.sinks - 1
+        windows = self.window if isinstance(self.window, tuple) else (self.window,)
+        of_heads = numbers_of_heads(windows, q.device)
         cos, sin = positions
         chosen = RotaryTokens(self.rotary, cos[:, rows], sin[:, rows], 0, torch.arange(T, device=q.device)[None, rows])
         moved = q
-        for last in set(lasts.tolist()):
+        for window in set(windows):
+            last = window + self.sinks - 1
             rotation = RotaryTokens(self.rotary, cos, sin).at(last, None)
             if rotation is not None:
-                own = (lasts == last).to(q.device).view(-1, 1, 1)
-                moved = torch.where(own, chosen.moved(q, last, rotation), moved)
+                moved = torch.where(of_heads == window, chosen.moved(q, last, rotation), moved)
         return moved
 
     def run(self, implementation: str, rows: slice) -> Any:
         """The result of the attention module, with the rows of a mask."""
         x = hidden_states_of(self.args, self.kwargs)
         keys = doc_ids, positions = doc_ids_and_positions(None, len(x), x.shape[1], x.device)
-        mask = additive_mask((doc_ids[:, rows], positions[:, rows]), keys, self.window, self.sinks, self.limit, x.dtype)
+        window = numbers_of_heads(self.window, x.device) if isinstance(self.window, tuple) else self.window
+        mask = additive_mask((doc_ids[:, rows], positions[:, rows]), keys, window, self.sinks, self.limit, x.dtype)
         with attention_implementation(self.attention, implementation):
             return self.attention(*self.args, **{**self.kwargs, "attention_mask": mask})
 
