@@ -2,8 +2,8 @@
 
     y_t = bias + sum_w weight[:, w] x_{t - (W - 1) + w}          weight[:, W - 1] is the tap of the current token
 
-Memory bandwidth limits it, so that it goes through the sequence in tiles that stay in the CPU cache while all taps read
-them.
+Memory bandwidth limits it, so that on a CPU it goes through the sequence in tiles that stay in the cache while all taps
+read them. On other devices it is `torch.nn.functional.conv1d`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def short_conv(
     if activation not in (None, "silu"):
         raise ValueError(f'activation: got {activation!r}, expected None or "silu"')
     bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    return ShortConv.apply(x, weight, bias, initial_state, ConvSpec(bounds, activation == "silu"))
+    convolve = ShortConv.apply if x.device.type == "cpu" else short_conv_by_conv1d
+    return convolve(x, weight, bias, initial_state, ConvSpec(bounds, activation == "silu"))
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,35 @@ class ConvSpec:
     bounds: list[int]
     """Boundaries of documents in tokens, [0, T] without documents."""
     silu: bool
+
+
+def short_conv_by_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, spec: ConvSpec
+) -> tuple[Tensor, Tensor]:
+    """`ShortConv` as one convolution: each document follows its state in one row."""
+    P, dtype, documents = state.shape[1], compute_dtype(x), len(spec.bounds) - 1
+    if not x.shape[1]:
+        return x.clone(), state.clone()
+    if documents == 1:
+        inputs = torch.cat([state, x], 1)
+    else:
+        bounds = torch.tensor(spec.bounds)
+        of_token = torch.repeat_interleave(torch.arange(documents), bounds.diff())
+        tokens = torch.arange(x.shape[1]) + of_token * P  # where the outputs are, P before the inputs
+        ends = bounds[1:, None] + torch.arange(documents)[:, None] * P + torch.arange(P)
+        states = bounds[:-1, None] + torch.arange(documents)[:, None] * P + torch.arange(P)
+        source = torch.empty(x.shape[1] + documents * P, dtype=torch.long)
+        source[tokens + P], source[states] = (
+            torch.arange(x.shape[1]),
+            x.shape[1] + torch.arange(states.numel()).view(-1, P),
+        )
+        source, tokens, ends = (i.to(x.device, non_blocking=True) for i in (source, tokens, ends))
+        inputs = torch.cat([x, state.reshape(1, -1, x.shape[2])], 1).index_select(1, source)
+    bias = None if bias is None else bias.to(dtype)
+    y = F.conv1d(inputs.to(dtype).mT, weight.to(dtype).unsqueeze(1), bias, groups=x.shape[2]).mT
+    y = y if documents == 1 else y.index_select(1, tokens)
+    y = (F.silu(y) if spec.silu else y).to(x.dtype).contiguous()
+    return y, inputs[:, x.shape[1] :].contiguous() if documents == 1 else inputs[0, ends]
 
 
 class ShortConv(VmapByLoopFunction):
@@ -157,8 +187,7 @@ class ConvTiles:
 
     def __iter__(self) -> Iterator[ConvTile]:
         B, _, D = self.x.shape
-        elements = TILE_ELEMENTS if self.x.device.type == "cpu" else self.x.numel()
-        size = max(32, 2 * self.state.shape[1], elements // max(1, B * D))
+        size = max(32, 2 * self.state.shape[1], TILE_ELEMENTS // max(1, B * D))
         for document, (start, end) in enumerate(itertools.pairwise(self.bounds)):
             states = slice(document, document + 1) if len(self.bounds) > 2 else slice(0, B)
             # An empty document has one empty tile, which returns its state unchanged.

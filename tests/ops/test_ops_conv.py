@@ -1,4 +1,4 @@
-"""`short_conv` against `torch.nn.functional.conv1d`."""
+"""`short_conv`, in tiles as on a CPU and in one convolution as on other devices, against float64 `conv1d`."""
 
 import itertools
 
@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from subquad import ops
+from subquad.ops import conv
 from tests.helpers.ops import assert_close, differentiate, error
+
+
+@pytest.fixture(autouse=True, params=["tiles", "conv1d"])
+def _form(request, monkeypatch):
+    if request.param == "conv1d":
+        monkeypatch.setattr(conv.ShortConv, "apply", conv.short_conv_by_conv1d)
 
 
 def draw_conv(T, B=2, D=6, W=4, bias=True, sequences=None):
@@ -59,6 +66,13 @@ def test_missing_state_is_zeros():
     none = ops.short_conv(case["x"], case["weight"], case["bias"])
     assert torch.equal(zero[0], none[0])
     assert torch.equal(zero[1], none[1])
+
+
+def test_no_tokens_leave_the_state():
+    case = draw_conv(0)
+    y, state = ops.short_conv(**case)
+    assert y.shape == (2, 0, 6)
+    assert torch.equal(state, case["initial_state"])
 
 
 @pytest.mark.parametrize("state", [True, False])
