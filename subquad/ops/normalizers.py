@@ -11,21 +11,28 @@ a stabilizer, with the input gate i_t and the log forget gate f_t = logsigmoid(f
 S and n are stored relative to exp(m_t) with the stabilizer m_t = max(f_t + m_{t-1}, i_t), so that nothing overflows.
 The state is (S exp(-m), n exp(-m), m). The stabilizer cancels in every output and has no gradient.
 
-The normalizer's state, z or n, is that of one more value channel of ones.
+The normalizer's state, z or n, is that of one more value channel of ones. On a GPU the kernels of `fla` for a decay per
+head compute both chunk forms: mLSTM's with the decay f_t + m_{t-1} - m_t, at most 0, and keys times exp(i_t - m_t), at
+most 1.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops import fla
 from subquad.ops.checks import Inputs, check_recurrence, check_rows, compute_dtype
 from subquad.ops.engine.autograd import chunked_recurrence
 from subquad.ops.engine.scalar_decay import INITIAL_STABILIZER
 from subquad.ops.matrix import matrix
 from subquad.ops.recurrence import step
 
+MIN_DECAY = -104.0
+"""Of mLSTM in the kernels of `fla`, which add decays up in float32."""
 MLSTMState = tuple[Tensor, Tensor, Tensor]
 
 
@@ -40,11 +47,12 @@ def normalized(
     form: str = "chunk",
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Normalized linear attention; q and k are feature maps and should not be negative.
 
     Args:
-        q, k, v, log_decay, scale: as in `step`; chunk_size, cu_seqlens: as in `chunk`.
+        q, k, v, log_decay, scale: as in `step`; chunk_size, cu_seqlens, backend: as in `chunk`.
         initial_state: (S [B, G, K, V], z [B, G, K]) in float32 (float64 for float64 inputs); None is zeros.
         eps: added to the normalizer.
         form: "chunk" (training, prefill) or "step" (token by token).
@@ -63,14 +71,25 @@ def normalized(
     if initial_state is not None:
         S, z = initial_state
         state = torch.cat([S, z.unsqueeze(-1)], -1)
-    if form == "chunk":
-        inputs = Inputs(q, k, v, log_decay, None, state)
+    inputs, found = Inputs(q, k, v, log_decay, None, state), None
+    if form == "step":
+        values = F.pad(v.to(dtype), (0, 1), value=1.0)
+        found = step(q.to(dtype), k.to(dtype), values, log_decay, None, state, scale)
+    elif fla.use_fla(backend, q):
+        found = _reads_by_fla(backend, inputs, scale, cu_seqlens)
+    if found is None:
         o, state, _ = chunked_recurrence(inputs, scale, chunk_size, cu_seqlens, eps)
     else:
-        values = F.pad(v.to(dtype), (0, 1), value=1.0)
-        o, state = step(q.to(dtype), k.to(dtype), values, log_decay, None, state, scale)
-        o = (o[..., :-1] / (o[..., -1:] + eps)).to(q.dtype)
+        reads, state = found
+        o = (reads[..., :-1].to(dtype) / (reads[..., -1:].to(dtype) + eps)).to(q.dtype)
     return o, (state[..., :-1], state[..., -1])
+
+
+def _reads_by_fla(
+    backend: str | None, inputs: Inputs, scale: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """What queries read, with the normalizer as the last channel, and the final state; None: see `fla.run`."""
+    return fla.run(backend, "chunk", inputs._replace(v=F.pad(inputs.v, (0, 1), value=1.0)), scale, cu_seqlens)
 
 
 def normalized_matrix(
@@ -101,6 +120,7 @@ def mlstm(
     form: str = "chunk",
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, MLSTMState]:
     """Runs the mLSTM over a sequence.
 
@@ -110,7 +130,7 @@ def mlstm(
         initial_state: (S [B, G, K, V], n [B, G, K], m [B, G]) in float32 (float64 for float64 inputs).
         scale: of q; None is K ** -0.5.
         form: "chunk" (training, prefill) or "step" (token by token, the definition).
-        chunk_size, cu_seqlens: as in `chunk`; with documents the states are [N, ...].
+        chunk_size, cu_seqlens, backend: as in `chunk`; with documents the states are [N, ...].
 
     Returns:
         o [B, T, H, V] in the dtype of q, and the final state (S, n, m).
@@ -137,12 +157,46 @@ def mlstm(
         return o.to(q.dtype), state
     # n is one more value channel of ones
     inputs = Inputs(q, k, v, f, None, torch.cat([S, n.unsqueeze(-1)], -1), i, m)
-    o, final_state, exact_m = chunked_recurrence(inputs, scale, chunk_size, cu_seqlens, eps=0.0)
+    found = _mlstm_by_fla(backend, inputs, scale, cu_seqlens) if fla.use_fla(backend, q) else None
+    o, final_state, exact_m = found or chunked_recurrence(inputs, scale, chunk_size, cu_seqlens, eps=0.0)
     assert exact_m is not None
     # The final state is relative to m as rounded to its dtype, so that the next call continues from exactly this m.
     m = exact_m.to(dtype)
     final_state = final_state * (exact_m - m.double()).to(dtype).exp()[..., None, None]
     return o, (final_state[..., :-1], final_state[..., -1], m)
+
+
+def _mlstm_by_fla(
+    backend: str | None, inputs: Inputs, scale: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As `chunked_recurrence`, with mLSTM's gates in float64; None: see `fla.run`."""
+    q, k, v, f, _, state, i, initial_m = inputs
+    assert f is not None
+    assert i is not None
+    assert initial_m is not None
+    before, m, last_m = _stabilizers(f.detach(), i.detach(), initial_m.double(), cu_seqlens)
+    # at most 0 after rounding too; nothing decays where nothing has been written; exp(MIN_DECAY) is 0 in float32
+    decay = f + (before - m).minimum(-f.detach())
+    decay = decay.masked_fill(before < INITIAL_STABILIZER / 2, 0.0).clamp_min(MIN_DECAY).float()
+    keys = (k * (i - m).float().exp().unsqueeze(-1)).to(k.dtype)
+    found = _reads_by_fla(backend, Inputs(q, keys, v, decay, None, state), scale, cu_seqlens)
+    if found is None:
+        return None
+    floor = (-m).float().exp().repeat_interleave(inputs.queries, 2).unsqueeze(-1)
+    reads = found[0].float()
+    return (reads[..., :-1] / reads[..., -1:].abs().maximum(floor)).to(q.dtype), found[1], last_m
+
+
+def _stabilizers(f: Tensor, i: Tensor, initial_m: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """m_{t-1} and m_t [B, T, G], and the last m [B or documents, G], in float64."""
+    bounds = [0, f.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    all_m = []
+    for (start, end), first in zip(itertools.pairwise(bounds), initial_m.split(f.shape[0]), strict=True):
+        first, sums = first.clamp_min(INITIAL_STABILIZER).unsqueeze(1), f[:, start:end].cumsum(1)
+        maxima = torch.cat([first, i[:, start:end] - sums], 1).cummax(1)[0]
+        all_m.append(torch.cat([first, sums + maxima[:, 1:]], 1))
+    before, m = (torch.cat(x, 1) for x in zip(*((x[:, :-1], x[:, 1:]) for x in all_m), strict=True))
+    return before, m, torch.cat([x[:, -1] for x in all_m])
 
 
 def _mlstm_step(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState) -> tuple[Tensor, MLSTMState]:

@@ -31,6 +31,35 @@ def first_configuration(self, *args, **kwargs):
     return self.fn.run(*args, **(kwargs | self.configs[0].all_kwargs()))
 
 
+def normalizer_errors(name, layout, gates):
+    """Of `mlstm` and `normalized`, forward and backward, whose gates are "moderate" or "extreme"."""
+    import torch
+
+    from subquad import ops
+    from tests.helpers.ops import differentiate, draw, errors, ungrouped
+    from tests.ops.test_ops_normalizers import draw_mlstm, run
+
+    queries, high = (2 if layout == "grouped" else 1), (20.0 if gates == "extreme" else 3.0)
+    case = draw_mlstm(96, queries=queries, state=True, low=-high, high=high)
+    case["q"], case["k"], case["n"] = (case[name].abs() for name in ("q", "k", "n"))  # no normalizer near zero
+    kwargs, torch_kwargs = {}, {"form": "step"}
+    if layout == "packed":
+        kwargs = torch_kwargs = {"cu_seqlens": torch.tensor([0, 0, 40, 96])}
+        for state in ("S", "n", "m"):
+            case[state] = case[state].repeat(3, *[1] * (case[state].dim() - 1))
+
+    def op(**kwargs):
+        if name == "mlstm":
+            return run(kwargs.pop("form", "chunk"), **kwargs)
+        return lambda q, k, v, log_decay, S, n: ops.normalized(q, k, v, log_decay, (S, n), **kwargs)
+
+    if name == "normalized":
+        decays = draw(("scalar", False), T=96, log_decay=None if gates == "extreme" else -0.3)
+        case = {n: x for n, x in case.items() if n in "qkvSn"} | {"log_decay": decays["log_decay"]}
+    reference = differentiate(ungrouped(op(**torch_kwargs, backend="torch")), case)
+    return errors(differentiate(op(**kwargs, backend="fla"), case, torch.float32), reference)
+
+
 def main(decay, delta, op, layout, refused):
     with tempfile.TemporaryDirectory() as folder:
         copy_of_fla(folder)
@@ -43,6 +72,9 @@ def main(decay, delta, op, layout, refused):
         from tests.helpers.ops import definition, differentiate, draw, errors
 
         fla.refuses_scalar_decay = lambda: refused
+        if op in ("mlstm", "normalized"):
+            print(json.dumps(normalizer_errors(op, layout, decay)))
+            return
         queries = 2 if layout == "grouped" else 1
         case = draw((decay, delta), T=40 if op == "step" else 96, H=2, K=32, V=32, queries=queries)
         if decay != "none":

@@ -56,6 +56,16 @@ def test_chunk_kernels_in_the_interpreter(variant, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gates", ["moderate", "extreme"])
+@pytest.mark.parametrize("layout", ["batch", "packed", "grouped"])
+@pytest.mark.parametrize("op", ["mlstm", "normalized"])
+def test_normalizers_by_chunk_kernels_in_the_interpreter(op, layout, gates):
+    """Also where input gates of mLSTM reach from exp(-20) to exp(20)."""
+    worst = interpreted_errors(gates, "additive", op, layout)
+    assert max(worst.values()) < 1e-5, worst
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v[0] != "channel"], ids=str)
 def test_per_channel_kernels_replace_those_of_a_decay_per_head(variant):
     """Where `fla` refuses the latter."""

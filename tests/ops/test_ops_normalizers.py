@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from subquad import ops
+from subquad.ops import fla
 from subquad.ops.engine.scalar_decay import INITIAL_STABILIZER
 from tests.helpers.ops import (
     assert_close,
@@ -56,6 +57,47 @@ def run(form, **kwargs):
         return o, (S, n)
 
     return op
+
+
+@pytest.fixture
+def _kernels_are_chunk(monkeypatch):
+    """What is given to the kernels of `fla` for a decay per head is computed by `chunk` in float64."""
+
+    def run_chunk(backend, op, inputs, scale, cu_seqlens):
+        if backend == "torch":
+            return None
+        as_double = (None if x is None else x.double() for x in inputs[:6])
+        o, state = ops.chunk(*as_double, scale=scale, cu_seqlens=cu_seqlens, backend="torch")
+        return o, state.to(inputs.initial_state)
+
+    monkeypatch.setattr(fla, "use_fla", lambda backend, q: backend != "torch")
+    monkeypatch.setattr(fla, "run", run_chunk)
+
+
+@pytest.mark.usefixtures("_kernels_are_chunk")
+@pytest.mark.parametrize("T", [1, 40])
+@pytest.mark.parametrize("high", [3.0, 20.0])
+def test_mlstm_as_a_recurrence_with_a_decay_per_head(T, high):
+    case = draw_mlstm(T, state=True, queries=2, low=-high, high=high)
+    case["q"], case["k"], case["n"] = (case[name].abs() for name in ("q", "k", "n"))
+    assert_close(differentiate(run("chunk"), case, torch.float32), differentiate(ungrouped(run("step")), case), 1e-6)
+
+
+@pytest.mark.usefixtures("_kernels_are_chunk")
+def test_mlstm_documents_and_input_gates_of_minus_infinity_with_a_decay_per_head():
+    case = {n: x.float() for n, x in draw_mlstm(40).items()}
+    case["input_gate"][:, :12] = case["input_gate"][:, 30] = -torch.inf
+    args = {n: x.requires_grad_() for n, x in case.items()}
+    o, states = ops.mlstm(**args, cu_seqlens=torch.tensor([0, 10, 10, 40]))
+    sum(x.square().sum() for x in (o, *states[:2])).backward()
+    assert all(x.grad.isfinite().all() for x in args.values())
+    expected, states_alone = ops.mlstm(**{n: x[:, 10:] for n, x in case.items()}, form="step")
+    assert not o[:, :12].any()
+    assert error(o[:, 10:], expected) < 1e-6
+    assert all(
+        error(x[2:], y) < 1e-5 for x, y in zip(states, states_alone, strict=True)
+    )  # m, to which they are relative, is float32
+    assert (states[2][:2] == INITIAL_STABILIZER).all()
 
 
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 257])
