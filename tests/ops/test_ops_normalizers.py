@@ -93,7 +93,7 @@ def test_mlstm_documents_and_input_gates_of_minus_infinity_with_a_decay_per_head
     assert all(x.grad.isfinite().all() for x in args.values())
     expected, states_alone = ops.mlstm(**{n: x[:, 10:] for n, x in case.items()}, form="step")
     assert not o[:, :12].any()
-    assert error(o[:, 10:], expected) < 1e-6
+    assert error(o[:, 10:], expected) < 1e-5  # a normalizer near zero
     assert all(
         error(x[2:], y) < 1e-5 for x, y in zip(states, states_alone, strict=True)
     )  # m, to which they are relative, is float32
