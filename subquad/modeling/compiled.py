@@ -1,4 +1,5 @@
-"""The decode step of a student without attention as one compiled graph, `generate(..., compile_config=...)`.
+"""The decode step of a student without attention as one compiled graph, `generate(..., compile_config=...)`; on a
+GPU one CUDA graph with the mode "reduce-overhead", the default of `CompileConfig`.
 
 The graph maps tokens, positions and states to logits and new states. How many tokens the cache has seen is no part of
 it, so that it is compiled once for each batch size and dtype, and no tensor in it grows with the context.
@@ -46,11 +47,12 @@ class CompiledStep:
         mask, position_ids = described["attention_mask"], described["position_ids"]
         if mask.dtype == torch.bool and mask.shape[-1]:
             return self.student(**kwargs)  # padding among the new tokens
+        torch.compiler.cudagraph_mark_step_begin()
         logits, states = self.graph(
             kwargs["input_ids"], mask, position_ids, contiguous(layer.states for layer in cache.layers)
         )
         if logits.is_cuda:  # the next run of a CUDA graph overwrites what this one returns
-            logits, states = logits.clone(), tuple(tuple(s.clone() for s in state) for state in states)
+            logits, states = logits.clone(), copied(states)
         for layer, state in zip(cache.layers, states, strict=True):
             layer.update_states(state, 1)
         return CausalLMOutputWithPast(logits=logits, **{CACHE_ARGUMENT: cache})
@@ -78,6 +80,13 @@ class CompiledStep:
 def contiguous(states: Iterable[State]) -> tuple[State, ...]:
     """The states with the strides that those of all steps have, since a graph is compiled for strides."""
     return tuple(tuple(x.contiguous() for x in state) for state in states)
+
+
+def copied(states: tuple[State, ...]) -> tuple[State, ...]:
+    """Copies of all states in few launches, since launches bound the speed of decoding."""
+    copies = tuple(tuple(torch.empty_like(x) for x in state) for state in states)
+    torch._foreach_copy_([x for state in copies for x in state], [x for state in states for x in state])
+    return copies
 
 
 def is_recurrent(cache: SubquadCache) -> bool:

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 import subquad
 from subquad.export import export
@@ -148,6 +149,28 @@ def test_forward_backward_and_decoding_do_not_synchronize(pair):
             out = on_gpu(input_ids=ids, use_cache=True)
             on_gpu(input_ids=ids[:, :1], use_cache=True, **{CACHE_ARGUMENT: out[CACHE_ARGUMENT]})
     on_gpu.zero_grad()
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "mamba2", "xlstm"])
+def test_the_decode_step_is_a_cuda_graph(mixer):
+    """Generation of two lengths; states that are read after later steps are those of their own step."""
+    student, ids = make_student(tiny_teacher(head_dim=16), mixer).cuda(), rows(2, 12).cuda()
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    config = CompileConfig(mode="reduce-overhead", fullgraph=True)
+    for tokens in (8, 16):
+        expected = student.generate(input_ids=ids, max_new_tokens=tokens, **options)
+        found = student.generate(input_ids=ids, max_new_tokens=tokens, compile_config=config, **options)
+        assert found.tolist() == expected.tolist()
+    step, cache = student.get_compiled_call(config), student.new_cache()
+    with torch.no_grad():
+        step(ids, cache=cache)
+        step(ids[:, :1], cache=cache)
+        snapshot = cache.snapshot()
+        kept = [x.clone() for layer in snapshot.layers for x in layer.states]
+        step(ids[:, 1:2], cache=cache)
+        assert all(map(torch.equal, kept, (x for layer in snapshot.layers for x in layer.states)))
+        with no_synchronization():
+            step(ids[:, 2:3], cache=cache)
 
 
 @pytest.mark.parametrize("mixer", ["gla", "gated_deltanet"])

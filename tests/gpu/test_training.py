@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import masking_utils
 
 from subquad.cli import main
 from subquad.config import EndToEndStage, load_recipe
@@ -13,6 +14,7 @@ from subquad.distill.distillation_loss import distillation_loss
 from subquad.distill.lm_head import Head
 from subquad.distill.logging_callbacks import read_jsonl
 from subquad.distill.pipeline import distill
+from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
 
 pytestmark = [
@@ -41,6 +43,57 @@ def test_the_cpu_has_the_same_losses(tmp_path, monkeypatch):
     on_cpu = distill(load_recipe(path), tmp_path / "cpu")
     assert on_gpu["perplexity_at_init"] == pytest.approx(on_cpu["perplexity_at_init"], rel=1e-3)
     assert on_gpu["perplexity"] == pytest.approx(on_cpu["perplexity"], rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "student", [{"mixer": "gla"}, {"mixer": "attention", "mixer_kwargs": {"window": 8}}], ids=lambda s: s["mixer"]
+)
+def test_steps_of_training_do_not_synchronize(student, tmp_path, monkeypatch):
+    """From the second step of each stage on, in which kernels are compiled and tensors made that are kept;
+    `transformers` reads the teacher's positions once a batch."""
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+    checked = []
+
+    class WithoutWaiting(trainer.StageTrainer):
+        def run(self, function, *args):
+            torch.cuda.set_sync_debug_mode("error" if self.state.global_step else "default")
+            try:
+                return function(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                checked.append(self.objective.name)
+
+        def get_batch_samples(self, *args):
+            return self.run(super().get_batch_samples, *args)
+
+        def training_step(self, *args):
+            return self.run(super().training_step, *args)
+
+        def clip_grad_norm_(self, *args):
+            norm = self.run(super().clip_grad_norm_, *args)
+            step = self.optimizer.step
+            self.optimizer.step = lambda *args: self.run(step, *args)
+            return norm
+
+    monkeypatch.setattr("subquad.distill.pipeline.StageTrainer", WithoutWaiting)
+    path = tiny_recipe(tmp_path, student=student)
+    distill(load_recipe(path, ["data.document_masking=false"]), tmp_path / "out")
+    assert set(checked) == {"matrix", "hidden", "end_to_end"}
+
+
+@pytest.mark.parametrize("stage", ["matrix", "hidden", "end_to_end"])
+def test_a_loss_that_is_not_finite_names_step_and_layer(stage, tmp_path):
+    wild = {
+        "tokens": 2048,
+        "lr": 1e30,
+        "batch_size": 4,
+        "lr_scheduler": "constant",
+        "warmup": 0.0,
+        "max_grad_norm": 1e30,
+    }
+    path = tiny_recipe(tmp_path, stages={stage: wild})
+    with pytest.raises(UserError, match=rf"stage {stage}, step [234]: .*layer"):
+        distill(load_recipe(path), tmp_path / "out")
 
 
 def test_a_resumed_run_has_the_same_weights(tmp_path, monkeypatch):

@@ -54,6 +54,30 @@ def draw_gates(B=1, T=64, H=2, low=-20.0, high=20.0, seed=0):
     return rounded(uniform(low, high)), rounded(uniform(-5.0, 15.0))
 
 
+def draw_mlstm(T, B=1, H=2, K=16, V=16, state=False, queries=1, **gates):
+    case = draw(("none", False), B=B, T=T, H=H, K=K, V=V, queries=queries)
+    i, f = draw_gates(B=B, T=T, H=H, **gates)
+    args = {"q": case["q"], "k": case["k"], "v": case["v"], "input_gate": i, "forget_gate": f}
+    if state:
+        gen = torch.Generator().manual_seed(5)
+        args["S"] = case["initial_state"]
+        args["n"] = rounded(torch.randn(B, H, K, generator=gen, dtype=torch.float64))
+        args["m"] = rounded(3 * torch.randn(B, H, generator=gen, dtype=torch.float64))
+    return args
+
+
+def run_mlstm(form, **kwargs):
+    """`mlstm` as a function of the parts of its state; the stabilizer m has no gradient."""
+
+    def op(q, k, v, input_gate, forget_gate, S=None, n=None, m=None):
+        state = None if S is None else (S, n, m)
+        o, (S, n, m) = ops.mlstm(q, k, v, input_gate, forget_gate, state, form=form, **kwargs)
+        assert not m.requires_grad
+        return o, (S, n)
+
+    return op
+
+
 def differentiate(op, case, dtype=torch.float64, seed=1, **kwargs):
     """Outputs of `op` and its gradients with respect to every argument, from fixed random cotangents, by name."""
     args = {n: None if x is None else x.to(dtype).detach().requires_grad_() for n, x in case.items()}

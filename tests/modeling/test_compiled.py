@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import subquad
+from subquad.modeling.compiled import copied
 from tests.helpers.students import MIXERS, all_close, in_pieces, logits, make_student
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -57,6 +58,16 @@ def test_batches_with_padding_and_without_take_one_graph_each(teacher, ids):
     mask[0] = 1
     check_tokens_and_graphs(student, ids, graphs=2, attention_mask=mask)
     copy.deepcopy(student)
+
+
+def test_copied_states_share_no_memory():
+    states = (torch.randn(2, 3), torch.arange(4)), (), (torch.randn(1, 2).bfloat16(),)
+    copies = copied(states)
+    for before, after in zip(states, copies, strict=True):
+        for x, y in zip(before, after, strict=True):
+            assert torch.equal(x, y)
+            assert x.dtype == y.dtype
+            assert x.data_ptr() != y.data_ptr()
 
 
 def test_calls_that_are_no_step_are_the_students_own(teacher, ids):

@@ -36,8 +36,7 @@ def normalizer_errors(name, layout, gates):
     import torch
 
     from subquad import ops
-    from tests.helpers.ops import differentiate, draw, errors, ungrouped
-    from tests.ops.test_ops_normalizers import draw_mlstm, run
+    from tests.helpers.ops import differentiate, draw, draw_mlstm, errors, run_mlstm, ungrouped
 
     queries, high = (2 if layout == "grouped" else 1), (20.0 if gates == "extreme" else 3.0)
     case = draw_mlstm(96, queries=queries, state=True, low=-high, high=high)
@@ -50,7 +49,7 @@ def normalizer_errors(name, layout, gates):
 
     def op(**kwargs):
         if name == "mlstm":
-            return run(kwargs.pop("form", "chunk"), **kwargs)
+            return run_mlstm(kwargs.pop("form", "chunk"), **kwargs)
         return lambda q, k, v, log_decay, S, n: ops.normalized(q, k, v, log_decay, (S, n), **kwargs)
 
     if name == "normalized":

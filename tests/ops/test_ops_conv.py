@@ -48,6 +48,16 @@ def test_outputs_and_gradients_match_conv1d(T, W, bias, activation):
     assert_close(differentiate(ops.short_conv, case, torch.float32, activation=activation), reference, 1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bounds", [None, [0, 0, 1, 3, 3, 20, 50]])
+def test_a_gpu_has_the_results_of_the_cpu(bounds):
+    case = draw_conv(50, B=1, D=64, sequences=None if bounds is None else 6)
+    given = {"cu_seqlens": None if bounds is None else torch.tensor(bounds), "activation": "silu"}
+    on_gpu = {n: x.cuda() for n, x in case.items()}
+    got = differentiate(ops.short_conv, on_gpu, torch.float32, **given)
+    assert_close({n: x.cpu() for n, x in got.items()}, differentiate(ops.short_conv, case, **given), 1e-6)
+
+
 def test_token_by_token_matches_the_sequence():
     case = draw_conv(9)
     y, final_state = ops.short_conv(**case, activation="silu")

@@ -15,7 +15,17 @@ from subquad import ops
 from subquad.ops import fla
 from subquad.ops.checks import Inputs
 from subquad.ops.recurrence import unchecked_step
-from tests.helpers.ops import VARIANT_IDS, VARIANTS, assert_close, definition, differentiate, draw
+from tests.helpers.ops import (
+    VARIANT_IDS,
+    VARIANTS,
+    assert_close,
+    definition,
+    differentiate,
+    draw,
+    draw_mlstm,
+    run_mlstm,
+    ungrouped,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,6 +102,20 @@ def test_chunk_on_a_gpu(variant, backend, queries):
     got = differentiate(ops.chunk, on_gpu, torch.float32, backend=backend)
     tolerance = 1e-6 if backend == "torch" else 5e-3  # fla multiplies in TF32
     assert_close({n: x.cpu() for n, x in got.items()}, definition(case), tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["torch", "fla"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_mlstm_on_a_gpu(queries, backend):
+    if backend == "fla" and not fla.installed():
+        pytest.skip("fla or triton is missing, or hidden in this process")
+    case = draw_mlstm(300, H=4, K=64, V=64, queries=queries, state=True)
+    case["q"], case["k"], case["n"] = (case[name].abs() for name in ("q", "k", "n"))  # no normalizer near zero
+    on_gpu = {n: x.cuda() for n, x in case.items()}
+    got = differentiate(run_mlstm("chunk", backend=backend), on_gpu, torch.float32)
+    expected = differentiate(ungrouped(run_mlstm("step")), case)
+    assert_close({n: x.cpu() for n, x in got.items()}, expected, 1e-5 if backend == "torch" else 5e-3)
 
 
 @pytest.fixture
