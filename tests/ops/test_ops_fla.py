@@ -73,6 +73,9 @@ def test_normalizers_by_chunk_kernels_in_the_interpreter(op, layout, gates):
     """Also where input gates of mLSTM reach from exp(-20) to exp(20)."""
     worst = interpreted_errors(gates, "additive", op, layout)
     assert max(worst.values()) < 1e-5, worst
+    if layout == "batch":
+        worst = interpreted_errors(gates, "additive", op, layout, "refused")
+        assert max(worst.values()) < 1e-5, worst
 
 
 @pytest.mark.slow
