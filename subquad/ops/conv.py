@@ -3,7 +3,8 @@
     y_t = bias + sum_w weight[:, w] x_{t - (W - 1) + w}          weight[:, W - 1] is the tap of the current token
 
 Memory bandwidth limits it, so that on a CPU it goes through the sequence in tiles that stay in the cache while all taps
-read them. On other devices it is `torch.nn.functional.conv1d`.
+read them. On other devices it is `torch.nn.functional.conv1d`; without an initial state it is the kernel of `fla` where
+that computes CUDA tensors.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops import fla
 from subquad.ops.checks import Shapes, check_cu_seqlens, compute_dtype
 from subquad.ops.engine.functions import OnceDifferentiable, VmapByLoopFunction
 from subquad.ops.engine.workspace import Workspace
@@ -58,11 +60,13 @@ def short_conv(
         shapes.check("bias", bias, "D")
     shapes.sizes |= {"N": check_cu_seqlens(x, cu_seqlens), "P": weight.shape[1] - 1}
     N, P, D = (shapes.sizes[letter] for letter in "NPD")
-    if initial_state is None:
-        initial_state = x.new_zeros(N, P, D)
-    shapes.check("initial_state", initial_state, "NPD", dtype=x.dtype)
     if activation not in (None, "silu"):
         raise ValueError(f'activation: got {activation!r}, expected None or "silu"')
+    if initial_state is None:
+        if (found := fla.run_short_conv(x, weight, bias, cu_seqlens, activation)) is not None:
+            return found
+        initial_state = x.new_zeros(N, P, D)
+    shapes.check("initial_state", initial_state, "NPD", dtype=x.dtype)
     bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     convolve = ShortConv.apply if x.device.type == "cpu" else short_conv_by_conv1d
     return convolve(x, weight, bias, initial_state, ConvSpec(bounds, activation == "silu"))

@@ -114,6 +114,21 @@ def run_kernel(op: str, inputs: Inputs, scale: float, cu_seqlens: Tensor | None)
     return o.to(q.dtype), state if queries == 1 else state[:, ::queries].contiguous()
 
 
+def run_short_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, activation: str | None
+) -> tuple[Tensor, Tensor] | None:
+    """`short_conv` without an initial state by fla's kernel; None if PyTorch should compute it."""
+    if not use_fla(None, x) or x.dtype == torch.float64 or not x.shape[1]:
+        return None
+    if importlib.util.find_spec("fla.modules.causal_conv1d") is None:  # before fla 0.6
+        return None
+    kernel = importlib.import_module("fla.modules.causal_conv1d").causal_conv1d
+    bounds = None if cu_seqlens is None else cu_seqlens.to(x.device, torch.long)
+    options = {"output_final_state": True, "activation": activation, "cu_seqlens": bounds}
+    y, state = kernel(x.contiguous(), weight.contiguous(), bias, **options)
+    return y, state[..., 1:].mT.contiguous()  # of the last W inputs, [N, D, W]
+
+
 def _per_channel(log_decay: Tensor | None, k: Tensor) -> Tensor:
     """The same decay in every channel, [B, T, H, K]."""
     if log_decay is None:

@@ -78,6 +78,18 @@ def run_mlstm(form, **kwargs):
     return op
 
 
+def draw_conv(T, B=2, D=6, W=4, bias=True, sequences=None):
+    """The arguments of `short_conv` in float64."""
+    gen = torch.Generator().manual_seed(T)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=gen).float().double()
+
+    case = {"x": normal(B, T, D), "weight": normal(D, W), "bias": normal(D) if bias else None}
+    case["initial_state"] = normal(sequences or B, W - 1, D)
+    return case
+
+
 def differentiate(op, case, dtype=torch.float64, seed=1, **kwargs):
     """Outputs of `op` and its gradients with respect to every argument, from fixed random cotangents, by name."""
     args = {n: None if x is None else x.to(dtype).detach().requires_grad_() for n, x in case.items()}

@@ -59,6 +59,20 @@ def normalizer_errors(name, layout, gates):
     return errors(differentiate(op(**kwargs, backend="fla"), case, torch.float32), reference)
 
 
+def short_conv_errors(layout):
+    import torch
+
+    from subquad import ops
+    from tests.helpers.ops import differentiate, draw_conv, errors
+
+    case = draw_conv(97, B=1 if layout == "packed" else 2) | {"initial_state": None}
+    kwargs = {"activation": "silu"}
+    if layout == "packed":
+        kwargs["cu_seqlens"] = torch.tensor([0, 0, 1, 3, 3, 20, 97])
+    reference = differentiate(ops.short_conv, case, **kwargs)  # PyTorch computes in float64
+    return errors(differentiate(ops.short_conv, case, torch.float32, **kwargs), reference)
+
+
 def main(decay, delta, op, layout, refused):
     with tempfile.TemporaryDirectory() as folder:
         copy_of_fla(folder)
@@ -71,6 +85,11 @@ def main(decay, delta, op, layout, refused):
         from tests.helpers.ops import definition, differentiate, draw, errors
 
         fla.refuses_scalar_decay = lambda: refused
+        if op == "short_conv":
+            os.environ["SUBQUAD_BACKEND"] = "fla"
+            print(json.dumps(short_conv_errors(layout)))
+            assert "fla.modules.causal_conv1d" in sys.modules, "fla was not called"
+            return
         if op in ("mlstm", "normalized"):
             print(json.dumps(normalizer_errors(op, layout, decay)))
             return

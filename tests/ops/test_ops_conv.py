@@ -8,24 +8,13 @@ import torch.nn.functional as F
 
 from subquad import ops
 from subquad.ops import conv
-from tests.helpers.ops import assert_close, differentiate, error
+from tests.helpers.ops import assert_close, differentiate, draw_conv, error
 
 
 @pytest.fixture(autouse=True, params=["tiles", "conv1d"])
 def _form(request, monkeypatch):
     if request.param == "conv1d":
         monkeypatch.setattr(conv.ShortConv, "apply", conv.short_conv_by_conv1d)
-
-
-def draw_conv(T, B=2, D=6, W=4, bias=True, sequences=None):
-    gen = torch.Generator().manual_seed(T)
-
-    def normal(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=gen).float().double()
-
-    case = {"x": normal(B, T, D), "weight": normal(D, W), "bias": normal(D) if bias else None}
-    case["initial_state"] = normal(sequences or B, W - 1, D)
-    return case
 
 
 def conv1d(activation):

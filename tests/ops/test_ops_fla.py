@@ -79,6 +79,13 @@ def test_normalizers_by_chunk_kernels_in_the_interpreter(op, layout, gates):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["batch", "packed"])
+def test_short_conv_in_the_interpreter(layout):
+    worst = interpreted_errors("none", "additive", "short_conv", layout)
+    assert max(worst.values()) < 1e-6, worst
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v[0] != "channel"], ids=str)
 def test_per_channel_kernels_replace_those_of_a_decay_per_head(variant):
     """Where `fla` refuses the latter."""
