@@ -120,7 +120,7 @@ class StageTrainer(Trainer):
         samples, _ = super().get_batch_samples(*args, **kwargs)
         with self.autocast():
             samples = [self.objective.training_batch(batch) for batch in samples]
-        counts = torch.stack([self.objective.count_tokens(batch) for batch in samples]).float()
+        counts = torch.stack([self.objective.count_tokens(batch) for batch in samples]).float().to(self.args.device)
         total = self.accelerator.reduce(counts.sum(), "sum").clamp_min(1)
         self.loss_weights = list((counts * len(samples) * self.accelerator.num_processes / total).unbind())
         if self.late_checks is not None:
