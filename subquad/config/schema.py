@@ -74,6 +74,9 @@ class Data(Section):
     """Subset (configuration) of a dataset of the hub; null: its default."""
     streaming: bool = True
     """True: read only the needed part of a dataset of the hub. False: download the whole dataset first."""
+    shuffle_buffer: PositiveInt | None = None
+    """Stream the training text: read and tokenize it while training, and shuffle it in blocks of so many rows per
+    process; null: tokenize it once into a cache on disk, and shuffle all rows."""
 
     @model_validator(mode="before")
     @classmethod

@@ -2,5 +2,6 @@
 
 from subquad.data.corpora import check_data, documents
 from subquad.data.packing import PackedDataset, spread_rows, token_rows
+from subquad.data.streaming import StreamedDataset, StreamedRows
 
-__all__ = ["PackedDataset", "check_data", "documents", "spread_rows", "token_rows"]
+__all__ = ["PackedDataset", "StreamedDataset", "StreamedRows", "check_data", "documents", "spread_rows", "token_rows"]

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from subquad.config import Data
 from subquad.data.chat import Conversation, replace_surrogates
@@ -36,9 +36,14 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
+if TYPE_CHECKING:
+    import datasets
+
 Document = str | Conversation
 Row = tuple[str, Any]
 """A row of a table: its file and number for errors, and what is in it, by column."""
+Shard = tuple[Path, int, int | None]
+"""A file, or a part of one: the lines that begin from one byte to another, or row groups."""
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
 
@@ -49,6 +54,8 @@ PASSAGE_CHARACTERS = 20_000
 """In a text file without separators, a passage ends at the first blank line after this many characters."""
 ROWS_AT_ONCE = 1024
 """Of a .parquet file."""
+SHARD_BYTES = 2**26
+"""Larger .jsonl and .parquet files are streamed in parts: of this size, or of one row group each."""
 VALIDATION_FRACTION = 1 / 20
 MAX_DOCS_FOR_CHARACTER_SPLIT = 200
 """With at most this many documents, a share of them is too coarse or empty, and the text is split by characters."""
@@ -98,15 +105,65 @@ def read(source: Source) -> Iterator[Document]:
             if _is_in_split(path.relative_to(LIBRARY).as_posix(), source.part):
                 with contextlib.suppress(UnicodeDecodeError):  # a few are in another encoding on purpose
                     yield path.read_text(encoding="utf-8")
-        return
-    if source.part != "all":
-        lengths = [len(document) for document in itertools.islice(_nonempty(source), MAX_DOCS_FOR_CHARACTER_SPLIT + 1)]
-        if len(lengths) <= MAX_DOCS_FOR_CHARACTER_SPLIT:
-            yield from _split_by_characters(_nonempty(source), sum(lengths), source.part)
-            return
-    for document in _nonempty(source):
-        key = document.text() if isinstance(document, Conversation) else document
-        if _is_in_split(key, source.part):
+    elif lengths := _lengths_if_few(source):
+        yield from _split_by_characters(_all_documents(source), sum(lengths), source.part)
+    else:
+        yield from _in_split(_all_documents(source), source.part)
+
+
+def _lengths_if_few(source: Source) -> list[int]:
+    """The characters of each document of a source that is split by characters; of others none."""
+    if source.part == "all":
+        return []
+    lengths = [len(document) for document in itertools.islice(_all_documents(source), MAX_DOCS_FOR_CHARACTER_SPLIT + 1)]
+    return lengths if len(lengths) <= MAX_DOCS_FOR_CHARACTER_SPLIT else []
+
+
+def shards(source: Source) -> list[Shard | None]:
+    """What of a source can be read on its own: files and parts of files; None is the source as a whole, where the
+    split depends on more than the text of a document. A dataset of the hub has none: it has shards of its own."""
+    if source.name == STDLIB or _lengths_if_few(source):
+        return [None]
+    found: list[Shard | None] = []
+    for path in source.files:
+        bounds: list[int | None] = [0, None]
+        size, kind = path.stat().st_size, path.suffix.lower()
+        if kind == ".jsonl" and size > SHARD_BYTES:
+            bounds = [*range(0, size, SHARD_BYTES), None]
+        elif kind == ".parquet" and size > SHARD_BYTES:
+            from pyarrow import parquet
+
+            with _open(path, lambda: "in its metadata") as file:
+                bounds = [*range(max(1, parquet.ParquetFile(file).num_row_groups)), None]
+        found += [(path, start or 0, stop) for start, stop in itertools.pairwise(bounds)]
+    return found
+
+
+def shard_documents(shards: Iterable[Shard | None], source: Source) -> Iterator[dict[str, Document]]:
+    """The documents of some shards of a source that are in its part, each as `{"document": ...}`."""
+    for shard in shards:
+        documents = read(source) if shard is None else _in_split(_documents_of(*shard, source), source.part)
+        yield from ({"document": document} for document in documents)
+
+
+def hub_dataset(source: Source) -> "datasets.Dataset | datasets.IterableDataset":
+    """A dataset of the hub, read as it is iterated, or with `streaming: false` downloaded."""
+    from datasets import load_dataset
+
+    with _hub_errors(source):
+        return load_dataset(source.name, source.subset, split=source.split, streaming=source.streaming)
+
+
+def hub_documents(rows: Iterable[Any], source: Source) -> Iterator[Document]:
+    """The documents in rows of a dataset of the hub that are in the source's part."""
+    with _hub_errors(source):
+        yield from _in_split(_cells(((source.label, row) for row in rows), source), source.part)
+
+
+def _in_split(documents: Iterable[Document], split: SplitOrAll) -> Iterator[Document]:
+    """The documents with text that the hash of their text puts into a split."""
+    for document in _nonempty(documents):
+        if _is_in_split(document.text() if isinstance(document, Conversation) else document, split):
             yield document
 
 
@@ -146,20 +203,25 @@ def _split_text(text: str, position: int, is_first: bool) -> tuple[str, str]:
 # ---------------------------------------------------------------------- readers
 
 
-def _nonempty(source: Source) -> Iterator[Document]:
+def _all_documents(source: Source) -> Iterator[Document]:
     """All documents of a source, without empty ones."""
-    files = [_documents_of(path, source) for path in source.files] or [_cells(_hub_rows(source), source)]
-    for document in itertools.chain.from_iterable(files):
+    files = [_documents_of(path, 0, None, source) for path in source.files] or [_cells(_hub_rows(source), source)]
+    return _nonempty(itertools.chain.from_iterable(files))
+
+
+def _nonempty(documents: Iterable[Document]) -> Iterator[Document]:
+    for document in documents:
         if len(document) and not (isinstance(document, str) and document.isspace()):
             yield document
 
 
-def _documents_of(path: Path, source: Source) -> Iterator[Document]:
+def _documents_of(path: Path, start: int, stop: int | None, source: Source) -> Iterator[Document]:
+    """The documents of a file, or of a part of it; see `Shard`."""
     kind = suffix(path)
     if kind == ".jsonl":
-        yield from _cells(_json_rows(path, source.column), source)
+        yield from _cells(_json_rows(path, start, stop, source.column), source)
     elif kind == ".parquet":
-        yield from _cells(_parquet_rows(path, source.column), source)
+        yield from _cells(_parquet_rows(path, start, stop, source.column), source)
     elif kind == ".txt":
         yield from _passages(path)
     else:
@@ -185,11 +247,16 @@ def _passages(path: Path) -> Iterator[str]:
     yield "".join(passage).strip("\n")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Each line of a UTF-8 file, ended by `\\n`."""
-    offset = 0
+def _lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """Each line of a UTF-8 file, ended by `\\n`, that begins at byte `start` or later and before byte `stop`."""
+    offset = start
     with _open(path, lambda: f"after byte {offset} of its content") as file:
+        if start:
+            file.seek(start - 1)
+            offset += len(file.readline()) - 1
         for raw in file:
+            if stop is not None and offset >= stop:
+                return
             if b"\0" in raw:
                 raise UserError(f"{path}: got a zero byte at byte {offset + raw.index(0)}, expected text")
             try:
@@ -203,18 +270,19 @@ def _lines(path: Path) -> Iterator[str]:
             yield line[:-2] + "\n" if line.endswith("\r\n") else line
 
 
-def _json_rows(path: Path, column: str) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), start=1):
+def _json_rows(path: Path, start: int, stop: int | None, column: str) -> Iterator[Row]:
+    where = f"{path}: after byte {start}, line " if start else f"{path}:"
+    for number, line in enumerate(_lines(path, start, stop), start=1):
         if line.strip():
             try:
-                yield f"{path}:{number}", json.loads(line)
+                yield f"{where}{number}", json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"{path}:{number}: not JSON ({error}); expected an object with the key {column!r}"
+                    f"{where}{number}: not JSON ({error}); expected an object with the key {column!r}"
                 ) from None
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
+def _parquet_rows(path: Path, start: int, stop: int | None, column: str) -> Iterator[Row]:
     from pyarrow import parquet
 
     number = 0
@@ -222,7 +290,9 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
         table = parquet.ParquetFile(file)
         if column not in table.schema_arrow.names:
             yield str(path), dict.fromkeys(table.schema_arrow.names)
-        for batch in table.iter_batches(columns=[column], batch_size=ROWS_AT_ONCE):
+        number = sum(table.metadata.row_group(i).num_rows for i in range(start))
+        groups = range(start, table.num_row_groups if stop is None else stop)
+        for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[column]):
             for cell in batch.column(0):
                 number += 1
                 try:
@@ -232,13 +302,13 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:
-    from datasets import load_dataset
-
-    hint = nearest_source(source.name)
-    with as_user_error(f"{source.label}: no such file{hint}; and not readable from the hub"):
-        rows = load_dataset(source.name, source.subset, split=source.split, streaming=source.streaming)
-        for number, row in enumerate(rows, start=1):
+    with _hub_errors(source):
+        for number, row in enumerate(hub_dataset(source), start=1):
             yield f"{source.label}: row {number}", row
+
+
+def _hub_errors(source: Source) -> contextlib.AbstractContextManager[None]:
+    return as_user_error(f"{source.label}: no such file{nearest_source(source.name)}; and not readable from the hub")
 
 
 def _cells(rows: Iterable[Row], source: Source) -> Iterator[Document]:

@@ -143,7 +143,7 @@ def token_stream(encoder: Encoder, documents: Iterable[Document], limit: float, 
     """
     count = 0
     # Tokens are rarely shorter than two characters, so that one batch rarely exceeds the limit.
-    batches = _batches(documents, min(BATCH_CHARACTERS, 2 * limit))
+    batches = document_batches(documents, min(BATCH_CHARACTERS, 2 * limit))
     with tqdm(desc=f"tokenizing {name}", unit=" tokens", unit_scale=True, delay=3, disable=None) as progress:
         for tokens in _encode_batches(encoder, batches):
             if isinstance(tokens, Exception):
@@ -159,7 +159,7 @@ def token_stream(encoder: Encoder, documents: Iterable[Document], limit: float, 
                 return
 
 
-def _batches(documents: Iterable[Document], characters: float) -> Iterator[Batch]:
+def document_batches(documents: Iterable[Document], characters: float) -> Iterator[Batch]:
     """Lists of documents, each with at least so many characters, except the last. An error while reading is the last
     batch, for the same reason as in `Encoder.__getitem__`."""
     batch: list[Document] = []

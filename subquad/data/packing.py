@@ -71,6 +71,15 @@ class MixtureSchedule:
         """The largest number of rows that a source can have among the first `rows`."""
         return -(-rows * self.weights[source] // self.period)
 
+    def count(self, source: int, rows: int) -> int:
+        """The number of rows that a source has among the first `rows`."""
+        cycle, offset = divmod(rows, self.period)
+        if len(self.weights) == 1:
+            return rows
+        if offset:
+            self[offset - 1]  # computes the schedule so far
+        return cycle * self.weights[source] + self._sources[:offset].count(source)
+
     def _extend(self) -> None:
         """Assigns one more row, in whole numbers: all quantities are multiplied by `period` and 2(n - 1)."""
         n, period = len(self.weights), self.period
@@ -127,7 +136,7 @@ class PackedDataset(Dataset):
         self.document_masking, self.with_labels = document_masking, with_labels
         num_rows = sum(source.num_rows for source in sources)
         self._num_rows = num_rows if max_rows is None else min(num_rows, max_rows)
-        self._schedule = MixtureSchedule([source.weight for source in sources])
+        self.schedule = MixtureSchedule([source.weight for source in sources])
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -136,16 +145,10 @@ class PackedDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if index < 0:
             raise IndexError(f"row {index}; expected 0 or more")
-        source, row = self._schedule[index]
+        source, row = self.schedule[index]
         epoch, offset = divmod(row, self.sources[source].num_rows)
-        own = self.sources[source]
-        start = int(self._order(source, epoch)[offset]) * (self.seq_len - len(own.prefix))
-        tokens = self._tokens[source].slice(start, self.seq_len).to_numpy()
-        if own.prefix and not tokens[0] & DOC_START:
-            prefix = np.array(own.prefix, np.uint32)
-            prefix[0] |= DOC_START
-            tokens = np.concatenate([prefix, tokens[: self.seq_len - len(prefix)]])
-        return self._make_item(tokens, own.starts_with_eos)
+        start = int(self._order(source, epoch)[offset]) * self.stride(source)
+        return self.make_item(source, self._tokens[source].slice(start, self.seq_len).to_numpy())
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[i] for i in range(len(self)))
@@ -154,7 +157,17 @@ class PackedDataset(Dataset):
         """`count` rows from row `start` on, across epochs if necessary."""
         return Subset(self, range(start, start + count))
 
-    def _make_item(self, tokens: np.ndarray, starts_with_eos: bool) -> dict[str, Tensor]:
+    def stride(self, source: int) -> int:
+        """The tokens from the start of a row of a source to that of the next."""
+        return self.seq_len - len(self.sources[source].prefix)
+
+    def make_item(self, source: int, tokens: np.ndarray) -> dict[str, Tensor]:
+        """The row that begins with `seq_len` tokens of a source, `uint32` with flags."""
+        own = self.sources[source]
+        if own.prefix and not tokens[0] & DOC_START:
+            prefix = np.array(own.prefix, np.uint32)
+            prefix[0] |= DOC_START
+            tokens = np.concatenate([prefix, tokens[: self.seq_len - len(prefix)]])
         ids = (tokens & TOKEN_MASK).astype(np.int64)
         item = {"input_ids": ids}
         doc_starts = (tokens & DOC_START) != 0
@@ -163,7 +176,7 @@ class PackedDataset(Dataset):
             item["position_ids"] = positions - np.maximum.accumulate(np.where(doc_starts, positions, 0))
         if self.with_labels:
             ignored = (tokens & LOSS_IGNORED) != 0
-            if self.document_masking and not starts_with_eos:
+            if self.document_masking and not own.starts_with_eos:
                 ignored |= doc_starts
             item["labels"] = np.where(ignored, IGNORE_INDEX, ids)
         return {name: torch.from_numpy(values) for name, values in item.items()}

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from subquad.config import Recipe, different_keys, load_recipe
-from subquad.data import check_data, spread_rows, token_rows
+from subquad.data import StreamedDataset, check_data, spread_rows, token_rows
 from subquad.distill.logging_callbacks import draw_curves, read_jsonl
 from subquad.distill.recipe_stages import StageCache, epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
-from subquad.distill.trainer import StageTrainer
+from subquad.distill.trainer import StageTrainer, rows_per_process, stream_states
 from subquad.evaluate.efficiency import decode_speed
 from subquad.evaluate.perplexity import UNIGRAM_TOKENS, compare, recovered_share, unigram_loss
 from subquad.modeling.attention.discovery import discover_attention
@@ -157,7 +157,8 @@ class DistillationRun:
     student: SubquadForCausalLM
 
     def __init__(self, recipe: Recipe, directory: Path, loaded: ModelAndTokenizer | None = None, fsdp: bool = False):
-        """Loads the teacher, unless `loaded` has it and its tokenizer, and tokenizes as much of the text as needed."""
+        """Loads the teacher, unless `loaded` has it and its tokenizer, and tokenizes as much of the text as needed: of
+        streamed text its beginning."""
         self.recipe, self.directory, self.fsdp = recipe, directory, fsdp
         self.checkpoints, self.metrics = directory / "checkpoints", directory / "metrics.jsonl"
         self.finished_stages: list[str] = []
@@ -170,7 +171,9 @@ class DistillationRun:
         self.teacher.to(find_device(recipe.device)).requires_grad_(False)  # type: ignore[arg-type]
         self.check_teacher()
         data, eval_tokens = recipe.data, recipe.evaluation.eval_tokens
-        self.train = token_rows(data, self.tokenizer, "train", limit=epoch_tokens(recipe), seed=recipe.seed)
+        limit = epoch_tokens(recipe) if data.shuffle_buffer is None else UNIGRAM_TOKENS
+        self.train = token_rows(data, self.tokenizer, "train", limit=limit, seed=recipe.seed)
+        self.stream = None if data.shuffle_buffer is None else self.open_stream()
         validation = token_rows(data, self.tokenizer, "validation", limit=eval_tokens + data.seq_len, seed=0)
         count = max(1, math.ceil(eval_tokens / data.seq_len))
         self.validation = validation.take(min(count, len(validation)))
@@ -189,6 +192,21 @@ class DistillationRun:
                 f"data.document_masking: got true, expected false for teacher {self.recipe.teacher!r}, whose attention "
                 "crosses documents in one row whatever their position_ids"
             )
+
+    def open_stream(self) -> StreamedDataset:
+        state = PartialState()
+        place = {"process": state.process_index, "processes": state.num_processes}
+        return StreamedDataset(self.recipe.data, self.tokenizer, self.train, seed=self.recipe.seed, **place)
+
+    def stage_text(self, name: str) -> Dataset:
+        """The rows of a stage, which follow those of the stages before it."""
+        rows = stage_rows(self.recipe)
+        names = list(rows)
+        count, start = rows[name], sum(rows[earlier] for earlier in names[: names.index(name)])
+        if self.stream is None:
+            return self.train.take(count, start)
+        processes = self.stream.processes
+        return self.stream.take(count, start, rows_per_process(getattr(self.recipe.stages, name), processes)[1])
 
     def training_ids(self, tokens: int) -> Tensor:
         """The first rows of the training text, about `tokens` tokens: `[rows, seq_len]`."""
@@ -213,7 +231,10 @@ class DistillationRun:
             last = self.checkpoints / f"{self.finished_stages[-1]}-done"
             logger.info("%s: resuming after stage %s", self.directory, self.finished_stages[-1])
             self.student = SubquadForCausalLM.from_pretrained(last).to(self.teacher.device)
-            self.seconds = json.loads((last / "done.json").read_text())["seconds"]
+            done_record = json.loads((last / "done.json").read_text())
+            self.seconds = done_record["seconds"]
+            if self.stream is not None:
+                self.stream.load_state(done_record["stream"])
             return
         start = time.perf_counter()
         options = self.recipe.student
@@ -268,18 +289,14 @@ class DistillationRun:
             scale_ids=self.training_ids(SCALE_TOKENS),
             attention_layers=self.attention_layers,
         )
-        # the rows of a stage follow those of the stages before it
-        rows = stage_rows(self.recipe)
-        names = list(rows)
-        offset = sum(rows[earlier] for earlier in names[: names.index(name)])
-        train = self.train.take(rows[name], start=offset)
+        train = self.stage_text(name)
         trainer = StageTrainer(self.recipe, objective, self.student, train, self.validation, self.directory, self.fsdp)
         trainer.train_stage()
         self.seconds += time.perf_counter() - start
         self.finished_stages.append(name)
-        on_first_process(self.save_stage, name)
+        on_first_process(self.save_stage, name, stream_states(train, stage_rows(self.recipe)[name]))
 
-    def save_stage(self, name: str) -> None:
+    def save_stage(self, name: str, stream: list[dict[str, Any]]) -> None:
         """Saves the student after stage `name`, completely or not at all, and removes the stage's checkpoints."""
         target = self.checkpoints / f"{name}-done"
         partial = target.with_name(target.name + ".part")
@@ -287,7 +304,7 @@ class DistillationRun:
         self.student.save_pretrained(partial)
         for path in (self.checkpoints / "initial.json", self.metrics):
             shutil.copy(path, partial)
-        write_json_atomic(partial / "done.json", {"seconds": self.seconds})
+        write_json_atomic(partial / "done.json", {"seconds": self.seconds, "stream": stream})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         shutil.rmtree(self.checkpoints / name, ignore_errors=True)

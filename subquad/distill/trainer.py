@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
@@ -19,7 +20,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from subquad.config import Recipe, Stage
+from subquad.data import StreamedRows
 from subquad.data.packing import IGNORE_INDEX, next_labels
+from subquad.data.streaming import State
 from subquad.distill.interruption import StopRequest
 from subquad.distill.late_checks import LateChecks
 from subquad.distill.logging_callbacks import MetricsCallback, tensorboard
@@ -32,11 +35,13 @@ from subquad.distill.window_dropout import dropped_windows, drops_windows
 from subquad.modeling.attention.activations import LayerActivations, capture_activations
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.placement import find_device
-from subquad.utils import UserError
+from subquad.utils import UserError, write_json_atomic
 
 logger = logging.getLogger(__name__)
 LR_SCHEDULERS = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 """The names of `transformers` that differ from those in recipes."""
+STREAM = "stream.json"
+"""Of a checkpoint: the positions of all processes in streamed text."""
 
 
 class StageTrainer(Trainer):
@@ -94,6 +99,8 @@ class StageTrainer(Trainer):
         checkpoint = newest_checkpoint(self.directory)
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)
+            if isinstance(self.train_dataset, StreamedRows):
+                self.train_dataset.stream.load_state(json.loads(Path(checkpoint, STREAM).read_text()))
         stop = StopRequest()
         self.add_callback(stop)
         with stop.listening():
@@ -219,6 +226,9 @@ class StageTrainer(Trainer):
         if self.fsdp and not self.args.should_save:
             self.create_optimizer().state_dict()  # all processes gather it
         super()._save_optimizer_and_scheduler(output_dir)
+        states = stream_states(self.train_dataset, self.state.global_step * self.stage.batch_size)
+        if states and self.args.should_save:
+            write_json_atomic(Path(output_dir, STREAM), states)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -340,6 +350,11 @@ def rows_per_process(stage: Stage, processes: int) -> tuple[int, int]:
             f"micro_batch_size: got {micro_batch}, expected a divisor of the {rows} rows that a process has in a step"
         )
     return rows, micro_batch
+
+
+def stream_states(train: Any, done: int) -> list[State]:
+    """Where each process is in streamed text after `done` rows of a stage; none if the text is not streamed."""
+    return gather_object([train.state(done)]) if isinstance(train, StreamedRows) else []
 
 
 def newest_checkpoint(directory: Path) -> str | None:

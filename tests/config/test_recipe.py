@@ -171,6 +171,7 @@ def test_wrong_file(write, text, expected):
 def test_messages_in_full(write):
     text = BASE.replace("20_000", "many").replace("nano", "''").replace("mixer: gla", "mixer: [gla, retnt]")
     keys = "source, seq_len, validation, document_masking, column, chat, assistant_only_loss, split, subset, streaming"
+    keys += ", shuffle_buffer"
     assert mistakes(write(text + "sed: 1\n"), ["data="], load=load_study) == [
         "recipe.yaml:1: teacher: got '', expected text that is not empty",
         "recipe.yaml:4: student.mixer: unknown mixer 'retnt'; did you mean 'retnet'?",

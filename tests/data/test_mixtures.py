@@ -26,6 +26,7 @@ def test_schedule_keeps_shares_to_within_one_row(weights):
         for k, weight in enumerate(weights):
             assert abs(counts[k] - (i + 1) * weight / sum(weights)) < 1
             assert counts[k] <= schedule.max_count(k, i + 1) < counts[k] + 2
+            assert schedule.count(k, i + 1) == counts[k]
 
 
 def test_schedule_supports_random_access_and_pickling():
