@@ -140,10 +140,15 @@ def shards(source: Source) -> list[Shard | None]:
 
 
 def shard_documents(shards: Iterable[Shard | None], source: Source) -> Iterator[dict[str, Document]]:
-    """The documents of some shards of a source that are in its part, each as `{"document": ...}`."""
+    """The documents of some shards of a source that are in its part, each in a row of `datasets` (`unwrap`)."""
     for shard in shards:
         documents = read(source) if shard is None else _in_split(_documents_of(*shard, source), source.part)
         yield from ({"document": document} for document in documents)
+
+
+def unwrap(rows: Iterable[dict[str, Document]]) -> Iterator[Document]:
+    """The documents in rows of `shard_documents`."""
+    return (row["document"] for row in rows)
 
 
 def hub_dataset(source: Source) -> "datasets.Dataset | datasets.IterableDataset":

@@ -3,10 +3,11 @@
 The text may be larger than memory and disk. Its order depends on the seed and the number of processes alone.
 """
 
+import functools
 import json
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 State = dict[str, Any]
 """A position in a text, of values that JSON has."""
+Reader = Callable[[Iterable[Any]], Iterator[corpora.Document]]
+"""Makes documents of rows of `datasets`."""
 
 
 class StreamedDataset(Dataset):
@@ -49,12 +52,12 @@ class StreamedDataset(Dataset):
     ):
         """beginning: rows from the beginning of the same text, whose form the rows of the stream have."""
         self.beginning, self.process, self.processes = beginning, process, processes
-        encoder, block_rows = Encoder(tokenizer, data.assistant_only_loss), data.shuffle_buffer or 1
+        assert data.shuffle_buffer is not None
         self.streams = []
         for k, source in enumerate(resolve_sources(data, "train")):
-            examples, own_seed = split_examples(source, process, processes), [seed, k, process]
-            stride, seq_len = beginning.stride(k), beginning.seq_len
-            self.streams.append(SourceStream(source, examples, encoder, block_rows, stride, seq_len, own_seed))
+            rows, encoder = open_source(source, process, processes), Encoder(tokenizer, data.assistant_only_loss)
+            shape = data.shuffle_buffer, beginning.seq_len, beginning.stride(k)
+            self.streams.append(SourceStream(source, *rows, encoder, *shape, [seed, k, process]))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         source, row = self.beginning.schedule[index]
@@ -104,21 +107,22 @@ class StreamedRows(Dataset):
         return self.stream.state(self.start + done // self.stream.processes)
 
 
-def split_examples(source: Source, process: int, processes: int) -> "datasets.IterableDataset":
-    """What a process reads of a source: documents, or rows of a dataset of the hub."""
+def open_source(source: Source, process: int, processes: int) -> tuple["datasets.IterableDataset", Reader]:
+    """The rows that a process reads of a source, and what makes documents of them."""
     import datasets
     from datasets.distributed import split_dataset_by_node
 
-    if source.files:
-        options = {"shards": corpora.shards(source), "source": source}
-        examples = datasets.IterableDataset.from_generator(corpora.shard_documents, gen_kwargs=options)
+    rows: Any
+    read: Reader = corpora.unwrap
+    if shards := corpora.shards(source):
+        options = {"shards": shards, "source": source}
+        rows = datasets.IterableDataset.from_generator(corpora.shard_documents, gen_kwargs=options)
     else:
-        examples = corpora.hub_dataset(source)
-        if not source.streaming:
-            examples = examples.to_iterable_dataset()
-    if examples.num_shards >= processes:
-        return examples.shard(processes, process)
-    return split_dataset_by_node(examples, process, processes)
+        rows, read = corpora.hub_dataset(source), functools.partial(corpora.hub_documents, source=source)
+        rows = rows if source.streaming else rows.to_iterable_dataset()
+    if rows.num_shards >= processes:
+        return rows.shard(processes, process), read
+    return split_dataset_by_node(rows, process, processes), read
 
 
 class SourceStream:
@@ -127,19 +131,20 @@ class SourceStream:
     def __init__(
         self,
         source: Source,
-        examples: "datasets.IterableDataset",
+        rows: "datasets.IterableDataset",
+        read: Reader,
         encoder: Encoder,
         block_rows: int,
-        stride: int,
         seq_len: int,
+        stride: int,
         seed: list[int],
     ):
-        """stride: tokens from the start of a row to that of the next. seed: of the blocks; its first number also of the
-        shards."""
-        self.source, self.examples, self.encoder = source, examples, encoder
-        self.block_rows, self.stride, self.seq_len, self.seed = block_rows, stride, seq_len, seed
+        """rows, read: of `open_source`. stride: tokens from the start of a row to that of the next. seed: of the order
+        in blocks; its first number also of that of the shards."""
+        self.source, self.rows, self.read, self.encoder = source, rows, read, encoder
+        self.block_rows, self.seq_len, self.stride, self.seed = block_rows, seq_len, stride, seed
         sizes = [(path.name, path.stat().st_size) for path in source.files]
-        self.text = zlib.crc32(json.dumps([source.name, source.subset, source.split, *sizes]).encode())
+        self.text = zlib.crc32(json.dumps(sizes or [source.name, source.subset, source.split]).encode())
         """Identifies the text, wherever its files lie."""
         self.states: dict[int, State] = {}
         """Positions of the blocks since the last call of `state`, and of the next one."""
@@ -150,10 +155,10 @@ class SourceStream:
         block, offset = divmod(row, self.block_rows)
         if block < self.block:
             raise IndexError(f"row {row}; expected {self.block * self.block_rows} or more, since the stream is beyond")
-        while self.block < block or self.rows is None:
+        while self.block < block or self.block_tokens is None:
             self._read_block()
         start = self.order[offset] * self.stride
-        return self.rows[start : start + self.seq_len]
+        return self.block_tokens[start : start + self.seq_len]
 
     def state(self, row: int) -> State:
         """The position of a row; forgets those of blocks before it."""
@@ -166,19 +171,19 @@ class SourceStream:
         if state["text"] != self.text:
             raise UserError(f"{self.source.label}: got other files than those with which the run was started")
         self.block, self.states = state["block"], {state["block"]: state}
-        self.rows: np.ndarray | None = None
+        self.block_tokens: np.ndarray | None = None
         self._batches = self._token_batches(state)
         self._queue: deque[tuple[State, np.ndarray]] = deque()
         """Batches of tokens and their positions, from the one on in which the next block begins, at `_token`."""
         self._token = state["token"]
 
     def _read_block(self) -> None:
-        if self.rows is not None:
+        if self.block_tokens is not None:
             self.block += 1
         end = self._token + self.block_rows * self.stride + self.seq_len - self.stride
         while sum(len(tokens) for _, tokens in self._queue) < end:
             self._queue.append(next(self._batches))
-        self.rows = np.concatenate([tokens for _, tokens in self._queue])[self._token : end]
+        self.block_tokens = np.concatenate([tokens for _, tokens in self._queue])[self._token : end]
         self.order = np.random.default_rng([*self.seed, self.block]).permutation(self.block_rows)
         self._token += self.block_rows * self.stride
         while len(self._queue) > 1 and self._token >= len(self._queue[0][1]):
@@ -189,21 +194,16 @@ class SourceStream:
         """The tokens of documents, in arrays of any size, each with the position of its first document."""
         while True:
             # `datasets` shuffles the shards by the number of the epoch, except in epoch 0
-            self.examples.set_epoch(1 + self.seed[0] + (state["epoch"] << 32))
-            self.examples.load_state_dict(state["documents"])
+            self.rows.set_epoch(1 + self.seed[0] + (state["epoch"] << 32))
+            self.rows.load_state_dict(state["documents"])
             is_whole, count = state["documents"] is None, 0
-            for batch in document_batches(self._documents(), BATCH_CHARACTERS):
+            for batch in document_batches(self.read(self.rows), BATCH_CHARACTERS):
                 tokens = self.encoder[batch]
                 if isinstance(tokens, Exception):
                     raise tokens
                 yield state, tokens
                 count += len(tokens)
-                state = {**state, "documents": self.examples.state_dict()}
+                state = {**state, "documents": self.rows.state_dict()}
             if is_whole and not count:
                 raise UserError(f"{self.source.label}: got no training text for process {self.seed[2]}")
             state = {**state, "epoch": state["epoch"] + 1, "documents": None}
-
-    def _documents(self) -> Iterator[corpora.Document]:
-        if self.source.files:
-            return (example["document"] for example in self.examples)
-        return corpora.hub_documents(self.examples, self.source)

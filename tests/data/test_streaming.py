@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from tokenizers.processors import TemplateProcessing
 
 from subquad.config import Data
@@ -97,7 +97,7 @@ def test_resume_at_any_row(kind, files, buffer, write):
     data = write(kind, files, shuffle_buffer=buffer)
     whole = check_resume(lambda: stream(data))
     assert len({tuple(row) for row in whole}) > 250
-    assert ids(stream(data, seed=4), 0, 20) != whole[:20]
+    assert ids(stream(data, seed=4), 0, 150) != whole[:150]
 
 
 @pytest.mark.parametrize("files", [1, 4])
@@ -219,13 +219,24 @@ def test_state_of_other_processes_or_other_files_is_refused(write):
 
 def test_a_process_without_text_is_refused(write):
     rows = stream(write("jsonl.gz", 1), 0, 1)
-    rows.streams[0].examples = rows.streams[0].examples.take(0)
+    rows.streams[0].rows = rows.streams[0].rows.take(0)
     with pytest.raises(UserError, match="got no training text for process 0"):
         rows[0]
 
 
-def test_streamed_text_has_the_split_of_packed_text(write):
+@pytest.mark.parametrize("count", [COUNT, 40])
+@pytest.mark.parametrize("hub", [False, True])
+def test_streamed_text_has_the_split_of_packed_text(hub, count, write, monkeypatch):
+    """By hashes, or of few documents by characters."""
     data = write("jsonl", 2, split=True)
+    if hub:
+        rows = IterableDataset.from_generator(lambda: map(record, range(count)))
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+        data = data.model_copy(update={"source": "owner/texts"})
+    elif count < COUNT:
+        for path in corpora.Path(data.source).iterdir():
+            path.write_bytes(jsonl(record(i) for i in range(count // 2)))
     expected = sorted(corpora.documents(data.source, "train"))
-    assert 200 < len(expected) < COUNT
-    assert sorted(stream(data).streams[0]._documents()) == expected
+    assert count * 0.8 < len(expected) <= count
+    (own,) = stream(data).streams
+    assert sorted(own.read(own.rows)) == expected
