@@ -55,7 +55,7 @@ else:
 rows[last]
 seconds = time.perf_counter() - start
 digest = hashlib.sha256(b"".join(rows[i]["input_ids"].numpy().tobytes() for i in range(last, last + 2 * buffer)))
-print(json.dumps({"row": last, "seconds": seconds, "peaks": [*peaks, peak_rss()], "rows": digest.hexdigest()}))
+print(json.dumps({"row": last, "seconds": seconds, "peaks": peaks, "rows": digest.hexdigest()}))
 """
 
 
