@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from subquad.distill.checkpoints import saving
 from subquad.utils import UserError, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class MetricsCallback(TrainerCallback):
             return
         tokens, seconds = state.global_step * self.tokens_per_step, round(time.perf_counter() - self.start, 2)
         record = {"stage": self.stage, "step": state.global_step, "tokens": tokens, "seconds": seconds, **values}
-        with self.path.open("a") as file:
+        with saving(self.path, "a step", remove=False), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 

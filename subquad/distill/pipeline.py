@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from subquad.config import Recipe, different_keys, load_recipe
 from subquad.data import StreamedDataset, check_data, spread_rows, token_rows
+from subquad.distill.checkpoints import discard_damaged, saving, seal
 from subquad.distill.logging_callbacks import draw_curves, read_jsonl
 from subquad.distill.recipe_stages import StageCache, epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
 from subquad.distill.trainer import StageTrainer, rows_per_process, stream_states
@@ -225,7 +226,7 @@ class DistillationRun:
     def build_or_resume_student(self) -> None:
         """Loads the student after the last finished stage, or builds a new one and measures it."""
         names = list(recipe_stages(self.recipe))
-        done = [i for i, name in enumerate(names) if (self.checkpoints / f"{name}-done" / "done.json").exists()]
+        done = [i for i, name in enumerate(names) if self.is_done(name)]
         if done:
             self.finished_stages = names[: max(done) + 1]
             last = self.checkpoints / f"{self.finished_stages[-1]}-done"
@@ -256,6 +257,12 @@ class DistillationRun:
         ).float()
         self.seconds = time.perf_counter() - start
         on_first_process(self.measure_untrained_student)
+
+    def is_done(self, name: str) -> bool:
+        """Whether the student after stage `name` is saved."""
+        directory = self.checkpoints / f"{name}-done"
+        with PartialState().main_process_first():
+            return directory.exists() and discard_damaged(directory, "done.json")
 
     def calibration_ids(self) -> Tensor | None:
         """Training text on which the student is calibrated, `[rows, T]`."""
@@ -301,10 +308,12 @@ class DistillationRun:
         target = self.checkpoints / f"{name}-done"
         partial = target.with_name(target.name + ".part")
         shutil.rmtree(partial, ignore_errors=True)
-        self.student.save_pretrained(partial)
-        for path in (self.checkpoints / "initial.json", self.metrics):
-            shutil.copy(path, partial)
-        write_json_atomic(partial / "done.json", {"seconds": self.seconds, "stream": stream})
+        with saving(partial, f"the student after stage {name}"):
+            self.student.save_pretrained(partial)
+            for path in (self.checkpoints / "initial.json", self.metrics):
+                shutil.copy(path, partial)
+            write_json_atomic(partial / "done.json", {"seconds": self.seconds, "stream": stream})
+            seal(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         shutil.rmtree(self.checkpoints / name, ignore_errors=True)
@@ -337,6 +346,11 @@ class DistillationRun:
 
     def save(self, result: dict[str, Any]) -> None:
         """Saves the student, its tokenizer, loss curves and `result.json` to the directory, and removes checkpoints."""
+        with saving(self.directory, "the student", remove=False):
+            self.save_files(result)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def save_files(self, result: dict[str, Any]) -> None:
         self.student.save_pretrained(self.directory)
         self.tokenizer.save_pretrained(self.directory)
         title = f"{result['mixer']}, seed {self.recipe.seed}"
@@ -346,7 +360,6 @@ class DistillationRun:
         card = model_card(self.student.config, self.recipe.teacher, notes, trained=True)  # type: ignore[arg-type]
         (self.directory / "README.md").write_text(card, encoding="utf-8")
         write_json_atomic(self.directory / "result.json", {**head, "result": result})
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
 def training_notes(recipe: Recipe, result: dict[str, Any]) -> str:

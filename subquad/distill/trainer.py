@@ -5,7 +5,6 @@ import copy
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from subquad.config import Recipe, Stage
 from subquad.data import StreamedRows
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.data.streaming import State
+from subquad.distill.checkpoints import newest_checkpoint, saving, seal
 from subquad.distill.interruption import StopRequest
 from subquad.distill.late_checks import LateChecks
 from subquad.distill.logging_callbacks import MetricsCallback, tensorboard
@@ -35,7 +35,7 @@ from subquad.distill.window_dropout import dropped_windows, drops_windows
 from subquad.modeling.attention.activations import LayerActivations, capture_activations
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.placement import find_device
-from subquad.utils import UserError, write_json_atomic
+from subquad.utils import UserError, is_out_of_memory, write_json_atomic
 
 logger = logging.getLogger(__name__)
 LR_SCHEDULERS = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
@@ -137,12 +137,16 @@ class StageTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward pass of a micro-batch, without windows in the steps that `window_dropout` chooses."""
         schedule, state = getattr(self.stage, "window_dropout", None), self.state
-        if schedule is None or not drops_windows(
+        drops = schedule is not None and drops_windows(
             schedule, self.recipe.seed, self.objective.name, state.global_step, state.max_steps
-        ):
-            return super().training_step(*args, **kwargs)
-        with dropped_windows(self.trained):
-            return super().training_step(*args, **kwargs)
+        )
+        try:
+            with dropped_windows(self.trained) if drops else contextlib.nullcontext():
+                return super().training_step(*args, **kwargs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self.memory_error() from error
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
         return self.objective_loss(model, inputs) * self.loss_weights.pop(0)
@@ -172,6 +176,21 @@ class StageTrainer(Trainer):
         return UserError(
             f"stage {self.objective.name}, step {self.state.global_step + 1}: {problem}; lower lr or raise warmup (the "
             f"last checkpoint is in {self.directory})"
+        )
+
+    def memory_error(self) -> UserError:
+        rows, name = self.args.per_device_train_batch_size, self.objective.name
+        if rows > 1:
+            hint = f"lower stages.{name}.micro_batch_size to {rows // 2}, which leaves the steps the same"
+        elif name == "matrix":
+            hint = f"lower stages.{name}.row_chunk_size to {self.stage.row_chunk_size // 2}"  # type: ignore[attr-defined]
+        elif name == "end_to_end" and not self.stage.gradient_checkpointing:
+            hint = f"set stages.{name}.gradient_checkpointing to true"
+        else:
+            hint = f"lower data.seq_len to {self.recipe.data.seq_len // 2}"
+        return UserError(
+            f"stage {name}, step {self.state.global_step + 1}: out of memory with {rows} rows of "
+            f"{self.recipe.data.seq_len} tokens in a process; {hint}"
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -220,7 +239,12 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self.fsdp:
             gather_weights(self.trained, self.student)
-        super()._save_checkpoint(*args, **kwargs)
+        directory = self.directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with saving(directory, "a checkpoint"):
+            super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()  # each process saves the state of its random numbers
+            if self.args.should_save:
+                seal(directory)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.fsdp and not self.args.should_save:
@@ -355,18 +379,3 @@ def rows_per_process(stage: Stage, processes: int) -> tuple[int, int]:
 def stream_states(train: Any, done: int) -> list[State]:
     """Where each process is in streamed text after `done` rows of a stage; none if the text is not streamed."""
     return gather_object([train.state(done)]) if isinstance(train, StreamedRows) else []
-
-
-def newest_checkpoint(directory: Path) -> str | None:
-    """The newest complete checkpoint; removes those that a kill left incomplete.
-
-    `Trainer` writes its state last, so that a checkpoint with a readable state is complete.
-    """
-    with PartialState().main_process_first():
-        while directory.is_dir() and (path := get_last_checkpoint(directory)) is not None:
-            try:
-                json.loads(Path(path, "trainer_state.json").read_text())
-                return path
-            except (OSError, ValueError):
-                shutil.rmtree(path)
-    return None
