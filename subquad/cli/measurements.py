@@ -10,7 +10,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from subquad.cli.parser import Parser, count, counts, placement_of, split_list
-from subquad.utils import UserError, needs_extra, quiet_libraries
+from subquad.utils import UserError, as_user_error, needs_extra, quiet_libraries
 
 BENCHMARKS = ("ops", "decode", "decode_step", "distill", "loss", "serving", "mqar", "data", "windows", "draft", "gpu")
 """Modules of `benchmarks`."""
@@ -138,7 +138,8 @@ def run_report(args: Namespace) -> None:
     with needs_extra("report", "report"):
         from subquad.report.page import write_report
 
-    page = write_report(args.directory, args.output)
+    with as_user_error(f"{args.directory}: cannot be drawn; one of its result files may be damaged"):
+        page = write_report(args.directory, args.output)
     print(f"{page}\nFigures (SVG, PDF) and tables (CSV, LaTeX) are in {args.directory / 'report'}")
 
 

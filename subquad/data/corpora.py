@@ -230,14 +230,14 @@ def _documents_of(path: Path, start: int, stop: int | None, source: Source) -> I
     elif kind == ".txt":
         yield from _passages(path)
     else:
-        yield "".join(_lines(path))
+        yield "".join(text_lines(path))
 
 
 def _passages(path: Path) -> Iterator[str]:
-    separated = any(line.strip() == DOC_SEPARATOR for line in _lines(path))
+    separated = any(line.strip() == DOC_SEPARATOR for line in text_lines(path))
     passage: list[str] = []
     size = 0
-    for line in _lines(path):
+    for line in text_lines(path):
         stripped = line.strip()
         # Text without blank lines is cut at the end of a line, so that it need not fit into memory.
         ends = (size >= PASSAGE_CHARACTERS and not stripped) or size >= 10 * PASSAGE_CHARACTERS
@@ -252,7 +252,7 @@ def _passages(path: Path) -> Iterator[str]:
     yield "".join(passage).strip("\n")
 
 
-def _lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
+def text_lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
     """Each line of a UTF-8 file, ended by `\\n`, that begins at byte `start` or later and before byte `stop`."""
     offset = start
     with _open(path, lambda: f"after byte {offset} of its content") as file:
@@ -277,7 +277,7 @@ def _lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]
 
 def _json_rows(path: Path, start: int, stop: int | None, column: str) -> Iterator[Row]:
     where = f"{path}: after byte {start}, line " if start else f"{path}:"
-    for number, line in enumerate(_lines(path, start, stop), start=1):
+    for number, line in enumerate(text_lines(path, start, stop), start=1):
         if line.strip():
             try:
                 yield f"{where}{number}", json.loads(line)

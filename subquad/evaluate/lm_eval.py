@@ -5,7 +5,6 @@ file `NAME.jsonl` (also .gz) in one of four formats (`FORMATS`) becomes such a d
 """
 
 import functools
-import gzip
 import hashlib
 import json
 import logging
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from subquad.data.corpora import text_lines
 from subquad.evaluate.results import Result
 from subquad.utils import UserError, as_user_error, cache_dir, eval_mode, nearest, needs_extra, write_text_atomic
 
@@ -122,18 +122,13 @@ def local_task(name: str, file: Path) -> Task:
 
 
 def read_items(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file. Raises UserError with file and line if a line is none."""
-    opened: Any = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opened(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    if line.strip():
-                        yield dict(json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise UserError(f"{file}: line {number} is not a JSON object: {error}") from error
-    except (UnicodeDecodeError, OSError, EOFError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
+    """The objects of a JSON Lines file, compressed or not. Raises UserError with file and line if a line is none."""
+    for number, line in enumerate(text_lines(file), 1):
+        try:
+            if line.strip():
+                yield dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{file}: line {number} is not a JSON object: {error}") from error
 
 
 @functools.lru_cache(maxsize=32)

@@ -201,8 +201,8 @@ FIRST = b'{"context": "a", "continuation": "b"}\n'
         ("odd.jsonl", b"\n", r"odd\.jsonl: got no items"),
         ("odd.jsonl", FIRST + b'{"context": \n', r"odd\.jsonl: line 2 is not a JSON object"),
         ("odd.jsonl", FIRST + b'{"context": "c"}\n', r"odd\.jsonl: item 2 has no continuation"),
-        ("odd.jsonl", b"\xff\n", r"odd\.jsonl: cannot be read"),
-        ("cut.jsonl.gz", gzip.compress(FIRST * 1000, mtime=0)[:40], r"cut\.jsonl\.gz: cannot be read"),
+        ("odd.jsonl", b"\xff\n", r"odd\.jsonl: got 0xff at byte 0"),
+        ("cut.jsonl.gz", gzip.compress(FIRST * 1000, mtime=0)[:40], r"cut\.jsonl\.gz: damaged"),
     ],
 )
 def test_errors_name_the_file_and_line(tmp_path, name, content, message):

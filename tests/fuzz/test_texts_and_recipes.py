@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from subquad.config import load_recipe, load_study
 from subquad.data.corpora import OPENERS, documents
+from subquad.evaluate.lm_eval import find_tasks
 from subquad.modeling.layer_types import resolve_layer_types
 from subquad.utils import UserError
 from tests.helpers.fuzzing import JSON, cheap, damaged, mutated, to_json
@@ -128,3 +129,21 @@ def test_compressed_bombs(tmp_path, suffix):
     with pytest.raises(UserError, match=r"expands|parquet"):
         list(documents(str(path), "all"))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 400_000  # kB
+
+
+ITEMS = {
+    "last_words": {"context": "The sky is", "continuation": " blue"},
+    "choices": {"query": "2 + 2 is", "choices": ["3", "4"], "gold": 1},
+    "contexts": {"context_options": ["A is", "B is"], "continuation": " here", "gold": 0},
+    "pairs": {"sentence_good": "He is.", "sentence_bad": "He are."},
+}
+
+
+@cheap
+@given(st.data(), st.sampled_from(sorted(ITEMS)))
+def test_benchmark_items(tmp_path, own_cache, data, form):
+    rows = [ITEMS[form], data.draw(mutated(ITEMS[form]))]
+    (tmp_path / "items.jsonl").write_bytes(b"\n".join(map(to_json, rows)))
+    before = sorted(tmp_path.rglob("*"))
+    refused_or_read(find_tasks, None, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before

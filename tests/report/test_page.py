@@ -190,6 +190,14 @@ def test_markup_in_recipes_and_results_is_escaped(tmp_path):
     assert len(runs) == 3
 
 
+@pytest.mark.parametrize("content", ['{"result": {}}', '{"result": []}', "[]", '{"result": {"kl": "x"}}'])
+def test_damaged_results_are_named(tmp_path, capsys, content):
+    runs = write_study(tmp_path, synthetic_recipes(("gla",), STAGE_SETS[:1], (True,), (0,)), evaluated=False)
+    (runs[0].directory / "result.json").write_text(content)
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path}: cannot be drawn" in capsys.readouterr().err
+
+
 def test_a_study_without_finished_runs_and_a_directory_without_a_study(tmp_path, capsys):
     recipes = synthetic_recipes(("gla",), STAGE_SETS[:1], (True,), (0,))
     write_study(tmp_path / "s", recipes, failed_index=0, evaluated=False)
