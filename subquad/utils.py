@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -138,6 +139,28 @@ def probe_output(option: str, path: Path) -> None:
         for directory in made:
             with suppress(OSError):
                 directory.rmdir()
+
+
+@contextmanager
+def saving(directory: Path, what: str, remove: bool = True) -> Iterator[None]:
+    """For the writes in its block. remove: what is half written is removed, so that what was saved before is used.
+
+    Raises:
+        UserError: the disk is full or fails. The message has the path, the free space and the reason.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # torch and safetensors raise errors of their own for a full disk
+        if remove:
+            shutil.rmtree(directory, ignore_errors=True)
+        free = shutil.disk_usage(next(path for path in directory.absolute().parents if path.exists())).free
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{directory}: {what} cannot be saved ({free / 1e6:,.0f} MB are free; {reason}); make space and repeat the "
+            "command"
+        ) from error
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

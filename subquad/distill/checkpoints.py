@@ -4,15 +4,13 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from subquad.utils import UserError, write_json_atomic
+from subquad.utils import write_json_atomic
 
 logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
@@ -68,25 +66,3 @@ def newest_checkpoint(directory: Path) -> str | None:
             if discard_damaged(Path(path), TRAINER_STATE_NAME):
                 return path
     return None
-
-
-@contextmanager
-def saving(directory: Path, what: str, remove: bool = True) -> Iterator[None]:
-    """For the writes in its block. remove: what is half written is removed, so that what was saved before is used.
-
-    Raises:
-        UserError: the disk is full or fails. The message has the path, the free space and the reason.
-    """
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # torch and safetensors raise errors of their own for a full disk
-        if remove:
-            shutil.rmtree(directory, ignore_errors=True)
-        free = shutil.disk_usage(next(path for path in directory.absolute().parents if path.exists())).free
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{directory}: {what} cannot be saved ({free / 1e6:,.0f} MB are free; {reason}); make space and repeat the "
-            "command, which continues from what was saved before"
-        ) from error

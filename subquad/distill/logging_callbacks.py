@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from subquad.distill.checkpoints import saving
-from subquad.utils import UserError, write_text_atomic
+from subquad.utils import UserError, saving, write_text_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from subquad.config import Recipe, different_keys, load_recipe
 from subquad.data import StreamedDataset, check_data, spread_rows, token_rows
-from subquad.distill.checkpoints import discard_damaged, saving, seal
+from subquad.distill.checkpoints import discard_damaged, seal
 from subquad.distill.logging_callbacks import draw_curves, read_jsonl
 from subquad.distill.recipe_stages import StageCache, epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
 from subquad.distill.trainer import StageTrainer, rows_per_process, stream_states
@@ -34,7 +34,7 @@ from subquad.modeling.teachers import ModelAndTokenizer, check_reference, load_p
 from subquad.registry import STAGES
 from subquad.selection.ranking import top_groups
 from subquad.selection.texts import HAYSTACK
-from subquad.utils import UserError, eval_mode, probe_output, run_info, write_json_atomic, write_text_atomic
+from subquad.utils import UserError, eval_mode, probe_output, run_info, saving, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 SCALE_TOKENS = 1024

@@ -22,7 +22,7 @@ from subquad.config import Recipe, Stage
 from subquad.data import StreamedRows
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.data.streaming import State
-from subquad.distill.checkpoints import newest_checkpoint, saving, seal
+from subquad.distill.checkpoints import newest_checkpoint, seal
 from subquad.distill.interruption import StopRequest
 from subquad.distill.late_checks import LateChecks
 from subquad.distill.logging_callbacks import MetricsCallback, tensorboard
@@ -35,7 +35,7 @@ from subquad.distill.window_dropout import dropped_windows, drops_windows
 from subquad.modeling.attention.activations import LayerActivations, capture_activations
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.placement import find_device
-from subquad.utils import UserError, is_out_of_memory, write_json_atomic
+from subquad.utils import UserError, is_out_of_memory, saving, write_json_atomic
 
 logger = logging.getLogger(__name__)
 LR_SCHEDULERS = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}

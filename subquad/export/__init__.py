@@ -17,7 +17,7 @@ from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.summary import read_config
 from subquad.modeling.teachers import load_teacher
 from subquad.registry import EXPORT_TARGETS
-from subquad.utils import UserError, nearest, needs_extra
+from subquad.utils import UserError, nearest, needs_extra, saving
 
 __all__ = ["convert", "export"]
 
@@ -61,7 +61,8 @@ def export(
     student, tokenizer = load_teacher(directory, "auto")
     assert isinstance(student, SubquadForCausalLM)
     model = convert(student, "qwen3_5" if file_format == "gguf" else file_format)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as work:
+    parent = output.absolute().parent
+    with saving(output, "the export", remove=False), tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as work:
         partial = Path(work, output.name)
         if file_format == "gguf":
             write_gguf(model, tokenizer, partial, weight_type or "f16", name=Path(directory).resolve().name)

@@ -1,7 +1,6 @@
 """Faults of a disk while a run trains: what was saved before is used, and the run ends as an undisturbed one."""
 
 import json
-import resource
 import shutil
 import signal
 import time
@@ -14,6 +13,7 @@ from subquad.distill import checkpoints, pipeline, trainer
 from subquad.distill.interruption import Interruption
 from subquad.distill.pipeline import distill
 from subquad.utils import UserError
+from tests.helpers.disks import full_disk
 from tests.helpers.recipes import tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -113,15 +113,8 @@ def test_a_checkpoint_without_checksums_is_that_of_an_earlier_version(recipe, ru
 @pytest.mark.parametrize("size", [5_000, 60_000, 150_000])
 def test_a_full_disk_while_a_checkpoint_is_saved(recipe, run, undisturbed, size):
     """The system refuses to write a file beyond `size` bytes, in whichever file that is."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        with pytest.raises(UserError, match=rf"{run}.*MB are free"):
-            distill(recipe, run)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
+    with full_disk(size), pytest.raises(UserError, match=rf"{run}.*MB are free"):
+        distill(recipe, run)
     assert ends_undisturbed(recipe, run, undisturbed)
 
 

@@ -1,6 +1,9 @@
 """`subquad linearize --export` and `subquad export` on the command line."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import subquad
 from subquad.cli import main
+from tests.helpers.disks import full_disk
 from tests.helpers.recipes import save_tiny_teacher
 from tests.helpers.students import logits
 
@@ -60,3 +64,27 @@ def test_errors_are_one_line_and_nothing_is_written(student, tmp_path, capsys):
     assert main(["linearize", str(directory), "--export", "bambo", "-o", str(tmp_path / "x")]) == 2
     assert "unknown export target 'bambo'; did you mean 'bamba'?" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["qwen3_5", "gguf"])
+@pytest.mark.parametrize("size", [500, 20_000, 60_000])
+def test_a_full_disk_leaves_no_files(student, tmp_path, capsys, form, size):
+    with full_disk(size):
+        assert main(["export", str(student), "--format", form, "-o", str(tmp_path / "served")]) == 2
+    assert "MB are free" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_export_leaves_nothing_at_its_path(student, tmp_path):
+    """It is killed while it writes the weights."""
+    program = f"""
+import os, signal, safetensors.torch, transformers.modeling_utils
+from subquad.cli import main
+def save(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+transformers.modeling_utils.safe_save_file = save
+main(["export", {str(student)!r}, "--format", "qwen3_5", "-o", {str(tmp_path / "served")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "served").exists()
