@@ -173,7 +173,7 @@ def test_killed_process_leaves_no_cache_and_two_at_once_share_one(cache, chat):
     assert all(".incomplete" in str(path) for path in cache())
 
     both = [start_process("slow") for _ in range(2)]
-    outputs = [process.communicate(timeout=60) for process in both]
+    outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     (path,) = cache()  # the incomplete file of the killed process is gone
     assert ".incomplete" not in str(path)
