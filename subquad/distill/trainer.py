@@ -78,9 +78,11 @@ class StageTrainer(Trainer):
         if recipe.report_to == "tensorboard" and PartialState().is_main_process:
             callbacks.append(tensorboard(run_directory / "tensorboard" / objective.name))
         args = training_arguments(recipe, self.stage, self.directory, f"{run_directory.name} {objective.name}")
+        use_cache = student.config.use_cache
         super().__init__(
             student, args, data_collator=collate, train_dataset=train, eval_dataset=validation, callbacks=callbacks
         )
+        student.config.use_cache = use_cache  # which Trainer sets to false, also in what it saves
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # `compute_loss` weights the micro-batches itself
         if self.stage.gradient_checkpointing:  # these methods have other names in newer releases of `transformers`

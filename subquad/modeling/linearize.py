@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -203,6 +204,8 @@ def build_student(
 ) -> SubquadForCausalLM:
     """A copy of `teacher` with its attention replaced; the mixers are uninitialized."""
     base = remove_quantizer(copy.deepcopy(teacher))
+    if Path(base.config.name_or_path or "").exists():
+        base.config.name_or_path = ""  # a path of this machine, which would be saved
     if export_target is not None:
         layer_specs = restrict_to_target(base, layer_specs, attention_layers, export_target)
     config = SubquadConfig(

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,11 +13,13 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.nn as nn
 from filelock import FileLock
-from huggingface_hub import metadata_load
+from huggingface_hub import constants, is_offline_mode, metadata_load, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from yaml import YAMLError
@@ -58,7 +61,9 @@ def load_teacher(
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if path is None or path.is_dir():
         with as_user_error(f"teacher {reference!r}: it cannot be loaded"):
-            if path is not None:
+            if path is None:
+                check_hub(reference)
+            else:
                 check_shards(path)
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
             model, loading = loaded
@@ -72,6 +77,20 @@ def load_teacher(
     with as_user_error(f"teacher {reference!r}: the GGUF file cannot be read"):
         read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
         return remove_quantizer(read).eval().to(device), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def check_hub(reference: str) -> None:
+    """UserError if the model is not in the cache and the hub cannot be reached: at once, where its client tries for a
+    minute. Behind a proxy nothing is checked."""
+    if isinstance(try_to_load_from_cache(reference, "config.json"), str) or is_offline_mode() or getproxies():
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname, hub.port or (443 if hub.scheme == "https" else 80)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"teacher {reference!r}: no such directory, and {constants.ENDPOINT} cannot be reached ({error})"
+        ) from None
 
 
 def check_shards(directory: Path) -> None:

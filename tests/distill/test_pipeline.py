@@ -70,6 +70,13 @@ def test_output_is_a_loadable_student_with_its_files(uninterrupted, recipe_path)
     assert all(m["tokens"] == m["step"] * 64 and m["tokens_per_second"] > 0 for m in metrics)
 
 
+def test_saved_configuration_makes_caches_and_names_no_path(uninterrupted, recipe_path):
+    """`Trainer` turns caches off, and `transformers` notes from which directory a teacher came."""
+    text = (uninterrupted[0] / "config.json").read_text()
+    assert json.loads(text)["use_cache"] is True
+    assert str(recipe_path.parent) not in text
+
+
 def test_finished_run_is_not_repeated(uninterrupted, recipe_path, monkeypatch):
     output, result = uninterrupted
     monkeypatch.setattr(pipeline, "load_placed", lambda *a: pytest.fail("loaded a teacher for a finished run"))

@@ -100,6 +100,14 @@ def test_wrong_reference_is_refused_in_one_line(tmp_path, monkeypatch, reference
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_id_without_a_network_is_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(teachers, "getproxies", dict)
+    monkeypatch.setattr(teachers.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(teachers.AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(UserError, match=r"'demoo/gla': no such directory, and http://127.0.0.1:9 cannot be reached"):
+        subquad.load_teacher("demoo/gla")
+
+
 def test_cache_directory_follows_environment_variables(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("SUBQUAD_CACHE", raising=False)
