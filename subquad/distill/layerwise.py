@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from subquad.distill.layer_parallel import LayerParallel
 from subquad.distill.objective import Batch, KnownGradients, Objective, StageOutput, document_ids
 from subquad.distill.sharding import gathered, reduce_gradients
 from subquad.modeling.attention.activations import LayerActivations, ModuleAndProjection, visit_activations
@@ -20,6 +21,10 @@ class LayerwiseDistillation(Objective):
     The loss of a layer depends on `layer_parameters` of this layer alone. It is differentiated at once, so that the
     graph of only one layer is in memory.
     """
+
+    layer_parallel: LayerParallel | None = None
+    """How the layers are spread over the processes. The batch is then that of all processes, of which each computes the
+    losses of its own layers; the result has those of all."""
 
     def teacher_modules(self) -> list[ModuleAndProjection]:
         """The modules, one for each layer, whose inputs and outputs `layer_loss` gets."""
@@ -46,12 +51,18 @@ class LayerwiseDistillation(Objective):
     def visit(
         self, on_output: Callable[[int, LayerActivations], None], input_ids: Tensor, positions: Tensor | None = None
     ) -> None:
-        visit_activations(self.teacher, self.teacher_modules(), on_output, input_ids, positions)
+        modules, layers = self.teacher_modules(), self.layer_parallel
+        if layers is None:
+            visit_activations(self.teacher, modules, on_output, input_ids, positions)
+            return
+        own_positions = None if positions is None else layers.own_rows(positions)
+        with layers.to_owners(on_output) as collect:
+            visit_activations(self.teacher, modules, collect, layers.own_rows(input_ids), own_positions)
 
     def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
         differentiate, layers = torch.is_grad_enabled(), self.layer_parameters(student)
         parameters = [[p for p in layer if p.requires_grad and differentiate] for layer in layers]
-        losses, gradients = [torch.empty(0)] * len(layers), [list[Tensor]()] * len(layers)
+        losses, gradients = [torch.zeros((), device=input_ids.device)] * len(layers), [list[Tensor]()] * len(layers)
 
         def add_loss(index: int, activations: LayerActivations) -> None:
             own = parameters[index]
@@ -67,5 +78,7 @@ class LayerwiseDistillation(Objective):
 
         self.visit(add_loss, input_ids, targets["positions"])
         layer_losses, flat = torch.stack(losses), itertools.chain.from_iterable
+        if self.layer_parallel is not None:
+            layer_losses = self.layer_parallel.sum(layer_losses)
         loss = KnownGradients.apply(layer_losses.mean(), list(flat(gradients)), 1, *flat(parameters))
         return StageOutput(loss, layer_losses)

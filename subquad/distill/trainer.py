@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import math
@@ -19,6 +20,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from subquad.config import Recipe, Stage
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.distill.interruption import StopRequest
+from subquad.distill.layer_parallel import LayerParallel
+from subquad.distill.layerwise import LayerwiseDistillation
 from subquad.distill.logging_callbacks import MetricsCallback, tensorboard
 from subquad.distill.objective import Batch, Objective
 from subquad.distill.param_groups import add_lora, keep_average, load_average, parameter_groups
@@ -51,10 +54,10 @@ class StageTrainer(Trainer):
         train: Dataset,
         validation: Dataset,
         run_directory: Path,
-        fsdp: bool = False,
+        parallel: str = "ddp",
     ):
-        """train: as many rows as the stage consumes, in order. fsdp: train a copy sharded over the processes."""
-        self.recipe, self.student, self.fsdp = recipe, student, fsdp
+        """train: as many rows as the stage consumes, in order. parallel: as of `distill`."""
+        self.recipe, self.student = recipe, student
         self.trained = student
         """The student, or its sharded copy from `create_optimizer` on. The student's own weights are then those of the
         last checkpoint, until the stage ends."""
@@ -64,6 +67,10 @@ class StageTrainer(Trainer):
         self.lora = None if self.stage.lora is None else add_lora(student, self.stage.lora, recipe.seed)
         self.untied = UntiedHead(student) if getattr(self.stage, "untie_head", False) else None
         self.groups = parameter_groups(student, objective.trained_parameters(student), self.stage)
+        self.layer_parallel: LayerParallel | None = None
+        if parallel.startswith("layers") and isinstance(objective, LayerwiseDistillation):
+            self.layer_parallel = objective.layer_parallel = LayerParallel(objective.layer_parameters(student))
+        self.fsdp = parallel.endswith("fsdp") and self.layer_parallel is None
         callbacks: list[TrainerCallback] = [
             MetricsCallback(run_directory, objective.name, self.stage.batch_size * recipe.data.seq_len)
         ]
@@ -77,8 +84,12 @@ class StageTrainer(Trainer):
             enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         self.loss_weights: list[float] = []
-        self.accelerate_clip_grad_norm_ = self.accelerator.clip_grad_norm_
+        self.clip_gradients = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self.clip_grad_norm_
+        if self.layer_parallel is not None:
+            self.clip_gradients = self.layer_parallel.clip_grad_norm_
+            # without a wrapper that averages gradients
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def train_stage(self) -> None:
         """Trains the student in place, from the newest complete checkpoint of the stage if there is one.
@@ -95,8 +106,8 @@ class StageTrainer(Trainer):
             self.train(resume_from_checkpoint=checkpoint)
         if self.stage.ema_decay is not None:
             load_average(self.create_optimizer())
+        self.update_student()
         if self.fsdp:
-            gather_weights(self.trained, self.student)
             self.trained = self.model_wrapped = self.student.to(self.args.device)  # type: ignore[arg-type]
         if self.untied is not None:
             self.untied.tie()
@@ -113,11 +124,16 @@ class StageTrainer(Trainer):
         """The micro-batches of a step, as the objective reads them; also sets the weight of each in the step's mean."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
         with self.autocast():
-            samples = [self.objective.training_batch(batch) for batch in samples]
+            samples = [self.objective_batch(batch) for batch in samples]
         counts = torch.stack([self.objective.count_tokens(batch) for batch in samples]).float()
         total = self.accelerator.reduce(counts.sum().to(self.args.device), "sum").cpu()
         self.loss_weights = (counts * len(samples) * self.accelerator.num_processes / total.clamp_min(1)).tolist()
         return samples, None
+
+    def objective_batch(self, batch: Batch) -> Batch:
+        """The batch on which this process computes the loss: layer-parallel, that of all processes."""
+        batch = self.objective.training_batch(batch)
+        return batch if self.layer_parallel is None else self.accelerator.gather(batch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward pass of a micro-batch, without windows in the steps that `window_dropout` chooses."""
@@ -161,13 +177,15 @@ class StageTrainer(Trainer):
         batch = self._prepare_inputs(inputs)
         labels, count = batch.get("labels", batch["input_ids"]), (next_labels(batch) != IGNORE_INDEX).sum()
         with torch.no_grad(), self.autocast():
-            loss = self.objective_loss(model, self.objective.training_batch(batch))
+            loss = self.objective_loss(model, self.objective_batch(batch))
             positions = batch.get("position_ids")
             ce = model(input_ids=batch["input_ids"], position_ids=positions, labels=labels, use_cache=False).loss
         self.validation_ce += torch.stack([ce.double() * count if count else count.double(), count.double()]).cpu()
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
+        if self.layer_parallel is not None:
+            self.layer_parallel.broadcast_weights()
         # the sum over tokens in nats, and the number of tokens
         self.validation_ce = torch.zeros(2, dtype=torch.float64)
         out = super().evaluation_loop(*args, **kwargs)
@@ -185,6 +203,8 @@ class StageTrainer(Trainer):
                 keep_average(self.optimizer, self.stage.ema_decay)
             if self.fsdp:
                 use_whole_states(self.optimizer)
+            elif self.layer_parallel is not None:
+                self.layer_parallel.use_whole_states(self.optimizer)
         return self.optimizer
 
     def shard_student(self) -> None:
@@ -197,14 +217,20 @@ class StageTrainer(Trainer):
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         return super()._wrap_model(self.trained if self.fsdp else model, *args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def update_student(self) -> None:
+        """Gives the student of each process all weights that were trained."""
         if self.fsdp:
             gather_weights(self.trained, self.student)
+        elif self.layer_parallel is not None:
+            self.layer_parallel.broadcast_weights()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.update_student()
         super()._save_checkpoint(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.fsdp and not self.args.should_save:
-            self.create_optimizer().state_dict()  # all processes gather it
+        if (self.fsdp or self.layer_parallel) and not self.args.should_save:
+            self.create_optimizer().state_dict()  # all processes take part
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_best_model(self) -> None:
@@ -217,11 +243,12 @@ class StageTrainer(Trainer):
 
     def clip_grad_norm_(self, *args: Any, **kwargs: Any) -> Any:
         """Accelerate's; raises UserError for a norm that is not finite, which would make all weights so."""
-        norm = self.accelerate_clip_grad_norm_(*args, **kwargs)
+        norm = self.clip_gradients(*args, **kwargs)
         if norm is not None and not math.isfinite(float(norm)):
             grads = {n: p.grad for n, p in self.trained.named_parameters() if p.grad is not None}
             bad = [n for n, grad in grads.items() if not own_part(grad).isfinite().all()]
-            raise self.non_finite_error(f"the gradient is not finite, in {', '.join(bad[:3])}")
+            origin = ", ".join(bad[:3]) or "weights of another process"
+            raise self.non_finite_error(f"the gradient is not finite, in {origin}")
         return norm
 
 

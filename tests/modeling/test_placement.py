@@ -131,7 +131,7 @@ def test_a_bfloat16_teacher_gives_a_float32_student(recipe_path, tmp_path):
 def test_processes_are_joined_before_the_teacher_is_loaded(recipe_path, tmp_path, monkeypatch):
     """Otherwise every process of torchrun would put its teacher on the first GPU."""
     calls = []
-    monkeypatch.setattr(pipeline, "start_processes", lambda recipe, fsdp: calls.append("processes"))
+    monkeypatch.setattr(pipeline, "start_processes", lambda recipe, parallel: calls.append("processes"))
 
     def load(reference, placement):
         calls.append(placement)
