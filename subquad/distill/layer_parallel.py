@@ -1,10 +1,12 @@
 """Layer-parallel training of stages 1 and 2, whose layers are independent problems: every process trains some layers.
 
 Each process runs the teacher on its own rows of a batch. The activations of N consecutive trained layers, N being the
-number of processes, are exchanged when all of them are there: a process gets those of one layer and of all rows, and
-computes this layer's loss and gradients alone. Layers without trained parameters, of which only the loss is computed,
-are exchanged in the same way. A process holds at most the activations of its rows in N layers of both kinds, and
-twice those of one layer of the whole batch during an exchange.
+number of processes, are exchanged when all of them are there: a process gets those of one layer from all processes. It
+computes the layer's loss and gradients on the rows of one process after those of another. Layers without trained
+parameters, of which only the loss is computed, are exchanged in the same way.
+
+Memory: a process holds the inputs and outputs of its own rows in N layers of both kinds, as much again during an
+exchange, which is that of one layer and all rows; and the graph of one layer for the rows of one process, as with DDP.
 
 Gradients are not sent, and the optimizer has states of a process's own layers only. Weights are broadcast, and states
 sent to the first process, for checkpoints."""
@@ -12,6 +14,7 @@ sent to the first process, for checkpoints."""
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +26,22 @@ from torch.optim import Optimizer
 from subquad.modeling.attention.activations import LayerActivations
 
 OnOutput = Callable[[int, LayerActivations], None]
-HIDDEN_STATES = object()
-"""In place of the hidden states among a layer's arguments, until those of all rows are there."""
+OnLayer = Callable[[int, Iterable[LayerActivations]], None]
+"""Takes the number of a layer and its activations for the rows of each process."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A tensor in the content of a message."""
+
+    nbytes: int
+    dtype: torch.dtype
+    shape: torch.Size
+    kept: bool
+    """Whether the next layer may have the same tensor."""
+
+
+LAST, OWN = "as in the last layer", "as in the process of the layer"
 
 
 class LayerParallel:
@@ -47,62 +64,32 @@ class LayerParallel:
 
     # ------------------------------------------------------------------ activations
 
-    def own_rows(self, x: Tensor) -> Tensor:
-        """Of a tensor with the rows of all processes, those of this one."""
-        return x.chunk(self.size)[self.rank]
+    def gather_batch(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The batch of each process, given that of this one."""
+        batches = [dict[str, Tensor]() for _ in range(self.size)]
+        for name, x in batch.items():
+            gathered = [torch.empty_like(x) for _ in range(self.size)]
+            dist.all_gather(gathered, x.contiguous())
+            for of_process, tensor in zip(batches, gathered, strict=True):
+                of_process[name] = tensor
+        return batches
 
     @contextmanager
-    def to_owners(self, on_output: OnOutput) -> Iterator[OnOutput]:
-        """Yields a callback that takes the activations of this process's rows, layer by layer, and calls `on_output` in
-        the owner of a layer with those of all rows; for the last layers at the end of the context."""
-        waiting: dict[bool, list[Message]] = {True: [], False: []}
-        arguments: dict[int, tuple[Tensor, Tensor]] = {}
+    def to_owners(self, on_layer: OnLayer) -> Iterator[OnOutput]:
+        """Yields a callback that takes the activations of this process's rows, layer by layer; calls `on_layer` in the
+        owner of each layer, for the last layers at the end of the context."""
+        channels = {True: Channel(self.rank, self.size), False: Channel(self.rank, self.size)}
 
         def collect(index: int, activations: LayerActivations) -> None:
-            group = waiting[bool(self.trained[index])]
-            group.append(Message(index, activations, self.arguments_of_all_rows(activations, arguments)))
-            if len(group) == self.size:
-                self.exchange(group, on_output)
+            channel = channels[bool(self.trained[index])]
+            channel.add(index, activations)
+            if len(channel.waiting) == self.size:
+                channel.exchange(on_layer)
 
         yield collect
-        for group in waiting.values():
-            if group:
-                self.exchange(group, on_output)
-
-    def arguments_of_all_rows(self, activations: LayerActivations, known: dict[int, tuple[Tensor, Tensor]]) -> Any:
-        """The arguments of a layer, without hidden states, for all rows. Most are the same tensors in all layers
-        (masks, positions): `known` has those of the layer before, by their place, and what they are for all rows."""
-        hidden_states, places = activations.hidden_states, itertools.count()
-
-        def of_all_rows(x: Any) -> Any:
-            if x is hidden_states:
-                return HIDDEN_STATES
-            if not isinstance(x, Tensor) or x.dim() < 2 or len(x) != len(hidden_states):
-                return x
-            place = next(places)
-            if place not in known or known[place][0] is not x:
-                whole = x.new_empty(self.size * len(x), *x.shape[1:])
-                dist.all_gather_into_tensor(whole, x.contiguous())
-                known[place] = x, whole
-            return known[place][1]
-
-        return map_nested(of_all_rows, (activations.args, activations.kwargs))
-
-    def exchange(self, group: list["Message"], on_output: OnOutput) -> None:
-        """Sends the message of each layer to the process of its place in `group`, which is empty afterwards."""
-        own = group[self.rank] if self.rank < len(group) else None
-        sizes = [len(message.content) for message in group] + [0] * (self.size - len(group))
-        sent = torch.cat([message.content for message in group])
-        for message in group:
-            del message.content
-        group.clear()
-        received = sent.new_empty(self.size, sizes[self.rank])
-        dist.all_to_all_single(received.view(-1), sent, [sizes[self.rank]] * self.size, sizes)
-        del sent
-        if own is not None:
-            activations = own.of_all_rows(received)
-            del received
-            on_output(own.index, activations)
+        for channel in channels.values():
+            if channel.waiting:
+                channel.exchange(on_layer)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all processes; it can be differentiated, also where no parameter has a gradient."""
@@ -159,29 +146,95 @@ class LayerParallel:
         optimizer.register_load_state_dict_pre_hook(take_own)
 
 
+@dataclass
 class Message:
-    """The activations of one layer of this process's rows, as bytes: a copy, as the teacher may change its tensors.
-    arguments: `args` and `kwargs` for all rows, with `HIDDEN_STATES`."""
+    """The activations of one layer of this process's rows."""
 
-    def __init__(self, index: int, activations: LayerActivations, arguments: Any):
-        self.index, self.arguments = index, arguments
-        tensors = [x for x in (*activations.tensors, activations.head_outputs) if x is not None]
-        self.formats = [(x.nbytes, x.dtype, x.shape[1:]) for x in tensors]
-        self.content = torch.cat([x.reshape(-1).view(torch.uint8) for x in tensors])
+    index: int
+    header: list[Format | str | None]
+    """Of each argument, of the output and of `head_outputs`: its format, `LAST`, `OWN` or None."""
+    content: Tensor
+    """The bytes of all tensors with a format: a copy, as the teacher may change them."""
+    template: Any
+    """The activations without these tensors."""
 
-    def of_all_rows(self, contents: Tensor) -> LayerActivations:
-        """The activations from the contents of all processes, `[processes, bytes]`."""
-        parts = contents.split([nbytes for nbytes, _, _ in self.formats], 1)
-        hidden_states, output, *head_outputs = (
-            part.reshape(-1).view(dtype).view(-1, *shape)
-            for part, (_, dtype, shape) in zip(parts, self.formats, strict=True)
-        )
-        args, kwargs = map_nested(lambda x: hidden_states if x is HIDDEN_STATES else x, self.arguments)
-        return LayerActivations(args, kwargs, output, *head_outputs)
+
+class Channel:
+    """Sends the activations of a layer to each process. Arguments that are the same tensor as in the last layer that it
+    got (masks, positions) are not sent again."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+        self.waiting: list[Message] = []
+        """The message to each process in turn."""
+        self.sent: dict[tuple[int, int], Tensor] = {}
+        """What a process, the first number, got last at a place in the header, the second."""
+        self.received: dict[tuple[int, int], Tensor] = {}
+        """What a process sent last."""
+
+    def add(self, index: int, activations: LayerActivations) -> None:
+        process, header, content = len(self.waiting), list[Format | str | None](), list[Tensor]()
+        nested = (activations.args, activations.kwargs, activations.output, activations.head_outputs)
+        changing = {id(x) for x in (*activations.tensors, activations.head_outputs)}
+
+        def take(x: Any) -> Any:
+            key = process, len(header)
+            if not isinstance(x, Tensor) or x.dim() < 2:
+                header.append(None if x is None else OWN)
+                return x
+            if self.sent.get(key) is x:
+                header.append(LAST)
+                return None
+            if id(x) not in changing:
+                self.sent[key] = x
+            header.append(Format(x.nbytes, x.dtype, x.shape, kept=id(x) not in changing))
+            content.append(x.reshape(-1).view(torch.uint8))
+            return None
+
+        template = map_nested(take, nested)
+        self.waiting.append(Message(index, header, torch.cat(content), template))
+
+    def exchange(self, on_layer: OnLayer) -> None:
+        """Sends the waiting messages; calls `on_layer` with what this process got."""
+        sent, self.waiting = self.waiting, []
+        headers: list[Any] = [None] * self.size
+        dist.all_gather_object(headers, [message.header for message in sent])
+        own = sent[self.rank] if self.rank < len(sent) else None
+        to_here = [] if own is None else [header[self.rank] for header in headers]
+        sizes = [sum(x.nbytes for x in header if isinstance(x, Format)) for header in to_here] or [0] * self.size
+        content = torch.cat([message.content for message in sent])
+        out_sizes = [len(message.content) for message in sent] + [0] * (self.size - len(sent))
+        for message in sent:
+            del message.content
+        received = content.new_empty(sum(sizes))
+        dist.all_to_all_single(received, content, sizes, out_sizes)
+        del content
+        if own is not None:
+            parts = zip(range(self.size), to_here, received.split(sizes), strict=True)
+            on_layer(own.index, (self.read(own, *part) for part in parts))
+
+    def read(self, own: Message, process: int, header: list[Format | str | None], content: Tensor) -> LayerActivations:
+        """The activations for the rows of a process. own: the message of this process about the same layer."""
+        places, offset = itertools.count(), 0
+
+        def restore(x: Any) -> Any:
+            nonlocal offset
+            place = next(places)
+            entry = header[place]
+            if not isinstance(entry, Format):
+                return {None: None, OWN: x, LAST: self.received.get((process, place))}[entry]
+            part = content[offset : offset + entry.nbytes]
+            offset += entry.nbytes
+            tensor = part.clone().view(entry.dtype).view(entry.shape)  # a view of another dtype must be aligned
+            if entry.kept:
+                self.received[process, place] = tensor
+            return tensor
+
+        return LayerActivations(*map_nested(restore, own.template))
 
 
 def map_nested(function: Callable[[Any], Any], value: Any) -> Any:
-    """`function` of everything in nested tuples and dicts."""
+    """`function` of everything in nested tuples and dicts, in order."""
     if isinstance(value, tuple):
         return tuple(map_nested(function, x) for x in value)
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """What stages 1 and 2 share: every layer learns on its own, from the teacher's input to that layer."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ class LayerwiseDistillation(Objective):
     """
 
     layer_parallel: LayerParallel | None = None
-    """How the layers are spread over the processes. The batch is then that of all processes, of which each computes the
-    losses of its own layers; the result has those of all."""
+    """How the layers are spread over the processes. Each computes the losses of its own layers on the rows of all; the
+    result has those of all layers."""
 
     def teacher_modules(self) -> list[ModuleAndProjection]:
         """The modules, one for each layer, whose inputs and outputs `layer_loss` gets."""
@@ -51,32 +51,42 @@ class LayerwiseDistillation(Objective):
     def visit(
         self, on_output: Callable[[int, LayerActivations], None], input_ids: Tensor, positions: Tensor | None = None
     ) -> None:
-        modules, layers = self.teacher_modules(), self.layer_parallel
-        if layers is None:
-            visit_activations(self.teacher, modules, on_output, input_ids, positions)
-            return
-        own_positions = None if positions is None else layers.own_rows(positions)
-        with layers.to_owners(on_output) as collect:
-            visit_activations(self.teacher, modules, collect, layers.own_rows(input_ids), own_positions)
+        visit_activations(self.teacher, self.teacher_modules(), on_output, input_ids, positions)
 
-    def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
+    def __call__(
+        self,
+        student: SubquadForCausalLM,
+        input_ids: Tensor,
+        of_processes: Sequence[dict[str, Any]] | None = None,
+        **targets: Any,
+    ) -> StageOutput:
+        """of_processes: layer-parallel, `targets` for the rows of each process; those of this one are among them."""
         differentiate, layers = torch.is_grad_enabled(), self.layer_parameters(student)
         parameters = [[p for p in layer if p.requires_grad and differentiate] for layer in layers]
         losses, gradients = [torch.zeros((), device=input_ids.device)] * len(layers), [list[Tensor]()] * len(layers)
+        targets_of_parts = of_processes or [targets]
 
-        def add_loss(index: int, activations: LayerActivations) -> None:
+        def add_loss(index: int, parts: Iterable[LayerActivations]) -> None:
             own = parameters[index]
             with gathered(student, index) as is_sharded, torch.set_grad_enabled(bool(own)):
                 current = self.layer_parameters(student)[index] if is_sharded else own
-                loss = self.layer_loss(student, index, activations, targets)
-                if own:
-                    whole = [p for p in current if p.requires_grad]
-                    # data-parallel wrappers wait for the gradient of an unused parameter
-                    grads = torch.autograd.grad(loss, whole, allow_unused=True, materialize_grads=True)
-                    gradients[index] = reduce_gradients([g / len(layers) for g in grads], own)
-            losses[index] = loss.detach()
+                whole = [p for p in current if p.requires_grad]
+                for activations, targets in zip(parts, targets_of_parts, strict=True):
+                    loss = self.layer_loss(student, index, activations, targets) / len(targets_of_parts)
+                    losses[index] = losses[index] + loss.detach()
+                    if own:
+                        # data-parallel wrappers wait for the gradient of an unused parameter
+                        grads = torch.autograd.grad(loss, whole, allow_unused=True, materialize_grads=True)
+                        shares = [g / len(layers) for g in grads]
+                        before = gradients[index] or map(torch.zeros_like, shares)
+                        gradients[index] = [x.add_(share) for x, share in zip(before, shares, strict=True)]
+                gradients[index] = reduce_gradients(gradients[index], own)
 
-        self.visit(add_loss, input_ids, targets["positions"])
+        if self.layer_parallel is None:
+            self.visit(lambda index, activations: add_loss(index, [activations]), input_ids, targets["positions"])
+        else:
+            with self.layer_parallel.to_owners(add_loss) as collect:
+                self.visit(collect, input_ids, targets["positions"])
         layer_losses, flat = torch.stack(losses), itertools.chain.from_iterable
         if self.layer_parallel is not None:
             layer_losses = self.layer_parallel.sum(layer_losses)

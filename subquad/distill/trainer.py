@@ -124,16 +124,11 @@ class StageTrainer(Trainer):
         """The micro-batches of a step, as the objective reads them; also sets the weight of each in the step's mean."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
         with self.autocast():
-            samples = [self.objective_batch(batch) for batch in samples]
+            samples = [self.objective.training_batch(batch) for batch in samples]
         counts = torch.stack([self.objective.count_tokens(batch) for batch in samples]).float()
         total = self.accelerator.reduce(counts.sum().to(self.args.device), "sum").cpu()
         self.loss_weights = (counts * len(samples) * self.accelerator.num_processes / total.clamp_min(1)).tolist()
         return samples, None
-
-    def objective_batch(self, batch: Batch) -> Batch:
-        """The batch on which this process computes the loss: layer-parallel, that of all processes."""
-        batch = self.objective.training_batch(batch)
-        return batch if self.layer_parallel is None else self.accelerator.gather(batch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward pass of a micro-batch, without windows in the steps that `window_dropout` chooses."""
@@ -151,6 +146,9 @@ class StageTrainer(Trainer):
     def objective_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         with self.autocast():
             targets = self.objective.forward_kwargs(batch)
+            if self.layer_parallel is not None:
+                batches = self.layer_parallel.gather_batch(batch)
+                targets["of_processes"] = [self.objective.forward_kwargs(of_process) for of_process in batches]
             outputs = model(objective=self.objective, **targets)
         if not torch.isfinite(outputs.loss):
             if outputs.layer_losses is not None:
@@ -177,7 +175,7 @@ class StageTrainer(Trainer):
         batch = self._prepare_inputs(inputs)
         labels, count = batch.get("labels", batch["input_ids"]), (next_labels(batch) != IGNORE_INDEX).sum()
         with torch.no_grad(), self.autocast():
-            loss = self.objective_loss(model, self.objective_batch(batch))
+            loss = self.objective_loss(model, self.objective.training_batch(batch))
             positions = batch.get("position_ids")
             ce = model(input_ids=batch["input_ids"], position_ids=positions, labels=labels, use_cache=False).loss
         self.validation_ce += torch.stack([ce.double() * count if count else count.double(), count.double()]).cpu()
