@@ -49,7 +49,7 @@ UNEVEN = {
     "matrix-deep": DEEP,
     "hidden-deep": [*DEEP, "STAGE.param_groups={mixer: {lr: 3e-3}, attention_projections: {frozen: true}}"],
 }
-"""Trained by layers in three processes: DEEP stands for a teacher of six layers, of which five are trained."""
+"""Trained by layers in three processes. DEEP stands for a teacher of six layers, of which stage 2 trains five."""
 LAYOUTS = ("one", "ddp", "fsdp", "layers")
 REPLICATED = [(a, b) for a in LAYOUTS[:3] for b in LAYOUTS[:3] if a != b]
 CHANGES = {
@@ -91,7 +91,10 @@ def cases(recipe_path, tmp_path_factory):
 
 def layouts(name):
     """Those in which a case is trained."""
-    return LAYOUTS[:3] if name.startswith("end_to_end") else LAYOUTS
+    if name == "hidden-best":
+        return ("one", "layers")
+    # what these change is not in the layers of stages 1 and 2
+    return LAYOUTS[:3] if name.startswith("end_to_end") or name.endswith(("tied", "checkpointing")) else LAYOUTS
 
 
 @pytest.fixture(scope="module")
@@ -126,20 +129,19 @@ def test_two_processes_match_one(name, layout, results):
     one, two = results[name, "one"], results[name, layout]
     print(f"{name}, {layout}: {difference(two['weights'], one['weights']):.1e}")
     check_equal(two, one)
-    is_split = layout == "fsdp" or (layout == "layers" and not name.endswith("hybrid"))  # one layer is trained there
-    assert 0.4 < two["share"] < 0.65 if is_split else two["share"] == 1
+    assert two["share"] == 1 if layout == "ddp" else 0.4 < two["share"] < 0.65
 
 
 @pytest.mark.slow
 def test_layers_are_spread_unevenly(cases, tmp_path):
-    """The first of three processes trains two of five layers, of attention, mixers and frozen projections."""
+    """The first of three processes trains two of six layers, or of five mixers beside frozen attention."""
     three = {name: cases(name, "layers") for name in UNEVEN}
     train_in_processes([*three.values()], tmp_path, processes=3)
     for name, case in three.items():
         one = cases(name, "one")
         train(one)
         check_equal(case.result(), one.result())
-        assert case.result()["share"] == pytest.approx(2 / 5), name
+        assert case.result()["share"] == pytest.approx({"matrix-deep": 2 / 6, "hidden-deep": 2 / 5}[name], rel=0.01)
 
 
 @pytest.mark.slow
