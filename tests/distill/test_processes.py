@@ -129,7 +129,7 @@ def test_two_processes_match_one(name, layout, results):
     one, two = results[name, "one"], results[name, layout]
     print(f"{name}, {layout}: {difference(two['weights'], one['weights']):.1e}")
     check_equal(two, one)
-    assert two["share"] == 1 if layout == "ddp" else 0.4 < two["share"] < 0.65
+    assert two["share"] == 1 if layout == "ddp" else 0.4 < two["share"] < 0.7
 
 
 @pytest.mark.slow
