@@ -88,7 +88,9 @@ def seconds_of_stage(trainer: StageTrainer) -> tuple[float, float]:
     return timer.seconds()
 
 
-def make_trainer(name: str, teacher, student, args: argparse.Namespace, directory: Path) -> StageTrainer:
+def make_trainer(
+    name: str, teacher, student, args: argparse.Namespace, directory: Path, parallel: str = "ddp"
+) -> StageTrainer:
     tokens = args.steps * args.batch * args.context
     recipe = Recipe.model_validate(
         {
@@ -102,7 +104,7 @@ def make_trainer(name: str, teacher, student, args: argparse.Namespace, director
     )
     dataset = RandomTokens(args.steps * args.batch, args.context, teacher.config.vocab_size)
     objective = STAGES[name](teacher, getattr(recipe.stages, name), scale_ids=dataset.ids[:2])
-    return StageTrainer(recipe, objective, student, dataset, dataset, directory)
+    return StageTrainer(recipe, objective, student, dataset, dataset, directory, parallel)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,8 @@ def add_commands(parser: Parser) -> None:
     distill = parser.command("distill", run_distill, "Train one student from a recipe.")
     distill.option("recipe", "RECIPE", "YAML file")
     distill.option("--output -o", "DIR", "saved student: new, or that of an unfinished run to resume", required=True)
-    distill.flag("--fsdp", "with torchrun: shard weights, gradients and optimizer states over the processes")
+    layouts = "with torchrun: ddp (default), fsdp, layers or layers+fsdp, what the processes share (docs/scale.md)"
+    distill.option("--parallel", "LAYOUT", layouts, default="ddp")
     study = parser.command("study", run_study, "Train a student for each combination of lists, and compare them.")
     study.option("recipe", "RECIPE", "YAML file")
     study.option("--output -o", "DIR", "directory of the study, new or existing", type=Path, required=True)
@@ -39,7 +40,7 @@ def run_distill(args: Namespace) -> None:
     from subquad.distill.pipeline import distill
     from subquad.study.progress import format_table
 
-    print(format_table([distill(recipe, args.output, fsdp=args.fsdp)]))
+    print(format_table([distill(recipe, args.output, parallel=args.parallel)]))
     print(f'\nThe student is in {args.output}; try: subquad generate {args.output} "Once upon a time"')
 
 

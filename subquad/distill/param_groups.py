@@ -89,7 +89,8 @@ def add_lora(student: SubquadForCausalLM, lora: Lora, seed: int) -> Any:
 def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
     """Keeps an exponential moving average of the parameters in the optimizer's state, with which it is saved:
     a <- decay a + (1 - decay) w after every step."""
-    initial = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    initial = {p: p.detach().clone() for p in parameters}
 
     @torch.no_grad()
     def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -21,7 +21,8 @@ from subquad.data import StreamedDataset, check_data, spread_rows, token_rows
 from subquad.distill.checkpoints import discard_damaged, seal
 from subquad.distill.logging_callbacks import draw_curves, read_jsonl
 from subquad.distill.recipe_stages import StageCache, epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
-from subquad.distill.trainer import StageTrainer, rows_per_process, stream_states
+from subquad.distill.trainer import StageTrainer, stream_states
+from subquad.distill.training_arguments import rows_per_process
 from subquad.evaluate.efficiency import decode_speed
 from subquad.evaluate.perplexity import UNIGRAM_TOKENS, compare, recovered_share, unigram_loss
 from subquad.modeling.attention.discovery import discover_attention
@@ -37,6 +38,7 @@ from subquad.selection.texts import HAYSTACK
 from subquad.utils import UserError, eval_mode, probe_output, run_info, saving, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
+PARALLEL = ("ddp", "fsdp", "layers", "layers+fsdp")
 SCALE_TOKENS = 1024
 """Training tokens on which the scales of the teacher's outputs are measured."""
 
@@ -46,7 +48,7 @@ def distill(
     output: str | os.PathLike,
     loaded: ModelAndTokenizer | None = None,
     stage_cache: StageCache | None = None,
-    fsdp: bool = False,
+    parallel: str = "ddp",
 ) -> dict[str, Any]:
     """Runs a recipe in the directory `output` and returns its result, also if the run was finished before.
 
@@ -56,7 +58,9 @@ def distill(
     Args:
         loaded: the recipe's teacher and tokenizer, if they are loaded already.
         stage_cache: finished stages that this run shares with others; it takes them from there and stores its own.
-        fsdp: shard weights, gradients and optimizer states over the processes of `torchrun` while a stage trains.
+        parallel: what the processes of `torchrun` share while a stage trains. "ddp": the rows of a batch. "fsdp": also
+            weights, gradients and optimizer states. "layers", "layers+fsdp": in stages 1 and 2 the layers, each trained
+            in one process; the other stages are trained with DDP or FSDP.
 
     Raises:
         UserError: the directory holds other files or the run of another recipe; the teacher cannot read `data.seq_len`
@@ -69,7 +73,7 @@ def distill(
     if result is not None:
         logger.info("%s is finished; nothing to do", directory)
         return result
-    run = DistillationRun(recipe, directory, loaded, fsdp)
+    run = DistillationRun(recipe, directory, loaded, parallel)
     on_first_process(run.start, stage_cache)
     run.build_or_resume_student()
     for name, key in stage_keys(recipe).items():
@@ -124,17 +128,20 @@ def teacher_placement(recipe: Recipe) -> Placement:
     return Placement(str(device), dtype, recipe.attn_implementation)
 
 
-def start_processes(recipe: Recipe, fsdp: bool) -> None:
+def start_processes(recipe: Recipe, parallel: str) -> None:
     """Joins the processes that train together, each with the device of the recipe, before anything is put on it.
 
     Raises:
-        UserError: FSDP of accelerate, which this does not use, or FSDP in one process.
+        UserError: FSDP of accelerate, which this does not use; an unknown `parallel`, or one of several processes in
+            one process.
     """
+    if parallel not in PARALLEL:
+        raise UserError(f"parallel: got {parallel!r}, expected one of {', '.join(PARALLEL)}")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise UserError("accelerate: got --use_fsdp, expected processes without it and `subquad distill --fsdp`")
+        raise UserError("accelerate: got --use_fsdp, expected processes without it and --parallel fsdp")
     PartialState(cpu=find_device(recipe.device).type == "cpu")
-    if fsdp and not torch.distributed.is_initialized():
-        raise UserError("fsdp: got one process, expected several (torchrun --nproc_per_node N)")
+    if parallel != "ddp" and not torch.distributed.is_initialized():
+        raise UserError(f"parallel: got {parallel} in one process, expected several (torchrun --nproc_per_node N)")
 
 
 def on_first_process(action: Callable[..., None], *args: Any) -> None:
@@ -157,15 +164,15 @@ class DistillationRun:
 
     student: SubquadForCausalLM
 
-    def __init__(self, recipe: Recipe, directory: Path, loaded: ModelAndTokenizer | None = None, fsdp: bool = False):
+    def __init__(self, recipe: Recipe, directory: Path, loaded: ModelAndTokenizer | None = None, parallel: str = "ddp"):
         """Loads the teacher, unless `loaded` has it and its tokenizer, and tokenizes as much of the text as needed: of
         streamed text its beginning."""
-        self.recipe, self.directory, self.fsdp = recipe, directory, fsdp
+        self.recipe, self.directory, self.parallel = recipe, directory, parallel
         self.checkpoints, self.metrics = directory / "checkpoints", directory / "metrics.jsonl"
         self.finished_stages: list[str] = []
         self.seconds = 0.0
         """Time to build and train the student so far, over all sessions."""
-        start_processes(recipe, fsdp)
+        start_processes(recipe, parallel)
         # by now all processes have looked into the directory, which they share
         on_first_process(probe_output, "output", directory)
         self.teacher, self.tokenizer = loaded or load_placed(recipe.teacher, teacher_placement(recipe))
@@ -297,7 +304,8 @@ class DistillationRun:
             attention_layers=self.attention_layers,
         )
         train = self.stage_text(name)
-        trainer = StageTrainer(self.recipe, objective, self.student, train, self.validation, self.directory, self.fsdp)
+        data = train, self.validation
+        trainer = StageTrainer(self.recipe, objective, self.student, *data, self.directory, self.parallel)
         trainer.train_stage()
         self.seconds += time.perf_counter() - start
         self.finished_stages.append(name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PrinterCallback, Trainer, TrainerCallback, default_data_collator
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from subquad.config import Recipe, Stage
@@ -25,21 +26,20 @@ from subquad.data.streaming import State
 from subquad.distill.checkpoints import newest_checkpoint, seal
 from subquad.distill.interruption import StopRequest
 from subquad.distill.late_checks import LateChecks
+from subquad.distill.layer_parallel import LayerParallel
+from subquad.distill.layerwise import LayerwiseDistillation
 from subquad.distill.logging_callbacks import MetricsCallback, tensorboard
 from subquad.distill.objective import Batch, Objective
 from subquad.distill.param_groups import add_lora, keep_average, load_average, parameter_groups
-from subquad.distill.recipe_stages import total_steps
 from subquad.distill.sharding import gather_weights, own_part, scatter_weights, shard, use_whole_states
+from subquad.distill.training_arguments import training_arguments
 from subquad.distill.untied_head import UntiedHead
 from subquad.distill.window_dropout import dropped_windows, drops_windows
 from subquad.modeling.attention.activations import LayerActivations, capture_activations
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.modeling.placement import find_device
 from subquad.utils import UserError, is_out_of_memory, saving, write_json_atomic
 
 logger = logging.getLogger(__name__)
-LR_SCHEDULERS = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
-"""The names of `transformers` that differ from those in recipes."""
 STREAM = "stream.json"
 """Of a checkpoint: the positions of all processes in streamed text."""
 
@@ -59,10 +59,10 @@ class StageTrainer(Trainer):
         train: Dataset,
         validation: Dataset,
         run_directory: Path,
-        fsdp: bool = False,
+        parallel: str = "ddp",
     ):
-        """train: as many rows as the stage consumes, in order. fsdp: train a copy sharded over the processes."""
-        self.recipe, self.student, self.fsdp = recipe, student, fsdp
+        """train: as many rows as the stage consumes, in order. parallel: as of `distill`."""
+        self.recipe, self.student = recipe, student
         self.trained = student
         """The student, or its sharded copy from `create_optimizer` on. The student's own weights are then those of the
         last checkpoint, until the stage ends."""
@@ -72,6 +72,10 @@ class StageTrainer(Trainer):
         self.lora = None if self.stage.lora is None else add_lora(student, self.stage.lora, recipe.seed)
         self.untied = UntiedHead(student) if getattr(self.stage, "untie_head", False) else None
         self.groups = parameter_groups(student, objective.trained_parameters(student), self.stage)
+        self.layer_parallel: LayerParallel | None = None
+        if parallel.startswith("layers") and isinstance(objective, LayerwiseDistillation):
+            self.layer_parallel = objective.layer_parallel = LayerParallel(objective.layer_parameters(student))
+        self.fsdp = parallel.endswith("fsdp") and self.layer_parallel is None
         callbacks: list[TrainerCallback] = [
             MetricsCallback(run_directory, objective.name, self.stage.batch_size * recipe.data.seq_len)
         ]
@@ -91,6 +95,9 @@ class StageTrainer(Trainer):
         self.loss_weights: list[torch.Tensor] = []
         self.late_checks: LateChecks | None = None
         self.accelerator.clip_grad_norm_ = self.clip_grad_norm_
+        if self.layer_parallel is not None:
+            # without a wrapper that averages gradients
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def train_stage(self) -> None:
         """Trains the student in place, from the newest complete checkpoint of the stage if there is one.
@@ -110,8 +117,8 @@ class StageTrainer(Trainer):
             self.check_steps()
         if self.stage.ema_decay is not None:
             load_average(self.create_optimizer())
+        self.update_student()
         if self.fsdp:
-            gather_weights(self.trained, self.student)
             self.trained = self.model_wrapped = self.student.to(self.args.device)  # type: ignore[arg-type]
         if self.untied is not None:
             self.untied.tie()
@@ -156,6 +163,9 @@ class StageTrainer(Trainer):
     def objective_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         with self.autocast():
             targets = self.objective.forward_kwargs(batch)
+            if self.layer_parallel is not None:
+                batches = self.layer_parallel.gather_batch(batch)
+                targets["of_processes"] = [self.objective.forward_kwargs(of_process) for of_process in batches]
             outputs = model(objective=self.objective, **targets)
         if self.late_checks is not None and torch.is_grad_enabled():
             # to wait for the value would leave the device without work: makes the gradient NaN, see `LateChecks`
@@ -207,6 +217,8 @@ class StageTrainer(Trainer):
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
+        if self.layer_parallel is not None:
+            self.layer_parallel.broadcast_weights()
         # the sum over tokens in nats, and the number of tokens
         self.validation_ce = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         out = super().evaluation_loop(*args, **kwargs)
@@ -224,6 +236,8 @@ class StageTrainer(Trainer):
                 keep_average(self.optimizer, self.stage.ema_decay)
             if self.fsdp:
                 use_whole_states(self.optimizer)
+            elif self.layer_parallel is not None:
+                self.layer_parallel.use_whole_states(self.optimizer)
             elif self.args.device.type != "cpu":
                 self.late_checks = LateChecks(self.optimizer)
         return self.optimizer
@@ -238,9 +252,15 @@ class StageTrainer(Trainer):
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         return super()._wrap_model(self.trained if self.fsdp else model, *args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def update_student(self) -> None:
+        """Gives the student of each process all weights that were trained."""
         if self.fsdp:
             gather_weights(self.trained, self.student)
+        elif self.layer_parallel is not None:
+            self.layer_parallel.broadcast_weights()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.update_student()
         directory = self.directory / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with saving(directory, "a checkpoint"):
             super()._save_checkpoint(*args, **kwargs)
@@ -249,8 +269,8 @@ class StageTrainer(Trainer):
                 seal(directory)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.fsdp and not self.args.should_save:
-            self.create_optimizer().state_dict()  # all processes gather it
+        if (self.fsdp or self.layer_parallel) and not self.args.should_save:
+            self.create_optimizer().state_dict()  # all processes take part
         super()._save_optimizer_and_scheduler(output_dir)
         states = stream_states(self.train_dataset, self.state.global_step * self.stage.batch_size)
         if states and self.args.should_save:
@@ -270,12 +290,14 @@ class StageTrainer(Trainer):
         parameters = [p for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm if self.layer_parallel is None else self.layer_parallel.over_all_layers(norm)
         if self.late_checks is not None:
             self.late_checks.end_step(norm)
         elif not math.isfinite(float(norm)):
             grads = {n: p.grad for n, p in self.trained.named_parameters() if p.grad is not None}
             bad = [n for n, grad in grads.items() if not own_part(grad).isfinite().all()]
-            raise self.non_finite_error(f"the gradient is not finite, in {', '.join(bad[:3])}")
+            origin = ", ".join(bad[:3]) or "weights of another process"
+            raise self.non_finite_error(f"the gradient is not finite, in {origin}")
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
@@ -319,63 +341,6 @@ def collate(rows: list[Batch]) -> Batch:
     if "position_ids" in batch and not (batch["position_ids"][:, 1:] == 0).any():
         del batch["position_ids"]
     return batch
-
-
-def training_arguments(recipe: Recipe, stage: Stage, directory: Path, run_name: str) -> TrainingArguments:
-    steps, processes = total_steps(stage, recipe.data.seq_len), PartialState().num_processes
-    rows, micro_batch = rows_per_process(stage, processes)
-    eval_steps = recipe.evaluation.eval_steps
-    cuda = find_device(recipe.device).type == "cuda"
-    wsd = {"num_decay_steps": math.ceil(stage.decay * steps), "decay_type": "linear"}
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        run_name=run_name,
-        report_to="none" if recipe.report_to == "tensorboard" else recipe.report_to,
-        disable_tqdm=True,
-        logging_steps=max(1, min(10, steps // 20)),
-        logging_nan_inf_filter=False,
-        max_steps=steps,
-        per_device_train_batch_size=micro_batch,
-        per_device_eval_batch_size=micro_batch,
-        gradient_accumulation_steps=rows // micro_batch,
-        learning_rate=stage.lr,
-        lr_scheduler_type=LR_SCHEDULERS.get(stage.lr_scheduler, stage.lr_scheduler),
-        lr_scheduler_kwargs=wsd if stage.lr_scheduler == "wsd" else {},
-        warmup_steps=math.ceil(stage.warmup * steps),
-        max_grad_norm=stage.max_grad_norm,
-        eval_strategy="no" if eval_steps is None else "steps",
-        eval_steps=eval_steps,
-        prediction_loss_only=True,
-        save_steps=recipe.checkpoint.save_steps,
-        save_total_limit=recipe.checkpoint.save_total_limit,
-        load_best_model_at_end=recipe.evaluation.load_best_model_at_end,
-        remove_unused_columns=False,
-        seed=recipe.seed,
-        use_cpu=not cuda,
-        ddp_backend="gloo" if processes > 1 and not cuda else None,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=cuda,
-        accelerator_config={"non_blocking": cuda},
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # more would make Trainer split batches by DataParallel
-    return arguments
-
-
-def rows_per_process(stage: Stage, processes: int) -> tuple[int, int]:
-    """The rows of a process in a step and in a micro-batch.
-
-    Raises:
-        UserError: `batch_size` or `micro_batch_size` cannot be divided so.
-    """
-    if stage.batch_size % processes:
-        raise UserError(f"batch_size: got {stage.batch_size}, expected a multiple of the {processes} processes")
-    rows = stage.batch_size // processes
-    micro_batch = min(rows, stage.micro_batch_size or rows)
-    if rows % micro_batch:
-        raise UserError(
-            f"micro_batch_size: got {micro_batch}, expected a divisor of the {rows} rows that a process has in a step"
-        )
-    return rows, micro_batch
 
 
 def stream_states(train: Any, done: int) -> list[State]:

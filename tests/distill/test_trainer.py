@@ -16,6 +16,7 @@ from subquad.distill.end_to_end import EndToEndDistillation
 from subquad.distill.hidden_alignment import HiddenAlignment
 from subquad.distill.pipeline import distill
 from subquad.distill.recipe_stages import STAGE_NAMES
+from subquad.distill.training_arguments import rows_per_process
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
 from tests.helpers.recipes import save_tiny_teacher, tiny_recipe
@@ -84,10 +85,10 @@ def test_micro_batches_have_no_effect(stage, recipe_path, tmp_path):
 
 def test_batch_size_must_be_a_multiple_of_the_processes():
     stage = hidden_stage(batch_size=4)
-    assert trainer.rows_per_process(stage, 2) == (2, 2)
+    assert rows_per_process(stage, 2) == (2, 2)
     with pytest.raises(UserError, match="batch_size: got 4"):
-        trainer.rows_per_process(stage, 3)
-    assert trainer.rows_per_process(hidden_stage(batch_size=8, micro_batch_size=2), 2) == (4, 2)
+        rows_per_process(stage, 3)
+    assert rows_per_process(hidden_stage(batch_size=8, micro_batch_size=2), 2) == (4, 2)
 
 
 def hidden_stage(**values):

@@ -23,13 +23,13 @@ class Case(NamedTuple):
     recipe: str
     overrides: list[str]
     directory: str
-    fsdp: bool = False
+    parallel: str = "ddp"
     stop_at: int | None = None
     """A step after which the run is interrupted."""
 
     def result(self) -> dict:
         """The student's weights, the logged losses and gradient norms, and the share of the trained parameters whose
-        moments the first process holds: less than 1 if they are sharded."""
+        moments the first process holds: less than 1 if they are sharded or of some layers."""
         return torch.load(Path(self.directory, "trained.pt"))
 
 
@@ -37,7 +37,7 @@ def train(case: Case) -> None:
     """Trains the student in float64 from a float64 teacher, and saves what `Case.result` reads unless interrupted."""
     recipe = load_recipe(case.recipe, case.overrides)
     teacher, tokenizer = subquad.load_teacher(recipe.teacher)
-    run = DistillationRun(recipe, Path(case.directory), (teacher.double(), tokenizer), case.fsdp)
+    run = DistillationRun(recipe, Path(case.directory), (teacher.double(), tokenizer), case.parallel)
     on_first_process(run.start, None)
     run.build_or_resume_student()
     run.student.double()
@@ -64,17 +64,17 @@ def train(case: Case) -> None:
 
 
 def trained_share(optimizer: torch.optim.Optimizer) -> float:
-    """Of the elements of all parameters, the share whose moments are in this process."""
+    """Of the elements of the trained parameters, the share whose moments are in this process."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = [(p, optimizer.state[p]["exp_avg"]) for p in parameters if "exp_avg" in optimizer.state[p]]
-    return sum(trainer.own_part(m).numel() for _, m in moments) / sum(p.numel() for p, _ in moments)
+    moments = [trainer.own_part(state["exp_avg"]) for state in optimizer.state.values()]
+    return sum(x.numel() for x in moments) / sum(p.numel() for p in parameters)
 
 
-def train_in_processes(cases: list[Case], directory: Path) -> None:
-    """Trains the cases one after another in two processes (gloo)."""
+def train_in_processes(cases: list[Case], directory: Path, processes: int = 2) -> None:
+    """Trains the cases one after another in several processes (gloo)."""
     path = directory / "cases.json"
     path.write_text(json.dumps(cases))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     run_python(*torchrun, "-m", "tests.helpers.stage_runs", path, environment={"OMP_NUM_THREADS": "1"}, timeout=900)
 
 

@@ -11,7 +11,7 @@ from subquad.cli import main
 from subquad.config import load_recipe
 from subquad.distill import pipeline
 from subquad.distill.pipeline import distill, teacher_placement
-from subquad.distill.trainer import training_arguments
+from subquad.distill.training_arguments import training_arguments
 from subquad.evaluate.runner import load_eval_model
 from subquad.modeling.placement import Placement, find_device
 from subquad.modeling.teachers import load_placed
@@ -131,7 +131,7 @@ def test_a_bfloat16_teacher_gives_a_float32_student(recipe_path, tmp_path):
 def test_processes_are_joined_before_the_teacher_is_loaded(recipe_path, tmp_path, monkeypatch):
     """Otherwise every process of torchrun would put its teacher on the first GPU."""
     calls = []
-    monkeypatch.setattr(pipeline, "start_processes", lambda recipe, fsdp: calls.append("processes"))
+    monkeypatch.setattr(pipeline, "start_processes", lambda recipe, parallel: calls.append("processes"))
 
     def load(reference, placement):
         calls.append(placement)

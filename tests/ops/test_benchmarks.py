@@ -119,7 +119,7 @@ def test_kernels_are_operators_that_compute():
     assert [decode_step.is_kernel(name) for name in names] == [True] * 4 + [False] * 3
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [*BENCHMARKS, "parallel"])
 def test_every_benchmark_has_help(name, capsys):
     with pytest.raises(SystemExit) as exit_info:
         importlib.import_module(f"benchmarks.{name}").main(["--help"])
