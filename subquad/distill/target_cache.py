@@ -21,7 +21,7 @@ from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.distill.lm_head import Head, last_outputs
 from subquad.distill.objective import Batch, collate, slices
 from subquad.distill.teacher_targets import REDUCTIONS, SparseTargets
-from subquad.utils import UserError, acquire, cache_dir, probe_output, tensor_digest
+from subquad.utils import UserError, acquire, cache_dir, probe_output, saving, tensor_digest
 
 if TYPE_CHECKING:
     import pyarrow
@@ -158,7 +158,8 @@ class TargetCache:
         columns = {name: pyarrow.array([row[i] for row in rows.values()]) for i, name in enumerate(COLUMNS)}
         part = pyarrow.record_batch({"key": pyarrow.array(list(rows)), **columns})
         partial = self.directory / f"{os.getpid()}.part"
-        with pyarrow.ipc.new_file(str(partial), part.schema) as writer:
+        name = str(partial)
+        with saving(self.directory, "a file", remove=False), pyarrow.ipc.new_file(name, part.schema) as writer:
             writer.write_batch(part)
         path = partial.replace(self.directory / f"{file_digest(partial)}.arrow")
         self.read(path)
