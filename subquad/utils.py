@@ -1,9 +1,10 @@
-"""What every package here uses: user-facing errors, the cache directory, run info, atomic writes, modes, a divergence.
+"""What every package here uses: user-facing errors, the cache directory, run info, files, locks, modes, a divergence.
 
 Imports no torch, so that commands which need none start at once.
 """
 
 import difflib
+import hashlib
 import json
 import logging
 import math
@@ -12,13 +13,14 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn
 
+logger = logging.getLogger(__name__)
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 """Loggers that warn at import about optional parts they lack; `transformers` imports torchao where it is installed."""
 
@@ -172,6 +174,29 @@ def write_text_atomic(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".part")
     partial.write_text(text)
     partial.replace(path)
+
+
+def acquire(path: Path, timeout: float = -1) -> AbstractContextManager[object]:
+    """Locks `path` until the end of a `with` block; Timeout if another process keeps it for `timeout` seconds."""
+    from filelock import FileLock, Timeout
+
+    try:
+        return FileLock(path).acquire(timeout)
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s: this file system has no locks (%s); make sure that one process uses it", path, error)
+        return nullcontext()
+
+
+def tensor_digest(tensors: "Iterable[Tensor]") -> str:
+    """SHA-256 of the bytes of all tensors in order."""
+    import torch
+
+    digest = hashlib.sha256()
+    for x in tensors:
+        digest.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 import subquad
 from subquad import mixers
 from subquad.cli import main
+from subquad.distill.target_cache import TargetCache
 from tests.helpers.processes import run_python
 from tests.helpers.recipes import tiny_recipe
 
@@ -206,7 +207,27 @@ def test_linearize_keeps_groups_whole(others, capsys, recipe_path, tmp_path):
     assert {(i, head) for i, own in enumerate(windows) for head in range(2) if own[head] == "full"} == kept
 
 
+def test_targets_of_a_teacher_are_computed_once(capsys, recipe_path, tmp_path, monkeypatch):
+    """By `cache-teacher`, for all runs of a study; then `distill` and another `cache-teacher` find them."""
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path / "cache"))
+    sets = ["stages.matrix=null", "stages.hidden=null", "stages.end_to_end.teacher_targets=top_k"]
+    sets += ["stages.end_to_end.target_size=8", "evaluation={eval_tokens: 64, eval_steps: 6}"]
+    given = [recipe_path, *(text for value in sets for text in ("--set", value))]
+    code, out, err = run(capsys, "cache-teacher", *given, "--set", "student.mixer=[gla, retnet]")
+    assert code == 0, err
+    pattern = r"gla: 26 rows, 806 tokens, [\d,]+ bytes, [\d.]+ bytes per token, [\d.]+% of the probability left out, "
+    assert re.match(pattern, out.splitlines()[0])
+    assert out.splitlines()[1].startswith("retnet: 26 rows")
+    monkeypatch.setattr(TargetCache, "compute", None)
+    assert run(capsys, "cache-teacher", *given)[0] == 0
+    assert run(capsys, "distill", *given, "--output", tmp_path / "s")[0] == 0
+    records = [json.loads(line) for line in (tmp_path / "s" / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["stage"] == "end_to_end" for record in records)
+    assert any("validation_loss" in record for record in records)
+
+
 MISTAKES = {
+    "cache-teacher RECIPE": "stages.end_to_end.teacher_targets: got none or full, expected sampled or top_k",
     "linearize TEACHER --mixer gla --keep-groups 1": "--keep-groups: got the layer types gla (default), expected",
     "linearize TEACHER --keep-groups 0": "argument --keep-groups: got '0', expected a whole number",
     "distill RECIPE --set student.keep_groups=1": "student.keep_groups: got the layer types gla (default), expected",

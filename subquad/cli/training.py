@@ -1,4 +1,4 @@
-"""Commands that read recipes: distill, study, recipe."""
+"""Commands that read recipes: distill, study, cache-teacher, recipe."""
 
 import json
 from argparse import Namespace
@@ -23,12 +23,14 @@ def add_commands(parser: Parser) -> None:
     study.option("--evaluate", "SUITES", "suites of `subquad eval` for all students, into DIR/evaluation", default="")
     study.flag("--dry-run", "print the remaining work and an estimate of its time, then exit")
     study.flag("--show", "print the table of finished runs, then exit")
+    targets = parser.command("cache-teacher", run_cache_teacher, "Compute the sparse targets of stage 3 of all runs.")
+    targets.option("recipe", "RECIPE", "YAML file, also of a study")
     recipe = parser.command(
         "recipe", run_recipe, "Validate a recipe and print it with all defaults, or the JSON schema."
     )
     recipe.option("recipe", "RECIPE", "YAML file", nargs="?")
     recipe.flag("--schema", "print the JSON schema of recipes, for editors")
-    for command in (distill, study, recipe):
+    for command in (distill, study, targets, recipe):
         command.option("--set", "KEY=VALUE", "override a key: stages.hidden.lr=1e-3", action="append", default=[])
 
 
@@ -73,6 +75,26 @@ def print_above_progress(line: str) -> None:
 
     with tqdm.external_write_mode():
         print(line, flush=True)
+
+
+def run_cache_teacher(args: Namespace) -> None:
+    from subquad.config import load_study, run_name
+
+    recipes = load_study(args.recipe, args.set)
+    quiet_libraries()
+    from subquad.distill.cache_teacher import cache_teacher
+    from subquad.distill.pipeline import teacher_placement
+    from subquad.study.execute import teacher_in_memory
+
+    stages = [recipe.stages.end_to_end for recipe in recipes]
+    sparse = [r for r, s in zip(recipes, stages, strict=True) if s is not None and s.teacher_targets != "full"]
+    for recipe in sparse or recipes:
+        found = cache_teacher(recipe, teacher_in_memory(recipe.teacher, teacher_placement(recipe)))
+        each = found["bytes"] / max(found["tokens"], 1)
+        size = f"{found['tokens']:,} tokens, {found['bytes']:,} bytes, {each:.1f} bytes per token"
+        outside = f", {found['outside']:.1%} of the probability left out" if found["outside"] else ""
+        name = run_name(recipe, recipes)
+        print(f"{name}: {found['rows']:,} rows, {size}{outside}, {found['seconds']:.1f} seconds", flush=True)
 
 
 def run_recipe(args: Namespace) -> None:

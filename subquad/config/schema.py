@@ -220,6 +220,12 @@ class EndToEndStage(Stage):
     """Train on the text of `data`, or on text that the teacher generates from the first tokens of each row."""
     prompt_fraction: Fraction = 0.125
     """Fraction of a row's tokens given to the teacher as a prompt if `data` is teacher_generated."""
+    teacher_targets: Literal["full", "sampled", "top_k"] = "full"
+    """full: the teacher computes its distribution in each step. sampled, top_k: a sparse form of it is read from a
+    cache on disk, which the teacher fills once: `target_size` draws from it, or its `target_size` largest
+    probabilities. They need the forward divergence at temperature 1 and the text of `data`."""
+    target_size: Annotated[int, Field(ge=1, le=2**15)] = 64
+    """Draws, or tokens, for each position of sparse `teacher_targets`."""
     window_dropout: Schedule | None = None
     """Probabilities, of the first and the last step (linear in between), with which a step trains without windows: the
     outputs of layers with a memory are the memory's alone where a token has left the window; null: never."""
@@ -234,6 +240,18 @@ class EndToEndStage(Stage):
         if kl_weight == 0 == info.data.get("ce_weight"):
             raise UserError("got 0 for kl_weight and ce_weight, expected one of them above 0")
         return kl_weight
+
+    @field_validator("teacher_targets")
+    @classmethod
+    def _check_targets(cls, targets: str, info: Any) -> str:
+        if targets == "full":
+            return targets
+        for key, needed in {"divergence": "forward", "temperature": 1, "data": "corpus"}.items():
+            if (value := info.data.get(key, needed)) != needed:
+                raise UserError(f"got {targets} with {key}: {format_value(value)}, expected {key}: {needed}")
+        if info.data.get("kl_weight") == 0:
+            raise UserError(f"got {targets} with kl_weight: 0, expected a kl_weight above 0")
+        return targets
 
 
 def _read_stage(named: tuple[str, Any]) -> Section:
@@ -345,6 +363,11 @@ def conflicts(recipe: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     yield from _options_without_memory(recipe)
     if recipe.get("teacher_dtype") == "bfloat16" and recipe.get("precision") == "float32":
         yield ("teacher_dtype",), "got bfloat16 with precision float32, expected precision bfloat16"
+    stage, data = (recipe.get("stages") or {}).get("end_to_end"), recipe.get("data")
+    targets = stage.get("teacher_targets") if isinstance(stage, Mapping) else None
+    if targets in ("sampled", "top_k") and isinstance(data, Mapping) and data.get("shuffle_buffer") is not None:
+        message = f"got {targets} with data.shuffle_buffer, expected text that is not streamed"
+        yield ("stages", "end_to_end", "teacher_targets"), message
     evaluation = Evaluation.model_construct(**recipe.get("evaluation") or {})
     if not evaluation.load_best_model_at_end:
         return

@@ -5,6 +5,7 @@ that it holds is the gradient of the student's head.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from subquad.config import EndToEndStage
 from subquad.data.packing import IGNORE_INDEX
 from subquad.distill.lm_head import Head
 from subquad.distill.objective import KnownGradients, slices
+from subquad.distill.teacher_targets import SparseTargets
 from subquad.utils import kl_divergence
 
 CHUNK = 512
@@ -24,7 +26,7 @@ and its temporary tensors reuse memory of the process (the C library returns blo
 
 def distillation_loss(
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | SparseTargets | None,
     labels: Tensor,
     student_head: Head | None,
     teacher_head: Head | None,
@@ -36,7 +38,8 @@ def distillation_loss(
 
     Args:
         student: last hidden states `[N, D]`, or logits `[N, vocabulary]` if `student_head` is None.
-        teacher: its hidden states or logits, or None if `kl_weight` is 0.
+        teacher: its hidden states or logits; or sparse targets, of the tokens that are not ignored; None if `kl_weight`
+            is 0.
         labels: `[N]`, the token that each position predicts (already shifted). -100 is ignored, at no cost.
         stage: weights, divergence and temperature. The temperature divides the logits of both distributions of the
             divergence, which is multiplied by its square, so that the size of its gradient does not change (Hinton et
@@ -58,10 +61,8 @@ def distillation_loss(
     own, other = _Projection(student.index_select(0, counted), student_head, chunk), None
     with torch.no_grad():
         if stage.kl_weight > 0:
-            if teacher is None:
-                raise ValueError("teacher: got None with a kl_weight above 0, expected its hidden states or logits")
-            other = _Projection(teacher.index_select(0, counted), teacher_head, chunk)
-            if (ours := own.logits.shape[1]) != (theirs := other.logits.shape[1]):
+            other = _read_targets(teacher, teacher_head, counted, chunk)
+            if isinstance(other, _Projection) and (ours := own.logits.shape[1]) != (theirs := other.logits.shape[1]):
                 raise ValueError(
                     f"vocabulary: got {ours} logits per token of the student and {theirs} of the teacher, expected the "
                     "same number; resize the larger head (resize_token_embeddings) or distill from a teacher with this "
@@ -80,6 +81,17 @@ def distillation_loss(
     pairs = zip(own.inputs, own.gradients, strict=True)
     inputs = {x: g.to(x.dtype) for x, g in pairs if x is not None and g is not None}
     return KnownGradients.apply(loss, list(inputs.values()), count, *inputs), ce, kl
+
+
+def _read_targets(
+    teacher: Tensor | SparseTargets | None, head: Head | None, counted: Tensor, chunk: int
+) -> Callable[[slice], Tensor | SparseTargets]:
+    """What gives the teacher's logits, or sparse targets, of some of the counted tokens."""
+    if teacher is None:
+        raise ValueError("teacher: got None with a kl_weight above 0, expected its hidden states or logits")
+    if isinstance(teacher, SparseTargets):
+        return teacher.__getitem__
+    return _Projection(teacher.index_select(0, counted), head, chunk)
 
 
 class _Projection:
@@ -137,12 +149,12 @@ class _Projection:
 
 
 def _piece_loss_(
-    x: Tensor, teacher: Tensor | None, labels: Tensor, head: _Projection, stage: EndToEndStage
+    x: Tensor, teacher: Tensor | SparseTargets | None, labels: Tensor, head: _Projection, stage: EndToEndStage
 ) -> tuple[Tensor, Tensor]:
     """Returns the sums over tokens of cross-entropy and divergence.
 
     Overwrites `x`, the student's logits `[tokens, vocabulary]`, with the gradient of their weighted sum with respect to
-    h W^T + b, and `teacher`, its logits, with intermediate results.
+    h W^T + b, and logits of the teacher with intermediate results.
     """
     temperature, ce_scale = stage.temperature, stage.ce_weight * head.scale
     labels = labels.unsqueeze(1)
@@ -150,7 +162,11 @@ def _piece_loss_(
     log_q = torch.log_softmax(x, -1, out=x)
     ce = -log_q.gather(1, labels).sum()
     kl, kl_grad, q = torch.zeros_like(ce), None, None
-    if teacher is not None:
+    if isinstance(teacher, SparseTargets):
+        q = log_q.exp()
+        values, kl_grad = teacher.divergence(log_q, q)
+        kl = values.sum()
+    elif teacher is not None:
         log_p = torch.log_softmax(teacher.div_(temperature) if temperature != 1 else teacher, -1, out=teacher)
         if temperature != 1:
             log_q = torch.log_softmax(log_q / temperature, -1)

@@ -10,11 +10,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.distill.distillation_loss import distillation_loss
-from subquad.distill.lm_head import Head, read_head
+from subquad.distill.lm_head import Head, last_outputs, read_head
 from subquad.distill.objective import Batch, Objective, StageOutput
+from subquad.distill.target_cache import TargetCache
+from subquad.distill.teacher_targets import SparseTargets
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 
 
@@ -45,21 +48,28 @@ class EndToEndDistillation(Objective):
     def count_tokens(self, batch: Batch) -> Tensor:
         return (next_labels(batch) != IGNORE_INDEX).sum()
 
+    @functools.cached_property
+    def target_cache(self) -> TargetCache:
+        """Of sparse `teacher_targets`."""
+        return TargetCache(self.teacher, self.teacher_head, self.stage)
+
+    def prepare(self, rows: Dataset) -> None:
+        if self.stage.teacher_targets != "full":
+            self.target_rows = self.target_cache.fill(rows)
+
     def training_batch(self, batch: Batch) -> Batch:
         return self.generate(batch["input_ids"]) if self.stage.data == "teacher_generated" else batch
 
     @torch.no_grad()
     def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
         ids, positions = batch["input_ids"], batch.get("position_ids")
-        outputs = None
-        if self.stage.kl_weight > 0:
-            inputs = {"input_ids": ids, **({} if positions is None else {"position_ids": positions})}
-            if self.teacher_head is None:
-                outputs = self.teacher(use_cache=False, **inputs).logits.flatten(0, 1)
-            else:
-                outputs = self.teacher.base_model(use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
+        teacher: Tensor | SparseTargets | None = None
+        if self.stage.teacher_targets != "full":
+            teacher = self.target_cache(batch)
+        elif self.stage.kl_weight > 0:
+            teacher = last_outputs(self.teacher, self.teacher_head, ids, positions).flatten(0, 1)
         # not `position_ids`, which would be an argument of the student's forward itself
-        targets = {"input_ids": ids, "positions": positions, "next_labels": next_labels(batch), "teacher": outputs}
+        targets = {"input_ids": ids, "positions": positions, "next_labels": next_labels(batch), "teacher": teacher}
         return {**targets, "counted": None if "labels" in batch else before_last(ids)}
 
     @torch.no_grad()
@@ -82,11 +92,8 @@ class EndToEndDistillation(Objective):
         return {"input_ids": ids, "labels": ids.masked_fill(is_end.cumsum(1) > is_end, IGNORE_INDEX)}
 
     def __call__(self, student: SubquadForCausalLM, input_ids: Tensor, **targets: Any) -> StageOutput:
-        head, positions = self.head_of(student), targets["positions"]
-        if head is None:
-            outputs = student(input_ids=input_ids, position_ids=positions, use_cache=False).logits
-        else:
-            outputs = student.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+        head = self.head_of(student)
+        outputs = last_outputs(student, head, input_ids, targets["positions"])
         labels = targets["next_labels"].flatten()
         loss, _, _ = distillation_loss(
             outputs.flatten(0, 1),

@@ -30,6 +30,14 @@ class Head(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def last_outputs(model: PreTrainedModel, head: Head | None, input_ids: Tensor, positions: Tensor | None) -> Tensor:
+    """The last hidden states of a model, `[B, T, D]`, or its logits if `head` is None."""
+    inputs = {"input_ids": input_ids, **({} if positions is None else {"position_ids": positions})}
+    if head is None:
+        return model(use_cache=False, **inputs).logits
+    return model.base_model(use_cache=False, **inputs).last_hidden_state
+
+
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Names in configurations of a factor or a divisor of the logits."""
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, default_data_collator
 from transformers.utils import ModelOutput
 
 from subquad.config import Stage
@@ -70,6 +71,10 @@ class Objective:
         """Called with the whole student before a copy of it is sharded and trained (FSDP): reads what needs whole
         parameters."""
 
+    def prepare(self, rows: Dataset) -> None:
+        """Called before the first step with all rows that the stage will read, unless they are streamed: in the first
+        process before the others, under the autocast of the stage."""
+
     def training_batch(self, batch: Batch) -> Batch:
         """The batch on which the loss is computed: `batch`, or one made from it (rows continued by the teacher).
 
@@ -123,6 +128,15 @@ def document_ids(batch: Batch) -> Tensor | None:
     doc_ids = torch.ones_like(positions)
     doc_ids[:, 1:] += (positions[:, 1:] == 0).cumsum(1)
     return doc_ids
+
+
+def collate(rows: list[Batch]) -> Batch:
+    """The batch of some rows, without `position_ids` if every row is one document. The device would have to be waited
+    for to know."""
+    batch = default_data_collator(rows)
+    if "position_ids" in batch and not (batch["position_ids"][:, 1:] == 0).any():
+        del batch["position_ids"]
+    return batch
 
 
 def slices(length: int, size: int) -> Iterator[slice]:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from subquad.config import Recipe, different_keys, load_recipe
 from subquad.data import StreamedDataset, check_data, spread_rows, token_rows
 from subquad.distill.checkpoints import discard_damaged, seal
 from subquad.distill.logging_callbacks import draw_curves, read_jsonl
+from subquad.distill.objective import Objective
 from subquad.distill.recipe_stages import StageCache, epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
 from subquad.distill.trainer import StageTrainer, stream_states
 from subquad.distill.training_arguments import rows_per_process
@@ -294,16 +295,26 @@ class DistillationRun:
             initial = compare(self.student, self.teacher, self.validation_batches)
             write_json_atomic(self.checkpoints / "initial.json", initial)
 
-    def train_stage(self, name: str) -> None:
-        """Trains a stage, from its newest checkpoint if there is one, and saves the student after it."""
-        start = time.perf_counter()
-        objective = STAGES[name](
+    def prepare_stage(self, name: str) -> tuple[Objective, Dataset]:
+        """The prepared objective of a stage, and the rows that it trains on."""
+        objective: Objective = STAGES[name](
             self.teacher,
             getattr(self.recipe.stages, name),
             scale_ids=self.training_ids(SCALE_TOKENS),
             attention_layers=self.attention_layers,
         )
         train = self.stage_text(name)
+        if self.stream is None:
+            evaluated = [] if self.recipe.evaluation.eval_steps is None else [self.validation]
+            device, enabled = self.teacher.device.type, self.recipe.precision == "bfloat16"
+            with PartialState().main_process_first(), torch.autocast(device, torch.bfloat16, enabled=enabled):
+                objective.prepare(ConcatDataset([train, *evaluated]))
+        return objective, train
+
+    def train_stage(self, name: str) -> None:
+        """Trains a stage, from its newest checkpoint if there is one, and saves the student after it."""
+        start = time.perf_counter()
+        objective, train = self.prepare_stage(name)
         data = train, self.validation
         trainer = StageTrainer(self.recipe, objective, self.student, *data, self.directory, self.parallel)
         trainer.train_stage()

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, default_data_collator
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from subquad.config import Recipe, Stage
@@ -29,7 +29,7 @@ from subquad.distill.late_checks import LateChecks
 from subquad.distill.layer_parallel import LayerParallel
 from subquad.distill.layerwise import LayerwiseDistillation
 from subquad.distill.logging_callbacks import MetricsCallback, tensorboard
-from subquad.distill.objective import Batch, Objective
+from subquad.distill.objective import Batch, Objective, collate
 from subquad.distill.param_groups import add_lora, keep_average, load_average, parameter_groups
 from subquad.distill.sharding import gather_weights, own_part, scatter_weights, shard, use_whole_states
 from subquad.distill.training_arguments import training_arguments
@@ -332,15 +332,6 @@ def non_finite_layers(
     with torch.no_grad(), capture_activations([(layer, None) for layer in student.mixer_layers], check):
         student.base_model(input_ids=input_ids, position_ids=positions, use_cache=False)
     return bad
-
-
-def collate(rows: list[Batch]) -> Batch:
-    """The batch of some rows, without `position_ids` if every row is one document. The device would have to be waited
-    for to know."""
-    batch = default_data_collator(rows)
-    if "position_ids" in batch and not (batch["position_ids"][:, 1:] == 0).any():
-        del batch["position_ids"]
-    return batch
 
 
 def stream_states(train: Any, done: int) -> list[State]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from subquad.modeling.cache import RecurrentCacheLayer, SubquadCache, layer_contents
-from subquad.utils import UserError
+from subquad.utils import UserError, tensor_digest
 
 TENSOR = "tensor"
 SMALL = 4096
@@ -31,10 +31,7 @@ def fingerprints(student: Any) -> dict[str, str]:
     found = {"student": hashlib.sha256(layers.encode()).hexdigest()}
     small = [p for p in student.parameters() if p.numel() <= SMALL]
     if all(p.device.type != "meta" for p in small):
-        digest = hashlib.sha256()
-        for p in small:
-            digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        found["weights"] = digest.hexdigest()
+        found["weights"] = tensor_digest(small)
     return found
 
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
-from subquad.study.runs import Run, acquire
-from subquad.utils import quiet_libraries
+from subquad.study.runs import Run
+from subquad.utils import acquire, quiet_libraries
 
 if TYPE_CHECKING:
     from subquad.distill.recipe_stages import StageCache

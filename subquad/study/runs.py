@@ -5,20 +5,17 @@ Reads and locks directories; trains nothing.
 
 import contextlib
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from subquad.config import Recipe, load_recipe, run_name
-from subquad.utils import UserError, write_json_atomic, write_text_atomic
+from subquad.utils import UserError, acquire, write_json_atomic, write_text_atomic
 
-logger = logging.getLogger(__name__)
 State = Literal["finished", "failed", "unfinished", "new"]
 RECIPE, RESULT, ERROR, METRICS = "recipe.yaml", "result.json", "error.json", "metrics.jsonl"
 LOCK_TIMEOUT = 5.0
@@ -150,14 +147,3 @@ def study_lock(directory: Path) -> Iterator[None]:
     with held:
         owner.write_text(f"{os.getpid()}\n")
         yield
-
-
-def acquire(path: Path, timeout: float = -1) -> AbstractContextManager[object]:
-    """Locks `path` until the end of a `with` block; Timeout if another process keeps it for `timeout` seconds."""
-    try:
-        return FileLock(path).acquire(timeout)
-    except Timeout:
-        raise
-    except (OSError, NotImplementedError) as error:
-        logger.warning("this file system has no locks (%s); make sure that only one study uses this directory", error)
-        return contextlib.nullcontext()

@@ -37,6 +37,7 @@ MORE = {
     "matrix-memory": [MEMORY],
     "hidden-memory": [MEMORY, "STAGE.far_weight=1.0", "STAGE.window_dropout=[0.9, 0.3]"],
     "hidden-decoder_layer": ["STAGE.target=decoder_layer"],
+    "end_to_end-sampled": ["STAGE.teacher_targets=sampled", "STAGE.target_size=8"],
     "end_to_end-untied": ["teacher=TIED", "STAGE.untie_head=true"],
     "end_to_end-frozen": ["STAGE.param_groups={backbone: {frozen: true}, embeddings: {frozen: true}}"],
     "hidden-best": [BEST, "checkpoint.save_steps=5", "STAGE.lr=1.0", "STAGE.lr_scheduler=constant"],
