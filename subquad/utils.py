@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 """Loggers that warn at import about optional parts they lack; `transformers` imports torchao where it is installed."""
+LOCK_TIMEOUT = 5.0
+"""Seconds to wait for a killed process to exit."""
 
 
 class UserError(ValueError):
@@ -163,6 +165,42 @@ def saving(directory: Path, what: str, remove: bool = True) -> Iterator[None]:
             f"{directory}: {what} cannot be saved ({free / 1e6:,.0f} MB are free; {reason}); make space and repeat the "
             "command"
         ) from error
+
+
+@contextmanager
+def exclusive(lock: Path, what: str, directory: Path) -> Iterator[None]:
+    """Allows one `what` (a study, a run) at a time in `directory`: `lock` is held until the block or the process ends,
+    even by a kill.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    from filelock import Timeout
+
+    owner = lock.with_name(lock.name.removesuffix(".lock") + ".owner")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = acquire(lock, LOCK_TIMEOUT)
+    except Timeout:
+        process = owner.read_text().strip() if owner.exists() else "unknown"
+        raise UserError(
+            f"output: another {what} (process {process}) is running in {str(directory)!r}; wait until it ends, or use "
+            "another directory"
+        ) from None
+    with held:
+        with suppress(OSError):
+            owner.write_text(f"{os.getpid()}\n")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                owner.unlink()
+
+
+def lock_of(directory: Path) -> Path:
+    """The lock of a run, beside its directory, which holds nothing else than the student at the end."""
+    resolved = directory.resolve()
+    return resolved.with_name(f".{resolved.name}.lock")
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ from subquad.config import Recipe
 from subquad.data import check_data
 from subquad.distill.end_to_end import EndToEndDistillation
 from subquad.distill.pipeline import DistillationRun
+from subquad.distill.processes import start_processes
 from subquad.modeling.teachers import ModelAndTokenizer, check_reference
 from subquad.utils import UserError, cache_dir
 
@@ -24,6 +25,7 @@ def cache_teacher(recipe: Recipe, loaded: ModelAndTokenizer | None = None) -> di
         raise UserError("stages.end_to_end.teacher_targets: got none or full, expected sampled or top_k")
     check_reference(recipe.teacher)
     check_data(recipe.data)
+    start_processes(recipe, "ddp")
     run = DistillationRun(recipe, cache_dir() / "targets", loaded)
     start = time.perf_counter()
     objective, _ = run.prepare_stage("end_to_end")

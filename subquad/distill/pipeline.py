@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from subquad.data import StreamedDataset, check_data, spread_rows, token_rows
 from subquad.distill.checkpoints import discard_damaged, seal
 from subquad.distill.logging_callbacks import draw_curves, read_jsonl
 from subquad.distill.objective import Objective
+from subquad.distill.processes import on_first_process, start_processes
 from subquad.distill.recipe_stages import StageCache, epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
 from subquad.distill.trainer import StageTrainer, stream_states
 from subquad.distill.training_arguments import rows_per_process
@@ -36,10 +37,19 @@ from subquad.modeling.teachers import ModelAndTokenizer, check_reference, load_p
 from subquad.registry import STAGES
 from subquad.selection.ranking import top_groups
 from subquad.selection.texts import HAYSTACK
-from subquad.utils import UserError, eval_mode, probe_output, run_info, saving, write_json_atomic, write_text_atomic
+from subquad.utils import (
+    UserError,
+    eval_mode,
+    exclusive,
+    lock_of,
+    probe_output,
+    run_info,
+    saving,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 logger = logging.getLogger(__name__)
-PARALLEL = ("ddp", "fsdp", "layers", "layers+fsdp")
 SCALE_TOKENS = 1024
 """Training tokens on which the scales of the teacher's outputs are measured."""
 
@@ -64,20 +74,30 @@ def distill(
             in one process; the other stages are trained with DDP or FSDP.
 
     Raises:
-        UserError: the directory holds other files or the run of another recipe; the teacher cannot read `data.seq_len`
-            tokens or does not mask documents.
+        UserError: the directory holds other files or the run of another recipe; another process is executing its run;
+            the teacher cannot read `data.seq_len` tokens or does not mask documents.
     """
     directory = Path(output)
     check_reference(recipe.teacher)
     check_data(recipe.data)
-    result = load_finished_result(recipe, directory)
-    if result is not None:
-        logger.info("%s is finished; nothing to do", directory)
-        return result
-    run = DistillationRun(recipe, directory, loaded, parallel)
+    if (result := load_finished_result(recipe, directory)) is None:
+        start_processes(recipe, parallel)
+        # by now all processes have looked into the directory, which they share
+        on_first_process(probe_output, "output", directory)
+        with ExitStack() as held:
+            on_first_process(lambda: held.enter_context(exclusive(lock_of(directory), "run", directory)))
+            result = load_finished_result(recipe, directory)  # another run may have finished it meanwhile
+            PartialState().wait_for_everyone()
+            return result or execute_stages(DistillationRun(recipe, directory, loaded, parallel), stage_cache)
+    logger.info("%s is finished; nothing to do", directory)
+    return result
+
+
+def execute_stages(run: "DistillationRun", stage_cache: StageCache | None) -> dict[str, Any]:
+    """Trains the stages that are not finished, evaluates the student and saves it; returns the result."""
     on_first_process(run.start, stage_cache)
     run.build_or_resume_student()
-    for name, key in stage_keys(recipe).items():
+    for name, key in stage_keys(run.recipe).items():
         if name not in run.finished_stages:
             run.train_stage(name)
             if stage_cache is not None:
@@ -129,30 +149,6 @@ def teacher_placement(recipe: Recipe) -> Placement:
     return Placement(str(device), dtype, recipe.attn_implementation)
 
 
-def start_processes(recipe: Recipe, parallel: str) -> None:
-    """Joins the processes that train together, each with the device of the recipe, before anything is put on it.
-
-    Raises:
-        UserError: FSDP of accelerate, which this does not use; an unknown `parallel`, or one of several processes in
-            one process.
-    """
-    if parallel not in PARALLEL:
-        raise UserError(f"parallel: got {parallel!r}, expected one of {', '.join(PARALLEL)}")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise UserError("accelerate: got --use_fsdp, expected processes without it and --parallel fsdp")
-    PartialState(cpu=find_device(recipe.device).type == "cpu")
-    if parallel != "ddp" and not torch.distributed.is_initialized():
-        raise UserError(f"parallel: got {parallel} in one process, expected several (torchrun --nproc_per_node N)")
-
-
-def on_first_process(action: Callable[..., None], *args: Any) -> None:
-    """Calls `action(*args)` in the first of the processes that train together; the others wait until it is done."""
-    state = PartialState()
-    with state.main_process_first():
-        if state.is_main_process:
-            action(*args)
-
-
 class DistillationRun:
     """What a run works with, and what it does.
 
@@ -173,9 +169,6 @@ class DistillationRun:
         self.finished_stages: list[str] = []
         self.seconds = 0.0
         """Time to build and train the student so far, over all sessions."""
-        start_processes(recipe, parallel)
-        # by now all processes have looked into the directory, which they share
-        on_first_process(probe_output, "output", directory)
         self.teacher, self.tokenizer = loaded or load_placed(recipe.teacher, teacher_placement(recipe))
         self.teacher.to(find_device(recipe.device)).requires_grad_(False)  # type: ignore[arg-type]
         self.check_teacher()

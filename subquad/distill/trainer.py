@@ -126,6 +126,7 @@ class StageTrainer(Trainer):
             self.lora.merge_and_unload()
         if self.stage.gradient_checkpointing:
             getattr(self.student, "activation_checkpointing_disable", self.student.gradient_checkpointing_disable)()
+            self.student.disable_input_require_grads()  # without it the hooks of every stage would add up
         self.student.requires_grad_(True)
         self.student.zero_grad()
 

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
 from subquad.study.runs import Run
-from subquad.utils import acquire, quiet_libraries
+from subquad.utils import acquire, lock_of, quiet_libraries
 
 if TYPE_CHECKING:
     from subquad.distill.recipe_stages import StageCache
@@ -47,8 +47,9 @@ def execute_run(run: Run, stage_cache: "StageCache") -> None:
 
 def execute_in_worker(run: Run, stage_cache: "StageCache") -> None:
     """Waits for the worker of a killed study that is still executing the run: it may need seconds to exit."""
-    with acquire(run.directory.with_name(f".{run.name}.lock")):
-        execute_run(run, stage_cache)
+    with acquire(lock_of(run.directory)):
+        pass
+    execute_run(run, stage_cache)
 
 
 def start_worker(parent: Connection, threads: int, variables: Mapping[str, str]) -> None:

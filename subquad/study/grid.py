@@ -22,8 +22,8 @@ from subquad.study.engines import Scheduler, run_in_processes, run_sequentially
 from subquad.study.progress import repeated, run_outcome, shared_stages, status_line
 from subquad.study.ray_engine import import_ray, run_on_cluster
 from subquad.study.results import RESULTS, run_results, write_results
-from subquad.study.runs import Run, find_runs, study_lock
-from subquad.utils import UserError, nearest, write_json_atomic
+from subquad.study.runs import Run, find_runs
+from subquad.utils import UserError, exclusive, nearest, write_json_atomic
 
 logger = logging.getLogger(__name__)
 ENGINES = ("local", "ray")
@@ -62,7 +62,7 @@ def run_study(
     output = Path(output)
     check(recipes, jobs, engine, suites)
     runs = find_runs(recipes, output)
-    with study_lock(output):
+    with exclusive(output / ".lock", "study", output):
         stage_cache = shared_stages(runs, output)
 
         def on_end(run: Run) -> None:

@@ -1,25 +1,20 @@
 """The runs of a study as directories. A run is identified by the `recipe.yaml` in its directory, not by its name.
 
-Reads and locks directories; trains nothing.
+Reads directories; trains nothing.
 """
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import Timeout
-
 from subquad.config import Recipe, load_recipe, run_name
-from subquad.utils import UserError, acquire, write_json_atomic, write_text_atomic
+from subquad.utils import UserError, write_json_atomic, write_text_atomic
 
 State = Literal["finished", "failed", "unfinished", "new"]
 RECIPE, RESULT, ERROR, METRICS = "recipe.yaml", "result.json", "error.json", "metrics.jsonl"
-LOCK_TIMEOUT = 5.0
-"""Seconds to wait for a killed study to exit."""
 
 
 @dataclass(frozen=True)
@@ -122,28 +117,3 @@ def all_runs(output: Path) -> list[Run]:
 def unrelated_runs(output: Path, runs: Sequence[Run]) -> set[str]:
     """Names of run directories below `output` that do not belong to `runs`, of recipes that the study had before."""
     return {path.parent.name for path in output.glob(f"*/{RECIPE}")} - {run.name for run in runs}
-
-
-# ---------------------------------------------------------------------- locks
-
-
-@contextlib.contextmanager
-def study_lock(directory: Path) -> Iterator[None]:
-    """Allows one study at a time in `directory`.
-
-    Raises:
-        UserError: another study is running there.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    owner = directory / ".owner"
-    try:
-        held = acquire(directory / ".lock", LOCK_TIMEOUT)
-    except Timeout:
-        process = owner.read_text().strip() if owner.exists() else "unknown"
-        raise UserError(
-            f"output: another study (process {process}) is running in {str(directory)!r}; wait until it ends, or use "
-            "another directory"
-        ) from None
-    with held:
-        owner.write_text(f"{os.getpid()}\n")
-        yield

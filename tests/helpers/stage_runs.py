@@ -13,7 +13,8 @@ import subquad
 from subquad.config import load_recipe
 from subquad.distill import trainer
 from subquad.distill.logging_callbacks import read_jsonl
-from subquad.distill.pipeline import DistillationRun, on_first_process
+from subquad.distill.pipeline import DistillationRun
+from subquad.distill.processes import on_first_process, start_processes
 from tests.helpers.processes import run_python
 
 
@@ -37,6 +38,7 @@ def train(case: Case) -> None:
     """Trains the student in float64 from a float64 teacher, and saves what `Case.result` reads unless interrupted."""
     recipe = load_recipe(case.recipe, case.overrides)
     teacher, tokenizer = subquad.load_teacher(recipe.teacher)
+    start_processes(recipe, case.parallel)
     run = DistillationRun(recipe, Path(case.directory), (teacher.double(), tokenizer), case.parallel)
     on_first_process(run.start, None)
     run.build_or_resume_student()

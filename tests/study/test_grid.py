@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from subquad import utils
 from subquad.cli import main
 from subquad.config import load_study
 from subquad.distill import pipeline
@@ -16,11 +17,11 @@ from subquad.distill.recipe_stages import STAGE_NAMES, StageCache, stage_keys
 from subquad.evaluate import command
 from subquad.evaluate.runner import Evaluation
 from subquad.modeling import teachers
-from subquad.study import engines, runs
+from subquad.study import engines
 from subquad.study.grid import run_study
 from subquad.study.progress import describe_remaining_work, format_study
-from subquad.study.runs import find_runs, study_lock
-from subquad.utils import UserError
+from subquad.study.runs import find_runs
+from subquad.utils import UserError, exclusive
 from tests.helpers.studies import HIDDEN_ONLY, SHORT, TWO_LAST_STAGES, same_weights, study_command
 
 
@@ -221,15 +222,15 @@ def test_every_run_reports_to_tensorboard(study_recipe, tmp_path):
 HOLD_LOCK = """
 import sys, time
 from pathlib import Path
-from subquad.study.runs import study_lock
-with study_lock(Path(sys.argv[1])):
+from subquad.utils import exclusive
+with exclusive(Path(sys.argv[1], ".lock"), "study", Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
 
 
 def test_a_locked_directory_is_refused_until_its_owner_is_killed(study_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "LOCK_TIMEOUT", 0.3)
+    monkeypatch.setattr(utils, "LOCK_TIMEOUT", 0.3)
     owner = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert owner.stdout.readline() == "held\n"
@@ -239,7 +240,7 @@ def test_a_locked_directory_is_refused_until_its_owner_is_killed(study_recipe, t
     finally:
         owner.kill()
         owner.wait()
-    with study_lock(tmp_path):
+    with exclusive(tmp_path / ".lock", "study", tmp_path):
         pass
 
 

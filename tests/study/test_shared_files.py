@@ -1,12 +1,19 @@
-"""Several processes at the files of a study: shared stages, names of directories."""
+"""Several processes at the files of a study: shared stages, the report, names of directories."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from subquad.config import load_study
 from subquad.distill.checkpoints import damage, seal
 from subquad.distill.recipe_stages import StageCache
+from subquad.report.page import write_report
 from subquad.study.runs import find_runs
+from tests.helpers.studies import HIDDEN_ONLY, study_command
 from tests.helpers.together import run_together
 
 KEYS = {"matrix": "a", "hidden": "b"}
@@ -39,6 +46,29 @@ def test_four_processes_save_and_take_a_shared_stage(tmp_path):
     assert len(taken) == 2 + 8
     assert [damage(directory, "done.json") for directory in taken] == [None] * len(taken)
     assert {len([*directory.iterdir()]) for directory in taken} == {204}
+
+
+@pytest.mark.slow
+def test_the_report_is_drawn_while_the_study_runs(study_recipe, tmp_path):
+    command = study_command(study_recipe, tmp_path, *HIDDEN_ONLY, "student.mixer=[gla,retnet]", "seed=[0,1]")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    study = subprocess.Popen(
+        [sys.executable, "-m", "subquad.cli", *command], stdout=subprocess.DEVNULL, env=environment
+    )
+    drawn, counts = 0, set()
+    try:
+        while study.poll() is None:
+            if (tmp_path / "results.json").exists():
+                page = write_report(tmp_path).read_text()
+                counts |= {n for n in range(5) if f"{n} of 4 finished" in page}
+                drawn += 1
+    finally:
+        study.kill()
+        study.wait()
+    assert study.returncode == 0
+    assert drawn >= 2
+    assert min(counts) < 4
+    assert "4 of 4 finished" in write_report(tmp_path).read_text()
 
 
 HOSTILE = ["../../outside/teacher", "..", "/etc/teacher", "a/b", "a\\b", "-rf", ".lock", "x" * 300, "na\u00efve\n"]
