@@ -9,7 +9,7 @@ import pytest
 from subquad import utils
 from subquad.cli import main
 from subquad.config import load_recipe
-from subquad.distill import pipeline
+from subquad.distill import pipeline, processes
 from subquad.distill.pipeline import distill
 from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 HOLD = """
 import sys, time
 from subquad.config import load_recipe
-from subquad.distill import pipeline
+from subquad.distill import pipeline, processes
 def hold(run, stage_cache):
     print("held", flush=True)
     time.sleep(600)
@@ -80,7 +80,8 @@ def test_only_the_first_process_locks(recipe_path, tmp_path, monkeypatch):
 
         main_process_first = pipeline.ExitStack
 
-    monkeypatch.setattr(pipeline, "PartialState", Second)
+    for module in (pipeline, processes):
+        monkeypatch.setattr(module, "PartialState", Second)
     monkeypatch.setattr(pipeline, "start_processes", lambda *args: None)
     monkeypatch.setattr(pipeline, "exclusive", lambda *args: pytest.fail("locked"))
     monkeypatch.setattr(pipeline, "execute_stages", lambda *args: {"kl": os.getpid()})
