@@ -53,7 +53,7 @@ def add_commands(parser: Parser) -> None:
     generate.option("--draft-tokens", "N", "tokens that it proposes at a time (default: 5)", type=count, default=5)
     generate.flag("--chat", "format TEXT as a user message with the chat template")
     generate.placement()
-    export = parser.command("export", run_export, "Convert a student for transformers, vLLM, SGLang, llama.cpp or MLX.")
+    export = parser.command("export", run_export, "Convert a student for transformers, vLLM, SGLang or llama.cpp.")
     export.option("directory", "DIR", "saved student")
     formats = "gguf, which writes a file, or an export target, which writes a directory: qwen3_5, bamba ..."
     export.option("--format", "FORMAT", formats, required=True)
