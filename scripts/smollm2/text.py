@@ -45,7 +45,7 @@ REQUESTS = (
 
 
 def read_books(path: Path) -> list[str]:
-    return [book.strip() for book in lzma.open(path, "rt", encoding="utf-8").read().split("<|endoftext|>")]
+    return [book.strip() for book in lzma.decompress(path.read_bytes()).decode().split("<|endoftext|>")]
 
 
 def write_halves(books: list[str], directory: Path) -> None:
@@ -61,7 +61,7 @@ def write_halves(books: list[str], directory: Path) -> None:
 
 def write_items(data: Path, directory: Path) -> None:
     for task in TASKS:
-        lines = gzip.open(data / f"eval/{task}.jsonl.gz", "rt", encoding="utf-8").read().splitlines()
+        lines = gzip.decompress((data / f"eval/{task}.jsonl.gz").read_bytes()).decode().splitlines()
         random.Random(task).shuffle(lines)
         for half, items in (("dev", lines[1::2]), ("test", lines[::2])):
             write_text_atomic(directory / half / f"{task}.jsonl", "\n".join(items[:ITEMS]) + "\n")
