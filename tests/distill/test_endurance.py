@@ -27,7 +27,7 @@ def run(tmp_path):
     window = {"mixer": "gla", "calibration_tokens": None, "mixer_kwargs": {"window": 8}}
     path = tiny_recipe(tmp_path / "given", stages={**stages, "end_to_end": lora}, student=window)
     recipe = load_recipe(path)
-    start_processes(recipe, False)
+    start_processes(recipe, "ddp")
     made = DistillationRun(recipe, tmp_path / "run")
     on_first_process(made.start, None)
     made.build_or_resume_student()
