@@ -50,8 +50,8 @@ UNEVEN = {
     "matrix-deep": DEEP,
     "hidden-deep": [*DEEP, "STAGE.param_groups={mixer: {lr: 3e-3}, attention_projections: {frozen: true}}"],
 }
-"""Trained by layers in three processes. DEEP stands for a teacher of six layers, of which stage 2 trains five; DOCUMENTS
-for short and long ones, so that some rows have several and some one."""
+"""Trained by layers in three processes. DEEP stands for a teacher of six layers, of which stage 2 trains five;
+DOCUMENTS for short and long ones, so that some rows have several and some one."""
 LAYOUTS = ("one", "ddp", "fsdp", "layers")
 REPLICATED = [(a, b) for a in LAYOUTS[:3] for b in LAYOUTS[:3] if a != b]
 CHANGES = {
