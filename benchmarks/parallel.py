@@ -3,24 +3,48 @@
     python -m benchmarks.parallel [--teacher nano] [--stage hidden] [--batch 4] [--context 512]
     torchrun --nproc_per_node 2 -m benchmarks.parallel --parallel layers [the same]
 
-Prints milliseconds per step, the median of all but the first two; the bytes of the optimizer's states; and the largest
-resident memory of the first process. Every process has one thread.
+Prints milliseconds per step, and milliseconds of processor time per step, which other jobs on the machine change less:
+medians of all but the first two steps, of the process that takes longest. And, of the first process, the bytes of the
+optimizer's states and the largest resident memory. Every process has one thread.
 """
 
+import itertools
 import resource
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 import subquad
 from benchmarks.common import Parser, run_as_script
 from benchmarks.distill import StepTimer, make_trainer
 from subquad.distill.pipeline import PARALLEL
 from subquad.distill.sharding import own_part
+
+
+class ProcessorTimer(StepTimer):
+    """Also records the processor time of this process when steps begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_step_begin(*args, **kwargs)
+        self.processor.append(time.process_time())
+
+    def milliseconds(self) -> list[float]:
+        """Per step: wall time and processor time."""
+        return [
+            1000 * statistics.median(b - a for a, b in itertools.pairwise(times[2:]))
+            for times in (self.starts, self.processor)
+        ]
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -39,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    state, timer = PartialState(cpu=not torch.cuda.is_available()), StepTimer()
+    state, timer = PartialState(cpu=not torch.cuda.is_available()), ProcessorTimer()
     teacher, _ = subquad.load_teacher(args.teacher)
     teacher.requires_grad_(False)
     student = subquad.linearize(teacher, args.mixer)
@@ -48,12 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer.add_callback(timer)
         trainer.train_stage()
         states = optimizer_bytes(trainer.create_optimizer())
-    times = [end - start for start, end in zip(timer.starts[2:], timer.starts[3:], strict=False)]
+    wall, processor = max(gather_object([timer.milliseconds()]), key=lambda times: times[1])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if state.is_main_process:
         layout = args.parallel if state.num_processes > 1 else "one process"
         print(
-            f"{args.teacher} {args.stage}, {layout}: {1000 * statistics.median(times):.0f} ms per step, "
+            f"{args.teacher} {args.stage}, {layout}: {wall:.0f} ms per step, {processor:.0f} ms of processor time, "
             f"{states / 1e6:.1f} MB of optimizer states, {memory / 1e6:.0f} MB resident"
         )
     state.destroy_process_group()

@@ -52,7 +52,7 @@ class LayerParallel:
     """
 
     def __init__(self, layers: Sequence[Iterable[nn.Parameter]]):
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.size, self.host_group = dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo")
         self.trained = [[p for p in layer if p.requires_grad] for layer in layers]
         owners = {True: itertools.cycle(range(self.size)), False: itertools.cycle(range(self.size))}
         self.owners = [next(owners[bool(parameters)]) for parameters in self.trained]
@@ -65,20 +65,29 @@ class LayerParallel:
     # ------------------------------------------------------------------ activations
 
     def gather_batch(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The batch of each process, given that of this one."""
-        batches = [dict[str, Tensor]() for _ in range(self.size)]
-        for name, x in batch.items():
-            gathered = [torch.empty_like(x) for _ in range(self.size)]
-            dist.all_gather(gathered, x.contiguous())
-            for of_process, tensor in zip(batches, gathered, strict=True):
-                of_process[name] = tensor
+        """The batch of each process, given that of this one; some may have more tensors than others."""
+        formats = self.gather_objects({name: (x.shape, x.dtype) for name, x in batch.items()})
+        batches = [
+            {name: torch.empty(shape, dtype=dtype, device=self.device) for name, (shape, dtype) in tensors.items()}
+            for tensors in formats
+        ]
+        batches[self.rank] = batch
+        for process, tensors in enumerate(batches):
+            for x in tensors.values():
+                dist.broadcast(x, process)
         return batches
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """A Python object of each process; does not wait for the device."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, self.host_group)
+        return values
 
     @contextmanager
     def to_owners(self, on_layer: OnLayer) -> Iterator[OnOutput]:
         """Yields a callback that takes the activations of this process's rows, layer by layer; calls `on_layer` in the
         owner of each layer, for the last layers at the end of the context."""
-        channels = {True: Channel(self.rank, self.size), False: Channel(self.rank, self.size)}
+        channels = {True: Channel(self), False: Channel(self)}
 
         def collect(index: int, activations: LayerActivations) -> None:
             channel = channels[bool(self.trained[index])]
@@ -107,7 +116,7 @@ class LayerParallel:
 
     def over_all_layers(self, norm: Tensor) -> Tensor:
         """The norm of the gradients of all layers, from that of this process's layers."""
-        squared = norm.double().square().to(self.device)
+        squared = norm.to(self.device, torch.float64).square()
         dist.all_reduce(squared)
         return squared.sqrt().to(norm.dtype)
 
@@ -121,11 +130,10 @@ class LayerParallel:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
         def gather(_: Optimizer, saved: dict) -> None:
-            formats: list[Any] = [None] * self.size
-            own = {key: {name: (x.shape, x.dtype) for name, x in s.items()} for key, s in saved["state"].items()}
-            dist.all_gather_object(formats, own)
-            for owner, states in enumerate(formats[1:], 1):
-                for key, names in states.items():
+            states = saved["state"].items()
+            formats = self.gather_objects({k: {name: (x.shape, x.dtype) for name, x in s.items()} for k, s in states})
+            for owner, of_owner in enumerate(formats[1:], 1):
+                for key, names in of_owner.items():
                     for name, (shape, dtype) in names.items():
                         if self.rank == owner:
                             dist.send(saved["state"][key][name].to(self.device), 0)
@@ -159,8 +167,8 @@ class Channel:
     """Sends the activations of a layer to each process. Arguments that are the same tensor as in the last layer that it
     got (masks, positions) are not sent again."""
 
-    def __init__(self, rank: int, size: int):
-        self.rank, self.size = rank, size
+    def __init__(self, parallel: LayerParallel):
+        self.rank, self.size, self.gather_objects = parallel.rank, parallel.size, parallel.gather_objects
         self.waiting: list[Message] = []
         """The message to each process in turn."""
         self.sent: dict[tuple[int, int], Tensor] = {}
@@ -193,8 +201,7 @@ class Channel:
     def exchange(self, on_layer: OnLayer) -> None:
         """Sends the waiting messages; calls `on_layer` with what this process got."""
         sent, self.waiting = self.waiting, []
-        headers: list[Any] = [None] * self.size
-        dist.all_gather_object(headers, [message.header for message in sent])
+        headers = self.gather_objects([message.header for message in sent])
         own = sent[self.rank] if self.rank < len(sent) else None
         to_here = [] if own is None else [header[self.rank] for header in headers]
         sizes = [sum(x.nbytes for x in header if isinstance(x, Format)) for header in to_here] or [0] * self.size

@@ -13,7 +13,7 @@ from subquad.distill.recipe_stages import STAGE_NAMES
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import UserError
 from tests.helpers.processes import run_python
-from tests.helpers.recipes import save_tiny_teacher, tiny_recipe
+from tests.helpers.recipes import save_tiny_teacher, sentences, tiny_recipe
 from tests.helpers.stage_runs import Case, train, train_in_processes
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -45,12 +45,13 @@ MORE = {
 }
 CASES = {**{f"{stage}-{name}": more for stage in STAGE_NAMES for name, more in VARIANTS.items()}, **MORE}
 SIX_ROWS = [f"STAGE.tokens={STEPS * 6 * 32}", "STAGE.batch_size=6", "STAGE.micro_batch_size=1"]
-DEEP = ["teacher=DEEP", HYBRID, "data.document_masking=true", *SIX_ROWS]
+DEEP = ["teacher=DEEP", HYBRID, "data.source=DOCUMENTS", "data.document_masking=true", *SIX_ROWS]
 UNEVEN = {
     "matrix-deep": DEEP,
     "hidden-deep": [*DEEP, "STAGE.param_groups={mixer: {lr: 3e-3}, attention_projections: {frozen: true}}"],
 }
-"""Trained by layers in three processes. DEEP stands for a teacher of six layers, of which stage 2 trains five."""
+"""Trained by layers in three processes. DEEP stands for a teacher of six layers, of which stage 2 trains five;
+DOCUMENTS for short and long ones, so that some rows have several and some one."""
 LAYOUTS = ("one", "ddp", "fsdp", "layers")
 REPLICATED = [(a, b) for a in LAYOUTS[:3] for b in LAYOUTS[:3] if a != b]
 CHANGES = {
@@ -73,11 +74,14 @@ def cases(recipe_path, tmp_path_factory):
     teachers = {"TIED": {"tie_word_embeddings": True}, "DEEP": {"num_hidden_layers": 6}}
     for key, options in teachers.items():
         save_tiny_teacher(directory / key, **options)
+    documents = directory / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": sentences(1 + i % 9, i)}) + "\n" for i in range(400)))
 
     def case(name, layout, run=None, stop_at=None):
         stage = name.partition("-")[0]
         given = [text.replace("STAGE", f"stages.{stage}") for text in {**CASES, **UNEVEN}[name]]
         given = [f"teacher={directory / text[8:]}" if text[8:] in teachers else text for text in given]
+        given = [text.replace("DOCUMENTS", str(documents)) for text in given]
         overrides = [f"stages.{other}=null" for other in STAGE_NAMES if other != stage] + given
         return Case(
             str(recipe_path),

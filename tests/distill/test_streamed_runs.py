@@ -87,12 +87,12 @@ def test_stages_of_a_study_are_shared(uninterrupted, recipe_path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.sample), True], ids=["ddp", "fsdp"])
-def test_two_processes_are_resumed(fsdp, recipe_path, tmp_path):
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.sample), "fsdp"])
+def test_two_processes_are_resumed(parallel, recipe_path, tmp_path):
     """Interrupted within a stage, in its first steps, and after it; then refused in one process."""
     overrides = ["stages.matrix=null", "data.shuffle_buffer=3"]
     cases = {
-        name: [Case(str(recipe_path), overrides, str(tmp_path / name), fsdp, stop) for stop in stops]
+        name: [Case(str(recipe_path), overrides, str(tmp_path / name), parallel, stop) for stop in stops]
         for name, stops in {"whole": [None], "cut": [5, None], "twice": [4, 7, None], "other": [5]}.items()
     }
     train_in_processes([case for runs in cases.values() for case in runs], tmp_path)
@@ -101,4 +101,4 @@ def test_two_processes_are_resumed(fsdp, recipe_path, tmp_path):
         assert again.keys() == whole.keys()
         assert all(torch.equal(again[name], whole[name]) for name in whole)
     with pytest.raises(UserError, match="got 1 processes for a run that was started with 2"):
-        train(cases["other"][0]._replace(fsdp=False))
+        train(cases["other"][0]._replace(parallel="ddp"))
