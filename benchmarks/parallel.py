@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 import subquad
 from benchmarks.common import Parser, run_as_script
 from benchmarks.distill import StepTimer, make_trainer
-from subquad.distill.pipeline import PARALLEL
+from subquad.distill.processes import PARALLEL
 from subquad.distill.sharding import own_part
 
 
