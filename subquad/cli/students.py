@@ -53,9 +53,9 @@ def add_commands(parser: Parser) -> None:
     generate.option("--draft-tokens", "N", "tokens that it proposes at a time (default: 5)", type=count, default=5)
     generate.flag("--chat", "format TEXT as a user message with the chat template")
     generate.placement()
-    export = parser.command("export", run_export, "Convert a student for transformers, vLLM, SGLang or llama.cpp.")
+    export = parser.command("export", run_export, "Convert a student for transformers, vLLM, llama.cpp or MLX.")
     export.option("directory", "DIR", "saved student")
-    formats = "gguf, which writes a file, or an export target, which writes a directory: qwen3_5, bamba ..."
+    formats = "gguf, which writes a file; a directory: mlx, or an export target (qwen3_5, bamba ...)"
     export.option("--format", "FORMAT", formats, required=True)
     export.option("--output -o", "OUT", "new directory or file", required=True)
     export.option("--type", "TYPE", "number format of a GGUF file: f32, f16 (default) or q8_0")

@@ -2,6 +2,7 @@
 
     export("student", "served", "qwen3_5")          a directory for transformers, vLLM, SGLang
     export("student", "student.gguf", "gguf")       a file for llama.cpp
+    export("student", "served", "mlx")              a directory for mlx-lm
     export("student", "served", "bamba")            a directory, from a mamba2 student
 
 Files are written only after the new model's logits have been compared with the student's.
@@ -21,6 +22,9 @@ from subquad.utils import UserError, nearest, needs_extra, saving
 
 __all__ = ["convert", "export"]
 
+FORMATS = ("gguf", "mlx")
+"""Formats besides those of `subquad.registry.EXPORT_TARGETS`; each is written from a model of a target."""
+
 
 def convert(student: SubquadForCausalLM, target: str) -> PreTrainedModel:
     """The student as a model of the architecture `target`, such as "qwen3_5"; see `Converter.convert`."""
@@ -34,15 +38,15 @@ def export(
 
     Args:
         output: a new file for "gguf", a new directory for the other formats.
-        file_format: "gguf", or one of `subquad.registry.EXPORT_TARGETS`.
+        file_format: "gguf", "mlx", or one of `subquad.registry.EXPORT_TARGETS`.
         weight_type: of the weights in a GGUF file, one of `subquad.export.gguf.TYPES`; "f16" by default.
 
     Raises:
         UserError: no student in `directory`, an existing `output`, an unknown format or weight type.
         ExportError: a student with something that the format does not have.
     """
-    if file_format not in ("gguf", *EXPORT_TARGETS):
-        raise UserError(f"format: unknown {file_format!r}{nearest(file_format, [*EXPORT_TARGETS, 'gguf'])}")
+    if file_format not in (*FORMATS, *EXPORT_TARGETS):
+        raise UserError(f"format: unknown {file_format!r}{nearest(file_format, [*EXPORT_TARGETS, *FORMATS])}")
     if weight_type is not None and file_format != "gguf":
         raise UserError(f"type: got {weight_type!r}, expected none for {file_format}, which keeps the student's dtype")
     if file_format == "gguf":
@@ -60,12 +64,16 @@ def export(
     read_config(directory)  # refuses a directory without a student
     student, tokenizer = load_teacher(directory, "auto")
     assert isinstance(student, SubquadForCausalLM)
-    model = convert(student, "qwen3_5" if file_format == "gguf" else file_format)
+    model = convert(student, "qwen3_5" if file_format in FORMATS else file_format)
     parent = output.absolute().parent
     with saving(output, "the export", remove=False), tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as work:
         partial = Path(work, output.name)
         if file_format == "gguf":
             write_gguf(model, tokenizer, partial, weight_type or "f16", name=Path(directory).resolve().name)
+        elif file_format == "mlx":
+            from subquad.export.mlx import write_mlx
+
+            write_mlx(model, tokenizer, partial)
         else:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)

@@ -30,7 +30,7 @@ from subquad.modeling.layers import AttentionLayer, MixerLayer
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.utils import eval_mode
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-4
 """Relative error of the logits, in float32, up to which student and model count as equal; larger if the student's own
 rounding error is (see `rounding_error`)."""
 IDENTITY_HEAD_DIM = 64

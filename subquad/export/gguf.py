@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.data.encoding import text_prefix
+from subquad.export.qwen3_5 import attention_interval
 from subquad.modeling.export_target import ExportError
 
 ARCHITECTURE = "qwen35"
@@ -103,11 +104,11 @@ def add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_ssm_group_count(config.linear_num_key_heads)
     writer.add_ssm_time_step_rank(config.linear_num_value_heads)
     writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
-    recurrent = [layer_type == "linear_attention" for layer_type in config.layer_types]
-    interval = recurrent.index(False) + 1
-    if recurrent == [bool((i + 1) % interval) for i in range(len(recurrent))]:
+    interval = attention_interval(config)
+    if interval is not None:
         writer.add_full_attention_interval(interval)
     else:
+        recurrent = [layer_type == "linear_attention" for layer_type in config.layer_types]
         writer.add_array(f"{ARCHITECTURE}.attention.recurrent_layers", recurrent)
 
 

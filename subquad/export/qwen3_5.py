@@ -70,6 +70,13 @@ class Qwen3_5Converter(Converter):
         }
 
 
+def attention_interval(config: Any) -> int | None:
+    """n if layers n - 1, 2n - 1, ... have attention and no others, in a configuration of Qwen3.5; None otherwise."""
+    full = [layer_type == "full_attention" for layer_type in config.layer_types]
+    interval = full.index(True) + 1
+    return interval if full == [(i + 1) % interval == 0 for i in range(len(full))] else None
+
+
 def exact_norm_weight(info: AttentionInfo, name: str) -> Tensor:
     """Weight `[head_dim]` of the norm of "q" or "k": the parameter itself, or plus one, whichever the fitted weight is
     near to."""

@@ -1,12 +1,12 @@
 """Runs llama.cpp on a GGUF file in a subprocess: generated tokens and log probabilities."""
 
 import importlib.util
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.hosts import run_script
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp (llama.cpp as a wheel) is not installed"
@@ -36,11 +36,7 @@ print("FOUND" + json.dumps(found))
 
 def run(path: Path, prompts: list, count: int, probabilities: int = 1) -> list[dict]:
     """The answers of llama.cpp's server to each prompt (text or token ids): `count` greedy tokens."""
-    given = json.dumps([str(path), prompts, count, probabilities])
-    done = subprocess.run([sys.executable, "-c", SCRIPT], input=given, capture_output=True, text=True)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND")), None)
-    assert line is not None, done.stderr[-2000:]
-    return json.loads(line.removeprefix("FOUND"))
+    return run_script(sys.executable, SCRIPT, str(path), prompts, count, probabilities)
 
 
 def log_probabilities(answer: dict) -> list[tuple[int, float]]:
