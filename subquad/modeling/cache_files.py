@@ -48,9 +48,10 @@ def save_cache(cache: SubquadCache, student: Any, path: str | Path) -> None:
             return {str(key): described(x) for key, x in value.items()}
         return [described(x) for x in value] if isinstance(value, tuple) else value
 
-    layers = [described(layer_contents(layer)) for layer in cache.layers]
+    layers = json.dumps([described(layer_contents(layer)) for layer in cache.layers])
     partial = Path(f"{path}.part")
-    save_file(tensors, partial, {**fingerprints(student), "layers": json.dumps(layers)})
+    metadata = {"layers": layers, "digest": tensor_digest(tensors[name] for name in sorted(tensors))}
+    save_file(tensors, partial, {**fingerprints(student), **metadata})
     partial.replace(path)
 
 
@@ -70,8 +71,11 @@ def load_cache(
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         layers, _ = json.loads(metadata["layers"]), metadata["student"]
+        changed = metadata.get("digest") not in (None, tensor_digest(tensors[name] for name in sorted(tensors)))
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"cache: {str(path)!r} holds no cache of a student (or is damaged): {error}") from error
+    if changed:
+        raise UserError(f"cache: {str(path)!r} is damaged: its tensors have changed")
     if any(metadata.get(key, value) != value for key, value in fingerprints(student).items()):
         raise UserError(f"cache: {str(path)!r} is of another student, or of one with other weights")
 

@@ -75,6 +75,66 @@ def test_rows_of_one_token_and_of_padding(kind, dtype):
     assert (padded.logits[1, -1] - one.logits[0, -1]).abs().max() <= tolerance * one.logits.abs().max()
 
 
+def gradients(student, loss) -> dict[str, torch.Tensor]:
+    student.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_gradient_scaling(kind):
+    """A power of two times a loss has as many times its gradients, bit for bit: no backward pass has a bound or an
+    epsilon of its own."""
+    student = make_student(tiny_teacher(), layer_types=ALL[kind])
+    plain = gradients(student, student(input_ids=rows(), labels=rows()).loss)
+    scaled = gradients(student, student(input_ids=rows(), labels=rows()).loss * 2.0**16)
+    assert all(torch.equal(scaled[name], plain[name] * 2.0**16) for name in plain)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_training_in_float16_with_a_gradient_scaler(kind):
+    """The scaler finds a scale at which no gradient overflows. There they are nearer to those of float32 than the
+    gradients of bfloat16: what is small is not rounded to zero."""
+    student = make_student(tiny_teacher(), layer_types=ALL[kind])
+    exact = gradients(student, student(input_ids=rows(), labels=rows()).loss)
+
+    def error(found) -> torch.Tensor:
+        return torch.stack([(found[name] - exact[name]).norm() for name in exact]).norm()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = gradients(student, student(input_ids=rows(), labels=rows()).loss)
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(student.parameters(), lr=0.0)
+    for _ in range(12):  # from 65,536, each overflow halves it
+        with torch.autocast("cpu", torch.float16):
+            found = gradients(student, scaler.scale(student(input_ids=rows(), labels=rows()).loss))
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() == scale:
+            break
+    assert scaler.get_scale() == scale >= 2.0**6
+    assert error({name: gradient / scale for name, gradient in found.items()}) < 0.6 * error(coarse)
+
+
+@pytest.mark.parametrize("stage", ["matrix", "hidden", "end_to_end"])
+@pytest.mark.parametrize("kind", ALL)
+def test_deterministic_algorithms(kind, stage):
+    """`torch.use_deterministic_algorithms` refuses nothing that a stage computes, and two passes are equal."""
+    teacher = tiny_teacher()
+    student = make_student(teacher, layer_types=ALL[kind])
+    options = {"matrix": MatrixStage, "hidden": HiddenStage, "end_to_end": EndToEndStage}[stage](tokens=1, lr=1.0)
+    objective = STAGES[stage](teacher, options, scale_ids=rows())
+    inputs = {"input_ids": rows()}
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (
+            gradients(student, student(objective=objective, **objective.forward_kwargs(inputs)).loss) for _ in range(2)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ALL)
 def test_a_hundred_thousand_repeats(kind):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -14,13 +15,11 @@ from subquad.config import load_study
 from subquad.study.grid import run_study
 from tests.helpers.studies import study_command
 
-RUNS = 40
-KILLS = 12
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 SECONDS = (1.0, 6.0)
 """Between kills, from the first new step of training on."""
 MANY = [
     "student.mixer=[gla, retnet, metala, linear_attention]",
-    f"seed={list(range(RUNS // 4))}",
     "stages.matrix=null",
     "stages.hidden={tokens: 256, lr: 1e-3, batch_size: 2}",
     "stages.end_to_end=null",
@@ -40,30 +39,53 @@ def victim(study: psutil.Process, generator: random.Random) -> psutil.Process:
     return generator.choice([study, *sorted(workers, key=lambda p: p.pid)])
 
 
+def damage(output, generator: random.Random) -> int:
+    """Changes a byte or cuts a file of a checkpoint, as a failing disk does; returns the number of damaged files."""
+    files = [path for path in output.glob("*/checkpoints/*/checkpoint-*/*") if path.stat().st_size]
+    if not files:
+        return 0
+    path = generator.choice(sorted(files))
+    content = bytearray(path.read_bytes())
+    at = generator.randrange(len(content))
+    if generator.random() < 0.5:
+        content[at] ^= 1 << generator.randrange(8)
+    else:
+        del content[at:]
+    path.write_bytes(content)
+    return 1
+
+
 @pytest.mark.slow
-def test_random_kills_change_nothing(study_recipe, tmp_path):
-    undisturbed = table(run_study(load_study(study_recipe, MANY), tmp_path / "undisturbed"))
-    assert len(undisturbed) == RUNS
-    output, generator, kills, code = tmp_path / "killed", random.Random(0), 0, None
-    command = [sys.executable, "-m", "subquad.cli", *study_command(study_recipe, output, *MANY), "--jobs", "2"]
+@pytest.mark.parametrize(("runs", "kills"), [pytest.param(40, 12, marks=pytest.mark.sample), (200, 60)])
+def test_random_kills_change_nothing(runs, kills, study_recipe, tmp_path):
+    """Of the study or its workers, with one of three signals; half of them damage a checkpoint too."""
+    many = [*MANY, f"seed={list(range(runs // 4))}"]
+    undisturbed = table(run_study(load_study(study_recipe, many), tmp_path / "undisturbed"))
+    assert len(undisturbed) == runs
+    output, generator, killed, damaged, code = tmp_path / "killed", random.Random(0), 0, 0, None
+    command = [sys.executable, "-m", "subquad.cli", *study_command(study_recipe, output, *many), "--jobs", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def steps():
         return sum(path.stat().st_size for path in output.glob("*/metrics.jsonl"))
 
     while code != 0:
-        assert code is None or kills, "it fails by itself"
+        assert code is None or killed, "it fails by itself"
         study = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        while study.poll() is None and kills < KILLS:
+        while study.poll() is None and killed < kills:
             reached = steps()
             while study.poll() is None and steps() <= reached:
                 time.sleep(0.05)
             time.sleep(generator.uniform(*SECONDS))
             if study.poll() is None:
-                victim(psutil.Process(study.pid), generator).kill()
-                kills += 1
+                victim(psutil.Process(study.pid), generator).send_signal(generator.choice(SIGNALS))
+                killed += 1
         code = study.wait()
-    assert kills >= KILLS // 2  # on a fast machine the study ends earlier
+        if code and generator.random() < 0.5:
+            damaged += damage(output, generator)
+    print(f"{killed} killed, {damaged} files damaged")
+    assert killed >= kills // 2  # on a fast machine the study ends earlier
+    assert damaged
     results = json.loads((output / "results.json").read_text())["results"]
     assert table(results) == undisturbed
     assert not list(output.rglob("*.part"))
