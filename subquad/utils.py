@@ -60,7 +60,12 @@ def needs_extra(what: str, extra: str) -> Iterator[None]:
     except ImportError as error:
         if error.path is not None:  # the module was found and is broken
             raise
-        raise UserError(f'{what} needs {error.name}, which is missing; pip install "subquad[{extra}]"') from None
+        raise UserError(f"{what} needs {error.name}, which is missing; {install_command(extra)}") from None
+
+
+def install_command(extra: str) -> str:
+    """How to install an extra of this package, which no index has yet."""
+    return f'pip install ".[{extra}]" in a clone of Subquad'
 
 
 def cache_dir() -> Path:

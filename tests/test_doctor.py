@@ -44,8 +44,8 @@ def test_missing_extras_name_the_command(monkeypatch):
     known = doctor.installed_version
     monkeypatch.setattr(doctor, "installed_version", lambda name: None if name in ("ray", "gguf") else known(name))
     found = {finding.name: finding.value for finding in doctor.extras()}
-    assert found["cluster"] == 'missing ray: pip install "subquad[cluster]"'
-    assert found["export"] == 'missing gguf: pip install "subquad[export]"'
+    assert found["cluster"] == 'missing ray: pip install ".[cluster]" in a clone of Subquad'
+    assert found["export"] == 'missing gguf: pip install ".[export]" in a clone of Subquad'
     assert found["report"] == "installed"
 
 

@@ -49,7 +49,7 @@ def test_the_list_of_missing_modules_has_every_extra():
 def test_linearize_distill_and_generate_need_no_extra(inputs):
     run("linearize", inputs / "teacher", "--mixer", "gla", "-o", inputs / "linear")
     out = run("distill", inputs / "recipe.yaml", "-o", inputs / "student")
-    assert out.count('loss.svg is not drawn: matplotlib is missing; pip install "subquad[report]"') == 1
+    assert out.count('loss.svg is not drawn: matplotlib is missing; pip install ".[report]" in a clone of Subquad') == 1
     assert not (inputs / "student" / "loss.svg").exists()
     run("generate", inputs / "student", "The red", "--tokens", "3")
 
@@ -72,5 +72,5 @@ def test_what_needs_an_extra_names_it(inputs, tmp_path):
         ("cluster", ["study", inputs / "recipe.yaml", "--engine", "ray", "-o", tmp_path / "study"]),
     ):
         message = run(*argv, code=2)
-        assert f"subquad[{extra}]" in message, (argv, message)
+        assert f'pip install ".[{extra}]"' in message, (argv, message)
         assert "Traceback" not in message

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from subquad.cli.parser import Parser
-from subquad.utils import cache_dir, quiet_libraries
+from subquad.utils import cache_dir, install_command, quiet_libraries
 
 PACKAGE = "subquad"
 MATMUL_SIZE = 2048
@@ -102,7 +102,7 @@ def extras() -> Iterator[Finding]:
         if extra in (None, "dev"):
             continue
         missing = [r.name for r in needed if r.name != PACKAGE and installed_version(r.name) is None]
-        value = f'missing {", ".join(missing)}: pip install "{PACKAGE}[{extra}]"' if missing else "installed"
+        value = f'missing {", ".join(missing)}: {install_command(extra)}' if missing else "installed"
         yield Finding("extras", str(extra), value)
 
 
@@ -140,7 +140,7 @@ def kernels(device: Any) -> Iterator[Finding]:
     why = f"{fla.BACKEND_VARIABLE}={chosen}" if chosen else f"the device is {device.type}"
     problem = None
     if device.type == "cuda" and not used and not fla.installed():
-        why, problem = "fla is not installed", f'the kernels of fla are faster: pip install "{PACKAGE}[gpu]"'
+        why, problem = "fla is not installed", f'the kernels of fla are faster: {install_command("gpu")}'
     yield Finding("kernels", "ops", f"{'fla (Triton)' if used else 'PyTorch'}, since {why}", problem)
     if used and device.type == "cuda" and fla.refuses_scalar_decay():
         text = "backward pass in PyTorch: Triton 3.4 to 3.7.0 compiles it wrongly for this GPU"

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from subquad.utils import UserError, saving, write_text_atomic
+from subquad.utils import UserError, install_command, saving, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def draw_curves(metrics: Sequence[dict[str, Any]], target: Path, title: str) -> 
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        logger.info('%s is not drawn: matplotlib is missing; pip install "subquad[report]"', target.name)
+        logger.info("%s is not drawn: matplotlib is missing; %s", target.name, install_command("report"))
         return
     stages: dict[str, list[dict[str, Any]]] = {}
     for record in metrics:

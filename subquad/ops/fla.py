@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.checks import Inputs, any_requires_grad
+from subquad.utils import install_command
 
 BACKENDS = ("auto", "torch", "fla")
 BACKEND_VARIABLE = "SUBQUAD_BACKEND"
@@ -35,7 +36,7 @@ def use_fla(backend: str | None, q: Tensor) -> bool:
         raise ValueError(f'{name}: got {value!r}, expected "auto", "torch" or "fla"')
     if value == "fla" and not installed():
         raise ValueError(
-            f'{name}: got "fla", which needs flash-linear-attention and Triton: pip install "subquad[gpu]"'
+            f'{name}: got "fla", which needs flash-linear-attention and Triton: {install_command("gpu")}'
         )
     return value == "fla" or (value == "auto" and q.device.type == "cuda" and installed())
 

@@ -16,12 +16,12 @@ from subquad.study.grid import run_study
 from tests.helpers.studies import study_command
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-SECONDS = (1.0, 6.0)
-"""Between kills, from the first new step of training on."""
+SECONDS = (0.0, 5.0)
+"""From the first new step of training after a kill to the next kill; half of them are at once."""
 MANY = [
     "student.mixer=[gla, retnet, metala, linear_attention]",
     "stages.matrix=null",
-    "stages.hidden={tokens: 256, lr: 1e-3, batch_size: 2}",
+    "stages.hidden={tokens: 1024, lr: 1e-3, batch_size: 2}",
     "stages.end_to_end=null",
     "evaluation.eval_tokens=128",
     "checkpoint.save_steps=1",
@@ -58,7 +58,7 @@ def damage(output, generator: random.Random) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("runs", "kills"), [pytest.param(40, 12, marks=pytest.mark.sample), (200, 60)])
 def test_random_kills_change_nothing(runs, kills, study_recipe, tmp_path):
-    """Of the study or its workers, with one of three signals; half of them damage a checkpoint too."""
+    """Of the study or its workers, with one of three signals; after most of them a checkpoint is damaged."""
     many = [*MANY, f"seed={list(range(runs // 4))}"]
     undisturbed = table(run_study(load_study(study_recipe, many), tmp_path / "undisturbed"))
     assert len(undisturbed) == runs
@@ -76,12 +76,12 @@ def test_random_kills_change_nothing(runs, kills, study_recipe, tmp_path):
             reached = steps()
             while study.poll() is None and steps() <= reached:
                 time.sleep(0.05)
-            time.sleep(generator.uniform(*SECONDS))
+            time.sleep(generator.choice([0, generator.uniform(*SECONDS)]))
             if study.poll() is None:
                 victim(psutil.Process(study.pid), generator).send_signal(generator.choice(SIGNALS))
                 killed += 1
         code = study.wait()
-        if code and generator.random() < 0.5:
+        if code and generator.random() < 0.7:
             damaged += damage(output, generator)
     print(f"{killed} killed, {damaged} files damaged")
     assert killed >= kills // 2  # on a fast machine the study ends earlier
