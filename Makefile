@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 READY := .venv/ready
 
-.PHONY: setup demo test lint test-slow clean
+.PHONY: setup demo test lint test-slow docs package clean
 
 setup: $(READY)
 
@@ -15,8 +15,7 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 demo: $(READY)
-	$(VENV) -m subquad.cli study recipes/nano.yaml --output demo
-	$(VENV) -m subquad.cli report demo
+	$(VENV) -m subquad.cli demo
 
 test: lint
 	$(VENV) -m pytest -m "not slow" -n 2
@@ -29,5 +28,11 @@ lint: $(READY)
 test-slow: $(READY)
 	$(VENV) -m pytest -m slow
 
+docs: $(READY)
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(VENV) -m mkdocs build --strict --quiet
+
+package: $(READY)
+	scripts/check_package.sh $(PYTHON)
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site dist

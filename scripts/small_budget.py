@@ -19,7 +19,7 @@ from subquad.study.grid import run_study
 from subquad.study.runs import find_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "recipes" / "small-budget.yaml"
+RECIPE = ROOT / "subquad" / "recipes" / "small-budget.yaml"
 TABLE = ROOT / "results" / "small-budget" / "nano.csv"
 SEEDS = (0, 1, 2)
 SLOW = "stages.end_to_end.param_groups.{}.lr"

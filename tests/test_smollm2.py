@@ -64,7 +64,7 @@ def test_loss_of_an_untrained_student_is_bounded(mixer, lost, teacher, text):
 def test_its_recipe_runs_end_to_end(teacher, tmp_path, capsys):
     text = tmp_path / "story.txt"
     text.write_text("\n\n".join(f"Paragraph {i}. The old man and the river went on and on." for i in range(3000)))
-    recipe = Path(__file__).parents[1] / "recipes" / "smollm2-135m.yaml"
+    recipe = Path(__file__).parents[1] / "subquad" / "recipes" / "smollm2-135m.yaml"
     small = [
         "stages.hidden.tokens=1024",
         "stages.hidden.batch_size=2",

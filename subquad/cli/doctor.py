@@ -102,7 +102,7 @@ def extras() -> Iterator[Finding]:
         if extra in (None, "dev"):
             continue
         missing = [r.name for r in needed if r.name != PACKAGE and installed_version(r.name) is None]
-        value = f'missing {", ".join(missing)}: {install_command(extra)}' if missing else "installed"
+        value = f"missing {', '.join(missing)}: {install_command(extra)}" if missing else "installed"
         yield Finding("extras", str(extra), value)
 
 
@@ -140,7 +140,7 @@ def kernels(device: Any) -> Iterator[Finding]:
     why = f"{fla.BACKEND_VARIABLE}={chosen}" if chosen else f"the device is {device.type}"
     problem = None
     if device.type == "cuda" and not used and not fla.installed():
-        why, problem = "fla is not installed", f'the kernels of fla are faster: {install_command("gpu")}'
+        why, problem = "fla is not installed", f"the kernels of fla are faster: {install_command('gpu')}"
     yield Finding("kernels", "ops", f"{'fla (Triton)' if used else 'PyTorch'}, since {why}", problem)
     if used and device.type == "cuda" and fla.refuses_scalar_decay():
         text = "backward pass in PyTorch: Triton 3.4 to 3.7.0 compiles it wrongly for this GPU"

@@ -8,14 +8,20 @@ from subquad.cli.parser import Parser, count, split_list
 from subquad.utils import UserError, quiet_libraries
 
 
+RECIPE = "YAML file, or the name of a recipe of the package such as nano"
+
+
 def add_commands(parser: Parser) -> None:
+    demo = parser.command("demo", run_demo, "Distill eight students and a control from the teacher nano, in minutes.")
+    output = "directory of the study, new or existing (default: demo)"
+    demo.option("--output -o", "DIR", output, type=Path, default=Path("demo"))
     distill = parser.command("distill", run_distill, "Train one student from a recipe.")
-    distill.option("recipe", "RECIPE", "YAML file")
+    distill.option("recipe", "RECIPE", RECIPE)
     distill.option("--output -o", "DIR", "saved student: new, or that of an unfinished run to resume", required=True)
     layouts = "with torchrun: ddp (default), fsdp, layers or layers+fsdp, what the processes share (docs/scale.md)"
     distill.option("--parallel", "LAYOUT", layouts, default="ddp")
     study = parser.command("study", run_study, "Train a student for each combination of lists, and compare them.")
-    study.option("recipe", "RECIPE", "YAML file")
+    study.option("recipe", "RECIPE", RECIPE)
     study.option("--output -o", "DIR", "directory of the study, new or existing", type=Path, required=True)
     study.option("--jobs", "N", "parallel runs on each machine (default: 1)", type=count, default=1)
     engines = ["local", "ray"]
@@ -24,11 +30,11 @@ def add_commands(parser: Parser) -> None:
     study.flag("--dry-run", "print the remaining work and an estimate of its time, then exit")
     study.flag("--show", "print the table of finished runs, then exit")
     targets = parser.command("cache-teacher", run_cache_teacher, "Compute the sparse targets of stage 3 of all runs.")
-    targets.option("recipe", "RECIPE", "YAML file, also of a study")
+    targets.option("recipe", "RECIPE", f"{RECIPE}, also of a study")
     recipe = parser.command(
         "recipe", run_recipe, "Validate a recipe and print it with all defaults, or the JSON schema."
     )
-    recipe.option("recipe", "RECIPE", "YAML file", nargs="?")
+    recipe.option("recipe", "RECIPE", RECIPE, nargs="?")
     recipe.flag("--schema", "print the JSON schema of recipes, for editors")
     for command in (distill, study, targets, recipe):
         command.option("--set", "KEY=VALUE", "override a key: stages.hidden.lr=1e-3", action="append", default=[])
@@ -44,6 +50,13 @@ def run_distill(args: Namespace) -> None:
 
     print(format_table([distill(recipe, args.output, parallel=args.parallel)]))
     print(f'\nThe student is in {args.output}; try: subquad generate {args.output} "Once upon a time"')
+
+
+def run_demo(args: Namespace) -> int:
+    from subquad.cli import main
+
+    output = str(args.output)
+    return main(["study", "nano", "--output", output]) or main(["report", output])
 
 
 def run_study(args: Namespace) -> int:

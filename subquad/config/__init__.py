@@ -1,6 +1,6 @@
 """Recipes: every choice that defines a student, as one validated tree read from YAML.
 
-    recipe = load_recipe("recipes/smollm2-135m.yaml", ["stages.hidden.lr=1e-3"])
+    recipe = load_recipe("smollm2-135m", ["stages.hidden.lr=1e-3"])
 
 A study is a recipe in which any key may hold a list; `load_study` returns one recipe for each combination. All mistakes
 of a recipe are one `UserError` with a line for each: place, key, value, expected value, nearest valid name.

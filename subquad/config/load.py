@@ -25,6 +25,8 @@ _EXPECTED = {
     "dict_type": "a mapping of names to values",
 }
 """What pydantic expected, by the type of its error."""
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""The recipes of the package."""
 MAX_MISTAKES = 100
 """Of one recipe, in messages."""
 _SHORTHANDS = {"data": Data.SHORTHAND, "student": Student.SHORTHAND}
@@ -50,6 +52,8 @@ def schema() -> dict[str, Any]:
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in a YAML file, changed by `overrides` such as "stages.hidden.lr=1e-3".
 
+    path: a file, or the name of a recipe of the package, such as "small-budget".
+
     Raises:
         UserError: all mistakes of the file, the overrides and their values. Lists are mistakes too: see `load_study`.
     """
@@ -71,7 +75,7 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
 def _load(path: str | Path, overrides: Iterable[str], single: bool) -> list[Recipe]:
     """The recipe of a file with overrides; unless `single`, all recipes of the product of its lists."""
     problems: list[str] = []
-    tree = yaml_tree.read(Path(path).expanduser(), problems)
+    tree = yaml_tree.read(_recipe_path(path), problems)
     for override in overrides:
         where = f"--set {override if len(override) <= 80 else override[:77] + '...'}"
         name, equals, text = override.partition("=")
@@ -94,6 +98,16 @@ def _load(path: str | Path, overrides: Iterable[str], single: bool) -> list[Reci
     if problems:
         raise UserError(*sorted(dict.fromkeys(problems), key=_line))
     return recipes
+
+
+def _recipe_path(given: str | Path) -> Path:
+    """A file, or the recipe of the package with this name."""
+    path, known = Path(given).expanduser(), {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
+    if path.is_file() or (not path.is_dir() and (path.suffix or len(path.parts) > 1)):
+        return path
+    if (name := str(given)) in known:
+        return known[name]
+    raise UserError(f"recipe: got {name!r}, no file and no recipe of the package{nearest(name, known)}")
 
 
 def _line(problem: str) -> float:

@@ -35,9 +35,7 @@ def use_fla(backend: str | None, q: Tensor) -> bool:
     if value not in BACKENDS:
         raise ValueError(f'{name}: got {value!r}, expected "auto", "torch" or "fla"')
     if value == "fla" and not installed():
-        raise ValueError(
-            f'{name}: got "fla", which needs flash-linear-attention and Triton: {install_command("gpu")}'
-        )
+        raise ValueError(f'{name}: got "fla", which needs flash-linear-attention and Triton: {install_command("gpu")}')
     return value == "fla" or (value == "auto" and q.device.type == "cuda" and installed())
 
 

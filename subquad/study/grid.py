@@ -1,6 +1,6 @@
 """Runs a study: one run for each recipe of a grid, with all results in one directory.
 
-    results = run_study(load_study("recipes/nano.yaml"), "demo")
+    results = run_study(load_study("nano"), "demo")
 
 The state of the study is read from its directory. Running it again executes only the runs that are new, failed or
 unfinished.

@@ -12,7 +12,7 @@ from subquad.distill.recipe_stages import stage_keys
 from subquad.utils import UserError, nearest
 from tests.helpers.recipe_files import BASE, mistake, mistakes
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "subquad" / "recipes"
 
 
 def test_defaults_and_numbers(write):
@@ -272,7 +272,7 @@ def test_missing_file_and_directory(write):
     expected = "nowhere.yaml: cannot be read (No such file or directory); expected a recipe in YAML"
     assert mistake("nowhere.yaml") == expected
     Path("folder").mkdir()
-    assert mistake("folder").startswith("folder: cannot be read (Is a directory)")
+    assert mistake("./folder/").startswith("recipe: got './folder/', no file and no recipe of the package")
 
 
 def test_byte_order_mark(write):
@@ -358,7 +358,7 @@ def test_weights_of_a_mixture(write):
 
 
 def test_recipe_of_the_readme(write):
-    text = (RECIPES.parent / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    text = (Path(__file__).parents[2] / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
     recipe = load_recipe(write(text))
     assert recipe.teacher == "nano"
     assert all([recipe.stages.matrix, recipe.stages.hidden, recipe.stages.end_to_end])
@@ -382,3 +382,14 @@ def test_user_error_has_a_line_for_each_problem():
     error = UserError("first\n   second", "third")
     assert str(error) == "first second\nthird"
     assert error.problems == ("first second", "third")
+
+
+def test_recipes_of_the_package_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("small-budget") == load_recipe(RECIPES / "small-budget.yaml")
+    (tmp_path / "small-budget").mkdir()  # no recipe
+    assert load_recipe("small-budget") == load_recipe(RECIPES / "small-budget.yaml")
+    with pytest.raises(UserError, match="no file and no recipe of the package; did you mean 'small-budget'"):
+        load_recipe("smal-budget")
+    with pytest.raises(UserError, match="No such file"):
+        load_recipe("small-budget.yaml")

@@ -9,7 +9,7 @@ from subquad import mixers
 from subquad.config import load_recipe, load_study, run_name
 from tests.helpers.recipe_files import BASE, mistake
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "subquad" / "recipes"
 
 
 def test_study_is_the_product_of_lists_in_order(write):

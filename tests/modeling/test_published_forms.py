@@ -1,5 +1,5 @@
 """Near and far as four papers define them, written out here in float64 over whole sequences, against layers with the
-options of their recipes (`recipes/{lolcats,liger,lizard,xlstm}.yaml`); and those recipes for a few steps."""
+options of their recipes (`subquad/recipes/{lolcats,liger,lizard,xlstm}.yaml`); and those recipes for a few steps."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.helpers.near_far import near_far_student, near_far_types
 from tests.helpers.recipes import tiny_recipe
 from tests.helpers.students import all_close
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "subquad" / "recipes"
 T, WINDOW = 23, 5
 
 

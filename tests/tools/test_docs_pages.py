@@ -1,4 +1,5 @@
-"""docs/use.md: every block of the page is run, section by section, in one directory, without network."""
+"""docs/use.md and docs/tutorial.md: every block is run, section by section, without network. Of the other pages and of
+the README, every command can be parsed."""
 
 import contextlib
 import doctest
@@ -10,23 +11,23 @@ from pathlib import Path
 
 import pytest
 
+from subquad.cli import build_parser
 from tests.helpers.processes import run_python
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "use.md").read_text()
-SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
-FIRST, *OTHERS = SECTIONS
+HEADING = re.compile(r"^## (.+?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+USE, TUTORIAL = (dict(HEADING.findall((ROOT / "docs" / page).read_text())) for page in ("use.md", "tutorial.md"))
+FIRST, *OTHERS = USE
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 EXTRAS = {"train": ["trl", "peft"], "eval": ["lm_eval"]}
 """What the extras that the page names install."""
 PROGRAMS = {"python": [], "subquad": ["-m", "subquad.cli"]}
 
-pytestmark = [pytest.mark.slow, pytest.mark.sample]
-
 
 def blocks(section: str) -> list[tuple[str, str, str | None]]:
-    """Language and content of each code block, and the output that a block of text after it states."""
-    found = re.findall(r"^```(\w+)\n(.*?)^```$", SECTIONS[section], re.MULTILINE | re.DOTALL)
+    """Language and content of each code block of a text, and the output that a block of text after it states."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     following = [*found, ("", "")][1:]
     return [
         (language, content, next_content if next_language == "text" else None)
@@ -59,7 +60,7 @@ def run_section(section: str, directory: Path) -> None:
         else:
             assert language == "python"
             with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(compile(content, f"docs/use.md, {section}", "exec"), namespace)
+                exec(compile(content, section[:40], "exec"), namespace)
             out = printed.getvalue()
         if stated is not None:
             flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -74,15 +75,44 @@ def no_network(host, *_, **__):
 def workspace(tmp_path_factory):
     """The directory after the first section, which makes the student of the others."""
     directory = tmp_path_factory.mktemp("use")
-    run_section(FIRST, directory)
+    run_section(USE[FIRST], directory)
     return directory
 
 
+@pytest.mark.slow
+@pytest.mark.sample
 @pytest.mark.parametrize("section", OTHERS)
 def test_section(section, workspace, monkeypatch):
-    for extra in re.findall(r"^Extra `(\w+)`", SECTIONS[section], re.MULTILINE):
+    for extra in re.findall(r"^Extra `(\w+)`", USE[section], re.MULTILINE):
         for module in EXTRAS[extra]:
             pytest.importorskip(module, exc_type=ImportError)
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    run_section(section, workspace)
+    run_section(USE[section], workspace)
+
+
+@pytest.mark.slow
+@pytest.mark.sample
+def test_tutorial(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    for section in TUTORIAL.values():
+        run_section(section, tmp_path)
+    assert (tmp_path / "runs" / "report.html").exists()
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of the console blocks, without comments and variables before them."""
+    found = re.findall(r"^```console\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(found).replace("\\\n", " ").splitlines()
+    return [line[2:].partition(" #")[0] for line in lines if line.startswith("$ ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_can_be_parsed(page):
+    """Their names and options exist; files that they name need not."""
+    parser = build_parser()
+    for command in commands(page):
+        program, *argv = shlex.split(command)
+        if program == "subquad":
+            parser.parse_args(argv)
