@@ -2,8 +2,8 @@
 
     python scripts/teacher_targets.py DIR     # runs what is missing in DIR, writes the table
 
-The recipe is subquad/recipes/small-budget.yaml with 12,288 tokens of stage 2, then 36,864 of stage 3 without cross-entropy, on
-three seeds. The table, results/teacher-targets/nano.csv, has perplexity and KL divergence (means and 95% intervals),
+The recipe is small-budget with 12,288 tokens of stage 2, then 36,864 of stage 3 without cross-entropy, on three seeds.
+The table, results/teacher-targets/nano.csv, has perplexity and KL divergence (means and 95% intervals),
 the change of the latter against full targets of the same seed, and per token of stage 3 the bytes of the cache, the
 share of the teacher's probability that is left out, and milliseconds of processor time: of the teacher's pass that
 fills the cache, and of loss and gradients in training.

@@ -7,7 +7,6 @@ from pathlib import Path
 from subquad.cli.parser import Parser, count, split_list
 from subquad.utils import UserError, quiet_libraries
 
-
 RECIPE = "YAML file, or the name of a recipe of the package such as nano"
 
 
