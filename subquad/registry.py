@@ -96,7 +96,10 @@ STAGES = Registry(
 EXPORT_TARGETS = Registry(
     "export target",
     "subquad.export_targets",
-    {"qwen3_5": "subquad.export.qwen3_5:Qwen3_5Converter", "bamba": "subquad.export.bamba:BambaConverter"},
+    {
+        "qwen3_5": "subquad.export.qwen3_5:Qwen3_5Converter",
+        "granite_hybrid": "subquad.export.granite_hybrid:GraniteHybridConverter",
+    },
 )
 """Subclasses of `subquad.export.converter.Converter`."""
 SUITES = Registry(

@@ -36,7 +36,7 @@ def add_commands(parser: Parser) -> None:
     calibration = "text source for calibration, the errors of windows or the ranking of groups (default: none)"
     create.option("--calibrate", "SOURCE", calibration)
     create.option("--seed", "N", "seed of random initializations (default: 0)", type=int, default=0)
-    create.option("--export", "TARGET", "restrict the student to layers of qwen3_5, bamba ...")
+    create.option("--export", "TARGET", "restrict the student to layers of qwen3_5, granite_hybrid ...")
     create.placement()
     parser.command("mixers", run_mixers, "List the mixers with their papers and options.")
     inspect = parser.command("inspect", run_inspect, "Print a student's layers, options, parameters and cache size.")
@@ -55,7 +55,7 @@ def add_commands(parser: Parser) -> None:
     generate.placement()
     export = parser.command("export", run_export, "Convert a student for transformers, vLLM, llama.cpp or MLX.")
     export.option("directory", "DIR", "saved student")
-    formats = "gguf, which writes a file; a directory: mlx, or an export target (qwen3_5, bamba ...)"
+    formats = "gguf, which writes a file; a directory: mlx, or an export target (qwen3_5, granite_hybrid ...)"
     export.option("--format", "FORMAT", formats, required=True)
     export.option("--output -o", "OUT", "new directory or file", required=True)
     export.option("--type", "TYPE", "number format of a GGUF file: f32, f16 (default) or q8_0")

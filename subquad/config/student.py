@@ -40,7 +40,7 @@ class Student(Section):
     keep_by: Literal["retrieval", "kl", "halo"] = "retrieval"
     """How groups are ranked: the criteria of `subquad select`."""
     export_target: NonEmptyStr | None = None
-    """Restrict the student to layers that Qwen3.5 or Bamba has, so that it can be exported; null: no restriction."""
+    """Restrict the student to layers of Qwen3.5 or Granite 4, so that it can be exported; null: no restriction."""
 
     @field_validator("mixer")
     @classmethod

@@ -3,7 +3,7 @@
     export("student", "served", "qwen3_5")          a directory for transformers, vLLM, SGLang
     export("student", "student.gguf", "gguf")       a file for llama.cpp
     export("student", "served", "mlx")              a directory for mlx-lm
-    export("student", "served", "bamba")            a directory, from a mamba2 student
+    export("student", "served", "granite_hybrid")   a directory, from a mamba2 student
 
 Files are written only after the new model's logits have been compared with the student's.
 """
@@ -11,14 +11,19 @@ Files are written only after the new model's logits have been compared with the 
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
+from subquad.modeling.export_target import GRANITE_HYBRID, QWEN3_5
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.summary import read_config
 from subquad.modeling.teachers import load_teacher
 from subquad.registry import EXPORT_TARGETS
 from subquad.utils import UserError, nearest, needs_extra, saving
+
+if TYPE_CHECKING:
+    from subquad.export.converter import Converter
 
 __all__ = ["convert", "export"]
 
@@ -29,6 +34,16 @@ FORMATS = ("gguf", "mlx")
 def convert(student: SubquadForCausalLM, target: str) -> PreTrainedModel:
     """The student as a model of the architecture `target`, such as "qwen3_5"; see `Converter.convert`."""
     return EXPORT_TARGETS.find(target)().convert(student)
+
+
+def converter_of(file_format: str, student: SubquadForCausalLM) -> "Converter":
+    """The converter to the model that is written in `file_format`."""
+    mixers = {spec["mixer"] for spec in student.config.layer_specs}
+    if file_format == "gguf" and GRANITE_HYBRID.mixer in mixers:
+        from subquad.export.granite_hybrid import LlamaCppConverter
+
+        return LlamaCppConverter()
+    return EXPORT_TARGETS.find(QWEN3_5.key if file_format in FORMATS else file_format)()
 
 
 def export(
@@ -64,7 +79,7 @@ def export(
     read_config(directory)  # refuses a directory without a student
     student, tokenizer = load_teacher(directory, "auto")
     assert isinstance(student, SubquadForCausalLM)
-    model = convert(student, "qwen3_5" if file_format in FORMATS else file_format)
+    model = converter_of(file_format, student).convert(student)
     parent = output.absolute().parent
     with saving(output, "the export", remove=False), tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as work:
         partial = Path(work, output.name)

@@ -1,6 +1,6 @@
 """Converts a student to a model of `transformers` with Llama's layers: the part that all targets share.
 
-`qwen3_5.py` and `bamba.py` subclass `Converter` with the names and forms of their weights.
+`qwen3_5.py` and `granite_hybrid.py` subclass `Converter` with the names and forms of their weights.
 """
 
 import copy
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from subquad.mixers import AttentionSpec
 from subquad.modeling.attention.discovery import AttentionInfo, read_attention
 from subquad.modeling.attention.tracing import AttentionCall, random_tokens, trace_attention
-from subquad.modeling.decoder_weights import DecoderWeights, has_bias, read_decoder
+from subquad.modeling.decoder_weights import DecoderLayerWeights, DecoderWeights, has_bias, read_decoder
 from subquad.modeling.export_target import (
     BESIDE_ATTENTION,
     ExportError,
@@ -47,11 +47,6 @@ class Converter:
     target: ClassVar[ExportTarget]
     class_names: ClassVar[tuple[str, str]]
     """The configuration and the model class of `transformers`."""
-    final_norm: ClassVar[str]
-    """Name of the last norm's weight."""
-    mlp: ClassVar[str]
-    """Name of a layer's MLP, as `mlp_norm` of the norm before it."""
-    mlp_norm: ClassVar[str]
     norm_offset: ClassVar[float] = 0.0
     """What the target adds to the stored weights of its layer norms."""
 
@@ -60,6 +55,10 @@ class Converter:
         config, model = self.class_names
         with without_fla():
             return getattr(transformers, config), getattr(transformers, model)
+
+    def identity_heads(self, hidden: int) -> tuple[int, int, int]:
+        """Heads, key/value heads and channels of a head of the identity layer's attention."""
+        return 1, 1, IDENTITY_HEAD_DIM
 
     def config(
         self, common: dict[str, Any], spec: AttentionSpec, conv_width: int, attention_layers: list[int]
@@ -74,6 +73,10 @@ class Converter:
     def mixer_weights(self, mixer: Any, conv_width: int, factor: float) -> Weights:
         """Weights of a layer's mixer, its output multiplied by `factor`."""
         raise NotImplementedError
+
+    def mlp_weights(self, layer: DecoderLayerWeights) -> Weights:
+        """Weights of a layer's MLP."""
+        return {f"mlp.{name}_proj.weight": getattr(layer, name) for name in ("gate", "up", "down")}
 
     def attention_weights(self, info: AttentionInfo, query_scale: float, factor: float) -> Weights:
         """Weights of retained attention, its queries multiplied by `query_scale` and its output by `factor`."""
@@ -112,12 +115,12 @@ class Converter:
         require_one_size([(m.spec.num_heads, m.spec.head_dim, m.spec.value_dim) for m in mixers], "mixers")
         conv_width = max(mixer.options.short_conv for mixer in mixers) or 4
         attention_layers = sorted(kept) or [len(student.mixer_layers)]
-        common = common_config(student, decoder, kept)
+        common = common_config(student, decoder, kept, self.identity_heads(decoder.embedding.shape[1]))
         config_class, model_class = self.classes()
         with torch.device(student.device):
             model = model_class(config_class(**self.config(common, mixers[0].spec, conv_width, attention_layers)))
         model.to(student.dtype)
-        weights = {"model.embed_tokens.weight": decoder.embedding, self.final_norm: decoder.norm - self.norm_offset}
+        weights = {"model.embed_tokens.weight": decoder.embedding, "model.norm.weight": decoder.norm - self.norm_offset}
         weights["lm_head.weight"] = decoder.embedding if decoder.head is None else decoder.head
         for i, (layer, around) in enumerate(zip(student.mixer_layers, decoder.layers, strict=True)):
             if isinstance(layer, MixerLayer):
@@ -126,10 +129,8 @@ class Converter:
                 own = self.attention_weights(kept[i][0], query_scale(*kept[i]), around.attention_factor)
             own |= {
                 "input_layernorm.weight": around.norm - self.norm_offset,
-                f"{self.mlp_norm}.weight": around.mlp_norm - self.norm_offset,
-                f"{self.mlp}.gate_proj.weight": around.gate,
-                f"{self.mlp}.up_proj.weight": around.up,
-                f"{self.mlp}.down_proj.weight": around.down,
+                "post_attention_layernorm.weight": around.mlp_norm - self.norm_offset,
+                **self.mlp_weights(around),
             }
             weights |= {f"model.layers.{i}.{name}": weight for name, weight in own.items()}
         identity = f"model.layers.{len(student.mixer_layers)}."  # attention and MLP of zeros return their input
@@ -230,11 +231,13 @@ def rounding_error(student: PreTrainedModel, tokens: Tensor) -> float:
 # ---------------------------------------------------------------------- configuration and weights
 
 
-def common_config(student: SubquadForCausalLM, decoder: DecoderWeights, kept: AttentionTraces) -> dict[str, Any]:
+def common_config(
+    student: SubquadForCausalLM, decoder: DecoderWeights, kept: AttentionTraces, identity_heads: tuple[int, int, int]
+) -> dict[str, Any]:
     """The arguments that all targets' configurations have."""
     base: Any = student.config.base_config.get_text_config()  # type: ignore[union-attr]
     shapes = [(i.spec.num_heads, i.spec.num_kv_heads, i.spec.head_dim) for i, _ in kept.values()]
-    heads = require_one_size(shapes or [(1, 1, IDENTITY_HEAD_DIM)], "attention layers")
+    heads = require_one_size(shapes or [identity_heads], "attention layers")
     return {
         "vocab_size": len(decoder.embedding),
         "hidden_size": decoder.embedding.shape[1],

@@ -1,11 +1,12 @@
-"""Writes a Qwen3.5 model to a GGUF file (architecture qwen35) for llama.cpp.
+"""Writes a model of Qwen3.5 or Granite 4 to a GGUF file (architecture qwen35 or granitehybrid) for llama.cpp.
 
-llama.cpp stores A_log as -exp(A_log), norm weights plus one, convolutions as matrices, and the positions of attention
-layers as an interval or a list. It has a fixed set of pre-tokenizers, among which a tokenizer's regular expression is
-looked up.
+llama.cpp stores A_log as -exp(A_log), convolutions as matrices, the norm weights of Qwen3.5 plus one, and the queries
+and keys of Granite 4 with the halves of each head interleaved. It has a fixed set of pre-tokenizers, among which a
+tokenizer's regular expression is looked up.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from subquad.data.encoding import text_prefix
 from subquad.export.qwen3_5 import attention_interval
 from subquad.modeling.export_target import ExportError
 
-ARCHITECTURE = "qwen35"
+ARCHITECTURES = {"qwen3_5_text": gguf.MODEL_ARCH.QWEN35, "granitemoehybrid": gguf.MODEL_ARCH.GRANITE_HYBRID}
+"""llama.cpp's architecture by `model_type`."""
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -27,7 +29,9 @@ TYPES = {
 }
 """Types of the matrices. Norms, decays, gates and convolutions are always float32: they are few, and their errors
 accumulate in the state."""
-FLOAT32_TENSORS = ("ssm_beta.weight", "ssm_alpha.weight", "ssm_conv1d.weight")
+FLOAT32_TENSORS = tuple(
+    f"ssm_{name}" for name in ("beta.weight", "alpha.weight", "conv1d.weight", "norm.weight", "a", "d")
+)
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRE_TOKENIZERS = {
@@ -42,25 +46,30 @@ PRE_TOKENIZERS = {
 def write_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, type: str = "f16", name: str = "student"
 ) -> None:
-    """Writes `model` (a `Qwen3_5ForCausalLM`) and its tokenizer to `path`; `type` is one of `TYPES`.
+    """Writes `model`, of an architecture in `ARCHITECTURES`, and its tokenizer to `path`; `type` is one of `TYPES`.
 
     Raises:
         ExportError: a configuration or a tokenizer that llama.cpp cannot read; a partial file may remain.
     """
-    check_config(model.config)
+    config: Any = model.config
+    check_config(config)
+    architecture = ARCHITECTURES[config.model_type]
     matrix_type, file_type = TYPES[type]
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_sizes(writer, model.config)
-    add_tokenizer(writer, tokenizer, model.config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN35, model.config.num_hidden_layers)
-    for key, tensor in model.state_dict().items():
-        if not (model.config.tie_word_embeddings and key == "lm_head.weight"):
-            tensor_name = names.get_name(key.replace("dt_bias", "dt_proj.bias"), (".weight", ".bias"))
-            assert tensor_name is not None, key
-            add_tensor(writer, tensor_name, tensor, matrix_type)
+    add_sizes(writer, config)
+    if architecture == gguf.MODEL_ARCH.QWEN35:
+        add_qwen3_5_sizes(writer, config)
+    else:
+        add_granite_sizes(writer, config)
+    add_tokenizer(writer, tokenizer, config.vocab_size)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    for key, tensor in tensors(model):
+        tensor_name = names.get_name(key, (".weight", ".bias"))
+        assert tensor_name is not None, key
+        add_tensor(writer, tensor_name, tensor, matrix_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -68,8 +77,8 @@ def write_gguf(
 
 
 def check_config(config: Any) -> None:
-    """Raises ExportError if llama.cpp cannot read this configuration of Qwen3.5."""
-    if config.linear_key_head_dim != config.linear_value_head_dim:
+    """Raises ExportError if llama.cpp cannot read this configuration."""
+    if config.model_type == "qwen3_5_text" and config.linear_key_head_dim != config.linear_value_head_dim:
         raise ExportError(
             f"linear_value_head_dim: got {config.linear_value_head_dim}, llama.cpp expects linear_key_head_dim, "
             f"{config.linear_key_head_dim}; format qwen3_5 supports both"
@@ -77,7 +86,7 @@ def check_config(config: Any) -> None:
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in ("default", "linear"):
         raise ExportError(
-            f"rope_type: got {rope_type!r}, llama.cpp expects 'default' or 'linear'; format qwen3_5 supports all"
+            f"rope_type: got {rope_type!r}, llama.cpp expects 'default' or 'linear'; other formats support all"
         )
 
 
@@ -88,17 +97,21 @@ def add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = config.rope_parameters
-    writer.add_rope_dimension_count(round(rope["partial_rotary_factor"] * config.head_dim))
-    writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+
+
+def add_qwen3_5_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    rope = config.rope_parameters
+    writer.add_rope_dimension_count(round(rope["partial_rotary_factor"] * config.head_dim))
+    writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
     writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
     writer.add_ssm_state_size(config.linear_key_head_dim)
     writer.add_ssm_group_count(config.linear_num_key_heads)
@@ -109,18 +122,62 @@ def add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_full_attention_interval(interval)
     else:
         recurrent = [layer_type == "linear_attention" for layer_type in config.layer_types]
-        writer.add_array(f"{ARCHITECTURE}.attention.recurrent_layers", recurrent)
+        writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent)
+
+
+def add_granite_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Layers without key/value heads are recurrent."""
+    attends = [layer_type == "full_attention" for layer_type in config.layer_types]
+    writer.add_head_count_kv([config.num_key_value_heads if attention else 0 for attention in attends])
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(1.0)
+    writer.add_residual_scale(1.0)
+    writer.add_logit_scale(1.0)
+    writer.add_ssm_conv_kernel(config.mamba_d_conv)
+    writer.add_ssm_state_size(config.mamba_d_state)
+    writer.add_ssm_group_count(config.mamba_n_groups)
+    writer.add_ssm_time_step_rank(config.mamba_n_heads)
+    writer.add_ssm_inner_size(config.mamba_n_heads * config.mamba_d_head)
+
+
+def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in llama.cpp's form, with names that `gguf` maps to llama.cpp's."""
+    config: Any = model.config
+    granite = config.model_type == "granitemoehybrid"
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    groups = config.mamba_n_groups if granite else 0
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().to("cpu", torch.float32)
+        own = name.removesuffix(".weight").rpartition(".")[2]
+        if own == "lm_head" and config.tie_word_embeddings:
+            continue
+        if own == "A_log":
+            tensor = -tensor.exp()
+        elif own == "conv1d":
+            tensor = tensor.squeeze(1)
+            if granite:  # llama.cpp adds a bias without looking whether there is one
+                yield name.replace(".weight", ".bias"), tensor.new_zeros(len(tensor))
+        elif own == "input_linear":
+            gate, tensor = tensor.chunk(2)
+            yield name.replace("shared_mlp.input_linear", "mlp.gate_proj"), gate
+        elif granite and own in heads:
+            tensor = tensor.unflatten(0, (heads[own], 2, -1)).transpose(1, 2).flatten(0, 2)
+        elif not granite and own.endswith("norm") and not name.endswith("linear_attn.norm.weight"):
+            tensor = tensor + 1
+        if granite and own in ("A_log", "D"):
+            tensor = tensor.unsqueeze(1)
+        elif name.endswith("mamba.norm.weight"):
+            tensor = tensor.unflatten(0, (groups, -1))
+        for old, new in (("dt_bias", "dt_proj.bias"), ("input_linear", "up_proj"), ("output_linear", "down_proj")):
+            name = name.replace(old, new)
+        yield name.replace("shared_mlp", "mlp"), tensor
 
 
 def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, matrix_type: gguf.GGMLQuantizationType) -> None:
-    tensor = tensor.detach().to("cpu", torch.float32)
-    if name.endswith("ssm_a"):
-        tensor = -tensor.exp()
-    elif name.endswith("ssm_conv1d.weight"):
-        tensor = tensor.squeeze(1)
-    elif name.endswith("norm.weight") and not name.endswith("ssm_norm.weight"):
-        tensor = tensor + 1
-    values, dtype = tensor.numpy(), matrix_type
+    values, dtype = tensor.contiguous().numpy(), matrix_type
     if values.ndim == 1 or name.endswith(FLOAT32_TENSORS):
         dtype = gguf.GGMLQuantizationType.F32
     elif dtype == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:

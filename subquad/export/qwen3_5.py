@@ -20,9 +20,6 @@ from subquad.modeling.export_target import QWEN3_5, ExportError
 class Qwen3_5Converter(Converter):
     target = QWEN3_5
     class_names = ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM")
-    final_norm = "model.norm.weight"
-    mlp = "mlp"
-    mlp_norm = "post_attention_layernorm"
     norm_offset = 1.0
 
     def config(

@@ -5,7 +5,7 @@
 Per state: S [K, V], q and k [K], v [V]; g and a are scalars; D is one per query head. q, k and v are Mamba's C, B
 and x after the short convolution. `discretization="zoh"` is Mamba-2's own form: dt_t = softplus(a_t), g_t = -dt_t
 exp(A), and k_t is multiplied by dt_t. The gate precedes the norm, as in Mamba-2. In the zoh form, with
-`v_activation="silu"` and `biases=False`, it equals a layer of Bamba (docs/serving.md).
+`v_activation="silu"` and `biases=False`, it equals a layer of Granite 4 (docs/serving.md).
 """
 
 import torch

@@ -1,6 +1,6 @@
 """What a student must be made of so that it can be exported to an architecture that other software runs.
 
-Both targets have Llama's layers and a mixer that Subquad has: Qwen3.5 the gated delta rule, Bamba Mamba-2.
+Both targets have Llama's layers and a mixer that Subquad has: Qwen3.5 the gated delta rule, Granite 4 Mamba-2.
 `subquad.export` converts the weights; docs/serving.md describes the targets. Imports no torch, so that recipes are
 checked at once.
 """
@@ -72,9 +72,11 @@ class ExportTarget:
 
 
 QWEN3_5 = ExportTarget("qwen3_5", "Qwen3.5", "gated_deltanet", MIXER_OPTIONS, has_qk_norm=True)
-BAMBA_OPTIONS = {**MIXER_OPTIONS, "discretization": "zoh"}
-BAMBA = ExportTarget("bamba", "Bamba", "mamba2", BAMBA_OPTIONS, False, scales_queries=False, biases=("a_proj",))
-TARGETS = {"qwen3_5": QWEN3_5, "bamba": BAMBA}
+GRANITE_OPTIONS = {**MIXER_OPTIONS, "discretization": "zoh"}
+GRANITE_HYBRID = ExportTarget(
+    "granite_hybrid", "Granite 4", "mamba2", GRANITE_OPTIONS, False, scales_queries=False, biases=("a_proj",)
+)
+TARGETS = {target.key: target for target in (QWEN3_5, GRANITE_HYBRID)}
 
 
 BESIDE_ATTENTION = "its mixer remembers what has left the window of attention"

@@ -1,4 +1,4 @@
-"""Export of a student to Qwen3.5 and Bamba: equal logits without Subquad, or an error and no files."""
+"""Export of a student to Qwen3.5 and Granite 4: equal logits without Subquad, or an error and no files."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import subquad
 from subquad.cli import main
 from subquad.export import convert, export
-from subquad.export.bamba import has_group_norm
+from subquad.export.granite_hybrid import has_group_norm
 from subquad.mixers import AttentionSpec, create
 from subquad.modeling.attention.activations import LayerActivations
 from subquad.modeling.attention.discovery import AttentionInfo
@@ -19,6 +19,7 @@ from tests.helpers.exports import (
     PURE,
     REGULAR,
     check_served,
+    needs_group_norm,
     saved_student,
     student_of,
     teacher_of,
@@ -53,7 +54,7 @@ QWEN3_5_CASES = {
     "granite-hybrid": ("granite", REGULAR, {**FACTORS, "attention_multiplier": 0.2}),
     "convolutions-of-two-widths": ("llama", convolutions("gated_deltanet"), {}),
 }
-BAMBA_CASES = {
+GRANITE_CASES = {
     "llama": ("llama", MAMBA2, {}),
     "llama-untied": ("llama", MAMBA2, {"tie_word_embeddings": False}),
     "llama-tied": ("llama", MAMBA2_HYBRID, {"tie_word_embeddings": True}),
@@ -65,9 +66,6 @@ BAMBA_CASES = {
     "granite-hybrid": ("granite", MAMBA2_HYBRID, {**FACTORS, "attention_multiplier": 0.2}),
     "convolutions-of-two-widths": ("llama", convolutions("mamba2"), {}),
 }
-needs_group_norm = pytest.mark.skipif(
-    not has_group_norm(), reason="Bamba in this version of transformers has one norm for all heads"
-)
 IDS = torch.randint(3, 61, (3, 70), generator=torch.Generator().manual_seed(1))
 
 
@@ -89,24 +87,25 @@ def test_qwen3_5_has_the_students_logits(case):
 
 
 @needs_group_norm
-@pytest.mark.parametrize("case", BAMBA_CASES)
-def test_bamba_has_the_students_logits(case):
-    architecture, layers, changes = BAMBA_CASES[case]
-    student = student_of(architecture, layers, "bamba", **changes)
-    model = convert(student, "bamba")
-    assert type(model).__name__ == "BambaForCausalLM"
+@pytest.mark.parametrize("case", GRANITE_CASES)
+def test_granite_hybrid_has_the_students_logits(case):
+    architecture, layers, changes = GRANITE_CASES[case]
+    student = student_of(architecture, layers, "granite_hybrid", **changes)
+    model = convert(student, "granite_hybrid")
+    assert type(model).__name__ == "GraniteMoeHybridForCausalLM"
     assert logit_error(model, student) < 1e-5
-    kept = [i for i, keep in enumerate(student.config.layers_with_attention) if keep]
-    assert model.config.attn_layer_indices == (kept or [4])
+    kept = student.config.layers_with_attention
+    expected = ["full_attention" if keep else "linear_attention" for keep in kept]
+    assert model.config.layer_types == expected + ([] if any(kept) else ["full_attention"])
 
 
 @pytest.mark.parametrize(
     ("target", "layer_types"),
     [
         ("qwen3_5", (PURE, REGULAR)),
-        pytest.param("bamba", (MAMBA2, MAMBA2_HYBRID), marks=needs_group_norm),
+        pytest.param("granite_hybrid", (MAMBA2, MAMBA2_HYBRID), marks=needs_group_norm),
     ],
-    ids=["qwen3_5", "bamba"],
+    ids=["qwen3_5", "granite_hybrid"],
 )
 def test_served_models_equal_the_students_without_subquad(target, layer_types, tmp_path):
     directories = [tmp_path / "pure", tmp_path / "hybrid"]
@@ -126,14 +125,14 @@ def test_conversion_uses_the_current_weights_of_the_student():
 
 
 @needs_group_norm
-def test_norm_epsilon_is_converted_to_bamba():
+def test_norm_epsilon_is_converted_to_granite_hybrid():
     """Outputs as small as the square root of epsilon, on which it has an effect."""
-    student = student_of("llama", MAMBA2, "bamba")
+    student = student_of("llama", MAMBA2, "granite_hybrid")
     with torch.no_grad():
         for layer in student.mixer_layers:
             layer.mixer.v_proj.weight.mul_(1e-3)
     expected = logits(student, IDS)
-    assert logit_error(convert(student, "bamba"), student) < 1e-5
+    assert logit_error(convert(student, "granite_hybrid"), student) < 1e-5
     for layer in student.mixer_layers:
         layer.mixer.norm_eps *= layer.spec.head_dim
     assert error(logits(student, IDS), expected) > 1e-3
@@ -155,7 +154,7 @@ def test_generation_config_is_converted():
 # ---------------------------------------------------------------------- refused students and teachers
 
 OPTIONS = {"v_activation": "silu", "biases": False, "norm_eps": 1e-6, "qk_activation": "silu"}
-BAMBA_OPTIONS = {"v_activation": "silu", "biases": False}
+GRANITE_OPTIONS = {"v_activation": "silu", "biases": False}
 
 
 def made_with(mixer="gated_deltanet", **options):
@@ -168,7 +167,7 @@ def hybrid(layer_type, architecture="llama", **changes):
 
 
 def mamba2_hybrid(layer_type, architecture="llama"):
-    options = made_with("mamba2", export_target="bamba").config.layer_specs[0]
+    options = made_with("mamba2", export_target="granite_hybrid").config.layer_specs[0]
     layers = {"default": options, "1": layer_type}
     return subquad.linearize(teacher_of(architecture), layer_types=layers, scale_ids=SCALE_IDS)
 
@@ -220,28 +219,28 @@ REFUSED = {
         "layer 1: .*projections with biases",
     ),
     ("qwen3_5", "undetected computation"): (with_another_rope_theta, "relative error of the new model's logits"),
-    ("bamba", "another mixer"): (lambda: student_of(), "layer 0: .*gated_deltanet"),
-    ("bamba", "default options"): (lambda: made_with("mamba2"), "layer 0: v_activation"),
-    ("bamba", "another discretization"): (
-        lambda: made_with("mamba2", **BAMBA_OPTIONS),
+    ("granite_hybrid", "another mixer"): (lambda: student_of(), "layer 0: .*gated_deltanet"),
+    ("granite_hybrid", "default options"): (lambda: made_with("mamba2"), "layer 0: v_activation"),
+    ("granite_hybrid", "another discretization"): (
+        lambda: made_with("mamba2", **GRANITE_OPTIONS),
         "layer 0: discretization: got 'unit'",
     ),
-    ("bamba", "an epsilon"): (
-        lambda: made_with("mamba2", **BAMBA_OPTIONS, discretization="zoh", norm_eps=1e-4),
+    ("granite_hybrid", "an epsilon"): (
+        lambda: made_with("mamba2", **GRANITE_OPTIONS, discretization="zoh", norm_eps=1e-4),
         "layer 0: norm_eps: got 0.0001",
     ),
-    ("bamba", "a window"): (lambda: mamba2_hybrid({"mixer": "attention", "window": 5}), "layer 1: .* window"),
-    ("bamba", "a memory beside a window"): (
+    ("granite_hybrid", "a window"): (lambda: mamba2_hybrid({"mixer": "attention", "window": 5}), "layer 1: .* window"),
+    ("granite_hybrid", "a memory beside a window"): (
         lambda: made_with("mamba2", window=5),
         "layer 0: its mixer remembers what has left",
     ),
-    ("bamba", "attention with norms"): (
+    ("granite_hybrid", "attention with norms"): (
         lambda: mamba2_hybrid("attention", "qwen3"),
         "layer 1: .* norm of queries and keys",
     ),
-    ("bamba", "channels not a multiple of the hidden size"): (
-        lambda: student_of("llama", MAMBA2, "bamba", hidden_size=48),
-        "its mixers have 64 channels, .* 48",
+    ("granite_hybrid", "channels not a multiple of the hidden size"): (
+        lambda: student_of("llama", MAMBA2, "granite_hybrid", hidden_size=48),
+        "its mixers have 64 channels .* 48",
     ),
 }
 
@@ -254,7 +253,7 @@ def test_unsupported_student_is_refused_and_nothing_is_written(target, case, tmp
     monkeypatch.setattr("subquad.export.load_teacher", lambda directory, dtype: (student, None))
     title, mixer, formats = {
         "qwen3_5": (r"Qwen3\.5", "gated_deltanet", ("qwen3_5", "gguf")),
-        "bamba": ("Bamba", "mamba2", ("bamba",)),
+        "granite_hybrid": ("Granite 4", "mamba2", ("granite_hybrid",)),
     }[target]
     for file_format in formats:
         with pytest.raises(ExportError, match=f"{title}: .*{reason}") as refused:
@@ -263,10 +262,10 @@ def test_unsupported_student_is_refused_and_nothing_is_written(target, case, tmp
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(has_group_norm(), reason="Bamba in this version of transformers has a norm for each head")
+@pytest.mark.skipif(has_group_norm(), reason="Granite 4 in this version of transformers has a norm for each head")
 def test_older_transformers_without_group_norm_is_refused():
     with pytest.raises(UserError, match="one norm for all heads"):
-        convert(student_of("llama", MAMBA2, "bamba"), "bamba")
+        convert(student_of("llama", MAMBA2, "granite_hybrid"), "granite_hybrid")
 
 
 @pytest.mark.parametrize(
@@ -287,8 +286,8 @@ def test_older_transformers_without_group_norm_is_refused():
             "layer 1: .* window",
         ),
         ({"window": 4, "export_target": "qwen3_5"}, "layer 0: its mixer remembers what has left the window"),
-        ({"mixer": "gla", "export_target": "bamba"}, "gla cannot be exported to Bamba"),
-        ({"mixer": "mamba2", "rotary": True, "export_target": "bamba"}, "layer 0: rotary: got True"),
+        ({"mixer": "gla", "export_target": "granite_hybrid"}, "gla cannot be exported to Granite 4"),
+        ({"mixer": "mamba2", "rotary": True, "export_target": "granite_hybrid"}, "layer 0: rotary: got True"),
     ],
     ids=lambda value: "",
 )
@@ -332,18 +331,18 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "served"]
 
 
-# ---------------------------------------------------------------------- Bamba
+# ---------------------------------------------------------------------- Granite 4
 
 
 @needs_group_norm
-def test_command_line_exports_to_bamba(tmp_path, capsys):
-    saved_student(tmp_path, MAMBA2, "bamba")
+def test_command_line_exports_to_granite_hybrid(tmp_path, capsys):
+    saved_student(tmp_path, MAMBA2, "granite_hybrid")
     made, served = tmp_path / "made", tmp_path / "served"
-    argv = ["linearize", str(tmp_path / "teacher"), "--mixer", "mamba2", "--export", "bamba", "-o", str(made)]
+    argv = ["linearize", str(tmp_path / "teacher"), "--mixer", "mamba2", "--export", "granite_hybrid", "-o", str(made)]
     assert main(argv) == 0
-    assert main(["export", str(made), "--format", "bamba", "-o", str(served)]) == 0
-    assert "parameters as bamba in" in capsys.readouterr().out
-    assert main(["export", str(made), "--format", "gguf", "-o", str(tmp_path / "x.gguf")]) == 2
+    assert main(["export", str(made), "--format", "granite_hybrid", "-o", str(served)]) == 0
+    assert "parameters as granite_hybrid in" in capsys.readouterr().out
+    assert main(["export", str(made), "--format", "mlx", "-o", str(tmp_path / "mlx")]) == 2
     assert "mamba2; supported layers: gated_deltanet" in capsys.readouterr().err
 
 

