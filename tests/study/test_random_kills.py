@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -35,7 +36,10 @@ def table(results):
 
 def victim(study: psutil.Process, generator: random.Random) -> psutil.Process:
     """The process of the study, or one of its workers."""
-    workers = [p for p in study.children() if "spawn_main" in " ".join(p.cmdline())]
+    workers = []
+    for process in study.children():
+        with suppress(psutil.Error):  # it has ended
+            workers += [process] if "spawn_main" in " ".join(process.cmdline()) else []
     return generator.choice([study, *sorted(workers, key=lambda p: p.pid)])
 
 
@@ -78,8 +82,9 @@ def test_random_kills_change_nothing(runs, kills, study_recipe, tmp_path):
                 time.sleep(0.05)
             time.sleep(generator.choice([0, generator.uniform(*SECONDS)]))
             if study.poll() is None:
-                victim(psutil.Process(study.pid), generator).send_signal(generator.choice(SIGNALS))
-                killed += 1
+                with suppress(psutil.NoSuchProcess):
+                    victim(psutil.Process(study.pid), generator).send_signal(generator.choice(SIGNALS))
+                    killed += 1
         code = study.wait()
         if code and generator.random() < 0.7:
             damaged += damage(output, generator)
