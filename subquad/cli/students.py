@@ -58,7 +58,7 @@ def add_commands(parser: Parser) -> None:
     formats = "gguf, which writes a file; a directory: mlx, or an export target (qwen3_5, granite_hybrid ...)"
     export.option("--format", "FORMAT", formats, required=True)
     export.option("--output -o", "OUT", "new directory or file", required=True)
-    export.option("--type", "TYPE", "number format of a GGUF file: f32, f16 (default) or q8_0")
+    export.option("--type", "TYPE", "number format of a GGUF file: f32, f16 (default), q8_0 or q4_k")
 
 
 def run_linearize(args: Namespace) -> None:

@@ -5,6 +5,7 @@ and keys of Granite 4 with the halves of each head interleaved. It has a fixed s
 tokenizer's regular expression is looked up.
 """
 
+import ctypes
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.data.encoding import text_prefix
 from subquad.export.qwen3_5 import attention_interval
 from subquad.modeling.export_target import ExportError
+from subquad.utils import UserError
 
 ARCHITECTURES = {"qwen3_5_text": gguf.MODEL_ARCH.QWEN35, "granitemoehybrid": gguf.MODEL_ARCH.GRANITE_HYBRID}
 """llama.cpp's architecture by `model_type`."""
@@ -26,9 +28,18 @@ TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q4_k": (gguf.GGMLQuantizationType.Q4_K, gguf.LlamaFileType.MOSTLY_Q4_K_S),
 }
 """Types of the matrices. Norms, decays, gates and convolutions are always float32: they are few, and their errors
 accumulate in the state."""
+FALLBACKS = {
+    gguf.GGMLQuantizationType.Q4_K: gguf.GGMLQuantizationType.Q5_0,
+    gguf.GGMLQuantizationType.Q5_0: gguf.GGMLQuantizationType.F16,
+    gguf.GGMLQuantizationType.Q8_0: gguf.GGMLQuantizationType.F16,
+}
+"""The type of a matrix whose rows are not whole blocks, as llama.cpp chooses it (`transformers` does not read q5_0)."""
+EMBEDDINGS = ("token_embd.weight", "output.weight")
+"""They are q8_0 in a file of q4_k."""
 FLOAT32_TENSORS = tuple(
     f"ssm_{name}" for name in ("beta.weight", "alpha.weight", "conv1d.weight", "norm.weight", "a", "d")
 )
@@ -69,7 +80,8 @@ def write_gguf(
     for key, tensor in tensors(model):
         tensor_name = names.get_name(key, (".weight", ".bias"))
         assert tensor_name is not None, key
-        add_tensor(writer, tensor_name, tensor, matrix_type)
+        values, dtype = quantized(tensor_name, tensor.contiguous().numpy(), matrix_type)
+        writer.add_tensor(tensor_name, values, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -176,15 +188,35 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         yield name.replace("shared_mlp", "mlp"), tensor
 
 
-def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, matrix_type: gguf.GGMLQuantizationType) -> None:
-    values, dtype = tensor.contiguous().numpy(), matrix_type
+def quantized(name: str, values: np.ndarray, matrix_type: gguf.GGMLQuantizationType) -> tuple[np.ndarray, Any]:
+    """A tensor of llama.cpp's `name` in its number format, and this format."""
+    dtype = matrix_type
+    if dtype == gguf.GGMLQuantizationType.Q4_K and name in EMBEDDINGS:
+        dtype = gguf.GGMLQuantizationType.Q8_0
     if values.ndim == 1 or name.endswith(FLOAT32_TENSORS):
         dtype = gguf.GGMLQuantizationType.F32
-    elif dtype == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
-        dtype = gguf.GGMLQuantizationType.F16  # q8_0 has blocks of 32 elements of a row
+    while values.shape[-1] % gguf.GGML_QUANT_SIZES[dtype][0]:
+        dtype = FALLBACKS[dtype]
     if dtype == gguf.GGMLQuantizationType.F16 and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
         dtype = gguf.GGMLQuantizationType.F32
-    writer.add_tensor(name, gguf.quants.quantize(values, dtype), raw_dtype=dtype)
+    quantize = quantize_k if dtype == gguf.GGMLQuantizationType.Q4_K else gguf.quants.quantize
+    return quantize(values, dtype), dtype
+
+
+def quantize_k(values: np.ndarray, dtype: gguf.GGMLQuantizationType) -> np.ndarray:
+    """`values` `[rows, columns]` by the quantizer of ggml, which `gguf` does not have for this type and the library of
+    xllamacpp exports."""
+    try:
+        import xllamacpp.xllamacpp
+
+        quantize = ctypes.CDLL(xllamacpp.xllamacpp.__file__).ggml_quantize_chunk
+    except (ImportError, OSError, AttributeError):
+        raise UserError("type: q4_k needs ggml's quantizer; pip install xllamacpp (on Linux)") from None
+    sizes = [ctypes.c_int64] * 3
+    quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *sizes, ctypes.c_void_p]
+    found = np.empty(gguf.quant_shape_to_byte_shape(values.shape, dtype), np.uint8)
+    quantize(int(dtype), values.ctypes.data, found.ctypes.data, 0, *values.shape, None)
+    return found
 
 
 # ---------------------------------------------------------------------- tokenizer

@@ -1,5 +1,7 @@
 """Export to GGUF: the tensors in the file, and the model in transformers and llama.cpp."""
 
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import subquad
 from subquad.export import convert, export
 from subquad.export.gguf import check_config, pre_tokenizer_name, token_list
 from subquad.modeling.export_target import ExportError
+from subquad.utils import UserError
 from tests.helpers.exports import (
     IRREGULAR,
     LLAMA3,
@@ -97,6 +100,34 @@ def test_norms_gates_and_convolutions_stay_in_float32(students):
     assert {
         types[f"blk.0.{name}"] for name in ("ssm_a", "ssm_beta.weight", "ssm_conv1d.weight", "attn_norm.weight")
     } == {"F32"}
+
+
+@needs_llama_cpp
+def test_q4_k_is_of_whole_blocks_and_runs_in_llama_cpp(tmp_path):
+    """Rows of 256 numbers; llama.cpp's log probabilities are those of the dequantized weights in `transformers`."""
+    saved_student(tmp_path, REGULAR, hidden_size=256, head_dim=64, initializer_range=0.05)
+    export(tmp_path / "student", tmp_path / "student.gguf", "gguf", "q4_k")
+    _, _, types = read(tmp_path / "student.gguf")
+    assert types["blk.0.attn_qkv.weight"] == types["blk.0.ssm_out.weight"] == "Q4_K"
+    assert types["blk.0.ffn_down.weight"] == "F16"  # rows of 48
+    assert types["token_embd.weight"] == "Q8_0"
+    assert types["blk.0.ssm_beta.weight"] == types["blk.0.ssm_a"] == "F32"
+    student, tokenizer = subquad.load_teacher(tmp_path / "student")
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="student.gguf", dtype=torch.float32).eval()
+    prompt = tokenizer(SENTENCE).input_ids
+    expected, exact = (logits(model, torch.tensor([prompt]))[0, -1].log_softmax(-1) for model in (quantized, student))
+    assert 0.01 < error(expected, exact) < 0.2
+    (answer,) = run(tmp_path / "student.gguf", [prompt], 1, probabilities=300)
+    found = {step["id"]: step["logprob"] for step in answer["completion_probabilities"][0]["top_logprobs"]}
+    near = torch.tensor([found[i] for i in range(1, 300)])  # 0 ends the text
+    assert error(near.log_softmax(-1), expected[1:].log_softmax(-1)) < 0.05
+
+
+def test_q4_k_without_ggml_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    saved_student(tmp_path, PURE, hidden_size=256)
+    with pytest.raises(UserError, match="q4_k needs ggml's quantizer"):
+        export(tmp_path / "student", tmp_path / "student.gguf", "gguf", "q4_k")
 
 
 @needs_llama_cpp
