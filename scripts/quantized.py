@@ -4,7 +4,8 @@
 
 STUDENT was made with `export_target: qwen3_5`; TEACHER is a Llama. GGUF's types are those of `subquad export --type`.
 Each matrix is quantized as in the file and computed in float32, so the errors are those of the weights alone. int8 and
-int4 are torchao's, weights only, of all linear layers but gates and the head. Norms, decays, gates and states are float32.
+int4 are torchao's, weights only, of all linear layers but gates and the head. Norms, decays, gates and states are in
+float32.
 """
 
 import argparse

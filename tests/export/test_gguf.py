@@ -37,7 +37,7 @@ def students(tmp_path_factory):
     directories = {}
     for name, layers in (("pure", PURE), ("regular", REGULAR), ("irregular", IRREGULAR)):
         directory = tmp_path_factory.mktemp(name)
-        saved_student(directory, layers)
+        saved_student(directory, layers, max_position_embeddings=512)
         export(directory / "student", directory / "student.gguf", "gguf", "f32")
         directories[name] = directory
     return directories
@@ -138,18 +138,21 @@ def test_llama_cpp_generates_the_same_tokens(layer_types, students):
 
 
 def assert_llama_cpp_equals(student, tokenizer, path):
-    """32 greedy tokens and their log probabilities."""
+    """32 greedy tokens and their log probabilities, and the tokens of a second turn and of another text after the same
+    beginning, for which the server keeps its cache (`cache_prompt`)."""
     prompt = tokenizer(SENTENCE).input_ids
     options = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     # llama.cpp does not generate the end of text here
     options["suppress_tokens"] = [tokenizer.eos_token_id]
-    expected = student.generate(torch.tensor([prompt]), **options)[0, len(prompt) :]
-    (answer,) = run(path, [prompt], 32)
-    assert answer["tokens"] == expected.tolist()
-    full = logits(student, torch.tensor([[*prompt, *expected]]))[0, len(prompt) - 1 : -1].log_softmax(-1)
-    found = log_probabilities(answer)
+    prompts = [prompt, [*prompt, *range(40, 60)], [*prompt[:-4], *range(70, 90)]]
+    answers = run(path, prompts, 32)
+    for ids, answer in zip(prompts, answers, strict=True):
+        assert answer["tokens"] == student.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+    text = torch.tensor([[*prompt, *answers[0]["tokens"]]])
+    full = logits(student, text)[0, len(prompt) - 1 : -1].log_softmax(-1)
+    found = log_probabilities(answers[0])
     assert len(found) > 8
-    assert max(abs(value - full[i, expected[i]].item()) for i, value in found) < 1e-4
+    assert max(abs(value - full[i, answers[0]["tokens"][i]].item()) for i, value in found) < 1e-4
 
 
 MAMBA2 = {"default": "mamba2"}
@@ -164,7 +167,9 @@ GRANITE = {
 @pytest.mark.parametrize("case", GRANITE)
 def test_llama_cpp_generates_the_tokens_of_a_mamba2_student(case, tmp_path):
     layers, changes = GRANITE[case]
-    student, tokenizer = subquad.load_teacher(saved_student(tmp_path, layers, "granite_hybrid", **changes))
+    student, tokenizer = subquad.load_teacher(
+        saved_student(tmp_path, layers, "granite_hybrid", max_position_embeddings=512, **changes)
+    )
     export(tmp_path / "student", tmp_path / "student.gguf", "gguf", "f32")
     fields, _, _ = read(tmp_path / "student.gguf")
     assert fields["general.architecture"] == "granitehybrid"
