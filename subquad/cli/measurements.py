@@ -115,7 +115,7 @@ def run_select(args: Namespace) -> None:
     from subquad.selection.ranking import kept_layer_types, rank_groups
     from subquad.selection.texts import HAYSTACK
 
-    check_reference(args.teacher)
+    check_reference(args.teacher, "teacher")
     text = Data(source=args.text)
     check_data(text)
     teacher, tokenizer = load_teacher(args.teacher)

@@ -93,7 +93,7 @@ def run_linearize(args: Namespace) -> None:
     from subquad.modeling.teachers import check_reference, load_placed
 
     placement = placement_of(args)
-    check_reference(args.teacher)
+    check_reference(args.teacher, "teacher")
     if args.calibrate is not None:
         check_data(Data(source=args.calibrate))
     teacher, tokenizer = load_placed(args.teacher, placement)

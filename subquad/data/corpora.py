@@ -29,6 +29,7 @@ from subquad.data.sources import (
     resolve_sources,
     suffix,
 )
+from subquad.hub import hub_access, is_dataset_cached, nearest_path
 from subquad.utils import UserError, as_user_error
 
 if sys.version_info >= (3, 14):
@@ -155,7 +156,8 @@ def hub_dataset(source: Source) -> "datasets.Dataset | datasets.IterableDataset"
     """A dataset of the hub, read as it is iterated, or with `streaming: false` downloaded."""
     from datasets import load_dataset
 
-    with _hub_errors(source):
+    unknown = f"{source.label}: no such file or directory{nearest_path(source.name)}"
+    with hub_access(is_dataset_cached(source.name), unknown), _hub_errors(source):
         return load_dataset(source.name, source.subset, split=source.split, streaming=source.streaming)
 
 
@@ -313,7 +315,8 @@ def _hub_rows(source: Source) -> Iterator[Row]:
 
 
 def _hub_errors(source: Source) -> contextlib.AbstractContextManager[None]:
-    return as_user_error(f"{source.label}: no such file{nearest_source(source.name)}; and not readable from the hub")
+    hint = nearest_path(source.name) or nearest_source(source.name)
+    return as_user_error(f"{source.label}: no such file{hint}; and not readable from the hub")
 
 
 def _cells(rows: Iterable[Row], source: Source) -> Iterator[Document]:

@@ -23,7 +23,7 @@ def cache_teacher(recipe: Recipe, loaded: ModelAndTokenizer | None = None) -> di
     stage = recipe.stages.end_to_end
     if stage is None or stage.teacher_targets == "full":
         raise UserError("stages.end_to_end.teacher_targets: got none or full, expected sampled or top_k")
-    check_reference(recipe.teacher)
+    check_reference(recipe.teacher, "teacher")
     check_data(recipe.data)
     start_processes(recipe, "ddp")
     run = DistillationRun(recipe, cache_dir() / "targets", loaded)

@@ -78,7 +78,7 @@ def distill(
             the teacher cannot read `data.seq_len` tokens or does not mask documents.
     """
     directory = Path(output)
-    check_reference(recipe.teacher)
+    check_reference(recipe.teacher, "teacher")
     check_data(recipe.data)
     if (result := load_finished_result(recipe, directory)) is None:
         start_processes(recipe, parallel)

@@ -35,7 +35,7 @@ class EvalReport(NamedTuple):
         return {**self.header, "failed": self.failed, "results": [result.as_dict() for result in self.results]}
 
     def table(self) -> str:
-        return "\n".join([format_tables(self.results), *(f"{job} failed: {why}" for job, why in self.failed.items())])
+        return format_tables(self.results)
 
 
 def run(

@@ -8,7 +8,8 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.data.corpora import text_lines
 from subquad.evaluate.results import Result
+from subquad.hub import any_dataset_cached, hub_access, hub_problem, is_dataset_cached
 from subquad.utils import UserError, as_user_error, cache_dir, eval_mode, nearest, needs_extra, write_text_atomic
 
 HUB_TASKS = ("lambada_openai", "arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "openbookqa", "boolq")
@@ -69,7 +71,7 @@ def find_tasks(names: Sequence[str] | None, data: Path | None, include: Path | N
 
     Raises:
         UserError: a name that is neither a file in `data` nor a task of lm-eval; a file that cannot be read; lm-eval is
-            not installed.
+            not installed; a task whose items are on the hub, without a network.
     """
     files = {}
     if data is not None:
@@ -81,11 +83,33 @@ def find_tasks(names: Sequence[str] | None, data: Path | None, include: Path | N
         files = {file.name.partition(".jsonl")[0]: file for file in found}
     chosen = names or list(files) or HUB_TASKS
     others = [name for name in chosen if name not in files]
-    known = task_manager(include, bool(others)).all_tasks
+    task_manager(include, False)  # is lm-eval installed? To read the tasks that it ships takes many seconds.
+    problem = hub_problem() if others else None
+    if problem and chosen is HUB_TASKS and not any_dataset_cached():
+        raise no_items(others, problem)
+    known = task_manager(include, True).task_index if others else {}
     for name in others:
         if name not in known:
             raise UserError(f"tasks: got {name!r}{nearest(name, [*files, *known])[:200]}")
+    if problem and (missing := [name for name in others if needs_hub(known[name].cfg or {})]):
+        raise no_items(missing, problem)
     return [local_task(name, files[name]) if name in files else Task(name) for name in chosen]
+
+
+def needs_hub(definition: Mapping[str, Any]) -> bool:
+    """Whether the items of a task have to be downloaded; of a group it is unknown."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    name = definition.get("dataset_path")
+    is_local = name is None or name in _PACKAGED_DATASETS_MODULES or Path(name).exists()
+    return not is_local and not is_dataset_cached(name)
+
+
+def no_items(names: Sequence[str], problem: str) -> UserError:
+    return UserError(
+        f"tasks: the items of {', '.join(names)} are on the hub, and there is no network: {problem}; expected items "
+        "in a directory (--data DIR), or suites without zero-shot"
+    )
 
 
 def local_task(name: str, file: Path) -> Task:
@@ -176,7 +200,8 @@ def zero_shot(
     options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "device": str(model.device)}
     with eval_mode(model):
         lm = HFLM(model, max_length=getattr(config, "max_position_embeddings", None) or 2048, **options)
-        with as_user_error(f"task {task.name!r}: lm-eval cannot run it", of_cause=True):  # `datasets` wraps it
+        access = nullcontext() if task.directory else hub_access(True, "")
+        with access, as_user_error(f"task {task.name!r}: lm-eval cannot run it", of_cause=True):  # `datasets` wraps it
             loaded = _single_tasks(get_task_dict([task.name], manager))
             samples = {name: evenly_spaced(len(one.eval_docs), limit) for name, one in loaded}
             found: Any = lm_eval.simple_evaluate(

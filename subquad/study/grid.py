@@ -86,8 +86,8 @@ def run_study(
                 run_in_processes(scheduler, jobs)
         prune()
         if suites:
-            for name, reason in evaluate_study(runs, output, suites).items():
-                log(f"{name} failed: {reason}")
+            if failed := evaluate_study(runs, output, suites):
+                log(f"{len(failed)} parts of the evaluation failed: {', '.join(failed)}")
             write_results(output, runs)
         return run_results(runs)
 
@@ -103,7 +103,7 @@ def check(recipes: Sequence[Recipe], jobs: int, engine: str, suites: Sequence[st
     if suites:
         settings_for(suites)
     for recipe in recipes:
-        check_reference(recipe.teacher)
+        check_reference(recipe.teacher, "teacher")
         check_data(recipe.data)
 
 

@@ -304,6 +304,7 @@ def hub(monkeypatch):
             return [{"image": 1, "label": 2}]
         raise ConnectionError("no route\nto the hub")
 
+    monkeypatch.setattr("subquad.hub.hub_problem", lambda: None)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
 
 

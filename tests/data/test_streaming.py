@@ -118,6 +118,7 @@ def test_resume_of_a_dataset_of_the_hub(kind, processes, streamed, write, monkey
     def load(name, subset, split, streaming):
         return load_dataset(kind, data_files=files, split=split, streaming=streaming)
 
+    monkeypatch.setattr("subquad.hub.hub_problem", lambda: None)
     monkeypatch.setattr("datasets.load_dataset", load)
     data = local.model_copy(update={"source": "owner/texts", "streaming": streamed})
     whole = check_resume(
@@ -231,6 +232,7 @@ def test_streamed_text_has_the_split_of_packed_text(hub, count, write, monkeypat
     data = write("jsonl", 2, split=True)
     if hub:
         rows = IterableDataset.from_generator(lambda: map(record, range(count)))
+        monkeypatch.setattr("subquad.hub.hub_problem", lambda: None)
         monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
         data = data.model_copy(update={"source": "owner/texts"})
     elif count < COUNT:

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import subquad
 from subquad import cli
 from subquad.analysis.mixing_matrices import unpack_pairs
-from subquad.evaluate import command, runner, suites
+from subquad.evaluate import command, lm_eval, runner, suites
 from subquad.evaluate.baselines import int8_teacher
 from subquad.evaluate.perplexity import token_sums
 from subquad.evaluate.results import Result, select
@@ -225,6 +226,28 @@ def test_errors_are_found_before_a_model_is_loaded(workspace, name, capsys, monk
     assert message in capsys.readouterr().err
 
 
+def test_tasks_of_the_hub_are_refused_at_once_without_a_network(workspace, capsys, monkeypatch):
+    monkeypatch.setattr(lm_eval, "hub_problem", lambda: "the hub cannot be reached")
+    monkeypatch.setattr(lm_eval, "any_dataset_cached", lambda: False)
+    assert cli.main(arguments(workspace, "--suite", "zero-shot")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("subquad: tasks: the items of lambada_openai, arc_easy, ")
+    assert "no network: the hub cannot be reached" in err
+    assert err.count("\n") == 1
+
+
+def test_tasks_whose_items_are_missing_are_named_without_a_network(monkeypatch, tmp_path):
+    """Of other names than the default tasks, those of the hub that are not in the cache."""
+    paths = {"local": "json", "file": str(tmp_path), "cached": "owner/cached", "missing": "owner/missing"}
+    index = {name: SimpleNamespace(cfg={"dataset_path": path}) for name, path in paths.items()}
+    monkeypatch.setattr(lm_eval, "task_manager", lambda include, defaults: SimpleNamespace(task_index=index))
+    monkeypatch.setattr(lm_eval, "hub_problem", lambda: "the hub cannot be reached")
+    monkeypatch.setattr(lm_eval, "is_dataset_cached", lambda name: name == "owner/cached")
+    with pytest.raises(UserError, match="the items of missing are on the hub, and there is no network"):
+        lm_eval.find_tasks(list(paths), None)
+    assert [task.name for task in lm_eval.find_tasks(["local", "file", "cached"], None)] == ["local", "file", "cached"]
+
+
 def test_missing_model_and_foreign_output_directory(workspace, capsys):
     assert cli.main(["eval", str(workspace / "studnet")]) == 2
     assert "studnet" in capsys.readouterr().err
@@ -251,7 +274,6 @@ def test_failed_job_leaves_the_others(workspace, monkeypatch):
     report = command.run([str(workspace / "student")], suites=["language", "zero-shot"], **options)
     assert report.failed == {"zero-shot last: student": "no hub here"}
     assert select(report.results, metric="perplexity")
-    assert "no hub here" in report.table()
 
 
 def test_exit_code_says_whether_a_part_failed(workspace, monkeypatch, capsys):
@@ -259,7 +281,9 @@ def test_exit_code_says_whether_a_part_failed(workspace, monkeypatch, capsys):
     argv += ["--corpus", str(workspace / "text.txt")]
     monkeypatch.setattr(suites, "zero_shot", Mock(side_effect=UserError("no hub here")))
     assert cli.main(argv) == 1
-    assert capsys.readouterr().err == "subquad: 1 part failed: zero-shot last: student\n"
+    out, err = capsys.readouterr()
+    assert err == "subquad: 1 part failed: zero-shot last: student\n"
+    assert out.count("no hub here") == 1
     assert cli.main([*argv[:2], "--suite", "language", *argv[-2:]]) == 0
 
 

@@ -180,7 +180,8 @@ def test_generated_words_of_padded_batches_equal_single_rows(tmp_path, nano):
         assert zero_shot(used, tokenizer, task.generated).scores == [1, 0] * len(contexts)
 
 
-def test_unknown_tasks_are_refused_with_the_nearest_name(data):
+def test_unknown_tasks_are_refused_with_the_nearest_name(data, monkeypatch):
+    monkeypatch.setattr(harness, "hub_problem", lambda: None)
     with pytest.raises(UserError, match="did you mean 'questions'"):
         find_tasks(["question"], data)
     with pytest.raises(UserError, match="did you mean 'arc_easy'"):

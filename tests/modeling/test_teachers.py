@@ -71,20 +71,20 @@ def test_gguf_file_linearizes_and_saves(make_teacher, tmp_path, ids):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("nanno", "teacher 'nanno': .*; did you mean 'nano'"),
+        ("nanno", "model 'nanno': .*; did you mean 'nano'"),
         ("smollm2", "did you mean 'smollm2-135m'"),
-        ("./missing", "teacher './missing': neither"),
-        ("missing.gguf", "teacher 'missing.gguf': neither"),
-        ("models/missing.gguf", "teacher 'models/missing.gguf': neither"),
-        ("/no/such/place", "teacher '/no/such/place': neither"),
-        ("a/b/c", "teacher 'a/b/c': neither"),
-        ("empty", "teacher 'empty': a directory without config.json"),
-        ("no tokenizer", "teacher 'no tokenizer': a directory without a tokenizer"),
-        ("text.gguf", "teacher 'text.gguf': not a GGUF file"),
+        ("./missing", "model './missing': neither"),
+        ("missing.gguf", "model 'missing.gguf': neither"),
+        ("models/missing.gguf", "model 'models/missing.gguf': neither"),
+        ("/no/such/place", "model '/no/such/place': neither"),
+        ("a/b/c", "model 'a/b/c': neither"),
+        ("empty", "model 'empty': a directory without config.json"),
+        ("no tokenizer", "model 'no tokenizer': a directory without a tokenizer"),
+        ("text.gguf", "model 'text.gguf': not a GGUF file"),
         ("broken.gguf", "broken.gguf': the GGUF file cannot be read: "),
-        ("no weights", "teacher 'no weights': it cannot be loaded: "),
-        ("no json", "teacher 'no json': it cannot be loaded: "),
-        ("no model", "teacher 'no model': it cannot be loaded: "),
+        ("no weights", "model 'no weights': it cannot be loaded: "),
+        ("no json", "model 'no json': it cannot be loaded: "),
+        ("no model", "model 'no model': it cannot be loaded: "),
     ],
 )
 def test_wrong_reference_is_refused_in_one_line(tmp_path, monkeypatch, reference, message):
@@ -104,10 +104,12 @@ def test_wrong_reference_is_refused_in_one_line(tmp_path, monkeypatch, reference
 
 
 def test_a_hub_id_without_a_network_is_refused_at_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(teachers, "getproxies", dict)
-    monkeypatch.setattr(teachers.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo" / "gla").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(teachers.AutoModelForCausalLM, "from_pretrained", None)
-    with pytest.raises(UserError, match=r"'demoo/gla': no such directory, and http://127.0.0.1:9 cannot be reached"):
+    message = r"model 'demoo/gla': no such directory; did you mean 'demo/gla'\? \(no network: http://127.0.0.1:9 cannot be"
+    with pytest.raises(UserError, match=message):
         subquad.load_teacher("demoo/gla")
 
 
