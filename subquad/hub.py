@@ -1,12 +1,12 @@
-"""Access to the Hugging Face hub: whether it can be reached, and what a name that is no path may have meant.
+"""Access to the Hugging Face hub: whether it can be reached, and what its caches hold.
 
 The hub's clients repeat a failed request for half a minute or longer. One request of a few seconds says as much.
 """
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from subquad.utils import UserError
 
@@ -50,15 +50,15 @@ def offline_mode() -> Iterator[None]:
     import datasets.config
     from huggingface_hub import constants
 
-    modules = constants, datasets.config
+    modules: tuple[Any, ...] = constants, datasets.config
     before = [module.HF_HUB_OFFLINE for module in modules]
     try:
         for module in modules:
-            module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+            module.HF_HUB_OFFLINE = True
         yield
     finally:
         for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+            module.HF_HUB_OFFLINE = value
 
 
 def is_dataset_cached(name: str) -> bool:
@@ -75,19 +75,3 @@ def any_dataset_cached() -> bool:
     from datasets import config
 
     return any(Path(config.HF_DATASETS_CACHE).glob("*___*"))
-
-
-def nearest_path(path: str) -> str:
-    """The end of a message about a path that does not exist: `; did you mean 'demo/gla'?`, or nothing where no file or
-    directory has a similar name."""
-    found = Path()
-    for part in Path(path).expanduser().parts:
-        if not (found / part).exists():
-            names = sorted(entry.name for entry in found.iterdir()) if found.is_dir() else []
-            close = difflib.get_close_matches(part, names, n=1, cutoff=0.6)
-            if not close:
-                return ""
-            found /= close[0]
-        else:
-            found /= part
-    return f"; did you mean {str(found)!r}?"

@@ -50,6 +50,28 @@ def nearest(name: object, valid: Iterable[str]) -> str:
     return f"; expected one of {', '.join(names)}" if names else ""
 
 
+def nearest_path(path: str) -> str:
+    """The end of a message about a path that does not exist: `; did you mean 'demo/gla'?`, or nothing where no file or
+    directory has a similar name."""
+    found = Path()
+    for part in Path(path).expanduser().parts:
+        if not (found / part).exists():
+            names = sorted(entry.name for entry in found.iterdir()) if found.is_dir() else []
+            close = difflib.get_close_matches(part, names, n=1, cutoff=0.6)
+            if not close:
+                return ""
+            found /= close[0]
+        else:
+            found /= part
+    return f"; did you mean {str(found)!r}?"
+
+
+def check_directory(path: str | os.PathLike) -> None:
+    """Raises UserError, with the nearest existing path, if there is nothing at `path`."""
+    if not Path(path).expanduser().exists():
+        raise UserError(f"{os.fspath(path)!r}: no such directory{nearest_path(os.fspath(path))}")
+
+
 @contextmanager
 def needs_extra(what: str, extra: str) -> Iterator[None]:
     """For the imports in its block: UserError that names the extra of this package where a module is missing.

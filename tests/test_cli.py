@@ -10,7 +10,7 @@ import pytest
 
 import subquad
 from subquad import mixers
-from subquad.cli import main
+from subquad.cli import build_parser, main
 from subquad.distill.target_cache import TargetCache
 from tests.helpers.processes import run_python
 from tests.helpers.recipes import tiny_recipe
@@ -37,6 +37,17 @@ def test_help_lists_commands(capsys):
     assert stop.value.code == 0
     assert capsys.readouterr().out == text
     assert all(command in text for command in ("distill", "study", "linearize", "mixers", "inspect", "generate"))
+
+
+def test_help_names_each_default():
+    commands = build_parser().commands.choices
+    for name, action in ((name, action) for name, command in commands.items() for action in command._actions):
+        if action.default in (None, False, [], "", "==SUPPRESS=="):
+            continue
+        shown = ",".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        assert action.help.endswith(f"(default: {shown})"), (name, action.option_strings)
+        assert action.help.count("default") == 1
+    assert "(default: 64)" in " ".join(commands["generate"].format_help().split())
 
 
 def test_mixers_lists_names_and_options(capsys):
@@ -231,7 +242,7 @@ MISTAKES = {
     "linearize TEACHER --mixer gla --keep-groups 1": "--keep-groups: got the layer types gla (default), expected",
     "linearize TEACHER --keep-groups 0": "argument --keep-groups: got '0', expected a whole number",
     "distill RECIPE --set student.keep_groups=1": "student.keep_groups: got the layer types gla (default), expected",
-    "select TEACHER --by retreival": "argument --by: invalid choice: 'retreival'",
+    "select TEACHER --by retreival": "argument --by: got 'retreival'; did you mean 'retrieval'?",
     "select TEACHER --by uniform --top 4": "by: got 'uniform' for groups, expected it for layers",
     "select TEACHER --top 5 --by kl": "keep: got 5, expected a number from 1 to 4, the number of groups",
     "select TEACHER --text missing.txt": "missing.txt",
@@ -268,7 +279,15 @@ MISTAKES = {
     "generate TEACHER x --draft no/such/dir": "neither a file nor a directory",
     "generate TEACHER x --draft TEACHER --draft-tokens 0": "at least 1",
     "export TEACHER --format ggu": "did you mean 'gguf'",
-    "distil x": "invalid choice: 'distil'",
+    "distil x": "unknown command 'distil'; did you mean 'distill'?",
+    "generate TEACHER x --token-count 3": "unknown option --token-count; did you mean '--tokens'? (see `subquad gen",
+    "generate TEACHER x --temprature=0.5": "unknown option --temprature; did you mean '--temperature'?",
+    "generate TEACHER x y": "unexpected argument 'y' (see `subquad generate --help`)",
+    "generate TEACHER x --dtype float": "argument --dtype: got 'float'; did you mean 'float32'?",
+    "generate no/such/dir x --tokens 4": "model 'no/such/dir': neither",
+    "inspect no/such/dir": "subquad: 'no/such/dir': no such directory\n",
+    "export no/such/dir --format gguf": "subquad: 'no/such/dir': no such directory\n",
+    "report ./subquat": "no such directory; did you mean 'subquad'?",
     "distill": "the following arguments are required: RECIPE",
 }
 
@@ -306,13 +325,42 @@ def test_bench_needs_the_repository(capsys, monkeypatch):
 
 
 def test_interruption_is_exit_code_130(capsys, monkeypatch):
-    def interrupt(*args):
+    def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("subquad.config.load_study", interrupt)
-    code, _, err = run(capsys, "recipe", "recipe.yaml")
-    assert code == 130
-    assert err == "subquad: interrupted; the same command continues it\n"
+    assert run(capsys, "recipe", "recipe.yaml") == (130, "", "subquad: interrupted\n")
+    continued = "subquad: interrupted; the same command continues it\n"
+    assert run(capsys, "study", "recipe.yaml", "-o", "s") == (130, "", continued)
+    monkeypatch.setattr("subquad.evaluate.command.run", interrupt)
+    would = "subquad: interrupted; with --output, the same command would continue it\n"
+    assert run(capsys, "eval", "nano") == (130, "", would)
+    assert run(capsys, "eval", "nano", "-o", "e") == (130, "", continued)
+
+
+CALIBRATED = ["--set", "stages.matrix=null", "--set", "stages.end_to_end=null", "--set", "stages.hidden.tokens=128"]
+CALIBRATED += ["--set", "student.calibration_tokens=64"]
+
+
+def test_an_interrupted_calibration_is_not_said_to_continue(capsys, monkeypatch, recipe_path, tmp_path):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subquad.modeling.calibrate.calibrate_layer", interrupt)
+    code, _, err = run(capsys, "distill", recipe_path, "-o", tmp_path / "s", *CALIBRATED)
+    assert (code, err) == (130, "subquad: interrupted; the same command builds the student anew\n")
+
+
+def test_distill_says_what_it_does_unless_it_is_quiet(capsys, recipe_path, tmp_path):
+    code, out, err = run(capsys, "distill", recipe_path, "-o", tmp_path / "s", *CALIBRATED)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("calibrating 2 layers: ")
+    assert lines[1] == "s: stage hidden, 128 tokens"
+    assert "\x1b" not in out + err  # colours
+    code, quiet, err = run(capsys, "distill", recipe_path, "-o", tmp_path / "q", *CALIBRATED, "--quiet")
+    assert (code, err) == (0, "")
+    assert quiet.splitlines()[0].startswith("mixer ")
 
 
 def test_it_runs_as_a_module():

@@ -7,7 +7,7 @@ from huggingface_hub import constants
 from subquad import hub
 from subquad.data import corpora
 from subquad.data.sources import resolve
-from subquad.utils import UserError
+from subquad.utils import UserError, nearest_path
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_files_in_the_cache_are_read_without_a_network(no_network):
     with hub.hub_access(True, "model 'a/b'"):
         assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (True, True)
         assert hub.hub_problem() is None
-    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == before
+    assert before == (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
     with (
         pytest.raises(UserError, match=r"^model 'a/b': unknown \(no network: http.* Name or service not known\)$"),
         hub.hub_access(False, "model 'a/b': unknown"),
@@ -52,7 +52,7 @@ def test_datasets_in_the_cache_are_known(monkeypatch, tmp_path):
 def test_nearest_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo" / "gla").mkdir(parents=True)
-    assert hub.nearest_path("demoo/gla") == "; did you mean 'demo/gla'?"
-    assert hub.nearest_path("demo/gal") == "; did you mean 'demo/gla'?"
-    assert hub.nearest_path(str(tmp_path / "demoo")) == f"; did you mean '{tmp_path / 'demo'}'?"
-    assert hub.nearest_path("Qwen/Qwen3-0.6B") == ""
+    assert nearest_path("demoo/gla") == "; did you mean 'demo/gla'?"
+    assert nearest_path("demo/gal") == "; did you mean 'demo/gla'?"
+    assert nearest_path(str(tmp_path / "demoo")) == f"; did you mean '{tmp_path / 'demo'}'?"
+    assert nearest_path("Qwen/Qwen3-0.6B") == ""

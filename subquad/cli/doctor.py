@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 
 def add_commands(parser: Parser) -> None:
     doctor = parser.command("doctor", run_doctor, "Report devices, kernels, versions, disk and speed of this machine.")
-    doctor.option("--seconds", "S", "time for the speed test; 0: none (default: 10)", type=float, default=10.0)
+    doctor.option("--seconds", "S", "seconds for the speed test; 0: none", type=float, default=10.0)
     doctor.flag("--json", "print the findings as JSON")
     doctor.device()
 

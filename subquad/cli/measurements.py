@@ -17,7 +17,9 @@ BENCHMARKS = ("ops", "decode", "decode_step", "distill", "loss", "serving", "mqa
 
 
 def add_commands(parser: Parser) -> None:
-    evaluate = parser.command("eval", run_eval, "Compare models with their teacher: quality, long context, efficiency.")
+    evaluate = parser.command(
+        "eval", run_eval, "Compare models with their teacher: quality, long context, efficiency.", resumes=True
+    )
     evaluate.option("models", "MODEL", "students or other models", nargs="+")
     evaluate.option("--teacher", "MODEL", "reference model (default: that of the first student, from its recipe.yaml)")
     suites = "quick, full, recall, diagnostics, or parts of full: language, zero-shot, generation, long, efficiency"
@@ -29,19 +31,23 @@ def add_commands(parser: Parser) -> None:
     tasks = "tasks of --data or of lm-eval (default: all of --data; without --data, lm-eval's from the hub)"
     evaluate.option("--tasks", "LIST", tasks, type=split_list)
     evaluate.option("--include-path", "DIR", "task definitions in lm-eval's format", dest="include")
-    evaluate.option("--limit", "N", "number of items of each task, evenly spaced", type=count)
-    lengths = "context lengths in tokens for long, efficiency and recall"
+    evaluate.option("--limit", "N", "number of items of each task, evenly spaced (default: all)", type=count)
+    lengths = "context lengths in tokens for long, efficiency and recall (default: see docs/evaluation.md)"
     evaluate.option("--lengths", "LIST", lengths, type=counts)
     evaluate.flag("--figures", "write plots to DIR/figures as SVG and PNG")
     evaluate.flag("--json", "print the results as JSON instead of a table")
     evaluate.placement()
+    evaluate.quiet()
     frontier = parser.command(
-        "frontier", run_frontier, "Compare all that shrinks a teacher's cache, at equal bytes: quality, recall, time."
+        "frontier",
+        run_frontier,
+        "Compare all that shrinks a teacher's cache, at equal bytes: quality, recall, time.",
+        resumes=True,
     )
     frontier.option("teacher", "TEACHER", "nano, smollm2-135m, a directory, a .gguf file or a hub id")
     frontier.option("--calibrate", "SOURCE", "text on which windows and heads are chosen", required=True)
     frontier.option("--output -o", "DIR", "directory of results, table and picture; rerun to resume", required=True)
-    budgets = "numbers of tokens N, for the bytes of N + 4 tokens of the teacher's cache (default: 32,64,96,192,384)"
+    budgets = "numbers of tokens N, for the bytes of N + 4 tokens of the teacher's cache"
     frontier.option("--budgets", "LIST", budgets, type=counts, default=[32, 64, 96, 192, 384])
     memory = "also windows with memories: the mixer that remembers what has left some heads' windows"
     frontier.option("--budget-memory", "MIXER", memory)
@@ -50,20 +56,22 @@ def add_commands(parser: Parser) -> None:
     frontier.option("--corpus", "SOURCE", "evaluation text, used whole (default: the validation text of python-stdlib)")
     frontier.option("--data", "DIR", "benchmark items, NAME.jsonl or NAME.jsonl.gz")
     frontier.option("--tasks", "LIST", "tasks of --data or of lm-eval", type=split_list)
-    frontier.option("--limit", "N", "number of items of each task, evenly spaced", type=count)
-    context = "tokens of long rows and prompts, which heads without a window are charged (default: 2048)"
+    frontier.option("--limit", "N", "number of items of each task, evenly spaced (default: all)", type=count)
+    context = "tokens of long rows and prompts, which heads without a window are charged"
     frontier.option("--context", "N", context, type=count, default=2048)
     frontier.option("--recipe", "RECIPE", "also train the windows, and the recipe's own student, by this recipe")
     frontier.option("--recipe-budgets", "LIST", "those of the budgets that are trained (default: all)", type=counts)
+    frontier.quiet()
     select = parser.command("select", run_select, "Rank a teacher's key/value groups or layers.")
     select.option("teacher", "TEACHER", "nano, smollm2-135m, a directory, a .gguf file or a hub id")
     criteria = ["retrieval", "kl", "halo", "uniform"]
-    select.option("--by", "NAME", "retrieval (default), kl, halo or uniform", choices=criteria, default="retrieval")
-    select.option("--unit", "UNIT", "group (default) or layer", choices=["group", "layer"], default="group")
-    select.option("--top", "N", "number that the student keeps whole (default: 8)", type=count, default=8)
-    select.option("--window", "N", "tokens that the others see, besides 4 sinks (default: 64)", type=count, default=64)
-    select.option("--text", "SOURCE", "text source (default: python-stdlib)", default="python-stdlib")
+    select.option("--by", "NAME", "retrieval, kl, halo or uniform", choices=criteria, default="retrieval")
+    select.option("--unit", "UNIT", "group or layer", choices=["group", "layer"], default="group")
+    select.option("--top", "N", "number that the student keeps whole", type=count, default=8)
+    select.option("--window", "N", "tokens that the others see, besides 4 sinks", type=count, default=64)
+    select.option("--text", "SOURCE", "text source", default="python-stdlib")
     select.flag("--json", "print the ranking and the layer types as JSON")
+    select.quiet()
     report = parser.command("report", run_report, "Write the HTML page of a study, figures as SVG and PDF, and tables.")
     report.option("directory", "DIR", "directory of the study", type=Path)
     report.option("--output -o", "FILE", "the page (default: DIR/report.html)", type=Path)
@@ -77,7 +85,7 @@ def run_eval(args: Namespace) -> int:
     quiet_libraries()
     from subquad.evaluate import command
 
-    others = ("run", "json", "device", "dtype", "attn")
+    others = ("json", "device", "dtype", "attn")
     options = {name: value for name, value in vars(args).items() if name not in others}
     options["placement"] = placement_of(args)
     if args.json:  # nothing else may be on stdout
@@ -101,7 +109,7 @@ def run_frontier(args: Namespace) -> None:
     quiet_libraries()
     from subquad.study import frontier
 
-    options = {name: value for name, value in vars(args).items() if name not in ("run", "recipe")}
+    options = {name: value for name, value in vars(args).items() if name != "recipe"}
     print(frontier.run(**options, recipe=recipe).table())
     print(f"\nresults.json, table.csv and frontier.svg are in {args.output}")
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from subquad.utils import UserError
+from subquad.utils import UserError, nearest
 
 if TYPE_CHECKING:
     from subquad.modeling.placement import Placement
@@ -13,24 +13,54 @@ if TYPE_CHECKING:
 class Parser(argparse.ArgumentParser):
     """Raises UserError instead of exiting. `commands`: the subparsers."""
 
-    commands: Any
+    commands: Any = None
 
     def error(self, message: str):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
-    def command(self, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> "Parser":
-        """Adds a command whose exit code is what `run` returns; None is 0."""
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Names the nearest valid command or value; argparse has no public place for this."""
+        if action.choices is None or value in action.choices:
+            return
+        if action is self.commands:
+            self.error(f"unknown command {value!r}{nearest(value, action.choices)}")
+        raise argparse.ArgumentError(action, f"got {value!r}{nearest(value, action.choices)}")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """Raises UserError for unknown arguments, with the nearest option of the command."""
+        found, rest = super().parse_known_args(args, namespace)
+        if options := [text.partition("=")[0] for text in rest if text.startswith("-")]:
+            close = nearest(options[0], [name for name in self._option_string_actions if name.startswith("--")])
+            self.error(f"unknown option {options[0]}{close if 'did you mean' in close else ''}")
+        elif rest:
+            self.error(f"unexpected argument {rest[0]!r}")
+        return found, rest
+
+    def command(
+        self, name: str, run: Callable[[argparse.Namespace], int | None], summary: str, *, resumes: bool = False
+    ) -> "Parser":
+        """Adds a command whose exit code is what `run` returns; None is 0. resumes: in its `--output`, an interrupted
+        command continues."""
         command = self.commands.add_parser(name, help=summary, description=summary)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, resumes=resumes)
         return command
 
+    def quiet(self) -> None:
+        """Adds `--quiet` to a command that takes long."""
+        self.flag("--quiet", "print results and warnings alone, without progress")
+
     def option(self, flags: str, metavar: str, text: str, **settings: Any) -> None:
-        """Adds an argument. flags: its name, or its flags separated by blanks. settings: see `add_argument`."""
+        """Adds an argument. flags: its name, or its flags separated by blanks. settings: see `add_argument`. The help
+        ends with the default that `settings` give."""
+        default = settings.get("default")
+        if default not in (None, [], ""):
+            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+            text += f" (default: {shown})"
         self.add_argument(*flags.split(), metavar=metavar, help=text, **settings)
 
     def device(self) -> None:
         """Adds `--device`; see `find_device`."""
-        device = "auto (default): a GPU where there is one, else the CPU; cpu, cuda or cuda:N"
+        device = "cpu, cuda, cuda:N, or auto: a GPU where there is one, else the CPU"
         self.option("--device", "NAME", device, default="auto")
 
     def placement(self) -> None:
@@ -40,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         self.option(
             "--dtype",
             "NAME",
-            "of the weights: float32 (default), bfloat16 or float16",
+            "of the weights: float32, bfloat16 or float16",
             choices=dtypes,
             default="float32",
         )

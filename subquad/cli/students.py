@@ -31,26 +31,27 @@ def add_commands(parser: Parser) -> None:
     keep = "key/value groups that keep all tokens, besides a budget or windows"
     create.option("--keep-groups", "N", keep, type=count)
     criteria = ["retrieval", "kl", "halo"]
-    ranking = "ranking of groups, see `subquad select` (default: retrieval)"
+    ranking = "ranking of groups: retrieval, kl or halo, see `subquad select`"
     create.option("--keep-by", "NAME", ranking, choices=criteria, default="retrieval")
     calibration = "text source for calibration, the errors of windows or the ranking of groups (default: none)"
     create.option("--calibrate", "SOURCE", calibration)
-    create.option("--seed", "N", "seed of random initializations (default: 0)", type=int, default=0)
+    create.option("--seed", "N", "seed of random initializations", type=int, default=0)
     create.option("--export", "TARGET", "restrict the student to layers of qwen3_5, granite_hybrid ...")
     create.placement()
+    create.quiet()
     parser.command("mixers", run_mixers, "List the mixers with their papers and options.")
     inspect = parser.command("inspect", run_inspect, "Print a student's layers, options, parameters and cache size.")
     inspect.option("directory", "DIR", "saved student")
     generate = parser.command("generate", run_generate, "Continue a text with a model.")
-    generate.option("model", "MODEL", "a student, or what TEACHER of linearize may be")
+    generate.option("model", "MODEL", "a student, or nano, smollm2-135m, a directory, a .gguf file or a hub id")
     generate.option("text", "TEXT", "text to continue")
-    generate.option("--tokens", "N", "maximum number of new tokens (default: 64)", type=count, default=64)
-    generate.option("--temperature", "T", "0 (default): greedy decoding", type=float, default=0.0)
-    generate.option("--seed", "N", "seed of sampling (default: 0)", type=int, default=0)
+    generate.option("--tokens", "N", "maximum number of new tokens", type=count, default=64)
+    generate.option("--temperature", "T", "sampling temperature; 0: greedy decoding", type=float, default=0.0)
+    generate.option("--seed", "N", "seed of sampling", type=int, default=0)
     generate.option(
         "--draft", "MODEL", "a faster model, such as its student, that proposes tokens; the text is the same"
     )
-    generate.option("--draft-tokens", "N", "tokens that it proposes at a time (default: 5)", type=count, default=5)
+    generate.option("--draft-tokens", "N", "tokens that it proposes at a time", type=count, default=5)
     generate.flag("--chat", "format TEXT as a user message with the chat template")
     generate.placement()
     export = parser.command("export", run_export, "Convert a student for transformers, vLLM, llama.cpp or MLX.")
@@ -58,7 +59,7 @@ def add_commands(parser: Parser) -> None:
     formats = "gguf, which writes a file; a directory: mlx, or an export target (qwen3_5, granite_hybrid ...)"
     export.option("--format", "FORMAT", formats, required=True)
     export.option("--output -o", "OUT", "new directory or file", required=True)
-    export.option("--type", "TYPE", "number format of a GGUF file: f32, f16 (default), q8_0 or q4_k")
+    export.option("--type", "TYPE", "number format of a GGUF file: f32, f16, q8_0 or q4_k (default: f16)")
 
 
 def run_linearize(args: Namespace) -> None:

@@ -1,6 +1,7 @@
 """Commands that read recipes: distill, study, cache-teacher, recipe."""
 
 import json
+import logging
 from argparse import Namespace
 from pathlib import Path
 
@@ -8,33 +9,46 @@ from subquad.cli.parser import Parser, count, split_list
 from subquad.utils import UserError, quiet_libraries
 
 RECIPE = "YAML file, or the name of a recipe of the package such as nano"
+logger = logging.getLogger(__name__)
 
 
 def add_commands(parser: Parser) -> None:
-    demo = parser.command("demo", run_demo, "Distill eight students and a control from the teacher nano, in minutes.")
-    output = "directory of the study, new or existing (default: demo)"
-    demo.option("--output -o", "DIR", output, type=Path, default=Path("demo"))
-    distill = parser.command("distill", run_distill, "Train one student from a recipe.")
+    demo = parser.command(
+        "demo", run_demo, "Distill eight students and a control from the teacher nano, in minutes.", resumes=True
+    )
+    demo.option("--output -o", "DIR", "directory of the study, new or existing", type=Path, default=Path("demo"))
+    distill = parser.command("distill", run_distill, "Train one student from a recipe.", resumes=True)
     distill.option("recipe", "RECIPE", RECIPE)
     distill.option("--output -o", "DIR", "saved student: new, or that of an unfinished run to resume", required=True)
-    layouts = "with torchrun: ddp (default), fsdp, layers or layers+fsdp, what the processes share (docs/scale.md)"
+    layouts = "with torchrun: ddp, fsdp, layers or layers+fsdp, what the processes share (docs/scale.md)"
     distill.option("--parallel", "LAYOUT", layouts, default="ddp")
-    study = parser.command("study", run_study, "Train a student for each combination of lists, and compare them.")
+    study = parser.command(
+        "study", run_study, "Train a student for each combination of lists, and compare them.", resumes=True
+    )
     study.option("recipe", "RECIPE", RECIPE)
     study.option("--output -o", "DIR", "directory of the study, new or existing", type=Path, required=True)
-    study.option("--jobs", "N", "parallel runs on each machine (default: 1)", type=count, default=1)
+    study.option("--jobs", "N", "parallel runs on each machine", type=count, default=1)
     engines = ["local", "ray"]
-    study.option("--engine", "NAME", "ray: use the cluster at RAY_ADDRESS", choices=engines, default="local")
-    study.option("--evaluate", "SUITES", "suites of `subquad eval` for all students, into DIR/evaluation", default="")
+    study.option("--engine", "NAME", "local, or ray: the cluster at RAY_ADDRESS", choices=engines, default="local")
+    study.option(
+        "--evaluate",
+        "SUITES",
+        "suites of `subquad eval` for all students, into DIR/evaluation (default: none)",
+        default="",
+    )
     study.flag("--dry-run", "print the remaining work and an estimate of its time, then exit")
     study.flag("--show", "print the table of finished runs, then exit")
-    targets = parser.command("cache-teacher", run_cache_teacher, "Compute the sparse targets of stage 3 of all runs.")
+    targets = parser.command(
+        "cache-teacher", run_cache_teacher, "Compute the sparse targets of stage 3 of all runs.", resumes=True
+    )
     targets.option("recipe", "RECIPE", f"{RECIPE}, also of a study")
     recipe = parser.command(
         "recipe", run_recipe, "Validate a recipe and print it with all defaults, or the JSON schema."
     )
     recipe.option("recipe", "RECIPE", RECIPE, nargs="?")
     recipe.flag("--schema", "print the JSON schema of recipes, for editors")
+    for command in (demo, distill, study, targets):
+        command.quiet()
     for command in (distill, study, targets, recipe):
         command.option("--set", "KEY=VALUE", "override a key: stages.hidden.lr=1e-3", action="append", default=[])
 
@@ -72,7 +86,7 @@ def run_study(args: Namespace) -> int:
         return 0
     if not args.show:
         suites = split_list(args.evaluate)
-        run_study(recipes, args.output, jobs=args.jobs, engine=args.engine, suites=suites, log=print_above_progress)
+        run_study(recipes, args.output, jobs=args.jobs, engine=args.engine, suites=suites, log=logger.info)
         print()
     runs = find_runs(recipes, args.output)
     print(format_study(runs))
@@ -81,21 +95,13 @@ def run_study(args: Namespace) -> int:
     return int(any(run.state == "failed" for run in runs))
 
 
-def print_above_progress(line: str) -> None:
-    """Prints a line without breaking progress bars."""
-    from tqdm.auto import tqdm
-
-    with tqdm.external_write_mode():
-        print(line, flush=True)
-
-
 def run_cache_teacher(args: Namespace) -> None:
     from subquad.config import load_study, run_name
 
     recipes = load_study(args.recipe, args.set)
     quiet_libraries()
     from subquad.distill.cache_teacher import cache_teacher
-    from subquad.distill.pipeline import teacher_placement
+    from subquad.distill.teacher_checks import teacher_placement
     from subquad.study.execute import teacher_in_memory
 
     stages = [recipe.stages.end_to_end for recipe in recipes]

@@ -28,10 +28,12 @@ def run_name(recipe: Recipe, recipes: Sequence[Recipe]) -> str:
     return name if safe == name else f"{safe}-{recipe.digest()[:8]}"
 
 
-def different_keys(one: Recipe, other: Recipe) -> list[str]:
-    """The dotted keys whose values differ between two recipes."""
+def different_keys(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys whose values differ between two recipes, and the values in `one` and `other`: "on" or "off" for a
+    section that only one has, "not set" for a key of a mixer's options that only the other has."""
     a, b = (recipe.model_dump(mode="json") for recipe in (one, other))
-    return list(dict.fromkeys(".".join(path) for x, y in ((a, b), (b, a)) for path, _ in _differences(x, [y])))
+    mine, others = dict(_differences(a, [b])), dict(_differences(b, [a]))
+    return {".".join(path): (mine.get(path, "not set"), others.get(path, "not set")) for path in {**mine, **others}}
 
 
 def _differences(mine: Any, all_values: list[Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

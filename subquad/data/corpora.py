@@ -29,8 +29,8 @@ from subquad.data.sources import (
     resolve_sources,
     suffix,
 )
-from subquad.hub import hub_access, is_dataset_cached, nearest_path
-from subquad.utils import UserError, as_user_error
+from subquad.hub import hub_access, is_dataset_cached
+from subquad.utils import UserError, as_user_error, nearest_path
 
 if sys.version_info >= (3, 14):
     from compression import zstd

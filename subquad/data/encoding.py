@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from subquad import progress
 from subquad.data.chat import ASSISTANT, Conversation, Template
 from subquad.data.corpora import Document
 from subquad.utils import UserError
@@ -144,7 +144,7 @@ def token_stream(encoder: Encoder, documents: Iterable[Document], limit: float, 
     count = 0
     # Tokens are rarely shorter than two characters, so that one batch rarely exceeds the limit.
     batches = document_batches(documents, min(BATCH_CHARACTERS, 2 * limit))
-    with tqdm(desc=f"tokenizing {name}", unit=" tokens", unit_scale=True, delay=3, disable=None) as progress:
+    with progress.bar(None, f"tokenizing {name}", "tok", delay=3) as bar:
         for tokens in _encode_batches(encoder, batches):
             if isinstance(tokens, Exception):
                 raise tokens
@@ -153,7 +153,7 @@ def token_stream(encoder: Encoder, documents: Iterable[Document], limit: float, 
                 starts = np.flatnonzero(tokens & DOC_START)
                 tokens = tokens[: next(iter(starts[starts >= limit - count]), None)]
             count += len(tokens)
-            progress.update(len(tokens))
+            bar.update(len(tokens))
             yield tokens
             if count >= limit:
                 return

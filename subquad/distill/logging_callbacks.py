@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from subquad import progress
 from subquad.utils import UserError, install_command, saving, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -29,15 +29,15 @@ class MetricsCallback(TrainerCallback):
             # those after the checkpoint at which an interrupted stage resumes
             records = [r for r in read_jsonl(self.path) if r["stage"] != self.stage or r["step"] <= state.global_step]
             write_text_atomic(self.path, "".join(json.dumps(record) + "\n" for record in records))
-        self.bar = tqdm(
-            total=state.max_steps * self.tokens_per_step,
+        total = state.max_steps * self.tokens_per_step
+        if state.is_world_process_zero:
+            progress.announce("%s: stage %s, %s tokens", self.path.parent.name, self.stage, f"{total:,}")
+        self.bar = progress.bar(
+            total,
+            f"{self.path.parent.name} {self.stage}",
+            "tok",
             initial=state.global_step * self.tokens_per_step,
-            desc=f"{self.path.parent.name} {self.stage}",
-            unit="tok",
-            unit_scale=True,
-            dynamic_ncols=True,
-            leave=False,
-            disable=None if state.is_world_process_zero else True,  # None: only on a terminal
+            hide=not state.is_world_process_zero,
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -49,7 +49,7 @@ class MetricsCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
         if not logs or "loss" not in logs:
             return
-        self.bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
+        self.bar.set_postfix_str(f"loss {logs['loss']:.4g}", refresh=False)
         tokens = (state.global_step - self.first_step) * self.tokens_per_step
         speed = round(tokens / (time.perf_counter() - self.start), 1)
         norm, rate = logs.get("grad_norm"), logs.get("learning_rate")

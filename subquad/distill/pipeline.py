@@ -14,7 +14,6 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
-from transformers import PreTrainedModel
 
 from subquad.config import Recipe, different_keys, load_recipe
 from subquad.data import StreamedDataset, check_data, spread_rows, token_rows
@@ -23,6 +22,7 @@ from subquad.distill.logging_callbacks import draw_curves, read_jsonl
 from subquad.distill.objective import Objective
 from subquad.distill.processes import on_first_process, start_processes
 from subquad.distill.recipe_stages import StageCache, epoch_tokens, recipe_stages, stage_keys, stage_rows, stage_tokens
+from subquad.distill.teacher_checks import check_teacher, teacher_placement
 from subquad.distill.trainer import StageTrainer, stream_states
 from subquad.distill.training_arguments import rows_per_process
 from subquad.evaluate.efficiency import decode_speed
@@ -31,7 +31,7 @@ from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.budget import calibration_shape
 from subquad.modeling.linearize import linearize
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
-from subquad.modeling.placement import Placement, find_device
+from subquad.modeling.placement import find_device
 from subquad.modeling.summary import model_card
 from subquad.modeling.teachers import ModelAndTokenizer, check_reference, load_placed
 from subquad.registry import STAGES
@@ -39,7 +39,6 @@ from subquad.selection.ranking import top_groups
 from subquad.selection.texts import HAYSTACK
 from subquad.utils import (
     UserError,
-    eval_mode,
     exclusive,
     lock_of,
     probe_output,
@@ -50,6 +49,8 @@ from subquad.utils import (
 )
 
 logger = logging.getLogger(__name__)
+MAX_DIFFERENCES = 6
+"""Differences of two recipes in a message."""
 SCALE_TOKENS = 1024
 """Training tokens on which the scales of the teacher's outputs are measured."""
 
@@ -118,35 +119,17 @@ def load_finished_result(recipe: Recipe, directory: Path) -> dict[str, Any] | No
         raise UserError(f"output: {str(directory)!r} is a file; expected a new directory, or that of this run")
     if written.exists():
         if different := different_keys(load_recipe(written), recipe):
+            values = [f"{key} is {there} there and {here} here" for key, (there, here) in different.items()]
+            more = [f"{len(values) - MAX_DIFFERENCES} more keys differ"] if len(values) > MAX_DIFFERENCES else []
             raise UserError(
-                f"output: {str(directory)!r} holds the run of another recipe, which differs in {', '.join(different)}; "
-                "expected another directory, or the same recipe to continue its run"
+                f"output: {str(directory)!r} holds the run of another recipe: "
+                f"{', '.join(values[:MAX_DIFFERENCES] + more)}; expected another directory, or the same recipe to "
+                "continue its run"
             )
     elif directory.exists() and any(directory.iterdir()):
         raise UserError(f"output: {str(directory)!r} is not empty and holds no run; expected a new directory")
     path = directory / "result.json"
     return json.loads(path.read_text())["result"] if path.exists() else None
-
-
-@torch.no_grad()
-def respects_document_boundaries(teacher: PreTrainedModel) -> bool:
-    """Whether the teacher masks documents by their `position_ids`: its hidden states of a row's second document must
-    not depend on the first."""
-    vocabulary: int = teacher.get_input_embeddings().num_embeddings  # type: ignore[assignment, union-attr]
-    tokens = torch.arange(12).to(teacher.device) * 7 % vocabulary
-    rows = torch.stack([torch.cat([tokens[:5], tokens[5:]]), torch.cat([tokens[5:10], tokens[5:]])])
-    positions = torch.cat([torch.arange(5), torch.arange(7)]).to(rows).expand(2, -1)
-    with eval_mode(teacher):
-        hidden = teacher.base_model(input_ids=rows, position_ids=positions, use_cache=False).last_hidden_state
-    return torch.allclose(hidden[0, 5:], hidden[1, 5:], atol=1e-3 * float(hidden.abs().mean()), rtol=1e-3)
-
-
-def teacher_placement(recipe: Recipe) -> Placement:
-    """How the teacher of a run is loaded."""
-    dtype, device = recipe.teacher_dtype, find_device(recipe.device)
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and recipe.precision == "bfloat16" else "float32"
-    return Placement(str(device), dtype, recipe.attn_implementation)
 
 
 class DistillationRun:
@@ -171,7 +154,7 @@ class DistillationRun:
         """Time to build and train the student so far, over all sessions."""
         self.teacher, self.tokenizer = loaded or load_placed(recipe.teacher, teacher_placement(recipe))
         self.teacher.to(find_device(recipe.device)).requires_grad_(False)  # type: ignore[arg-type]
-        self.check_teacher()
+        check_teacher(self.teacher, recipe)
         data, eval_tokens = recipe.data, recipe.evaluation.eval_tokens
         limit = epoch_tokens(recipe) if data.shuffle_buffer is None else UNIGRAM_TOKENS
         self.train = token_rows(data, self.tokenizer, "train", limit=limit, seed=recipe.seed)
@@ -182,18 +165,6 @@ class DistillationRun:
         """The rows of `evaluation.eval_tokens`, the same for every student and seed."""
         self.validation_batches = list(DataLoader(self.validation, batch_size=4))
         self.attention_layers = discover_attention(self.teacher)
-
-    def check_teacher(self) -> None:
-        seq_len, limit = self.recipe.data.seq_len, getattr(self.teacher.config, "max_position_embeddings", None)
-        if limit is not None and seq_len > limit:
-            raise UserError(
-                f"data.seq_len: got {seq_len}, expected at most {limit}, the maximum of teacher {self.recipe.teacher!r}"
-            )
-        if self.recipe.data.document_masking and not respects_document_boundaries(self.teacher):
-            raise UserError(
-                f"data.document_masking: got true, expected false for teacher {self.recipe.teacher!r}, whose attention "
-                "crosses documents in one row whatever their position_ids"
-            )
 
     def open_stream(self) -> StreamedDataset:
         state = PartialState()
@@ -239,8 +210,17 @@ class DistillationRun:
                 self.stream.load_state(done_record["stream"])
             return
         start = time.perf_counter()
+        try:
+            self.student = self.build_student()
+        except KeyboardInterrupt as error:
+            error.hint = "; the same command builds the student anew"  # type: ignore[attr-defined]
+            raise
+        self.seconds = time.perf_counter() - start
+        on_first_process(self.measure_untrained_student)
+
+    def build_student(self) -> SubquadForCausalLM:
         options = self.recipe.student
-        self.student = linearize(
+        return linearize(
             self.teacher,
             options.mixer,
             copy_qkv=options.copy_qkv,
@@ -256,8 +236,6 @@ class DistillationRun:
             keep_groups=self.kept_groups(),
             **options.mixer_kwargs,
         ).float()
-        self.seconds = time.perf_counter() - start
-        on_first_process(self.measure_untrained_student)
 
     def is_done(self, name: str) -> bool:
         """Whether the student after stage `name` is saved."""

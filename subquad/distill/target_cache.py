@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from subquad import __version__
+from subquad import __version__, progress
 from subquad.config import EndToEndStage
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.distill.lm_head import Head, last_outputs
@@ -114,14 +113,13 @@ class TargetCache:
     def compute(self, rows: Dataset, missing: list[int]) -> None:
         seq_len = len(rows[missing[0]]["input_ids"])
         part_rows, pass_rows = max(1, PART_TOKENS // seq_len), max(1, PASS_TOKENS // seq_len)
-        bar = {"desc": "targets of the teacher", "unit": " tokens", "unit_scale": True, "delay": 3, "disable": None}
-        with tqdm(total=len(missing) * seq_len, **bar) as progress:
+        with progress.bar(len(missing) * seq_len, "targets of the teacher", "tok", delay=3) as bar:
             for part in slices(len(missing), part_rows):
                 found: dict[bytes, Row] = {}
                 for some in slices(len(missing[part]), pass_rows):
                     batch = collate([rows[i] for i in missing[part][some]])
                     found |= self.targets(batch)
-                    progress.update(batch["input_ids"].numel())
+                    bar.update(batch["input_ids"].numel())
                 self.write(found)
 
     @torch.no_grad()

@@ -101,8 +101,9 @@ def needs_hub(definition: Mapping[str, Any]) -> bool:
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     name = definition.get("dataset_path")
-    is_local = name is None or name in _PACKAGED_DATASETS_MODULES or Path(name).exists()
-    return not is_local and not is_dataset_cached(name)
+    if name is None or name in _PACKAGED_DATASETS_MODULES or Path(name).exists():
+        return False
+    return not is_dataset_cached(name)
 
 
 def no_items(names: Sequence[str], problem: str) -> UserError:

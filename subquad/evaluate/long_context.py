@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from subquad import progress
 from subquad.config import Data
 from subquad.data import token_rows
 from subquad.evaluate.results import Result
@@ -53,7 +53,7 @@ def position_losses(model: PreTrainedModel, ids: Tensor, chunk_tokens: int = CHU
     losses = torch.empty(len(ids), ids.shape[1] - 1)
     with (
         eval_mode(model),
-        tqdm(total=ids.numel(), desc=label, unit="tok", unit_scale=True, leave=False, disable=None) as bar,
+        progress.bar(ids.numel(), label, "tok") as bar,
     ):
         for row, row_losses in zip(ids, losses, strict=True):
             cache = None

@@ -3,13 +3,14 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from subquad import progress
 from subquad.data.packing import IGNORE_INDEX, next_labels
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import estimate
@@ -49,16 +50,19 @@ def token_sums(
     """
     rows = []
     count_bytes = None if tokenizer is None else byte_counter(tokenizer)
-    for batch in map(_as_mapping, batches):
-        logits = _logits(model, batch)
-        reference = logits if teacher is model else None if teacher is None else _logits(teacher, batch)
-        for b, (ids, labels) in enumerate(zip(batch["input_ids"], next_labels(batch), strict=True)):
-            counted = labels != IGNORE_INDEX
-            targets = labels[counted]
-            sums = prediction_sums(logits[b][counted], None if reference is None else reference[b][counted], targets)
-            if count_bytes is not None:
-                sums[2] = count_bytes(ids[counted], targets)
-            rows.append(sums)
+    with progress.bar(len(batches) if isinstance(batches, Sized) else None, "perplexity", "batches", delay=3) as bar:
+        for batch in map(_as_mapping, batches):
+            logits = _logits(model, batch)
+            reference = logits if teacher is model else None if teacher is None else _logits(teacher, batch)
+            for b, (ids, labels) in enumerate(zip(batch["input_ids"], next_labels(batch), strict=True)):
+                counted = labels != IGNORE_INDEX
+                targets = labels[counted]
+                of_teacher = None if reference is None else reference[b][counted]
+                sums = prediction_sums(logits[b][counted], of_teacher, targets)
+                if count_bytes is not None:
+                    sums[2] = count_bytes(ids[counted], targets)
+                rows.append(sums)
+            bar.update()
     if not rows or not sum(row[0] for row in rows):
         raise ValueError("batches: got no predicted token, expected at least one batch of at least two tokens")
     return torch.stack(rows)

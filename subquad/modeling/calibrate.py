@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subquad import progress
 from subquad.mixers import Mixer
 from subquad.modeling.attention.activations import LayerActivations, visit_activations
 from subquad.modeling.attention.discovery import AttentionInfo, attention_modules
@@ -48,6 +49,7 @@ def calibrate(
     """
 
     def calibrate_one(index: int, activations: LayerActivations) -> None:
+        bar.update()  # with the number of layers that were begun
         layer, layer_spec = student.mixer_layers[index], student.config.layer_specs[index]
         if isinstance(layer, MixerLayer):
             calibrator = LayerCalibrator(layer.mixer, attention_layers[index], activations)
@@ -57,7 +59,13 @@ def calibrate(
             layer_spec.update(calibrate_layer(calibrator, activations, layer_spec))
             calibrator.fit_merge()
 
-    visit_activations(teacher, attention_modules(attention_layers), calibrate_one, calibration_ids)
+    progress.announce(
+        "calibrating %d layers: each searches the options that come closest to the teacher's attention on %d tokens",
+        len(attention_layers),
+        calibration_ids.numel(),
+    )
+    with progress.bar(len(attention_layers), "calibrating", "layers") as bar:
+        visit_activations(teacher, attention_modules(attention_layers), calibrate_one, calibration_ids)
 
 
 def calibrate_layer(

@@ -19,7 +19,7 @@ from subquad.modeling.layers import AttentionLayer
 from subquad.modeling.modeling_subquad import SubquadConfig, SubquadForCausalLM
 from subquad.modeling.near_far import NearFarLayer
 from subquad.modeling.teachers import read_license
-from subquad.utils import UserError, as_user_error
+from subquad.utils import UserError, as_user_error, check_directory
 
 CONTEXTS = (1024, 8192, 65536)
 """Numbers of tokens for which cache sizes are shown."""
@@ -27,6 +27,7 @@ CONTEXTS = (1024, 8192, 65536)
 
 def read_config(directory: str | os.PathLike) -> SubquadConfig:
     """The configuration of a saved student. Raises UserError if there is none."""
+    check_directory(directory)
     path = Path(directory).expanduser()
     if not (path / "config.json").is_file():
         raise UserError(f"{str(directory)!r} holds no config.json; expected the directory of a saved student")

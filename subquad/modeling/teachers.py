@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from yaml import YAMLError
 
-from subquad.hub import hub_access, nearest_path
+from subquad.hub import hub_access
 from subquad.modeling.placement import Placement
-from subquad.utils import UserError, acquire, as_user_error, cache_dir, nearest, needs_extra
+from subquad.utils import UserError, acquire, as_user_error, cache_dir, nearest, nearest_path, needs_extra
 
 logger = logging.getLogger(__name__)
 NANO, SMOLLM2 = "nano", "smollm2-135m"
@@ -57,10 +57,13 @@ def load_teacher(
     source = reference if path is None else str(path)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if path is None or path.is_dir():
-        access, failure = nullcontext(), f"model {reference!r}: it cannot be loaded"
+        access: AbstractContextManager[None] = nullcontext()
+        failure = f"model {reference!r}: it cannot be loaded"
         if path is None:
             access = hub_access_to_model(reference)
-            failure = f"model {reference!r}: no such directory{nearest_path(reference)}; not loadable from the hub either"
+            failure = (
+                f"model {reference!r}: no such directory{nearest_path(reference)}; not loadable from the hub either"
+            )
         with access, as_user_error(failure):
             if path is not None:
                 check_shards(path)

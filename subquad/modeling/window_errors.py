@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from subquad import progress
 from subquad.modeling.attention.activations import LayerActivations, capture_activations, layer_path
 from subquad.modeling.attention.discovery import AttentionInfo, attention_modules
 from subquad.modeling.attention.scores import AttentionProbabilities
@@ -62,7 +62,7 @@ def window_errors(
     factors: list[Tensor] = []
     weights = octave_weights(input_ids.shape[1])
     generator = torch.Generator(teacher.device).manual_seed(seed)
-    with eval_mode(teacher), tqdm(total=len(input_ids) * len(layers), desc="window errors", disable=None) as bar:
+    with eval_mode(teacher), progress.bar(len(input_ids) * len(layers), "measuring windows", "layers") as bar:
         for row, ids in reversed(list(enumerate(input_ids.to(teacher.device).split(1)))):
             recorded = record_layers(teacher, layers, ids, None if row else generator)
             queries = slice(row % QUERY_STRIDE, None, QUERY_STRIDE)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from subquad import progress
 from subquad.mixers import ATTENTION
 from subquad.modeling.attention.discovery import AttentionInfo, discover_attention
 from subquad.modeling.layer_types import FULL
@@ -133,10 +133,12 @@ class Ranking:
     ) -> dict[Unit, float]:
         """The score of the logits where one of `units` after another has `window`, and the rest is as in `read`."""
         scores = {}
-        for layer, head in tqdm(units, desc=f"ranking {self.unit}s", delay=3, disable=None, leave=False):
-            own = reader.windows[layer]
-            changed: Windows = {layer: tuple(window if head in (None, i) else old for i, old in enumerate(own))}
-            scores[layer, head] = score(reader.logits(changed))
+        with progress.bar(len(units), f"ranking {self.unit}s", f"{self.unit}s", delay=3) as bar:
+            for layer, head in units:
+                own = reader.windows[layer]
+                changed: Windows = {layer: tuple(window if head in (None, i) else old for i, old in enumerate(own))}
+                scores[layer, head] = score(reader.logits(changed))
+                bar.update()
         return scores
 
     def ablate(self, reader: WindowedReader, texts: Texts, units: Sequence[Unit], whole: Collection[Unit]) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
+from subquad import progress
 from subquad.study.runs import Run
 from subquad.utils import acquire, lock_of, quiet_libraries
 
@@ -34,7 +35,8 @@ def teacher_in_memory(reference: str, placement: "Placement") -> "ModelAndTokeni
 
 def execute_run(run: Run, stage_cache: "StageCache") -> None:
     """Runs to the end. An exception is written to `error.json` in the run's directory and not raised."""
-    from subquad.distill.pipeline import distill, teacher_placement
+    from subquad.distill.pipeline import distill
+    from subquad.distill.teacher_checks import teacher_placement
 
     run.start()
     try:
@@ -59,7 +61,8 @@ def start_worker(parent: Connection, threads: int, variables: Mapping[str, str])
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its workers
     threading.Thread(target=exit_at_end_of, args=(parent,), daemon=True).start()
-    os.environ.update({"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", **variables})
+    os.environ.update({"OMP_NUM_THREADS": str(threads), **variables})
+    progress.hide("bars", "lines")
     quiet_libraries()
     import torch
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from subquad import progress
 from subquad.config import Recipe
 from subquad.data import check_data
 from subquad.distill.recipe_stages import stage_keys
@@ -77,7 +78,8 @@ def run_study(
         scheduler = Scheduler(runs, stage_cache, on_end)
         write_results(output, runs)
         prune()
-        with repeated(log, lambda: status_line(runs, list(scheduler.running), stage_cache, jobs), interval):
+        status = repeated(log, lambda: status_line(runs, list(scheduler.running), stage_cache, jobs), interval)
+        with progress.hidden("lines"), status:
             if engine == "ray":
                 run_on_cluster(scheduler, jobs)
             elif jobs == 1:

@@ -13,7 +13,7 @@ from subquad.config import Recipe
 from subquad.distill.recipe_stages import recipe_stages
 from subquad.evaluate.results import Result
 from subquad.study.runs import Run, find_runs, read_json, unrelated_runs
-from subquad.utils import UserError, run_info, write_json_atomic
+from subquad.utils import UserError, check_directory, run_info, write_json_atomic
 
 RESULTS, DATABASE = "results.json", "results.sqlite"
 TASK = "validation text"
@@ -128,6 +128,7 @@ def read_study(output: Path) -> list[Run]:
     Raises:
         UserError: `output` holds no study, or one of another version.
     """
+    check_directory(output)
     content = read_json(output / RESULTS)
     if content is None or "runs" not in content:
         raise UserError(f"{str(output)!r} holds no results.json; expected the directory of a study (subquad study)")

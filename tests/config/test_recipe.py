@@ -330,12 +330,16 @@ def test_digest_is_the_same_with_all_defaults_and_without_a_new_key(write):
     assert longer.model_validate({**values, "new_key": 4}).digest() != recipe.digest()
 
 
-def test_different_keys_are_named(write):
+def test_different_keys_are_named_with_their_values(write):
     recipe = load_recipe(write(BASE))
-    assert different_keys(recipe, load_recipe(write(recipe.to_yaml()))) == []
-    other = load_recipe(write(BASE), ["seed=1", "student.mixer_kwargs.half_life=32", "stages.hidden.lr=1e-5"])
-    expected = ["stages.hidden.lr", "seed", "student.mixer_kwargs.half_life"]
-    assert sorted(different_keys(recipe, other)) == sorted(different_keys(other, recipe)) == sorted(expected)
+    assert different_keys(recipe, load_recipe(write(recipe.to_yaml()))) == {}
+    changes = ["seed=1", "student.mixer_kwargs.half_life=32", "stages.hidden.lr=1e-5"]
+    other = load_recipe(write(BASE), changes)
+    found = different_keys(recipe, other)
+    assert found["seed"] == (0, 1)
+    assert found["student.mixer_kwargs.half_life"] == ("not set", 32)
+    assert found["stages.hidden.lr"] == (recipe.stages.hidden.lr, 1e-5)
+    assert different_keys(other, recipe) == {key: (there, here) for key, (here, there) in found.items()}
 
 
 def test_shorthand(write):

@@ -166,7 +166,7 @@ def test_a_run_is_finished_whatever_its_recipe_leaves_out(uninterrupted, recipe_
 
 
 def test_directory_of_another_recipe_is_refused(uninterrupted, recipe_path):
-    with pytest.raises(UserError, match="another recipe, which differs in seed; expected"):
+    with pytest.raises(UserError, match="another recipe: seed is 0 there and 7 here; expected"):
         distill(load_recipe(recipe_path, ["seed=7"]), uninterrupted[0])
 
 

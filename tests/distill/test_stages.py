@@ -16,8 +16,8 @@ from subquad.distill.hidden_alignment import HiddenAlignment
 from subquad.distill.layerwise import LayerwiseDistillation
 from subquad.distill.matrix_mixing import MatrixMixing, document_slices, matrix_distance
 from subquad.distill.param_groups import add_lora, parameter_roles
-from subquad.distill.pipeline import respects_document_boundaries
 from subquad.distill.recipe_stages import STAGE_NAMES
+from subquad.distill.teacher_checks import respects_document_boundaries
 
 
 @pytest.fixture(scope="module")

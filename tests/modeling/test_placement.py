@@ -10,7 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from subquad.cli import main
 from subquad.config import load_recipe
 from subquad.distill import pipeline
-from subquad.distill.pipeline import distill, teacher_placement
+from subquad.distill.pipeline import distill
+from subquad.distill.teacher_checks import teacher_placement
 from subquad.distill.training_arguments import training_arguments
 from subquad.evaluate.runner import load_eval_model
 from subquad.modeling.placement import Placement, find_device

@@ -108,7 +108,9 @@ def test_a_hub_id_without_a_network_is_refused_at_once(monkeypatch, tmp_path):
     (tmp_path / "demo" / "gla").mkdir(parents=True)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(teachers.AutoModelForCausalLM, "from_pretrained", None)
-    message = r"model 'demoo/gla': no such directory; did you mean 'demo/gla'\? \(no network: http://127.0.0.1:9 cannot be"
+    message = (
+        r"model 'demoo/gla': no such directory; did you mean 'demo/gla'\? \(no network: http://127.0.0.1:9 cannot be"
+    )
     with pytest.raises(UserError, match=message):
         subquad.load_teacher("demoo/gla")
 
