@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from subquad.cli.parser import Parser
+from subquad.threads import available_cores
 from subquad.utils import cache_dir, install_command, quiet_libraries
 
 PACKAGE = "subquad"
@@ -159,11 +160,8 @@ def resources() -> Iterator[Finding]:
         return
     import torch
 
-    load, cores = (
-        os.getloadavg()[0],
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    )
-    busy = load + torch.get_num_threads() > (cores or 1) + 1
+    load, cores = os.getloadavg()[0], available_cores()
+    busy = load + torch.get_num_threads() > cores + 1
     problem = (
         f"other processes are running: set OMP_NUM_THREADS to the cores that are free, of {cores}" if busy else None
     )

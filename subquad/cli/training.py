@@ -47,7 +47,7 @@ def add_commands(parser: Parser) -> None:
     )
     recipe.option("recipe", "RECIPE", RECIPE, nargs="?")
     recipe.flag("--schema", "print the JSON schema of recipes, for editors")
-    for command in (demo, distill, study, targets):
+    for command in (distill, study, targets):
         command.quiet()
     for command in (distill, study, targets, recipe):
         command.option("--set", "KEY=VALUE", "override a key: stages.hidden.lr=1e-3", action="append", default=[])

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from subquad import progress
+from subquad.threads import ThreadWatch
 from subquad.utils import UserError, install_command, saving, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ class MetricsCallback(TrainerCallback):
         total = state.max_steps * self.tokens_per_step
         if state.is_world_process_zero:
             progress.announce("%s: stage %s, %s tokens", self.path.parent.name, self.stage, f"{total:,}")
+        # beside a GPU the threads wait for it
+        self.watch = ThreadWatch(torch.get_num_threads()) if args.device.type == "cpu" else None
         self.bar = progress.bar(
             total,
             f"{self.path.parent.name} {self.stage}",
@@ -42,6 +46,8 @@ class MetricsCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.bar.update(self.tokens_per_step)
+        if self.watch is not None:
+            self.watch.look(state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.bar.close()

@@ -16,6 +16,7 @@ import torch
 from subquad.distill.recipe_stages import StageCache, stage_keys
 from subquad.study.execute import execute_in_worker, execute_run, start_worker, teacher_in_memory
 from subquad.study.runs import Run
+from subquad.threads import available_cores
 
 MAX_WORKER_EXITS = 3
 """Worker exits after which a run counts as failed."""
@@ -118,7 +119,7 @@ def run_in_processes(scheduler: Scheduler, jobs: int) -> None:
 
 def threads_per_worker(jobs: int) -> int:
     """The CPU cores of this process divided by `jobs`, at most `OMP_NUM_THREADS`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(cores // jobs, int(limit) if limit.isdigit() and int(limit) else cores))
 
