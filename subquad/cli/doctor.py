@@ -122,7 +122,7 @@ def devices() -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        text = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+        text = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, compute capability {gpu.major}.{gpu.minor}"
         yield Finding("devices", f"cuda:{index}", text)
 
 
@@ -151,11 +151,11 @@ def kernels(device: Any) -> Iterator[Finding]:
 def resources() -> Iterator[Finding]:
     home = cache_dir()
     existing = next(path for path in (home, *home.parents) if path.exists())
-    free, writable = shutil.disk_usage(existing).free / 2**30, os.access(existing, os.W_OK)
+    free, writable = shutil.disk_usage(existing).free / 1e9, os.access(existing, os.W_OK)
     problem = None if writable else "it cannot be written; set SUBQUAD_CACHE to a directory that can"
     if writable and free < 5:
         problem = "tokenized text and checkpoints need gigabytes; set SUBQUAD_CACHE to a larger disk"
-    yield Finding("resources", "cache", f"{home}, {free:.0f} GiB free", problem)
+    yield Finding("resources", "cache", f"{home}, {free:.0f} GB free", problem)
     if not hasattr(os, "getloadavg"):
         return
     import torch

@@ -84,6 +84,7 @@ def run_eval(args: Namespace) -> int:
     """Exit code 1 if any part failed."""
     quiet_libraries()
     from subquad.evaluate import command
+    from subquad.evaluate.table import terminal_width
 
     others = ("json", "device", "dtype", "attn")
     options = {name: value for name, value in vars(args).items() if name not in others}
@@ -92,7 +93,7 @@ def run_eval(args: Namespace) -> int:
         logging.getLogger("subquad").handlers[0].setStream(sys.stderr)  # type: ignore[attr-defined]
     with redirect_stdout(sys.stderr) if args.json else nullcontext():  # lm-eval prints too
         outcome = command.run(**options)
-    print(json.dumps(outcome.as_dict(), indent=2) if args.json else outcome.table())
+    print(json.dumps(outcome.as_dict(), indent=2) if args.json else outcome.table(terminal_width()))
     if args.output:
         stream = sys.stderr if args.json else sys.stdout
         print(f"\nAll results are in {Path(args.output) / 'results.json'}", file=stream)
@@ -107,10 +108,11 @@ def run_frontier(args: Namespace) -> None:
 
     recipe = None if args.recipe is None else load_recipe(args.recipe)
     quiet_libraries()
+    from subquad.evaluate.table import terminal_width
     from subquad.study import frontier
 
     options = {name: value for name, value in vars(args).items() if name != "recipe"}
-    print(frontier.run(**options, recipe=recipe).table())
+    print(frontier.run(**options, recipe=recipe).table(terminal_width()))
     print(f"\nresults.json, table.csv and frontier.svg are in {args.output}")
 
 

@@ -59,9 +59,10 @@ def run_distill(args: Namespace) -> None:
     recipe = load_recipe(args.recipe, args.set)
     quiet_libraries()
     from subquad.distill.pipeline import distill
+    from subquad.evaluate.table import terminal_width
     from subquad.study.progress import format_table
 
-    print(format_table([distill(recipe, args.output, parallel=args.parallel)]))
+    print(format_table([distill(recipe, args.output, parallel=args.parallel)], terminal_width()))
     print(f'\nThe student is in {args.output}; try: subquad generate {args.output} "Once upon a time"')
 
 
@@ -77,6 +78,7 @@ def run_study(args: Namespace) -> int:
 
     recipes = load_study(args.recipe, args.set)
     quiet_libraries()
+    from subquad.evaluate.table import terminal_width
     from subquad.study.grid import run_study
     from subquad.study.progress import describe_remaining_work, format_study
     from subquad.study.runs import find_runs
@@ -89,7 +91,7 @@ def run_study(args: Namespace) -> int:
         run_study(recipes, args.output, jobs=args.jobs, engine=args.engine, suites=suites, log=logger.info)
         print()
     runs = find_runs(recipes, args.output)
-    print(format_study(runs))
+    print(format_study(runs, terminal_width()))
     if not args.show:
         print(f"\nStudents, results.json and results.sqlite are in {args.output}; try: subquad report {args.output}")
     return int(any(run.state == "failed" for run in runs))

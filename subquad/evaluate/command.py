@@ -1,5 +1,6 @@
 """`subquad eval`: validates all arguments, loads the models, evaluates them."""
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from subquad.evaluate.lm_eval import find_tasks
 from subquad.evaluate.results import Result
 from subquad.evaluate.runner import evaluate, load_eval_model
 from subquad.evaluate.suites import Settings, settings_for
-from subquad.evaluate.table import format_tables
+from subquad.evaluate.table import WIDTH, format_tables
 from subquad.modeling.placement import Placement
 from subquad.modeling.teachers import check_reference
 from subquad.utils import UserError, needs_extra, probe_output, run_info
@@ -25,17 +26,19 @@ SEQ_LEN = 512
 
 
 class EvalReport(NamedTuple):
-    """All results, the error messages of failed jobs by job name, and the header of the result file."""
+    """All results, the error messages of failed jobs by job name, the header of the result file, and what was asked for
+    and not measured."""
 
     results: list[Result]
     failed: dict[str, str]
     header: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.header, "failed": self.failed, "results": [result.as_dict() for result in self.results]}
 
-    def table(self) -> str:
-        return format_tables(self.results)
+    def table(self, width: int = WIDTH) -> str:
+        return "\n\n".join([format_tables(self.results, width), *self.notes])
 
 
 def run(
@@ -78,7 +81,9 @@ def run(
         check_reference(reference)
     settings = replace(settings, text=validation_text(corpus, recipe))
     check_data(settings.text)
+    asked = settings.suites
     settings = resolve_tasks(settings, data, tasks, include)
+    notes = [] if "zero-shot" in settings.suites or "zero-shot" not in asked else [no_benchmarks()]
     if output is not None:
         probe_output("output", Path(output))
     names = zip(models, short_names(models), strict=True)
@@ -91,7 +96,7 @@ def run(
         )
     source = None if recipe is None else recipe.model_dump(mode="json")
     results, failed = evaluate(loaded, reference_model, settings, output, source, figures)
-    return EvalReport(results, failed, {**run_info(loaded[0].model.device), "recipe": source})
+    return EvalReport(results, failed, {**run_info(loaded[0].model.device), "recipe": source}, tuple(notes))
 
 
 def find_recipe(model: str) -> Recipe | None:
@@ -135,12 +140,21 @@ def resolve_tasks(settings: Settings, data: str | None, tasks: Sequence[str] | N
         return settings
     if tasks is None and data is None and (settings.limit is not None or not zero_shot):
         if zero_shot:
-            logger.warning("zero-shot is left out: --limit needs --data or --tasks to choose its tasks")
+            logger.warning("%s", no_benchmarks())
         return replace(settings, suites=tuple(suite for suite in settings.suites if suite != "zero-shot"))
     if include is not None and not Path(include).is_dir():
         raise UserError(f"include path: {include!r} is not a directory")
     directories = [None if path is None else Path(path) for path in (data, include)]
     return replace(settings, tasks=tuple(find_tasks(tasks, *directories)), include=directories[1])
+
+
+def no_benchmarks() -> str:
+    """Why zero-shot is left out, and what it takes."""
+    missing = importlib.util.find_spec("lm_eval") is None
+    extra = ', and the extra: pip install "subquad[eval]"' if missing else ""
+    return (
+        f"benchmarks (zero-shot) are left out: they need items, by --data DIR or --tasks NAME,NAME from the hub{extra}"
+    )
 
 
 def short_names(models: Sequence[str]) -> list[str]:

@@ -2,12 +2,17 @@
 
 import math
 import re
+import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 
 from subquad.evaluate.results import ALL_TASKS, Result, select
+from subquad.modeling.summary import format_bytes
 
-MAX_COLUMNS = 7
-"""Columns side by side; further ones are printed below."""
+WIDTH = 120
+"""Characters of a table without a terminal."""
+TITLE_WIDTH = 12
+"""Characters of a line in the title of a column, at least."""
 
 SHARES = ("acc", "chance", "recovered_share", "same_continuation", "degenerate_rate", "repetition")
 """Beginnings of metrics that are printed in percent."""
@@ -40,8 +45,9 @@ def in_tables(result: Result) -> bool:
     return result.layer is None and result.depth is None and result.metric not in secondary
 
 
-def format_tables(results: Sequence[Result]) -> str:
-    """A table for each task: a line per model, a column per metric, length and batch size."""
+def format_tables(results: Sequence[Result], width: int = WIDTH) -> str:
+    """A table for each task: a line per model, a column per metric, length and batch size; at most `width` characters
+    wide."""
     shown = [result for result in results if in_tables(result) and not result.metric.startswith("mass_")]
     tables = []
     for task in dict.fromkeys(result.task for result in shown):
@@ -51,14 +57,35 @@ def format_tables(results: Sequence[Result]) -> str:
         for model in dict.fromkeys(result.model for result in own):
             cells = {result.column: format_result(result) for result in select(own, model=model)}
             lines.append([model, *(cells.get(column, "") for column in columns)])
-        tables.append(f"{task}\n{wide_table(lines)}")
+        tables.append(f"{task}\n{wide_table(lines, width)}")
     return "\n\n".join(tables)
 
 
-def wide_table(lines: Sequence[Sequence[str]]) -> str:
-    """As `text_table`, with `MAX_COLUMNS` columns side by side after the first, which is repeated."""
-    starts = range(1, len(lines[0]), MAX_COLUMNS)
-    return "\n\n".join(text_table([[line[0], *line[i : i + MAX_COLUMNS]] for line in lines]) for i in starts)
+def wide_table(lines: Sequence[Sequence[str]], width: int = WIDTH) -> str:
+    """As `text_table`, with long titles on several lines, in as many tables below each other as `width` characters
+    need. The first column is repeated."""
+    columns = [(wrap(title, max(map(len, cells), default=0)), cells) for title, *cells in zip(*lines, strict=True)]
+    height = max(len(titles) for titles, _ in columns)
+    first, *others = [[*[""] * (height - len(titles)), *titles, *cells] for titles, cells in columns]
+    tables, used = [[first]], max(map(len, first))
+    for column in others:
+        size = 2 + max(map(len, column))
+        if len(tables[-1]) > 1 and used + size > width:
+            tables.append([first])
+            used = max(map(len, first))
+        tables[-1].append(column)
+        used += size
+    return "\n\n".join(text_table([*zip(*table, strict=True)], height) for table in tables)
+
+
+def wrap(title: str, width: int) -> list[str]:
+    """The lines of a title, of at least `TITLE_WIDTH` and `width` characters if its words allow."""
+    return textwrap.wrap(title, max(width, TITLE_WIDTH), break_long_words=False) or [""]
+
+
+def terminal_width() -> int:
+    """The columns of the terminal, `WIDTH` without one."""
+    return shutil.get_terminal_size((WIDTH, 24)).columns
 
 
 def column_title(metric: str, length: int | None = None, batch: int | None = None) -> str:
@@ -81,7 +108,7 @@ def format_result(result: Result) -> str:
 def value_formatter(metric: str) -> Callable[[float], str]:
     """How values of a metric are printed: bytes, seconds, percent, or a number."""
     if metric in ("peak_bytes", "cache_bytes", "state_bytes"):
-        return lambda x: f"{x / 2**20:,.1f} MiB" if x >= 2**20 else f"{x / 2**10:,.0f} KiB"
+        return format_bytes
     if metric in ("prefill_seconds", "seconds_per_token"):
         return lambda x: f"{1e3 * x:,.1f} ms" if x < 1 else f"{x:,.2f} s"
     if metric.startswith(SHARES) or metric.endswith("agreement") or "@" in metric:
@@ -91,8 +118,8 @@ def value_formatter(metric: str) -> Callable[[float], str]:
     return lambda x: f"{x:.2f}" if 1 <= x < 1e5 else f"{x:.3g}"
 
 
-def text_table(cells: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, a rule below the first line; the first column is flush left, the others flush right."""
+def text_table(cells: Sequence[Sequence[str]], titles: int = 1) -> str:
+    """Aligned columns, the first flush left and the others flush right, with a rule below the first `titles` lines."""
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return "\n".join([*lines[:titles], "-" * max(map(len, lines)), *lines[titles:]])

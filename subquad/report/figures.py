@@ -26,8 +26,8 @@ STAGE_MARKERS = "osD^vPX"
 COSTS = {
     "seconds_per_token": ("Decoding time per token by context length", "milliseconds per decoded token", 1e3),
     "prefill_seconds": ("Time of a prefill by context length", "seconds per prefill", 1.0),
-    "cache_bytes": ("Cache size by context length", "cache per sequence, MiB", 2.0**-20),
-    "peak_bytes": ("Peak memory of a prefill by context length", "peak memory of a prefill, MiB", 2.0**-20),
+    "cache_bytes": ("Cache size by context length", "cache per sequence, MB", 1e-6),
+    "peak_bytes": ("Peak memory of a prefill by context length", "peak memory of a prefill, MB", 1e-6),
 }
 """Caption, axis label and unit of a metric."""
 LONG_CONTEXT = {

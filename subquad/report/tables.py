@@ -105,7 +105,7 @@ GRID_COLUMNS = (
     MetricColumn("kl_at_init", "KL at init, nats", 2),
     MetricColumn("seconds", "training, s", 0),
     MetricColumn("decode_tokens_per_second", "decoding, tokens/s", 0),
-    MetricColumn("state_bytes", "state, KiB", 0, scale=1 / 1024),
+    MetricColumn("state_bytes", "state, kB", 0, scale=1e-3),
     MetricColumn("parameters", "parameters, M", 2, scale=1e-6),
 )
 

@@ -27,7 +27,7 @@ from subquad.evaluate.cache_methods import QuantizedCacheLayer, TovaCacheLayer, 
 from subquad.evaluate.results import Result, select
 from subquad.evaluate.runner import EvalModel, Evaluation, evaluate, load_eval_model
 from subquad.evaluate.suites import Settings, settings_for
-from subquad.evaluate.table import wide_table
+from subquad.evaluate.table import WIDTH, wide_table
 from subquad.mixers.options import find_options
 from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.budget import SINKS, calibration_shape
@@ -96,8 +96,9 @@ class Frontier:
         ]
         return [["", *titles], *lines]
 
-    def table(self) -> str:
-        return "\n".join([wide_table(self.cells()), *(f"{name} failed: {why}" for name, why in self.failed.items())])
+    def table(self, width: int = WIDTH) -> str:
+        failed = "".join(f"\n{name} failed: {why}" for name, why in self.failed.items())
+        return wide_table(self.cells(), width) + failed
 
 
 def column(result: Result, context: int) -> str | None:

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from subquad.config import Recipe
 from subquad.distill.logging_callbacks import read_jsonl
 from subquad.distill.recipe_stages import StageCache, stage_keys, stage_tokens
-from subquad.evaluate.table import text_table
+from subquad.evaluate.table import WIDTH, text_table, wide_table
+from subquad.modeling.summary import format_bytes
 from subquad.study.results import run_results
 from subquad.study.runs import ERROR, METRICS, Run, all_runs, find_runs
 
@@ -37,7 +38,7 @@ COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("recovered_share", "recovered", lambda x: f"{x:.1%}"),
     ("seconds", "seconds", lambda x: f"{x:.0f}"),
     ("decode_tokens_per_second", "tok/s", lambda x: f"{x:.0f}"),
-    ("state_bytes", "state", lambda n: f"{n / 1024:.0f} KiB"),
+    ("state_bytes", "state", format_bytes),
 ]
 """Key of a result, column title and number format."""
 
@@ -180,19 +181,37 @@ def run_outcome(run: Run) -> str:
     )
 
 
-def format_table(results: Sequence[dict[str, Any]]) -> str:
-    """One line for each result; the first column is the mixer, or the run if several results have the same mixer."""
+def format_table(results: Sequence[dict[str, Any]], width: int = WIDTH) -> str:
+    """One line for each result; the first column is the mixer, or the run if several results have the same mixer. Below
+    the table, notes on values that surprise."""
     mixers = [result["mixer"] for result in results]
     name = "run" if len(set(mixers)) < len(mixers) else "mixer"
     keys = [(name if key == "mixer" else key, title, show) for key, title, show in COLUMNS]
     cells = [[title for _, title, _ in keys], *[[show(result[key]) for key, _, show in keys] for result in results]]
-    return text_table(cells)
+    return "\n".join([wide_table(cells, width), *result_notes(results, name)])
 
 
-def format_study(runs: Sequence[Run]) -> str:
+def result_notes(results: Sequence[dict[str, Any]], name: str = "mixer") -> list[str]:
+    """Lines about students that training made worse, and about those that are better than their teacher. name: the key
+    by which a result is called."""
+    notes = []
+    for result in results:
+        before, after = result.get("kl_at_init"), result["kl"]
+        if before is not None and after > before:
+            notes.append(
+                f"! {result[name]}: training made it worse: on validation text its KL from the teacher was "
+                f"{before:.3f} and is {after:.3f} nats per token; lower lr, or train on more tokens"
+            )
+    if better := [result[name] for result in results if result["recovered_share"] > 1]:
+        names = ", ".join(better)
+        notes.append(f"recovered above 100% ({names}): a lower loss than the teacher's on the validation text")
+    return notes
+
+
+def format_study(runs: Sequence[Run], width: int = WIDTH) -> str:
     """The table of the finished runs, followed by the failed and the unfinished runs."""
     results = run_results(runs)
-    lines = [format_table(results)] if results else ["no run is finished yet"]
+    lines = [format_table(results, width)] if results else ["no run is finished yet"]
     failed = [run for run in runs if run.state == "failed"]
     pending = sum(run.state in ("new", "unfinished") for run in runs)
     lines += [f"{run.name} failed: {run.error_line()} (traceback: {run.directory / ERROR})" for run in failed]

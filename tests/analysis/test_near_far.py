@@ -71,7 +71,8 @@ def test_a_part_is_restored_after_an_error(teacher, rows):
 def test_the_four_rows_are_one_table(teacher, rows):
     lines = format_tables(near_far_results(near_far_student(teacher, near_far_types("gla", 4)), rows)).splitlines()
     assert lines[0] == "near and far"
-    assert "neither (30 tokens)" in lines[1]
+    assert "neither (30" in lines[1]
+    assert "tokens)" in lines[2]
 
 
 def test_other_models_have_no_rows(teacher, rows):

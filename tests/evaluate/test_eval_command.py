@@ -1,6 +1,7 @@
 """`subquad eval`: result files, interruption, errors."""
 
 import copy
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -20,7 +21,7 @@ from subquad.evaluate.perplexity import token_sums
 from subquad.evaluate.results import Result, select
 from subquad.evaluate.runner import EvalModel, Evaluation, evaluate, load_eval_model
 from subquad.evaluate.suites import QUICK, STANDARD_SUITES, Settings, settings_for
-from subquad.evaluate.table import column_title, format_tables
+from subquad.evaluate.table import WIDTH, column_title, format_tables, terminal_width, wide_table
 from subquad.registry import SUITES
 from subquad.utils import UserError
 from tests.helpers.recipes import tiny_recipe
@@ -115,7 +116,7 @@ def test_recall_diagnostics_and_figures(workspace, tmp_path, capsys):
         for M in (student, teacher):
             torch.testing.assert_close(M.sum(-1), torch.ones(len(M)), atol=2e-3, rtol=0)
             assert M.triu(1).abs().max() == 0
-    assert "top-k mass overlap" in capsys.readouterr().out
+    assert "top-k mass" in capsys.readouterr().out
 
 
 def test_finished_jobs_are_not_computed_again(workspace, tmp_path, monkeypatch, capsys):
@@ -351,12 +352,30 @@ def test_table_has_a_line_per_model_and_a_column_per_metric():
     ]
     text = format_tables(results)
     assert "20.50 ±0.25" in text
-    assert "cache (1,024 tokens × 8)" in text
-    assert "1.0 MiB" in text
+    assert "cache (1,024\n" not in text
+    assert " tokens × 8)" in text
+    assert "1.05 MB" in text
     assert "2.0 ms" in text
     lines = text.splitlines()
     assert lines[0] == "text"
     assert sum(line.startswith("nano") for line in lines) == 1
+
+
+def test_tables_are_as_wide_as_the_terminal(monkeypatch):
+    metrics = ["perplexity", "bits_per_byte", "kl", "top1_agreement", "recovered_share", "degradation_length"]
+    results = [Result("text", name, 12.5, 0.25, model="a student of the teacher") for name in metrics]
+    results += [Result("text", "cache_bytes", 1e6, length=length, model="gla") for length in (512, 1024, 2048)]
+    text = format_tables(results, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("a student of the teacher") == 3
+    assert "degradation" in text
+    narrow = format_tables(results, 20)
+    assert narrow.count("a student of the teacher") == len(metrics) + 3
+    monkeypatch.setenv("COLUMNS", "44")
+    assert terminal_width() == 44
+    monkeypatch.delenv("COLUMNS")
+    assert terminal_width() == WIDTH  # pytest's stdout is not a terminal
+    assert wide_table([["mixer", "KL init"], ["gla", "0.5"]]) == "mixer  KL init\n--------------\ngla        0.5"
 
 
 def test_column_titles_are_readable():
@@ -374,6 +393,19 @@ def test_several_students_with_one_teacher_and_json_as_the_only_output(workspace
     found = select([Result(**row) for row in json.loads(capsys.readouterr().out)["results"]], metric="perplexity")
     assert [result.model for result in found] == ["other", "student", WINDOW, "teacher"]  # of equal bytes
     assert all(result.value > 1 for result in found)
+
+
+def test_quick_without_items_says_so_below_the_table(workspace, monkeypatch):
+    monkeypatch.setattr(command, "evaluate", lambda *a: ([], {}))
+    note = "benchmarks (zero-shot) are left out: they need items, by --data DIR or --tasks NAME,NAME from the hub"
+    options = {"corpus": str(workspace / "text.txt")}
+    assert command.run([str(workspace / "student")], **options).table().splitlines()[-1] == note
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = command.run([str(workspace / "student")], **options).table().splitlines()[-1]
+    assert found == note + ', and the extra: pip install "subquad[eval]"'
+    given = command.run([str(workspace / "student")], data=str(workspace / "items"), **options)
+    assert "left out" not in given.table()
+    assert "left out" not in command.run([str(workspace / "student")], suites=["language"], **options).table()
 
 
 def test_limit_without_tasks_names_what_is_left_out(caplog):

@@ -19,7 +19,7 @@ from subquad.evaluate.runner import Evaluation
 from subquad.modeling import teachers
 from subquad.study import engines
 from subquad.study.grid import run_study
-from subquad.study.progress import describe_remaining_work, format_study
+from subquad.study.progress import describe_remaining_work, format_study, result_notes
 from subquad.study.runs import find_runs
 from subquad.utils import UserError, exclusive
 from tests.helpers.studies import HIDDEN_ONLY, SHORT, TWO_LAST_STAGES, same_weights, study_command
@@ -272,3 +272,14 @@ def test_an_interrupted_study_continues(study_recipe, tmp_path, monkeypatch):
 def test_the_recipe_of_published_results_gives_their_runs():
     recipes = load_study(Path(__file__).parents[2] / "results" / "nano" / "recipe.yaml")
     assert len(recipes) == 144
+
+
+def test_results_that_surprise_have_notes():
+    """A student that training made worse, and one that is better than its teacher."""
+    plain = {"mixer": "gla", "kl_at_init": 1.0, "kl": 0.5, "recovered_share": 0.9}
+    assert result_notes([plain]) == []
+    worse, better = {**plain, "mixer": "xlstm", "kl": 1.25}, {**plain, "mixer": "kda", "recovered_share": 1.02}
+    first, second = result_notes([plain, worse, better])
+    assert first.startswith("! xlstm: training made it worse: ")
+    assert "its KL from the teacher was 1.000 and is 1.250 nats per token" in first
+    assert second == "recovered above 100% (kda): a lower loss than the teacher's on the validation text"
