@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -57,6 +58,29 @@ def test_mixers_lists_names_and_options(capsys):
     assert code == 0
     assert [line for line in out.splitlines() if not line.startswith(" ")] == mixers.names()
     assert "half_life=" in out
+    listed = json.loads(run(capsys, "mixers", "--json")[1])
+    assert [mixer["name"] for mixer in listed] == mixers.names()
+    assert "half_life" in listed[1]["options"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("gen", ["generate"]),
+        ("generate nano text --dr", ["--draft", "--draft-tokens"]),
+        ("select nano --by ", ["retrieval", "kl", "halo", "uniform"]),
+        ("select nano --by k", ["kl"]),
+        ("distill rec", []),
+    ],
+)
+def test_completion(typed, expected, capsys):
+    if (bash := shutil.which("bash")) is None:
+        pytest.skip("without bash")
+    script = run(capsys, "completion")[1]
+    words = " ".join(f"'{word}'" for word in ["subquad", *typed.split(" ")])
+    script += f'COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _subquad; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run([bash, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == expected
 
 
 def test_study_saves_students_and_prints_their_table(capsys, recipe_path, tmp_path):
@@ -102,6 +126,11 @@ def test_linearize_generate_and_inspect(capsys, recipe_path, tmp_path):
     assert code == 0, err
     assert "subquad student of a llama teacher: 2 layers, " in out
     assert "  0-1  mamba2 (discretization=zoh)" in out.splitlines()
+    code, values, err = run(capsys, "inspect", tmp_path / "s", "--json")
+    assert code == 0, err
+    assert json.loads(values)["layers"] == [{"mixer": "mamba2", "discretization": "zoh"}] * 2
+    assert [size["tokens"] for size in json.loads(values)["cache_bytes"]] == [1024, 8192, 65536]
+    assert f"{json.loads(values)['parameters']:,} parameters, float32" in out
     assert "mamba2 (qk_activation=silu, " in out
     card = (tmp_path / "s" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
@@ -174,6 +203,15 @@ def test_linearize_with_layer_types(capsys, recipe_path, tmp_path):
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", str(tmp_path / "s"))
     exec(code, namespace)
     assert type(namespace["model"]).__name__ == "SubquadForCausalLM"
+
+
+def test_linearize_keeps_layers(capsys, recipe_path, tmp_path):
+    argv = ["linearize", recipe_path.parent / "teacher", "--mixer", "gla", "--option", "decay_rank=4", "--keep", "1"]
+    code, out, err = run(capsys, *argv, "--output", tmp_path / "s")
+    assert code == 0, err
+    assert out.startswith("hybrid student")
+    written = json.loads((tmp_path / "s" / "config.json").read_text())["layer_specs"]
+    assert written == [{"mixer": "gla", "decay_rank": 4}, {"mixer": "attention"}]
 
 
 def test_select_prints_layer_types_that_linearize_takes(capsys, recipe_path, tmp_path):
@@ -269,7 +307,11 @@ MISTAKES = {
     "linearize TEACHER --layer-types '{default: [gla]}'": "got [",
     "linearize TEACHER --layer-types '{default: gal}'": "--layer-types: default: unknown mixer 'gal'; did you mean",
     "linearize TEACHER --layer-types '{default: gla, 7: attention}'": "there is no layer 7",
-    "linearize TEACHER --layer-types '{default: gla}' --mixer gla": "with --mixer or --option",
+    "linearize TEACHER --layer-types '{default: gla}' --mixer gla": "with --mixer, --option or --keep",
+    "linearize TEACHER --layer-types '{default: gla}' --keep 1": "with --mixer, --option or --keep",
+    "linearize TEACHER --keep 1:3": "--keep: got '1:3', expected layer numbers like 9,19,29 or 0-3",
+    "linearize TEACHER --keep 1,7": "there is no layer 7",
+    "linearize TEACHER --keep 1 --budget 8 --calibrate python-stdlib": "--budget cannot be used with --keep",
     "inspect TEACHER": "is a llama model; expected a student",
     "inspect FOLDER": "holds no config.json",
     "generate no/such/dir x": "neither a file nor a directory",

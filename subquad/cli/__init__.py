@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from subquad import progress
-from subquad.cli import doctor, measurements, students, training
+from subquad.cli import completion, doctor, measurements, students, training
 from subquad.cli.parser import Parser
 from subquad.utils import UserError
 
@@ -63,6 +63,6 @@ def build_parser() -> Parser:
     parser.commands = parser.add_subparsers(
         metavar="COMMAND", title="commands", description="`subquad COMMAND --help` lists the options of a command."
     )
-    for group in (training, students, measurements, doctor):
+    for group in (training, students, measurements, doctor, completion):
         group.add_commands(parser)
     return parser

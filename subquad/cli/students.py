@@ -1,5 +1,6 @@
 """Commands on one model: linearize, mixers, inspect, generate, export."""
 
+import json
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
@@ -16,13 +17,20 @@ CALIBRATION_SHAPE = 8, 256
 """Rows and tokens of each row that `linearize --calibrate` reads without a budget."""
 
 
+CONTROL = "The control: the teacher's own attention; with copy_qkv false its projections are random."
+
+
 def add_commands(parser: Parser) -> None:
     create = parser.command("linearize", run_linearize, "Replace attention with mixers and save the untrained student.")
     create.option("teacher", "TEACHER", "nano, smollm2-135m, a directory, a .gguf file or a hub id")
     create.option("--output -o", "DIR", "new directory", type=Path, required=True)
     create.option("--mixer", "NAME", "mixer of every layer, see `subquad mixers` (default: gated_deltanet)")
     create.option("--option", "NAME=VALUE", "option of the mixer", action="append", default=[])
-    create.option("--layer-types", "YAML", "mixer or attention of each layer, as in '{default: gla, 0-3: attention}'")
+    create.option(
+        "--keep", "LAYERS", "layers that keep their attention, counted from 0, as in 9,19,29 or 0-3 (default: none)"
+    )
+    types = "mixers and options by layer, where --mixer and --keep do not suffice, as in '{default: gla, 0-3: mamba2}'"
+    create.option("--layer-types", "YAML", types)
     create.flag("--no-copy", "initialize the q, k, v and o projections at random")
     budget = "attention with a window for each key/value head: bytes of N tokens of the teacher's cache, or as in 4MB"
     create.option("--budget", "N", budget)
@@ -39,9 +47,11 @@ def add_commands(parser: Parser) -> None:
     create.option("--export", "TARGET", "restrict the student to layers of qwen3_5, granite_hybrid ...")
     create.placement()
     create.quiet()
-    parser.command("mixers", run_mixers, "List the mixers with their papers and options.")
+    listed = parser.command("mixers", run_mixers, "List the mixers with their papers and options.")
+    listed.flag("--json", "print them as JSON")
     inspect = parser.command("inspect", run_inspect, "Print a student's layers, options, parameters and cache size.")
     inspect.option("directory", "DIR", "saved student")
+    inspect.flag("--json", "print them as JSON, a mixer and its options for each layer")
     generate = parser.command("generate", run_generate, "Continue a text with a model.")
     generate.option("model", "MODEL", "a student, or nano, smollm2-135m, a directory, a .gguf file or a hub id")
     generate.option("text", "TEXT", "text to continue")
@@ -116,7 +126,7 @@ def run_linearize(args: Namespace) -> None:
 
 def check_budget(args: Namespace) -> None:
     """Raises UserError for options that exclude a budget."""
-    options = {"--mixer": args.mixer, "--option": args.option, "--layer-types": args.layer_types}
+    options = {"--mixer": args.mixer, "--option": args.option, "--keep": args.keep, "--layer-types": args.layer_types}
     given = [name for name, value in {**options, "--no-copy": args.no_copy, "--export": args.export}.items() if value]
     if given:
         raise UserError(f"--budget cannot be used with {', '.join(given)}: it chooses a window for each key/value head")
@@ -183,25 +193,29 @@ def save_student(student: Any, tokenizer: Any, args: Namespace, notes: str) -> N
             draw_windows(layers, f"Windows at a budget of {args.budget}", args.output)
             notes += "\n![windows of all key/value heads](windows.svg)\n"
     (args.output / "README.md").write_text(model_card(student.config, args.teacher, notes), encoding="utf-8")
-    kind = args.mixer or ("budgeted" if args.budget else "hybrid" if args.layer_types else "gated_deltanet")
+    kind = "budgeted" if args.budget else "hybrid" if args.layer_types or args.keep else args.mixer or "gated_deltanet"
     print(f"{kind} student of {args.teacher}: {student.num_parameters():,} parameters, in {args.output}")
 
 
 def read_layer_types(args: Namespace) -> dict[str, Any]:
-    """The layer types of --layer-types, or of --mixer and --option. Raises UserError for all their mistakes."""
+    """The layer types of --layer-types, or of --mixer, --option and --keep. Raises UserError for all their mistakes."""
     from subquad.config.yaml_tree import parse_value
-    from subquad.modeling.layer_types import find_mistakes
+    from subquad.modeling.layer_types import LAYER_NUMBERS, find_mistakes
 
+    if args.keep is not None and not LAYER_NUMBERS.fullmatch(args.keep):
+        raise UserError(f"--keep: got {args.keep!r}, expected layer numbers like 9,19,29 or 0-3")
     if args.layer_types is None:
         spec = {"mixer": args.mixer or "gated_deltanet"}
-        place, layer_types = f"--mixer {spec['mixer']}", {"default": spec}
+        place = f"--mixer {spec['mixer']}"
+        layer_types: dict[str, Any] = {"default": spec}
         for text in args.option:
             name, equals, value = text.partition("=")
             if not equals:
                 raise UserError(f"--option {text}: expected NAME=VALUE")
             spec[name] = parse_value(value, f"--option {text}")
-    elif args.mixer is not None or args.option:
-        raise UserError("--layer-types cannot be used with --mixer or --option: put mixers and options inside it")
+        layer_types |= {} if args.keep is None else {args.keep: "attention"}
+    elif args.mixer is not None or args.option or args.keep is not None:
+        raise UserError("--layer-types cannot be used with --mixer, --option or --keep: put them all inside it")
     else:
         place, layer_types = "--layer-types", parse_value(args.layer_types, "--layer-types")
         if not isinstance(layer_types, dict) or not layer_types:
@@ -215,24 +229,35 @@ def read_layer_types(args: Namespace) -> dict[str, Any]:
 def run_mixers(args: Namespace) -> None:
     from dataclasses import fields
 
+    from subquad.mixers import SOFTMAX
     from subquad.mixers.options import find_options
     from subquad.modeling.layer_types import MEMORIES, MERGES
     from subquad.registry import MIXERS
 
+    if args.json:
+        found = {name: find_options(name) for name in MIXERS}
+        listed = [
+            {"name": name, "source": own.source, "options": {field.name: field.default for field in fields(own)}}
+            for name, own in found.items()
+        ]
+        control = {"name": SOFTMAX, "source": CONTROL, "options": {}}
+        print(json.dumps([*listed, control], indent=2))
+        return
     for name in MIXERS:
         options = find_options(name)
         print(f"{name}\n  {options.source}")
         print("  options: " + ", ".join(f"{field.name}={field.default}" for field in fields(options)))
-    print("softmax\n  The control: the teacher's own attention; with copy_qkv false its projections are random.")
+    print(f"{SOFTMAX}\n  {CONTROL}")
     print("\nwith window=N every mixer remembers what has left a window of the teacher's attention")
     print(f"  options: sinks=0, merge={'|'.join(MERGES)}, memory={'|'.join(MEMORIES)}, memory_heads")
 
 
 def run_inspect(args: Namespace) -> None:
     quiet_libraries()
-    from subquad.modeling.summary import read_config, summary
+    from subquad.modeling.summary import read_config, summary, summary_values
 
-    print(summary(read_config(args.directory)))
+    config = read_config(args.directory)
+    print(json.dumps(summary_values(config), indent=2) if args.json else summary(config))
 
 
 def run_generate(args: Namespace) -> None:

@@ -122,6 +122,21 @@ def summary(config: SubquadConfig) -> str:
     return "\n".join(lines)
 
 
+def summary_values(config: SubquadConfig) -> dict[str, Any]:
+    """What `summary` says, as JSON; bytes of the cache of one sequence."""
+    student = meta_model(config)
+    return {
+        "teacher_model_type": config.base_config.model_type,  # type: ignore[union-attr]
+        "parameters": student.num_parameters(),
+        "dtype": str(student.dtype).removeprefix("torch."),
+        "max_learned_positions": config.max_learned_positions,
+        "layers": config.layer_specs,
+        "cache_bytes": [
+            dict(zip(("tokens", "student", "teacher"), (n, *cache_sizes(student, n)), strict=True)) for n in CONTEXTS
+        ],
+    }
+
+
 UNTRAINED = "all other weights are the teacher's. Nothing is trained."
 
 
