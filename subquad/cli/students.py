@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 CALIBRATION_SHAPE = 8, 256
 """Rows and tokens of each row that `linearize --calibrate` reads without a budget."""
 
-
 CONTROL = "The control: the teacher's own attention; with copy_qkv false its projections are random."
 
 
