@@ -90,6 +90,11 @@ def install_command(extra: str) -> str:
     return f'pip install ".[{extra}]" in a clone of Subquad'
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first, or the only one, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def cache_dir() -> Path:
     """`$SUBQUAD_CACHE`, else `subquad` in the user's cache directory."""
     chosen = os.environ.get("SUBQUAD_CACHE")

@@ -380,6 +380,17 @@ def test_interruption_is_exit_code_130(capsys, monkeypatch):
     assert run(capsys, "eval", "nano", "-o", "e") == (130, "", continued)
 
 
+def test_one_process_of_torchrun_prints(capsys, monkeypatch, recipe_path, tmp_path):
+    monkeypatch.setattr("subquad.distill.pipeline.distill", lambda *args, **options: {})
+    monkeypatch.setattr("subquad.study.progress.format_table", lambda results, width: "the table")
+    argv = ["distill", recipe_path, "-o", tmp_path / "s"]
+    for rank, printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        code, out, _ = run(capsys, *argv)
+        assert (code, out.startswith("the table")) == (0, printed)
+        assert bool(out) == printed
+
+
 CALIBRATED = ["--set", "stages.matrix=null", "--set", "stages.end_to_end=null", "--set", "stages.hidden.tokens=128"]
 CALIBRATED += ["--set", "student.calibration_tokens=64"]
 

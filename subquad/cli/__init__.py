@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from subquad import progress
 from subquad.cli import completion, doctor, measurements, students, training
 from subquad.cli.parser import Parser
-from subquad.utils import UserError
+from subquad.utils import UserError, is_first_process
 
 DESCRIPTION = "Distill a pretrained Transformer into a subquadratic language model, and measure the result."
 REFERENCES = "TEACHER and MODEL: nano, smollm2-135m, a directory, a .gguf file, or a model id on the Hugging Face hub."
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, resumes, quiet = (vars(args).pop(name, False) for name in ("run", "resumes", "quiet"))
         if resumes:
             interrupted = CONTINUES if getattr(args, "output", True) else WOULD_CONTINUE
+        quiet = quiet or not is_first_process()
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
         with progress.hidden("bars", "lines") if quiet else nullcontext():
             return run(args) or 0

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from subquad.cli.parser import Parser, count, split_list
-from subquad.utils import UserError, quiet_libraries
+from subquad.utils import UserError, is_first_process, quiet_libraries
 
 RECIPE = "YAML file, or the name of a recipe of the package such as nano"
 logger = logging.getLogger(__name__)
@@ -62,7 +62,10 @@ def run_distill(args: Namespace) -> None:
     from subquad.evaluate.table import terminal_width
     from subquad.study.progress import format_table
 
-    print(format_table([distill(recipe, args.output, parallel=args.parallel)], terminal_width()))
+    result = distill(recipe, args.output, parallel=args.parallel)
+    if not is_first_process():
+        return
+    print(format_table([result], terminal_width()))
     print(f'\nThe student is in {args.output}; try: subquad generate {args.output} "Once upon a time"')
 
 

@@ -111,6 +111,8 @@ def run_in_processes(scheduler: Scheduler, jobs: int) -> None:
 
     try:
         scheduler.run_all(submit, jobs)
+        for executor in executors.values():  # before the pipe closes, so that the workers can clean up
+            executor.shutdown()
     finally:
         own_end.close()
         for executor in executors.values():

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from subquad import progress
 from subquad.study.runs import Run
 from subquad.utils import acquire, lock_of, quiet_libraries
@@ -63,6 +65,7 @@ def start_worker(parent: Connection, threads: int, variables: Mapping[str, str])
     threading.Thread(target=exit_at_end_of, args=(parent,), daemon=True).start()
     os.environ.update({"OMP_NUM_THREADS": str(threads), **variables})
     progress.hide("bars", "lines")
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is ended would leak
     quiet_libraries()
     import torch
 

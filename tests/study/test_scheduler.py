@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,8 @@ from subquad.study.ray_engine import resources_per_run
 from subquad.study.runs import find_runs
 from subquad.utils import UserError
 from tests.helpers.studies import SHORT, TWO_LAST_STAGES, same_weights
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_run_waits_while_another_trains_a_shared_stage(study_recipe, tmp_path):
@@ -64,6 +69,31 @@ def test_resources_of_a_run_on_a_cluster():
     assert resources_per_run([machine(CPU=16, GPU=2)], 4) == {"num_cpus": 1, "num_gpus": 0.5}
     with pytest.raises(UserError, match="no machine with a CPU"):
         resources_per_run([machine(CPU=0)], 1)
+
+
+WORKERS = """
+from types import SimpleNamespace
+from subquad.study import engines
+from tests.helpers.workers import draw_bar
+
+def run_all(submit, jobs):
+    for future in [submit(slot, None) for slot in range(jobs)]:
+        future.result()
+    {end}
+
+engines.execute_in_worker = draw_bar
+engines.run_in_processes(SimpleNamespace(run_all=run_all, stage_cache=None), 1)
+"""
+
+
+@pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt"])
+def test_workers_leave_no_semaphores(end):
+    """Those of progress bars, which a worker that ends normally or is ended would leave."""
+    done = subprocess.run(
+        [sys.executable, "-c", WORKERS.format(end=end)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode != 0) == bool(end), done.stderr
+    assert "leaked" not in done.stderr
 
 
 @pytest.mark.slow
