@@ -18,7 +18,7 @@ from subquad.evaluate.suites import Settings, settings_for
 from subquad.evaluate.table import WIDTH, format_tables
 from subquad.modeling.placement import Placement
 from subquad.modeling.teachers import check_reference
-from subquad.utils import UserError, needs_extra, probe_output, run_info
+from subquad.utils import UserError, install_command, needs_extra, probe_output, run_info
 
 logger = logging.getLogger(__name__)
 SEQ_LEN = 512
@@ -151,7 +151,7 @@ def resolve_tasks(settings: Settings, data: str | None, tasks: Sequence[str] | N
 def no_benchmarks() -> str:
     """Why zero-shot is left out, and what it takes."""
     missing = importlib.util.find_spec("lm_eval") is None
-    extra = ', and the extra: pip install "subquad[eval]"' if missing else ""
+    extra = f", and the extra: {install_command('eval')}" if missing else ""
     return (
         f"benchmarks (zero-shot) are left out: they need items, by --data DIR or --tasks NAME,NAME from the hub{extra}"
     )

@@ -97,8 +97,7 @@ class Frontier:
         return [["", *titles], *lines]
 
     def table(self, width: int = WIDTH) -> str:
-        failed = "".join(f"\n{name} failed: {why}" for name, why in self.failed.items())
-        return wide_table(self.cells(), width) + failed
+        return "\n".join([wide_table(self.cells(), width), *map("{0[0]} failed: {0[1]}".format, self.failed.items())])
 
 
 def column(result: Result, context: int) -> str | None:

@@ -23,7 +23,7 @@ from subquad.evaluate.runner import EvalModel, Evaluation, evaluate, load_eval_m
 from subquad.evaluate.suites import QUICK, STANDARD_SUITES, Settings, settings_for
 from subquad.evaluate.table import WIDTH, column_title, format_tables, terminal_width, wide_table
 from subquad.registry import SUITES
-from subquad.utils import UserError
+from subquad.utils import UserError, install_command
 from tests.helpers.recipes import tiny_recipe
 from tests.helpers.results import select_one
 
@@ -402,7 +402,7 @@ def test_quick_without_items_says_so_below_the_table(workspace, monkeypatch):
     assert command.run([str(workspace / "student")], **options).table().splitlines()[-1] == note
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = command.run([str(workspace / "student")], **options).table().splitlines()[-1]
-    assert found == note + ', and the extra: pip install "subquad[eval]"'
+    assert found == note + f", and the extra: {install_command('eval')}"
     given = command.run([str(workspace / "student")], data=str(workspace / "items"), **options)
     assert "left out" not in given.table()
     assert "left out" not in command.run([str(workspace / "student")], suites=["language"], **options).table()
