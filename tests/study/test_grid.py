@@ -201,7 +201,7 @@ def test_invalid_arguments_are_refused_before_a_teacher_is_loaded(study_recipe, 
     with pytest.raises(UserError, match="nowhere"):
         run_study(load_study(study_recipe, ["teacher=nowhere"]), tmp_path / "s")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"subquad\[cluster\]"):
+    with pytest.raises(UserError, match=r"\.\[cluster\]"):
         run_study(recipes, tmp_path / "s", engine="ray")
 
 
