@@ -65,7 +65,7 @@ def add_commands(parser: Parser) -> None:
     generate.placement()
     export = parser.command("export", run_export, "Convert a student for transformers, vLLM, llama.cpp or MLX.")
     export.option("directory", "DIR", "saved student")
-    formats = "gguf, which writes a file; a directory: mlx, or an export target (qwen3_5, granite_hybrid ...)"
+    formats = "gguf, which writes a file; a directory: mlx, onnx, or an export target (qwen3_5, granite_hybrid ...)"
     export.option("--format", "FORMAT", formats, required=True)
     export.option("--output -o", "OUT", "new directory or file", required=True)
     export.option("--type", "TYPE", "number format of a GGUF file: f32, f16, q8_0 or q4_k (default: f16)")

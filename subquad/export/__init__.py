@@ -4,6 +4,7 @@
     export("student", "student.gguf", "gguf")       a file for llama.cpp
     export("student", "served", "mlx")              a directory for mlx-lm
     export("student", "served", "granite_hybrid")   a directory, from a mamba2 student
+    export("student", "served", "onnx")             a directory for onnxruntime, also in a browser
 
 Files are written only after the new model's logits have been compared with the student's.
 """
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["convert", "export"]
 
-FORMATS = ("gguf", "mlx")
-"""Formats besides those of `subquad.registry.EXPORT_TARGETS`; each is written from a model of a target."""
+FORMATS = ("gguf", "mlx", "onnx")
+"""Formats besides those of `subquad.registry.EXPORT_TARGETS`."""
 
 
 def convert(student: SubquadForCausalLM, target: str) -> PreTrainedModel:
@@ -53,7 +54,7 @@ def export(
 
     Args:
         output: a new file for "gguf", a new directory for the other formats.
-        file_format: "gguf", "mlx", or one of `subquad.registry.EXPORT_TARGETS`.
+        file_format: "gguf", "mlx", "onnx", or one of `subquad.registry.EXPORT_TARGETS`.
         weight_type: of the weights in a GGUF file, one of `subquad.export.gguf.TYPES`; "f16" by default.
 
     Raises:
@@ -79,7 +80,7 @@ def export(
     read_config(directory)  # refuses a directory without a student
     student, tokenizer = load_teacher(directory, "auto")
     assert isinstance(student, SubquadForCausalLM)
-    model = converter_of(file_format, student).convert(student)
+    model = student if file_format == "onnx" else converter_of(file_format, student).convert(student)
     parent = output.absolute().parent
     with saving(output, "the export", remove=False), tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as work:
         partial = Path(work, output.name)
@@ -89,6 +90,11 @@ def export(
             from subquad.export.mlx import write_mlx
 
             write_mlx(model, tokenizer, partial)
+        elif file_format == "onnx":
+            with needs_extra("format onnx", "onnx"):
+                from subquad.export.onnx import write_onnx
+
+                write_onnx(student, tokenizer, partial)
         else:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
