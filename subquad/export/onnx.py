@@ -3,7 +3,8 @@
     input_ids, position_ids [1, 1] int64; state_0, state_1, ... [1, ...]
     -> logits [1, 1, vocabulary]; next_state_0, next_state_1, ...
 
-One sequence: the exporter fixes the size of the batch. All states are zeros before the first token. Their number and shapes do not depend on the length of the text.
+One sequence: the exporter fixes the size of the batch. All states are zeros before the first token. Their number and
+shapes do not depend on the length of the text.
 """
 
 import json
@@ -23,6 +24,21 @@ from subquad.utils import eval_mode, quiet_libraries
 
 MODEL, DESCRIPTION = "model.onnx", "subquad.json"
 CHECKED_TOKENS = 24
+
+
+def exact_operators() -> dict[Any, Any]:
+    """Translations, for decays near one, of what the exporter writes as exp(x) - 1 and log(sigmoid(x))."""
+    from onnxscript import opset18 as op
+
+    def expm1(x: Any) -> Any:
+        half = op.Mul(x, op.Constant(value_float=0.5))
+        return op.Mul(op.Mul(op.Sinh(half), op.Exp(half)), op.Constant(value_float=2.0))
+
+    def log_sigmoid(x: Any) -> Any:
+        return op.Neg(op.Softplus(op.Neg(x)))
+
+    aten = torch.ops.aten
+    return {aten.expm1.default: expm1, aten.log_sigmoid.default: log_sigmoid}
 
 
 class Step(nn.Module):
@@ -97,6 +113,7 @@ def write_onnx(student: SubquadForCausalLM, tokenizer: PreTrainedTokenizerBase, 
                     step,
                     (token, position, *states),
                     dynamo=True,
+                    custom_translation_table=exact_operators(),
                     optimize=False,  # its rewriting changes the logits by 3e-3
                     verbose=False,
                     input_names=["input_ids", "position_ids", *names],
