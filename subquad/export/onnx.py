@@ -52,11 +52,12 @@ class Step(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         cache, waiting = self.student.new_cache(), list(states)
-        for layer, count in zip(cache.layers, self.counts, strict=True):
+        layers: list[Any] = cache.layers
+        for layer, count in zip(layers, self.counts, strict=True):
             layer.states, layer.num_tokens = tuple(waiting[:count]), 1
             del waiting[:count]
         out = self.student(input_ids=input_ids, position_ids=position_ids, past_key_values=cache)
-        return out.logits, *(state for layer in cache.layers for state in layer.states)
+        return out.logits, *(state for layer in layers for state in layer.states)
 
 
 @torch.no_grad()
@@ -69,10 +70,11 @@ def initial_states(step: Step) -> list[Tensor]:
     student = step.student
     cache = student.new_cache()
     student(input_ids=torch.zeros(1, 1, dtype=torch.long, device=student.device), past_key_values=cache)
-    for index, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
         if type(layer) is not RecurrentCacheLayer:
             raise ExportError(f"layer {index} keeps attention, whose cache grows with the text")
-    states: list[tuple[Tensor, ...]] = [layer.states for layer in cache.layers]
+    states: list[tuple[Tensor, ...]] = [layer.states for layer in layers]
     step.counts = [len(of_layer) for of_layer in states]
     return [torch.zeros_like(state) for of_layer in states for state in of_layer]
 
