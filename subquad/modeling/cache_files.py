@@ -35,6 +35,11 @@ def fingerprints(student: Any) -> dict[str, str]:
     return found
 
 
+def digest(tensors: dict[str, Tensor], layers: str) -> str:
+    """Of all that a file holds."""
+    return hashlib.sha256((tensor_digest(tensors[name] for name in sorted(tensors)) + layers).encode()).hexdigest()
+
+
 def save_cache(cache: SubquadCache, student: Any, path: str | Path) -> None:
     """Writes `cache`, of `student`, to `path`, completely or not at all."""
     tensors: dict[str, Tensor] = {}
@@ -50,7 +55,7 @@ def save_cache(cache: SubquadCache, student: Any, path: str | Path) -> None:
 
     layers = json.dumps([described(layer_contents(layer)) for layer in cache.layers])
     partial = Path(f"{path}.part")
-    metadata = {"layers": layers, "digest": tensor_digest(tensors[name] for name in sorted(tensors))}
+    metadata = {"layers": layers, "digest": digest(tensors, layers)}
     save_file(tensors, partial, {**fingerprints(student), **metadata})
     partial.replace(path)
 
@@ -71,11 +76,11 @@ def load_cache(
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         layers, _ = json.loads(metadata["layers"]), metadata["student"]
-        changed = metadata.get("digest") not in (None, tensor_digest(tensors[name] for name in sorted(tensors)))
+        changed = metadata["digest"] != digest(tensors, metadata["layers"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"cache: {str(path)!r} holds no cache of a student (or is damaged): {error}") from error
     if changed:
-        raise UserError(f"cache: {str(path)!r} is damaged: its tensors have changed")
+        raise UserError(f"cache: {str(path)!r} is damaged: its content has changed")
     if any(metadata.get(key, value) != value for key, value in fingerprints(student).items()):
         raise UserError(f"cache: {str(path)!r} is of another student, or of one with other weights")
 
