@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.architectures import build_teacher
-from tests.helpers.students import all_close, check_padding, in_pieces, logits, make_student, reloaded
+from tests.helpers.students import MIXERS, all_close, check_padding, in_pieces, logits, make_student, reloaded
+from tests.helpers.teachers import tiny_teacher
 
 LAYER_TYPES = {
     "gated_deltanet": {"default": {"mixer": "gated_deltanet", "short_conv": 4}},
@@ -186,3 +187,15 @@ def test_compiled_student_has_the_same_logits(ids, layer_types):
     student = make_student(build_teacher("llama"), layer_types=LAYER_TYPES[layer_types])
     compiled = torch.compile(student, backend="eager")
     assert all_close(logits(compiled, ids), logits(student, ids))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_no_tokens(mixer):
+    """A call without tokens changes nothing: what follows is predicted as without it."""
+    student = make_student(tiny_teacher(), layer_types={"default": mixer}).eval()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        cache = student.new_cache()
+        for piece in (ids[:, :0], ids[:, :4], ids[:, :0], ids[:, 4:]):
+            out = student(input_ids=piece, past_key_values=cache)
+        assert all_close(out.logits, student(input_ids=ids).logits[:, 4:])

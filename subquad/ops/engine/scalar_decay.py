@@ -36,7 +36,7 @@ def stabilized_cum_decay(
     N, BG, C = layout.N, layout.BG, layout.C
 
     def by_chunk(x: Tensor) -> Tensor:
-        return x.view(BG, N, -1).transpose(0, 1)
+        return x.view(BG, N, x.shape[1] // max(N, 1)).transpose(0, 1)
 
     f, i = layout.gates_to_chunks(f), layout.gates_to_chunks(i, fill=-torch.inf)
     f, i = (x.transpose(0, 1).reshape(BG, N * C) for x in (f, i))
