@@ -256,7 +256,9 @@ def run_inspect(args: Namespace) -> None:
     from subquad.modeling.summary import read_config, summary, summary_values
 
     config = read_config(args.directory)
-    print(json.dumps(summary_values(config), indent=2) if args.json else summary(config))
+    with as_user_error(f"{args.directory}: config.json describes no student that can be built"):
+        text = json.dumps(summary_values(config), indent=2) if args.json else summary(config)
+    print(text)
 
 
 def run_generate(args: Namespace) -> None:
