@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
@@ -33,6 +34,10 @@ OTHER_STYLE = "#444444", "8"
 """Of hybrids."""
 TEACHER_COLOR = "#000000"
 GRAY = "#555555"
+KEY_COLUMNS = 5
+"""Of a key that several figures share."""
+LABEL_OFFSETS = ((8, 6), (8, -6), (-8, 6), (-8, -6), (0, 9), (0, -9), (10, 0), (-10, 0))
+"""Places of a label beside its point, in points of 1/72 inch."""
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "svg": {"metadata": {"Date": None}},
     "pdf": {"metadata": {"CreationDate": None}},
@@ -88,10 +93,38 @@ def legend_line(label: str, **style: Any) -> Line2D:
     return Line2D([], [], label=label, **{"color": GRAY, **style})
 
 
+def legend_figure(legend: Legend) -> Figure:
+    """A figure with nothing but the entries of `legend`."""
+    handles, labels = legend.legend_handles, [text.get_text() for text in legend.get_texts()]
+    rows = -(-len(labels) // KEY_COLUMNS)
+    figure = Figure(figsize=(7.0, 0.1 + 0.2 * rows))
+    figure.legend(handles=handles, labels=labels, loc="center left", ncols=KEY_COLUMNS, handlelength=2.4)
+    return figure
+
+
 def add_legend(figure: Figure, mixers: Iterable[str], extra: Iterable[Line2D] = ()) -> None:
     """Adds a legend below the axes: the distinct mixers, then `extra` entries."""
     handles = [legend_line(mixer_label(name), **look(name)) for name in sort_mixers(mixers)]
     figure.legend(handles=[*handles, *extra], loc="outside lower center", ncols=3, handlelength=2.4)
+
+
+def label_points(axes: Axes, points: Sequence[tuple[float, float]], labels: Mapping[int, str]) -> None:
+    """Writes the labels of some points beside them, each on the side on which the other points and labels are farthest.
+    The limits and the scales of the axes must be final."""
+    axes.autoscale_view()
+    width, height = axes.figure.get_size_inches() * 72  # type: ignore[union-attr]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    taken = [tuple(place * (width, height)) for place in to_axes.transform(points)]
+    for index, label in labels.items():
+        x, y = taken[index]
+
+        def distance(offset: tuple[float, float], x: float = x, y: float = y) -> float:
+            return min(math.dist((x + offset[0], y + offset[1]), place) for place in taken)
+
+        best = max(LABEL_OFFSETS, key=distance)
+        taken.append((x + best[0], y + best[1]))
+        place: dict[str, Any] = {"xytext": best, "textcoords": "offset points", "ha": "center", "va": "center"}
+        axes.annotate(label, points[index], fontsize=8, **place)
 
 
 def points_by(field: str, results: Iterable[Result]) -> list[tuple[float, float]]:

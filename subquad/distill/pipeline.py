@@ -25,7 +25,7 @@ from subquad.distill.recipe_stages import StageCache, epoch_tokens, recipe_stage
 from subquad.distill.teacher_checks import check_teacher, teacher_placement
 from subquad.distill.trainer import StageTrainer, stream_states
 from subquad.distill.training_arguments import rows_per_process
-from subquad.evaluate.efficiency import decode_speed
+from subquad.evaluate.efficiency import timed_decoding
 from subquad.evaluate.perplexity import UNIGRAM_TOKENS, compare, recovered_share, unigram_loss
 from subquad.modeling.attention.discovery import discover_attention
 from subquad.modeling.budget import calibration_shape
@@ -51,6 +51,8 @@ from subquad.utils import (
 logger = logging.getLogger(__name__)
 MAX_DIFFERENCES = 6
 """Differences of two recipes in a message."""
+SAMPLE_TOKENS = 48
+"""The end of a prompt that is shown with its continuations."""
 SCALE_TOKENS = 1024
 """Training tokens on which the scales of the teacher's outputs are measured."""
 
@@ -316,6 +318,9 @@ class DistillationRun:
             raise UserError(f"{self.directory}: the student's loss on validation text is {quality['loss']}; lower lr")
         unigram = unigram_loss(self.training_ids(UNIGRAM_TOKENS), self.validation_batches, student.config.vocab_size)
         initial = json.loads((self.checkpoints / "initial.json").read_text())
+        prompt = self.validation_batches[0]["input_ids"][:1]
+        (text, speed), (of_teacher, teacher_speed) = (timed_decoding(one, prompt) for one in (student, self.teacher))
+        pieces = {"prompt": prompt[:, -SAMPLE_TOKENS:], "student": text, "teacher": of_teacher}
         return {
             "mixer": recipe.student.name,
             "copy_qkv": recipe.student.copy_qkv,
@@ -331,7 +336,9 @@ class DistillationRun:
             "top1_agreement": quality["top1_agreement"],
             "recovered_share": recovered_share(quality["loss"], quality["teacher_loss"], unigram),
             "seconds": self.seconds,
-            **decode_speed(student, self.validation_batches[0]["input_ids"][:1]),
+            **speed,
+            **{f"teacher_{name}": value for name, value in teacher_speed.items()},
+            "sample": {name: self.tokenizer.decode(ids[0]) for name, ids in pieces.items()},
         }
 
     def save(self, result: dict[str, Any]) -> None:

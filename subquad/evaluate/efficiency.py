@@ -34,11 +34,16 @@ def decode_speed(model: PreTrainedModel, prompt: Tensor, tokens: int = 64) -> di
 
     Returns decode_tokens_per_second (from the median step) and state_bytes (of the cache at the end).
     """
+    return timed_decoding(model, prompt, tokens)[1]
+
+
+def timed_decoding(model: PreTrainedModel, prompt: Tensor, tokens: int = 64) -> tuple[Tensor, dict[str, float]]:
+    """The `tokens` + 1 tokens that follow `prompt: [B, T]`, `[B, tokens + 1]`, and what `decode_speed` returns."""
     with eval_mode(model):
         out = prefill(model, prompt)
-        _, seconds = decode(model, out, tokens)
+        written, seconds = decode(model, out, tokens)
     speed = len(prompt) / statistics.median(seconds)
-    return {"decode_tokens_per_second": speed, "state_bytes": cache_bytes(out[CACHE_ARGUMENT])}
+    return written, {"decode_tokens_per_second": speed, "state_bytes": cache_bytes(out[CACHE_ARGUMENT])}
 
 
 @torch.no_grad()

@@ -119,30 +119,27 @@ def pareto_figure(groups: Sequence[Group]) -> list[NamedFigure]:
         return []
     labels, teacher = group_labels(groups), measured[0][0].results[0]["teacher_perplexity"]
     figure, axes = style.new_figure(6.0, 4.6)
-    front = pareto_front([point for _, point in measured])
-    entries: list[Line2D] = []
-    for index in [*front, *(i for i in range(len(measured)) if i not in front)]:
-        group, point = measured[index]
+    points = [point for _, point in measured]
+    front = pareto_front(points)
+    for index, (group, point) in enumerate(measured):
         look: dict[str, Any] = {**style.look(group.mixer), "linestyle": ""}
-        axes.plot(*point, alpha=1 if index in front else 0.6, **look)
-        if index in front:
-            entries.append(style.legend_line(f"{len(entries) + 1} {labels[group.name]}", **look))
-            axes.annotate(f"{len(entries)}", point, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    times, perplexities = zip(*(measured[i][1] for i in front), strict=True)
+        axes.plot(*point, alpha=1 if index in front else 0.6, zorder=3, **look)
+    times, perplexities = zip(*(points[i] for i in front), strict=True)
     axes.step(times, perplexities, where="post", color="#999999", linewidth=0.9)
     axes.axhline(teacher, color=style.TEACHER_COLOR, linewidth=0.9)
     axes.set(xlabel="milliseconds per decoded token, batch size 1", ylabel="validation perplexity", yscale="log")
     style.format_log_axis(axes.yaxis, [teacher, *(y for _, (_, y) in measured)])
-    axes.legend(handles=entries, loc="best", handletextpad=0.2)
+    style.label_points(axes, points, {index: str(number) for number, index in enumerate(front, 1)})
     extra = [
         style.legend_line("Pareto front", color="#999999", linewidth=0.9),
         style.legend_line("teacher's perplexity", color=style.TEACHER_COLOR, linewidth=0.9),
     ]
     style.add_legend(figure, (group.mixer for group, _ in measured), extra)
+    names = ", ".join(f"{number} {labels[measured[index][0].name]}" for number, index in enumerate(front, 1))
     caption = (
-        "Validation perplexity against decoding time, both measured at the end of each run. Numbered: Pareto front"
+        f"Validation perplexity against decoding time, both measured at the end of each run. Pareto front: {names}"
     )
-    return [NamedFigure("pareto", caption, figure)]
+    return [NamedFigure("pareto", caption + names, figure)]
 
 
 def loss_figures(groups: Sequence[Group]) -> list[NamedFigure]:

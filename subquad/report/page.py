@@ -4,7 +4,9 @@ Reads result files only; loads no model.
 """
 
 import base64
+import io
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from importlib.resources import files
@@ -13,15 +15,18 @@ from typing import NamedTuple
 
 import jinja2
 import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
-from subquad.analysis.plot_style import RC_PARAMS, save_figure
+from subquad.analysis import plot_style as style
+from subquad.analysis.plot_style import RC_PARAMS, SAVE_OPTIONS, save_figure
 from subquad.analysis.plots import frontier_figure, matrices_figure
 from subquad.evaluate.results import Result
 from subquad.report import figures
 from subquad.report.diagram import draw_student
 from subquad.report.figures import NamedFigure, PlotModel
 from subquad.report.tables import Table, evaluation_tables, frontier_table, grid_table
-from subquad.report.text import report_notes, summary
+from subquad.report.text import report_notes, sample, summary
 from subquad.study.aggregate import Group, best_group, group_by_seed, group_labels
 from subquad.study.frontier import panels, read_frontier
 from subquad.study.results import evaluation_results, read_study, saved_matrices
@@ -59,18 +64,19 @@ def write_report(directory: Path, page: Path | None = None) -> Path:
     results = [result for result in evaluation_results(directory) if result.model not in unrelated]
     groups = group_by_seed(runs)
     sections = report_sections(directory, runs, groups, results)
-    data_uris = {}
+    data_uris, keys = {}, {}
     for section in sections:
         for drawn in section.figures:
-            svg, _ = save_figure(drawn.figure, output / drawn.name, "svg", "pdf")
-            # As a data URI, an image keeps its element ids separate from those of other images on the page.
-            data_uris[drawn.name] = "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
+            save_figure(drawn.figure, output / drawn.name, "svg", "pdf")
+        keys[section.title] = shared_key(section)
+        for drawn in section.figures:
+            data_uris[drawn.name] = data_uri(drawn.figure)
         for table in section.tables:
             table.to_csv(output / f"{table.name}.csv")
             table.to_latex(output / f"{table.name}.tex")
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("subquad.report").joinpath("page.html").read_text(encoding="utf-8")
-    )
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["code"] = mark_code
+    template = environment.from_string(files("subquad.report").joinpath("page.html").read_text(encoding="utf-8"))
     text = template.render(
         title=directory.resolve().name,
         header=header(runs),
@@ -78,11 +84,37 @@ def write_report(directory: Path, page: Path | None = None) -> Path:
         summary=summary(groups, results),
         sections=sections,
         data_uris=data_uris,
+        keys=keys,
+        sample=sample(groups),
         failed=[(run.name, run.error() or {}) for run in runs if run.state == "failed"],
         recipe=json.dumps(runs[0].recipe.model_dump(mode="json"), indent=1) if runs else "",
     )
     write_text_atomic(page, text)
     return page
+
+
+def data_uri(figure: Figure) -> str:
+    """A figure as SVG in a data URI, in which its element ids are separate from those of other images on a page."""
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", **SAVE_OPTIONS["svg"])
+    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def shared_key(section: Section) -> str | None:
+    """The key of a section in which several figures have the same, as a data URI; the figures lose theirs."""
+    legends = [drawn.figure.legends[0] for drawn in section.figures if drawn.figure.legends]
+    texts = {tuple(text.get_text() for text in legend.get_texts()) for legend in legends}
+    if len(legends) < 2 or len(texts) > 1:
+        return None
+    key = data_uri(style.legend_figure(legends[0]))
+    for legend in legends:
+        legend.remove()
+    return key
+
+
+def mark_code(text: str) -> Markup:
+    """HTML of a text in which commands and names are between backticks."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def header(runs: Sequence[Run]) -> list[tuple[str, str]]:

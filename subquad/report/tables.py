@@ -1,13 +1,14 @@
 """The tables of a report: all students (`grid_table`) and evaluations (`evaluation_tables`), as HTML, CSV and LaTeX."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from subquad.analysis.plot_style import color, mixer_label
+from subquad.analysis.plot_style import TEACHER_COLOR, color, mixer_label
 from subquad.evaluate.results import Result, select
 from subquad.evaluate.table import column_title, format_result, in_tables
 from subquad.report.figures import PlotModel, file_name
@@ -77,7 +78,8 @@ class Table:
 class MetricColumn:
     """A column with a metric of runs, multiplied by `scale` and rounded to `digits`.
 
-    lower_is_better: None: no best value is marked, and the interval is in the CSV only.
+    lower_is_better: None: no best value is marked, and the interval is in the CSV only. of_teacher: the metric of a run
+    with the teacher's value, or that value.
     """
 
     metric: str
@@ -85,6 +87,14 @@ class MetricColumn:
     digits: int
     lower_is_better: bool | None = None
     scale: float = 1.0
+    of_teacher: str | float | None = None
+
+    def teacher_cell(self, groups: Sequence[Group]) -> Cell:
+        """The mean over all runs of what they measured of their teacher."""
+        if not isinstance(self.of_teacher, str):
+            return self.cell(None if self.of_teacher is None else Mean.of([self.of_teacher]), False)
+        values = [r[self.of_teacher] for g in groups for r in g.results if r.get(self.of_teacher) is not None]
+        return self.cell(Mean.of([statistics.fmean(values)]) if values else None, False)
 
     def cell(self, mean: Mean | None, best: bool) -> Cell:
         """`33.4 [32.9, 33.9]`"""
@@ -98,20 +108,21 @@ class MetricColumn:
 
 
 GRID_COLUMNS = (
-    MetricColumn("perplexity", "perplexity", 2, True),
-    MetricColumn("kl", "KL, nats", 3, True),
-    MetricColumn("top1_agreement", "top-1, %", 1, False, 100),
-    MetricColumn("recovered_share", "recovered, %", 1, False, 100),
-    MetricColumn("kl_at_init", "KL at init, nats", 2),
+    MetricColumn("perplexity", "perplexity", 2, True, of_teacher="teacher_perplexity"),
+    MetricColumn("kl", "KL, nats", 3, True, of_teacher=0.0),
+    MetricColumn("top1_agreement", "top-1, %", 1, False, 100, of_teacher=1.0),
+    MetricColumn("recovered_share", "recovered, %", 1, False, 100, of_teacher=1.0),
+    MetricColumn("state_bytes", "state, kB", 0, scale=1e-3, of_teacher="teacher_state_bytes"),
+    MetricColumn("decode_tokens_per_second", "decoding, tokens/s", 0, of_teacher="teacher_decode_tokens_per_second"),
     MetricColumn("seconds", "training, s", 0),
-    MetricColumn("decode_tokens_per_second", "decoding, tokens/s", 0),
-    MetricColumn("state_bytes", "state, kB", 0, scale=1e-3),
+    MetricColumn("kl_at_init", "KL at init, nats", 2),
     MetricColumn("parameters", "parameters, M", 2, scale=1e-6),
 )
 
 
 def grid_table(groups: Sequence[Group]) -> Table:
-    """All students, a line for each group of seeds: by increasing perplexity, groups without results last."""
+    """All students, a line for each group of seeds: by increasing perplexity, groups without results last. Above them
+    the teacher, if all have the same. What all students share is at the end of the lines."""
     labels = group_labels(groups)
     identified = len({(g.mixer, g.stages, g.copy_qkv) for g in groups}) == len(groups)
     best = {
@@ -119,20 +130,22 @@ def grid_table(groups: Sequence[Group]) -> Table:
         for column in GRID_COLUMNS
         if column.lower_is_better is not None
     }
-    lines = []
+    lines: list[dict[str, Cell]] = []
+    varies = {"stages": len({g.stages for g in groups}) > 1, "copied": len({g.copy_qkv for g in groups}) > 1}
     for group in groups:
         tokens = group.results[0]["tokens"] if group.results else None
         line = {} if identified else {"run": Cell(labels[group.name])}
-        line |= {
-            "mixer": Cell(mixer_label(group.mixer), color=color(group.mixer)),
-            "stages": Cell(group.stages),
-            "copied": Cell("yes" if group.copy_qkv else "no"),
-            "seeds": _seeds_cell(group),
-            "tokens": MISSING if tokens is None else Cell(f"{tokens:,}", tokens),
-        }
+        line["mixer"] = Cell(mixer_label(group.mixer), color=color(group.mixer))
+        settings = {"stages": Cell(group.stages), "copied": Cell("yes" if group.copy_qkv else "no")}
+        line |= {title: cell for title, cell in settings.items() if varies[title]}
         line |= {c.title: c.cell(group.mean(c.metric), best.get(c.metric) is group) for c in GRID_COLUMNS}
-        lines.append(line)
+        line |= {"seeds": _seeds_cell(group), "tokens": MISSING if tokens is None else Cell(f"{tokens:,}", tokens)}
+        lines.append(line | {title: cell for title, cell in settings.items() if not varies[title]})
     lines.sort(key=lambda line: line["perplexity"].sort_key or 0.0)
+    if len({group.recipe.teacher for group in groups}) == 1:
+        teacher = {next(iter(lines[0])): Cell("teacher", color=TEACHER_COLOR), "seeds": MISSING, "tokens": MISSING}
+        teacher |= {c.title: c.teacher_cell(groups) for c in GRID_COLUMNS}
+        lines.insert(0, {title: teacher.get(title, Cell("")) for title in lines[0]})
     return Table("grid", "All students, mean over seeds", lines)
 
 

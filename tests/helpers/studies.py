@@ -88,6 +88,9 @@ def write_finished_run(run: Run) -> None:
         "seconds": 60 * generator.uniform(0.8, 1.2),
         "decode_tokens_per_second": 200 * generator.uniform(0.7, 1.3) / (1 + BASE_KL[mixer]),
         "state_bytes": 150_000,
+        "teacher_decode_tokens_per_second": 90.0,
+        "teacher_state_bytes": 1_800_000,
+        "sample": {"prompt": "def main(", "student": "argv=None):\n    `x` < 1", "teacher": "argv):\n    pass"},
     }
     run.directory.mkdir(parents=True, exist_ok=True)
     (run.directory / "recipe.yaml").write_text(run.recipe.to_yaml())

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from subquad.analysis.plot_style import MIXER_STYLES
+from subquad.analysis.plot_style import MIXER_STYLES, label_points, new_figure
 from subquad.cli import main
 from subquad.config import Data, load_study
 from subquad.evaluate.results import Result
 from subquad.report.figures import pareto_front
-from subquad.report.page import write_report
+from subquad.report.page import mark_code, write_report
 from subquad.report.tables import MISSING, Cell, Table
 from subquad.study.frontier import Frontier, Row, write
 from subquad.study.grid import run_study
@@ -44,11 +44,16 @@ async function measure(width) {
   const wide = [...frame.contentDocument.querySelectorAll("main *")].filter(one => !one.closest(".scroll, pre")
     && one.getBoundingClientRect().right > width + 1).map(one => one.outerHTML.slice(0, 120));
   seen[width] = {page: root.scrollWidth, wide};
+  const scroll = frame.contentDocument.querySelector(".scroll"), heads = [...scroll.querySelectorAll("th")];
+  const perplexity = heads.find(one => one.textContent.trim() === "perplexity");
+  seen[`table ${width}`] = {cut: scroll.scrollWidth - scroll.clientWidth,
+    perplexity: perplexity.getBoundingClientRect().right, button: perplexity.getBoundingClientRect().left};
   return frame.contentDocument;
 }
 function column(table, index) { return [...table.tBodies[0].rows].map(row => row.cells[index].textContent.trim()); }
 (async () => {
   await measure(400);
+  await measure(420);
   const document_ = await measure(1400), table = document_.querySelector("table.sortable");
   const head = [...table.tHead.rows[0].cells];
   seen.titles = head.map(one => one.textContent.trim());
@@ -102,10 +107,12 @@ def test_page_fits_narrow_and_wide_screens_and_its_table_sorts(full_report):
     for width in (400, 1400):
         assert found[str(width)] == {"page": width, "wide": []}
     assert found["images"] > 10
+    assert found["table 1400"]["cut"] == 0
+    assert found["table 420"]["perplexity"] < 420
     up, down, order = found["perplexity"]
     numbers = [float(text.split()[0]) for text in up]
     assert numbers == sorted(numbers)
-    assert len(numbers) == 10
+    assert len(numbers) == 11  # with the teacher
     assert [float(text.split()[0]) for text in down] == sorted(numbers, reverse=True)
     assert order == "descending"
     up, down, _ = found["mixer"]
@@ -124,6 +131,35 @@ def test_browser_check_detects_overflow_broken_images_and_errors(full_report, tm
     assert found["1400"] == {"page": 1400, "wide": []}
     assert found["errors"] == ["image not decodable"] * 2
     assert len(found["console"]) == 2
+
+
+def test_the_top_of_the_page(full_report):
+    """The best student, its quality, its cost and how sure that is; what it writes; notes without backticks."""
+    _, page = full_report
+    top = page.partition("<h2>All students")[0]
+    assert re.findall("<h3>(.*?)</h3>", top)[:4] == ["Best student", "Quality", "Cost", "How sure"]
+    assert "the teacher&#39;s 1.8 MB; it decodes" in top
+    assert "<pre>argv=None):\n    `x` &lt; 1</pre>" in top
+    assert mark_code("`a <b>` or c") == "<code>a &lt;b&gt;</code> or c"
+
+
+def test_figures_of_a_section_share_one_key(full_report):
+    _, page = full_report
+    assert page.count('class="key"') >= 3
+    training = page.partition("<h2>Training")[2].partition("<h2>")[0]
+    assert training.count('class="key"') == 1
+    assert training.count("<figure") == 5
+
+
+def test_labels_keep_away_from_points_and_each_other():
+    points = [(1.0, 1.0), (1.02, 1.02), (1.02, 0.98), (2.0, 2.0)]
+    _, axes = new_figure()
+    for point in points:
+        axes.plot(*point, "o")
+    label_points(axes, points, {0: "1", 3: "2"})
+    first, second = axes.texts
+    assert first.xyann[0] < 0  # the others are on the right
+    assert (first.get_text(), second.get_text()) == ("1", "2")
 
 
 def test_page_is_self_contained(full_report):
@@ -148,8 +184,10 @@ def test_every_figure_and_table_is_written_to_files(full_report):
     assert {"grid", "evaluation-cost", "evaluation-text"} <= tables
     with (output / "report" / "grid.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 10
-    first = lines[0]
+    assert len(lines) == 11
+    teacher, first, *_ = lines
+    assert (teacher["mixer"], teacher["KL, nats"], teacher["recovered, %"]) == ("teacher", "0.0", "100.0")
+    assert (teacher["state, kB"], teacher["decoding, tokens/s"], teacher["seeds"]) == ("1800.0", "90.0", "")
     assert (first["mixer"], first["stages"], first["copied"], first["seeds"]) == ("gated deltanet", "1+2+3", "yes", "3")
     assert float(first["perplexity low"]) < float(first["perplexity"]) < float(first["perplexity high"])
     with (output / "report" / "evaluation-text.csv").open() as file:

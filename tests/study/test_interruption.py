@@ -26,7 +26,7 @@ TWELVE = [
     "evaluation.eval_tokens=128",
     "checkpoint.save_steps=1",
 ]
-TIMED = ("seconds", "decode_tokens_per_second")
+TIMED = ("seconds", "decode_tokens_per_second", "teacher_decode_tokens_per_second")
 """Measured times, which differ between identical runs."""
 
 

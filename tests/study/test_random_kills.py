@@ -27,7 +27,7 @@ MANY = [
     "evaluation.eval_tokens=128",
     "checkpoint.save_steps=1",
 ]
-TIMED = ("seconds", "decode_tokens_per_second")
+TIMED = ("seconds", "decode_tokens_per_second", "teacher_decode_tokens_per_second")
 
 
 def table(results):
