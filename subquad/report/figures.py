@@ -139,7 +139,7 @@ def pareto_figure(groups: Sequence[Group]) -> list[NamedFigure]:
     caption = (
         f"Validation perplexity against decoding time, both measured at the end of each run. Pareto front: {names}"
     )
-    return [NamedFigure("pareto", caption + names, figure)]
+    return [NamedFigure("pareto", caption, figure)]
 
 
 def loss_figures(groups: Sequence[Group]) -> list[NamedFigure]:

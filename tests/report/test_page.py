@@ -129,8 +129,8 @@ def test_browser_check_detects_overflow_broken_images_and_errors(full_report, tm
     assert found["400"]["page"] == 516
     assert "wide" in found["400"]["wide"][0]
     assert found["1400"] == {"page": 1400, "wide": []}
-    assert found["errors"] == ["image not decodable"] * 2
-    assert len(found["console"]) == 2
+    assert found["errors"] == ["image not decodable"] * 3
+    assert len(found["console"]) == 3
 
 
 def test_the_top_of_the_page(full_report):
@@ -149,6 +149,14 @@ def test_figures_of_a_section_share_one_key(full_report):
     training = page.partition("<h2>Training")[2].partition("<h2>")[0]
     assert training.count('class="key"') == 1
     assert training.count("<figure") == 5
+
+
+def test_the_caption_names_the_front(full_report):
+    _, page = full_report
+    front = re.search(r"Pareto front: (.*?)\. Files: report/pareto.svg", page)[1]
+    names = re.findall(r"\d (gated deltanet|gla|softmax) ", front)
+    assert len(names) == front.count(", ") + 1
+    assert len(set(front.split(", "))) == len(names)
 
 
 def test_labels_keep_away_from_points_and_each_other():
