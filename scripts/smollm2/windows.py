@@ -55,7 +55,7 @@ def main() -> None:
             row |= {"top1_agreement": quality["top1_agreement"], "cache_bytes": full_cache(student, length)}
             found.append(row)
             print(json.dumps(row), flush=True)
-    write_json_atomic(directory / "windows.json", found)
+            write_json_atomic(directory / "windows.json", found)
 
 
 if __name__ == "__main__":

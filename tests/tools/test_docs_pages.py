@@ -45,6 +45,15 @@ def run_commands(content: str, directory: Path, code: int) -> str:
     return "".join(out)
 
 
+def run_block(content: str, name: str, namespace: dict) -> str:
+    """What a Python block prints. One that hides a module needs a process in which it was not imported before."""
+    if "sys.modules" in content:
+        return run_python("-c", content, environment=OFFLINE)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(content, name, "exec"), namespace)
+    return printed.getvalue()
+
+
 def run_section(section: str, directory: Path) -> None:
     """Writes the files of a section and runs its programs, which share their names, and its commands."""
     namespace: dict = {}
@@ -59,9 +68,7 @@ def run_section(section: str, directory: Path) -> None:
             out = run_commands(content, directory, code=int(stated is not None and "Error: " in stated))
         else:
             assert language == "python"
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(compile(content, section[:40], "exec"), namespace)
-            out = printed.getvalue()
+            out = run_block(content, section[:40], namespace)
         if stated is not None:
             flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
             assert doctest.OutputChecker().check_output(stated, out, flags), out
