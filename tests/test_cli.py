@@ -172,6 +172,7 @@ MISTAKES = {
     "generate TEACHER x y": "unexpected argument 'y' (see `subquad generate --help`)",
     "generate TEACHER x --dtype float": "argument --dtype: got 'float'; did you mean 'float32'?",
     "generate no/such/dir x --tokens 4": "model 'no/such/dir': neither",
+    "inspect nano": "subquad: 'nano' is a teacher; expected the directory of a saved student\n",
     "inspect no/such/dir": "subquad: 'no/such/dir': no such directory\n",
     "export no/such/dir --format gguf": "subquad: 'no/such/dir': no such directory\n",
     "report ./subquat": "no such directory; did you mean 'subquad'?",

@@ -18,7 +18,7 @@ from subquad.modeling.layer_types import DEFAULT_MERGE, MEMORIES, NEAR_OPTIONS
 from subquad.modeling.layers import AttentionLayer
 from subquad.modeling.modeling_subquad import SubquadConfig, SubquadForCausalLM
 from subquad.modeling.near_far import NearFarLayer
-from subquad.modeling.teachers import read_license
+from subquad.modeling.teachers import NANO, SMOLLM2, read_license
 from subquad.utils import UserError, as_user_error, check_directory
 
 CONTEXTS = (1024, 8192, 65536)
@@ -27,8 +27,10 @@ CONTEXTS = (1024, 8192, 65536)
 
 def read_config(directory: str | os.PathLike) -> SubquadConfig:
     """The configuration of a saved student. Raises UserError if there is none."""
-    check_directory(directory)
     path = Path(directory).expanduser()
+    if os.fspath(directory) in (NANO, SMOLLM2) and not path.exists():
+        raise UserError(f"{directory!r} is a teacher; expected the directory of a saved student")
+    check_directory(directory)
     if not (path / "config.json").is_file():
         raise UserError(f"{str(directory)!r} holds no config.json; expected the directory of a saved student")
     with as_user_error(f"{str(directory)!r}: config.json cannot be read"):
