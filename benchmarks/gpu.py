@@ -273,7 +273,8 @@ def distillation(args: argparse.Namespace) -> list[Row]:
         for s in tokens
     ]  # fmt: skip
     memory = torch.cuda.max_memory_allocated() / 1e9 if args.cuda else None
-    return [*rows, {"stage": "all", "tokens": sum(tokens.values()), "peak_GB": memory, **result}]
+    numbers = {name: value for name, value in result.items() if not isinstance(value, dict)}  # no text sample
+    return [*rows, {"stage": "all", "tokens": sum(tokens.values()), "peak_GB": memory, **numbers}]
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
