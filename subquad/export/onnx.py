@@ -31,11 +31,14 @@ def exact_operators() -> dict[Any, Any]:
     from onnxscript import opset18 as op
 
     def expm1(x: Any) -> Any:
-        half = op.Mul(x, op.Constant(value_float=0.5))
-        return op.Mul(op.Mul(op.Sinh(half), op.Exp(half)), op.Constant(value_float=2.0))
+        half = op.Mul(narrow(x), op.Constant(value_float=0.5))
+        return op.CastLike(op.Mul(op.Mul(op.Sinh(half), op.Exp(half)), op.Constant(value_float=2.0)), x)
 
     def log_sigmoid(x: Any) -> Any:
-        return op.Neg(op.Softplus(op.Neg(x)))
+        return op.CastLike(op.Neg(op.Softplus(op.Neg(narrow(x)))), x)
+
+    def narrow(x: Any) -> Any:  # onnxruntime has no Sinh and Softplus of float64, in which xLSTM's gates are
+        return op.Cast(x, to=1)
 
     aten = torch.ops.aten
     return {aten.expm1.default: expm1, aten.log_sigmoid.default: log_sigmoid}
