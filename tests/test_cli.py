@@ -77,6 +77,15 @@ def test_completion(typed, expected, capsys):
     assert done.stdout.split() == expected
 
 
+def test_completion_in_zsh(capsys, tmp_path):
+    if (zsh := shutil.which("zsh")) is None:
+        pytest.skip("without zsh")
+    script = f"autoload -U compinit; compinit -u -d {tmp_path}/dump\n" + run(capsys, "completion")[1]
+    script += "\nprint -r -- ${_comps[subquad]}; whence -w _subquad"
+    done = subprocess.run([zsh, "-fc", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["_bash_complete -o default -F _subquad", "_subquad: function"]
+
+
 def test_study_saves_students_and_prints_their_table(capsys, recipe_path, tmp_path):
     tiny = ["--set", "stages.matrix=null", "--set", "stages.hidden.tokens=128", "--set", "stages.end_to_end=null"]
     argv = ["study", recipe_path, "--output", tmp_path / "s", "--set", "student.mixer=[retnet, xlstm]", *tiny]

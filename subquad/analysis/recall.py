@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from subquad import progress
 from subquad.data.recall_tasks import NUM_DISTRACTORS, TASKS, Item, PromptSource, Question, make_items
 from subquad.evaluate.efficiency import prefill
 from subquad.evaluate.results import Result
@@ -92,13 +93,15 @@ def recall_results(
 def answer_all(model: PreTrainedModel, items: Iterable[Item]) -> Iterator[Answer]:
     """Answers all questions, in batches of contexts of equal length. `model` is in evaluation mode."""
     by_length = sorted(items, key=lambda item: len(item.context))
-    for length, group in itertools.groupby(by_length, key=lambda item: len(item.context)):
-        same = list(group)
-        size = max(1, BATCH_TOKENS // max(1, length))
-        for batch in (same[start : start + size] for start in range(0, len(same), size)):
-            cache = prefill(model, torch.tensor([item.context for item in batch]))[CACHE_ARGUMENT]
-            for questions in zip(*(item.questions for item in batch), strict=True):
-                yield from answer_questions(model, cache, questions)
+    with progress.bar(sum(len(item.questions) for item in by_length), "recall", "questions", delay=3) as bar:
+        for length, group in itertools.groupby(by_length, key=lambda item: len(item.context)):
+            same = list(group)
+            size = max(1, BATCH_TOKENS // max(1, length))
+            for batch in (same[start : start + size] for start in range(0, len(same), size)):
+                cache = prefill(model, torch.tensor([item.context for item in batch]))[CACHE_ARGUMENT]
+                for questions in zip(*(item.questions for item in batch), strict=True):
+                    yield from answer_questions(model, cache, questions)
+                    bar.update(len(questions))
 
 
 def answer_questions(model: PreTrainedModel, context: Any, questions: Sequence[Question]) -> Iterator[Answer]:

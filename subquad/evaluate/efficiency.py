@@ -8,6 +8,7 @@ peak resident size.
 import ctypes
 import functools
 import inspect
+import itertools
 import logging
 import statistics
 import time
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subquad import progress
 from subquad.evaluate.results import Result
 from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
 from subquad.utils import eval_mode
@@ -139,8 +141,8 @@ def _measure(models: Mapping[str, PreTrainedModel], length: int, batch: int, rep
     seconds: dict[str, dict[str, list[float]]] = {m: {"prefill_seconds": [], "seconds_per_token": []} for m in models}
     sizes: dict[str, dict[str, int | None]] = {}
     generator = torch.Generator().manual_seed(length)
-    for repeat in range(repeats + 1):
-        for name, model in models.items():
+    with progress.bar((repeats + 1) * len(models), f"{length} tokens x {batch}", "prefills", delay=3) as bar:
+        for repeat, (name, model) in itertools.product(range(repeats + 1), models.items()):
             vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment, union-attr]
             read = functools.partial(prefill, model, torch.randint(vocabulary, (batch, length), generator=generator))
             with eval_mode(model):
@@ -153,6 +155,7 @@ def _measure(models: Mapping[str, PreTrainedModel], length: int, batch: int, rep
                     seconds[name]["prefill_seconds"].append(elapsed)
                     steps = decode(model, out, DECODED_TOKENS)[1]
                     seconds[name]["seconds_per_token"].append(statistics.median(steps))
+            bar.update()
     results: dict[str, list[Result]] = {}
     for name in models:
         make = functools.partial(Result, TASK, length=length, batch=batch)

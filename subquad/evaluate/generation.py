@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subquad import progress
 from subquad.evaluate.efficiency import decode, prefill
 from subquad.evaluate.results import Result
 from subquad.evaluate.statistics import mean
@@ -22,9 +23,12 @@ DEGENERATE_SHARE = 0.5
 
 def continuations(model: PreTrainedModel, prompts: Tensor, tokens: int, batch_size: int = 16) -> Tensor:
     """Greedy continuations of `prompts: [N, T]`: `[N, tokens]`. An end-of-text token does not stop them."""
-    with eval_mode(model):
-        batches = [decode(model, prefill(model, batch), tokens - 1)[0].cpu() for batch in prompts.split(batch_size)]
-    return torch.cat(batches)
+    written = []
+    with eval_mode(model), progress.bar(prompts.shape[0], "continuations", "texts", delay=3) as bar:
+        for batch in prompts.split(batch_size):
+            written.append(decode(model, prefill(model, batch), tokens - 1)[0].cpu())
+            bar.update(len(batch))
+    return torch.cat(written)
 
 
 def common_prefix(a: Tensor, b: Tensor) -> Tensor:
