@@ -93,6 +93,28 @@ def frontier() -> str:
     return markdown(header, lines)
 
 
+def load(server: str) -> str:
+    """A student and its teacher under load (`benchmarks/load.py`): a row per number of requests, a column per context,
+    and the server's memory."""
+    rows = read_csv(f"export/load-{server}")
+    contexts = sorted({int(row["context"]) for row in rows})
+    models = list(dict.fromkeys(row["model"] for row in rows))
+
+    def cell(column: str, requests: int, context: int) -> str:
+        place = str(requests), str(context)
+        own = {r["model"]: r[column] for r in rows if (r["requests"], r["context"]) == place and r[column]}
+        if len(own) < len(models):
+            return "not run"
+        ratio = float(own["student"]) / float(own["teacher"])
+        return " / ".join(f"{float(own[model]):,.0f}" for model in models) + f" = {ratio:.1f}"
+
+    counts = sorted({int(row["requests"]) for row in rows if row["generation"]})
+    kinds = [("prompt", "reading a prompt", 1), *(("generation", f"writing, {n} at once", n) for n in counts)]
+    kinds.append(("memory", f"memory, MB, up to {counts[-1]} requests", counts[-1]))
+    lines = [[label, *(cell(column, n, context) for context in contexts)] for column, label, n in kinds]
+    return markdown([f"{' / '.join(models)}, tokens/s", *(f"{context:,} tokens" for context in contexts)], lines)
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "nano/recovered": lambda: nano_grid("recovered, %", -1),
@@ -101,6 +123,8 @@ VIEWS: dict[str, Callable[[], str]] = {
     "nano/plain-full": nano_plain_and_full,
     "near_far/nano": near_far_training,
     "frontier/smollm2-135m": frontier,
+    "export/load-llama-cpp": lambda: load("llama-cpp"),
+    "export/load-vllm": lambda: load("vllm"),
 }
 
 

@@ -112,7 +112,7 @@ def answer_questions(model: PreTrainedModel, context: Any, questions: Sequence[Q
     # padding follows all tokens that are read
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
     cache = copy.deepcopy(context)
-    cache.batch_repeat_interleave(count)
+    repeat_rows(cache, len(candidates), count)
     out = model(input_ids=input_ids, use_cache=True, **{CACHE_ARGUMENT: cache})
     logits = out.logits[:, query_tokens - 1 : -1].float()
     answers = input_ids[:, query_tokens:]
@@ -123,3 +123,11 @@ def answer_questions(model: PreTrainedModel, context: Any, questions: Sequence[Q
         scores = [log_p[first + i, : len(answer)].mean().item() for i, answer in enumerate(group)]
         acc = float(scores[0] == max(scores)) / scores.count(max(scores))
         yield Answer(question.depth, acc, float(is_top[first, : len(question.answer)].all()), scores[0])
+
+
+def repeat_rows(cache: Any, rows: int, count: int) -> None:
+    """Repeats each of the `rows` of `cache` `count` times, in place."""
+    if all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", ())):
+        cache.batch_repeat_interleave(count)
+    else:  # recurrent layers of `transformers` have only this
+        cache.reorder_cache(torch.arange(rows).repeat_interleave(count))

@@ -12,7 +12,9 @@ import subquad
 from subquad.analysis.recall import answer_all, recall_results
 from subquad.data.recall_tasks import COPY_TOKENS, TASKS, Item, PromptSource, Question, make_items
 from subquad.evaluate.results import select
+from subquad.export import convert
 from subquad.utils import UserError, eval_mode
+from tests.helpers.exports import REGULAR, saved_student
 from tests.helpers.known_models import Copier
 from tests.helpers.recipes import EOS, save_tiny_teacher, sentences
 from tests.helpers.results import select_one
@@ -199,6 +201,17 @@ def test_batch_size_does_not_change_answers(tokenizer, haystack, reader, monkeyp
     assert [a.depth for a in alone] == [a.depth for a in together]
     for field in ("loglikelihood", "acc"):
         assert [getattr(a, field) for a in alone] == pytest.approx([getattr(a, field) for a in together], rel=1e-4)
+
+
+def test_teachers_with_recurrent_layers_of_transformers(tokenizer, haystack, tmp_path):
+    """A Qwen3.5 answers as the student from which it was converted."""
+    student = subquad.load_teacher(saved_student(tmp_path, REGULAR))[0]
+    items = items_of("needle_word", tokenizer, haystack)
+    with eval_mode(student):
+        expected = list(answer_all(student, items))
+    found = list(answer_all(convert(student, "qwen3_5"), items))
+    for field in ("loglikelihood", "acc"):
+        assert [getattr(a, field) for a in found] == pytest.approx([getattr(a, field) for a in expected], rel=1e-3)
 
 
 # ---------------------------------------------------------------------- errors
