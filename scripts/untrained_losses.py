@@ -2,11 +2,13 @@
 
     python scripts/untrained_losses.py nano
     python scripts/untrained_losses.py smollm2-135m --corpus books.valid.txt
+    python scripts/untrained_losses.py nano --export-targets results/export/nano-targets.csv
 
-Prints the table of docs/mixers.md, in nats per token of validation text.
+Prints the table of docs/mixers.md, in nats per token of validation text; or writes what export targets cost.
 """
 
 import argparse
+import csv
 import time
 
 import torch
@@ -17,6 +19,7 @@ from subquad.analysis.ablations import zero_output
 from subquad.config import Data
 from subquad.data import PackedDataset, token_rows
 from subquad.modeling.attention.discovery import discover_attention
+from subquad.modeling.export_target import TARGETS
 
 
 @torch.no_grad()
@@ -35,6 +38,21 @@ def first_rows(dataset: PackedDataset, count: int) -> torch.Tensor:
     return torch.stack([dataset[i]["input_ids"] for i in range(count)])
 
 
+def write_target_losses(teacher, rows: torch.Tensor, calibration_ids: torch.Tensor, path: str) -> None:
+    """Losses of students with the mixer of each export target, without and with the target."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["mixer", "`export_target`", "copied", "calibrated"])
+        for target in TARGETS.values():
+            for key in (None, target.key):
+                losses = [
+                    loss(subquad.linearize(teacher, target.mixer, export_target=key, **given).eval(), rows)
+                    for given in ({"scale_ids": calibration_ids}, {"calibration_ids": calibration_ids})
+                ]
+                name = "none" if key is None else f"`{key}`"
+                table.writerow([f"`{target.mixer}`", name, *(f"{value:.2f}" for value in losses)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher")
@@ -45,6 +63,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="validation rows")
     parser.add_argument("--calibrate", type=int, default=2048, help="tokens for calibration")
     parser.add_argument("--mixers", nargs="+", default=list(mixers.MIXERS))
+    parser.add_argument("--export-targets", metavar="CSV", help="write the losses of export targets' students instead")
     args = parser.parse_args()
     teacher, tokenizer = subquad.load_teacher(args.teacher)
     data = Data(source=args.corpus, seq_len=args.seq_len)
@@ -52,6 +71,9 @@ def main() -> None:
     train = token_rows(data, tokenizer, "train", limit=2**16)
     rows = first_rows(validation, args.rows)
     calibration_ids = first_rows(train, max(1, args.calibrate // args.seq_len))
+    if args.export_targets:
+        write_target_losses(teacher, rows, calibration_ids, args.export_targets)
+        return
     print(f"teacher {loss(teacher, rows):.2f}, attention removed {loss_without_attention(teacher, rows):.2f}\n")
     print("| mixer | random | copied | calibrated | seconds |\n|---|---|---|---|---|")
     for name in args.mixers:

@@ -43,7 +43,7 @@ def add_commands(parser: Parser) -> None:
     calibration = "text source for calibration, the errors of windows or the ranking of groups (default: none)"
     create.option("--calibrate", "SOURCE", calibration)
     create.option("--seed", "N", "seed of random initializations", type=int, default=0)
-    create.option("--export", "TARGET", "restrict the student to layers of qwen3_5, granite_hybrid ...")
+    create.option("--export", "TARGET", "restrict the student to layers of qwen3_5, granite_hybrid or kimi_linear")
     create.placement()
     create.quiet()
     listed = parser.command("mixers", run_mixers, "List the mixers with their papers and options.")
@@ -65,7 +65,7 @@ def add_commands(parser: Parser) -> None:
     generate.placement()
     export = parser.command("export", run_export, "Convert a student for transformers, vLLM, llama.cpp or MLX.")
     export.option("directory", "DIR", "saved student")
-    formats = "gguf, which writes a file; a directory: mlx, onnx, or an export target (qwen3_5, granite_hybrid ...)"
+    formats = "gguf, which writes a file; a directory: mlx, onnx, or a target (qwen3_5, granite_hybrid, kimi_linear)"
     export.option("--format", "FORMAT", formats, required=True)
     export.option("--output -o", "OUT", "new directory or file", required=True)
     export.option("--type", "TYPE", "number format of a GGUF file: f32, f16, q8_0 or q4_k (default: f16)")

@@ -4,6 +4,7 @@
     export("student", "student.gguf", "gguf")       a file for llama.cpp
     export("student", "served", "mlx")              a directory for mlx-lm
     export("student", "served", "granite_hybrid")   a directory, from a mamba2 student
+    export("student", "served", "kimi_linear")      a directory, from a kda student
     export("student", "served", "onnx")             a directory for onnxruntime, also in a browser
 
 Files are written only after the new model's logits have been compared with the student's.
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from subquad.modeling.export_target import GRANITE_HYBRID, QWEN3_5
+from subquad.modeling.export_target import GRANITE_HYBRID, KIMI_LINEAR, QWEN3_5
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.summary import read_config
 from subquad.modeling.teachers import load_teacher
@@ -44,6 +45,10 @@ def converter_of(file_format: str, student: SubquadForCausalLM) -> "Converter":
         from subquad.export.granite_hybrid import LlamaCppConverter
 
         return LlamaCppConverter()
+    if file_format in FORMATS and KIMI_LINEAR.mixer in mixers:
+        from subquad.export import kimi_linear
+
+        return kimi_linear.LlamaCppConverter() if file_format == "gguf" else kimi_linear.KimiLinearConverter()
     return EXPORT_TARGETS.find(QWEN3_5.key if file_format in FORMATS else file_format)()
 
 
@@ -80,23 +85,24 @@ def export(
     read_config(directory)  # refuses a directory without a student
     student, tokenizer = load_teacher(directory, "auto")
     assert isinstance(student, SubquadForCausalLM)
-    model = student if file_format == "onnx" else converter_of(file_format, student).convert(student)
+    converter = None if file_format == "onnx" else converter_of(file_format, student)
+    model = student if converter is None else converter.convert(student)
     parent = output.absolute().parent
     with saving(output, "the export", remove=False), tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as work:
         partial = Path(work, output.name)
         if file_format == "gguf":
             write_gguf(model, tokenizer, partial, weight_type or "f16", name=Path(directory).resolve().name)
-        elif file_format == "mlx":
+        elif file_format == "mlx" and converter is not None and converter.target is QWEN3_5:
             from subquad.export.mlx import write_mlx
 
             write_mlx(model, tokenizer, partial)
-        elif file_format == "onnx":
+        elif converter is None:
             with needs_extra("format onnx", "onnx"):
                 from subquad.export.onnx import write_onnx
 
                 write_onnx(student, tokenizer, partial)
         else:
-            model.save_pretrained(partial)
+            converter.save(model, partial)
             tokenizer.save_pretrained(partial)
         partial.rename(output)
     return f"{model.num_parameters():,} parameters as {file_format} in {output}"

@@ -1,12 +1,13 @@
 """Converts a student to a model of `transformers` with Llama's layers: the part that all targets share.
 
-`qwen3_5.py` and `granite_hybrid.py` subclass `Converter` with the names and forms of their weights.
+`qwen3_5.py`, `granite_hybrid.py` and `kimi_linear.py` subclass `Converter` with the names and forms of their weights.
 """
 
 import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -87,6 +88,10 @@ class Converter:
             "self_attn.v_proj.weight": v,
             "self_attn.o_proj.weight": o * factor,
         }
+
+    def save(self, model: PreTrainedModel, directory: Path) -> None:
+        """Writes the converted model and its configuration to the new `directory`."""
+        model.save_pretrained(directory)
 
     @torch.no_grad()
     def convert(self, student: SubquadForCausalLM) -> PreTrainedModel:

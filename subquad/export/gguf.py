@@ -1,8 +1,8 @@
-"""Writes a model of Qwen3.5 or Granite 4 to a GGUF file (architecture qwen35 or granitehybrid) for llama.cpp.
+"""Writes a model of Qwen3.5, Granite 4 or Kimi Linear to a GGUF file for llama.cpp.
 
-llama.cpp stores A_log as -exp(A_log), convolutions as matrices, the norm weights of Qwen3.5 plus one, and the queries
-and keys of Granite 4 with the halves of each head interleaved. It has a fixed set of pre-tokenizers, among which a
-tokenizer's regular expression is looked up.
+llama.cpp stores A_log as -exp(A_log), convolutions as matrices, the norm weights of Qwen3.5 plus one, the queries and
+keys of Granite 4 with the halves of each head interleaved, and Kimi Linear's expansion of latents in two parts. It has
+a fixed set of pre-tokenizers, among which a tokenizer's regular expression is looked up.
 """
 
 import ctypes
@@ -18,11 +18,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.data.encoding import text_prefix
+from subquad.export.kimi_linear import checkpoint_weights
 from subquad.export.qwen3_5 import attention_interval
 from subquad.modeling.export_target import ExportError
 from subquad.utils import UserError
 
-ARCHITECTURES = {"qwen3_5_text": gguf.MODEL_ARCH.QWEN35, "granitemoehybrid": gguf.MODEL_ARCH.GRANITE_HYBRID}
+ARCHITECTURES = {
+    "qwen3_5_text": gguf.MODEL_ARCH.QWEN35,
+    "granitemoehybrid": gguf.MODEL_ARCH.GRANITE_HYBRID,
+    "kimi_linear": gguf.MODEL_ARCH.KIMI_LINEAR,
+}
 """llama.cpp's architecture by `model_type`."""
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -41,7 +46,11 @@ FALLBACKS = {
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 """They are q8_0 in a file of q4_k."""
 FLOAT32_TENSORS = tuple(
-    f"ssm_{name}" for name in ("beta.weight", "alpha.weight", "conv1d.weight", "norm.weight", "a", "d")
+    f"ssm_{name}"
+    for name in (
+        *("beta.weight", "alpha.weight", "conv1d.weight", "norm.weight", "a", "d"),
+        *("conv1d_q.weight", "conv1d_k.weight", "conv1d_v.weight", "f_a.weight", "f_b.weight"),
+    )
 )
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -71,13 +80,14 @@ def write_gguf(
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_sizes(writer, config)
-    if architecture == gguf.MODEL_ARCH.QWEN35:
-        add_qwen3_5_sizes(writer, config)
-    else:
-        add_granite_sizes(writer, config)
+    {
+        gguf.MODEL_ARCH.QWEN35: add_qwen3_5_sizes,
+        gguf.MODEL_ARCH.GRANITE_HYBRID: add_granite_sizes,
+        gguf.MODEL_ARCH.KIMI_LINEAR: add_kimi_sizes,
+    }[architecture](writer, config)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for key, tensor in tensors(model):
+    for key, tensor in kimi_tensors(model) if architecture == gguf.MODEL_ARCH.KIMI_LINEAR else tensors(model):
         tensor_name = names.get_name(key, (".weight", ".bias"))
         assert tensor_name is not None, key
         values, dtype = quantized(tensor_name, tensor.contiguous().numpy(), matrix_type)
@@ -95,7 +105,7 @@ def check_config(config: Any) -> None:
             f"linear_value_head_dim: got {config.linear_value_head_dim}, llama.cpp expects linear_key_head_dim, "
             f"{config.linear_key_head_dim}; format qwen3_5 supports both"
         )
-    rope_type = config.rope_parameters["rope_type"]
+    rope_type = "default" if config.model_type == "kimi_linear" else config.rope_parameters["rope_type"]
     if rope_type not in ("default", "linear"):
         raise ExportError(
             f"rope_type: got {rope_type!r}, llama.cpp expects 'default' or 'linear'; other formats support all"
@@ -110,6 +120,8 @@ def add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "kimi_linear":  # without positions
+        return
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
@@ -153,6 +165,39 @@ def add_granite_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_ssm_group_count(config.mamba_n_groups)
     writer.add_ssm_time_step_rank(config.mamba_n_heads)
     writer.add_ssm_inner_size(config.mamba_n_heads * config.mamba_d_head)
+
+
+def add_kimi_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Layers without key/value heads are recurrent. All MLPs are in the leading block without experts."""
+    writer.add_head_count_kv([int(layer_type == "full_attention") for layer_type in config.layer_types])
+    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+    writer.add_kda_head_dim(config.linear_head_dim)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    writer.add_rope_dimension_count(config.qk_rope_head_dim)
+    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length_mla(config.v_head_dim)
+    writer.add_leading_dense_block_count(config.num_hidden_layers)
+    writer.add_expert_feed_forward_length(0)
+    writer.add_expert_shared_count(0)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def kimi_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """As `tensors`, of a Kimi Linear."""
+    config: Any = model.config
+    for name, tensor in checkpoint_weights(model).items():
+        tensor = tensor.float()
+        if name.endswith("A_log"):
+            yield name, -tensor.exp().view(-1, 1)
+        elif name.endswith("kv_b_proj.weight"):
+            heads = tensor.unflatten(0, (config.num_attention_heads, -1))
+            k, v = heads.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+            yield name.replace("kv_b", "k_b"), k.transpose(1, 2)
+            yield name.replace("kv_b", "v_b"), v
+        else:
+            yield name.replace("dt_bias", "dt_proj.bias"), tensor
 
 
 def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

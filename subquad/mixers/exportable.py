@@ -1,4 +1,4 @@
-"""`ExportableMixer`: a mixer with `ExportOptions`, whose layers can equal those of a published architecture."""
+"""Mixers with `ExportOptions`, whose layers can equal those of a published architecture."""
 
 import torch
 import torch.nn as nn
@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.base import Mixer
+from subquad.mixers.deltanet import DeltaNet
 from subquad.mixers.gate_init import GATE_BIAS_INIT, fit_bias_direction
-from subquad.mixers.options import ExportOptions
+from subquad.mixers.options import ExportOptions, GatedDeltaNetOptions, KDAOptions
 
 VALUE_RMS_INIT = 0.1
 """Root mean square of values before SiLU at which SiLU(v) is nearly v / 2; the output norm compensates the scale."""
@@ -66,3 +67,26 @@ class ExportableMixer(Mixer):
         """Scales the queries and keys of each state by `scale: [G]` before their SiLU."""
         for weight in (self.q_conv, self.k_conv):
             weight[:, -1] = scale.to(weight).repeat_interleave(len(weight) // self.num_states)
+
+
+class ExportableDeltaNet(ExportableMixer, DeltaNet):
+    """The delta rule, whose beta can do without a bias."""
+
+    options: GatedDeltaNetOptions | KDAOptions
+    bias_direction: Tensor | None = None
+    """Without biases: a vector d `[hidden]` with x . d near 1 on the teacher's tokens, so that a weight c d acts as a
+    bias c. `init_from_teacher` sets it, before any call of `set_beta_init`."""
+
+    def init_bias_free_gates(self, bias_direction: Tensor) -> None:
+        super().init_bias_free_gates(bias_direction)
+        self.bias_direction = bias_direction
+        self.set_beta_init(self.per_state(self.options.beta_init))
+
+    def set_beta_init(self, beta: Tensor) -> None:
+        if self.has_biases:
+            super().set_beta_init(beta)
+            return
+        if self.bias_direction is None:
+            raise RuntimeError("set_beta_init: a mixer without biases needs init_from_teacher first")
+        logit = torch.logit(beta).unsqueeze(-1)
+        self.b_proj.weight.copy_(logit * self.bias_direction.to(logit))

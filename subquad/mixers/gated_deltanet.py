@@ -14,40 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.mixers.deltanet import DeltaNet
-from subquad.mixers.exportable import ExportableMixer
+from subquad.mixers.exportable import ExportableDeltaNet
 from subquad.mixers.gate_init import HALF_LIVES, inverse_softplus
 from subquad.mixers.norms import upcast
 from subquad.mixers.options import GatedDeltaNetOptions
 
 
-class GatedDeltaNet(ExportableMixer, DeltaNet):
+class GatedDeltaNet(ExportableDeltaNet):
     name = "gated_deltanet"
     Options = GatedDeltaNetOptions  # type: ignore[assignment]
     CALIBRATED_PARAMS = (*DeltaNet.CALIBRATED_PARAMS, ("half_life", HALF_LIVES))
     options: GatedDeltaNetOptions
-    bias_direction: Tensor | None = None
-    """Without biases: a vector d `[hidden]` with x . d near 1 on the teacher's tokens, so that a weight c d acts as a
-    bias c. `init_from_teacher` sets it, before any call of `set_beta_init`."""
 
     def build_gates(self) -> None:
         super().build_gates()
         self.a_proj = nn.Linear(self.spec.hidden_size, self.num_states, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.num_states))
         self.dt_bias = nn.Parameter(torch.empty(self.num_states))
-
-    def init_bias_free_gates(self, bias_direction: Tensor) -> None:
-        super().init_bias_free_gates(bias_direction)
-        self.bias_direction = bias_direction
-        self.set_beta_init(self.per_state(self.options.beta_init))
-
-    def set_beta_init(self, beta: Tensor) -> None:
-        if self.has_biases:
-            super().set_beta_init(beta)
-            return
-        if self.bias_direction is None:
-            raise RuntimeError("set_beta_init: a mixer without biases needs init_from_teacher first")
-        logit = torch.logit(beta).unsqueeze(-1)
-        self.b_proj.weight.copy_(logit * self.bias_direction.to(logit))
 
     def set_log_decay(self, log_decay: Tensor) -> None:
         self.dt_bias.copy_(inverse_softplus(-log_decay))

@@ -259,11 +259,18 @@ class XLSTMOptions(DecayOptions):
 
 
 @dataclass(frozen=True)
-class KDAOptions(DeltaNetOptions, DecayOptions):
+class KDAOptions(DeltaNetOptions, ExportOptions):
     source: ClassVar[str] = "Kimi Delta Attention (arXiv 2510.26692): the delta rule with a decay per channel."
     output_gate: OutputGate = "sigmoid"
     half_life: float = 32.0
     beta_init: float = 0.1
+    low_rank_gate: bool = False
+    """The projection of the output gate has the rank of a head's size, as in Kimi Linear."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low_rank_gate and self.output_gate != "sigmoid":
+            raise UserError(f"low_rank_gate: got true with output_gate {self.output_gate!r}, expected 'sigmoid'")
 
 
 @dataclass(frozen=True)
@@ -278,7 +285,7 @@ class HGRN2Options(DecayOptions):
 
 MEMORY_DEFAULTS: dict[str, Any] = {"short_conv": 0, "output_gate": "none"}
 """What a mixer beside attention to a window does not have."""
-NOT_OF_A_MEMORY = (*MEMORY_DEFAULTS, "rotary", "qk_norm", *ExportOptions.__annotations__)
+NOT_OF_A_MEMORY = (*MEMORY_DEFAULTS, "rotary", "qk_norm", "low_rank_gate", *ExportOptions.__annotations__)
 """Options that such a mixer does not take."""
 OPTIONS: dict[str, type[MixerOptions]] = {
     "linear_attention": LinearAttentionOptions,

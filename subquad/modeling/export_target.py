@@ -1,8 +1,8 @@
 """What a student must be made of so that it can be exported to an architecture that other software runs.
 
-Both targets have Llama's layers and a mixer that Subquad has: Qwen3.5 the gated delta rule, Granite 4 Mamba-2.
-`subquad.export` converts the weights; docs/serving.md describes the targets. Imports no torch, so that recipes are
-checked at once.
+All targets have Llama's layers and a mixer that Subquad has: Qwen3.5 the gated delta rule, Granite 4 Mamba-2, Kimi
+Linear KDA. `subquad.export` converts the weights; docs/serving.md describes the targets. Imports no torch, so that
+recipes are checked at once.
 """
 
 from collections.abc import Iterable, Sequence
@@ -52,8 +52,10 @@ class ExportTarget:
     mixer: str
     mixer_options: dict[str, Any]
     """Required options of the mixer, except `norm_eps`; the short convolutions may have any width."""
-    has_qk_norm: bool
+    has_qk_norm: bool = False
     """Whether its attention has a norm of queries and keys."""
+    other_attention: str | None = None
+    """How its attention differs from any teacher's, if layers cannot keep the teacher's."""
     scales_queries: bool = True
     """Whether its mixer scales queries by 1 / sqrt(head_dim), as Subquad's does."""
     biases: tuple[str, ...] = ()
@@ -62,8 +64,8 @@ class ExportTarget:
     @property
     def supported_layers(self) -> str:
         """The end of an error message."""
-        made = f"{self.mixer} made by linearize(..., export_target='{self.key}')"
-        return f"supported layers: {made}, and layers that keep the teacher's full attention"
+        made = f"supported layers: {self.mixer} made by linearize(..., export_target='{self.key}')"
+        return made if self.other_attention else f"{made}, and layers that keep the teacher's full attention"
 
     def mixer_norm_eps(self, eps: float, spec: AttentionSpec) -> float:
         """The epsilon of a student's mixer norm, if the target's norms have `eps`: without scaled queries the norm's
@@ -74,9 +76,12 @@ class ExportTarget:
 QWEN3_5 = ExportTarget("qwen3_5", "Qwen3.5", "gated_deltanet", MIXER_OPTIONS, has_qk_norm=True)
 GRANITE_OPTIONS = {**MIXER_OPTIONS, "discretization": "zoh"}
 GRANITE_HYBRID = ExportTarget(
-    "granite_hybrid", "Granite 4", "mamba2", GRANITE_OPTIONS, False, scales_queries=False, biases=("a_proj",)
+    "granite_hybrid", "Granite 4", "mamba2", GRANITE_OPTIONS, scales_queries=False, biases=("a_proj",)
 )
-TARGETS = {target.key: target for target in (QWEN3_5, GRANITE_HYBRID)}
+KIMI_OPTIONS = {**MIXER_OPTIONS, "output_gate": "sigmoid", "low_rank_gate": True}
+MLA = "is not multi-head latent attention, which norms what keys and values are computed from"
+KIMI_LINEAR = ExportTarget("kimi_linear", "Kimi Linear", "kda", KIMI_OPTIONS, other_attention=MLA)
+TARGETS = {target.key: target for target in (QWEN3_5, GRANITE_HYBRID, KIMI_LINEAR)}
 
 
 BESIDE_ATTENTION = "its mixer remembers what has left the window of attention"
@@ -97,10 +102,11 @@ def find_target(key: str) -> ExportTarget:
 
 
 def check_mixers(names: Iterable[str], target: ExportTarget) -> None:
-    """Raises UserError if one of `names` is neither the target's mixer nor `attention`."""
+    """Raises UserError if one of `names` is neither the target's mixer nor an attention that it has."""
     for name in names:
-        if name not in (target.mixer, ATTENTION):
-            raise UserError(f"{name} cannot be exported to {target.title}; {target.supported_layers}")
+        differs = f": it {target.other_attention}" if name == ATTENTION and target.other_attention else ""
+        if differs or name not in (target.mixer, ATTENTION):
+            raise UserError(f"{name} cannot be exported to {target.title}{differs}; {target.supported_layers}")
 
 
 def restrict_to_target(
@@ -162,6 +168,7 @@ def unsupported_attention(layer_spec: dict[str, Any], spec: AttentionSpec, targe
     """What the target's attention does not have, of an attention with these specs; None if it has all."""
     has_qk_norm = spec.qk_norm is not None or layer_spec.get("qk_norm") is not None
     problems = {
+        str(target.other_attention): target.other_attention is not None,
         "has a sliding window": layer_spec.get("window") is not None or spec.window is not None,
         "has projections with biases": spec.qkv_bias or spec.output_bias,
         "has a norm of queries and keys": has_qk_norm and not target.has_qk_norm,

@@ -70,7 +70,8 @@ def linearize(
         calibration_ids: token ids `[B, T]`, a few thousand, on which the mixers are fitted to the teacher's attention
             without gradients (see `subquad.modeling.calibrate`). None: no calibration.
         seed: seed of everything drawn at random.
-        export_target: "qwen3_5" or "granite_hybrid": restrict the student to what can be exported (docs/serving.md).
+        export_target: "qwen3_5", "granite_hybrid" or "kimi_linear": restrict the student to what can be exported
+            (docs/serving.md).
         attention_layers: what `discover_attention(teacher)` returned. None: it is called here.
         budget: bytes of the cache of one sequence, as a number of the teacher's tokens ("96", to which four sinks are
             added) or of bytes ("4MB"), in place of `mixer` and `layer_types`; needs `calibration_ids`, best in rows of

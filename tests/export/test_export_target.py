@@ -13,7 +13,7 @@ from subquad.mixers import AttentionSpec, create
 from subquad.mixers.gate_init import fit_bias_direction
 from subquad.modeling.layers import NormedProjection
 from subquad.utils import UserError
-from tests.helpers.exports import IRREGULAR, PURE, REGULAR, student_of, teacher_of
+from tests.helpers.exports import IRREGULAR, KDA, PURE, REGULAR, student_of, teacher_of
 from tests.helpers.ops import error
 from tests.helpers.students import SCALE_IDS, logits
 
@@ -40,8 +40,9 @@ def test_options_that_the_target_does_not_fix_are_free():
     assert convert(student, "qwen3_5").config.linear_conv_kernel_dim == 3
 
 
-def test_mixer_without_biases():
-    mixer = create("gated_deltanet", SPEC, v_activation="silu", biases=False, norm_eps=1e-5)
+@pytest.mark.parametrize(("name", "options"), [("gated_deltanet", {}), ("kda", {"low_rank_gate": True})])
+def test_mixer_without_biases(name, options):
+    mixer = create(name, SPEC, v_activation="silu", biases=False, norm_eps=1e-5, **options)
     assert not any(name.endswith("bias") and name != "dt_bias" for name, _ in mixer.named_parameters())
     mixer.init_from_teacher(torch.tensor([0.5, 0.02]), torch.randn(100, 24) + 2.0)
     assert mixer.norm_eps == 1e-5
@@ -49,8 +50,9 @@ def test_mixer_without_biases():
     assert torch.allclose(scale, torch.tensor([[0.2], [5.0]]).expand(2, 6))
 
 
-def test_beta_without_biases_needs_the_teacher():
-    mixer = create("gated_deltanet", SPEC, biases=False)
+@pytest.mark.parametrize("name", ["gated_deltanet", "kda"])
+def test_beta_without_biases_needs_the_teacher(name):
+    mixer = create(name, SPEC, biases=False)
     assert not mixer.b_proj.weight.any()
     beta = torch.tensor([0.1, 0.4], dtype=torch.float64)
     with torch.no_grad(), pytest.raises(RuntimeError, match="without biases needs init_from_teacher first"):
@@ -60,6 +62,16 @@ def test_beta_without_biases_needs_the_teacher():
     with torch.no_grad():
         mixer.set_beta_init(beta)
     assert torch.allclose(mixer.b_proj(x).sigmoid().mean(0), beta.float(), atol=0.05)
+
+
+def test_initial_low_rank_gate_is_one_half_and_gets_a_gradient():
+    mixer = create("kda", SPEC, v_activation="silu", biases=False, low_rank_gate=True)
+    x = torch.randn(1, 9, 24)
+    gate = mixer.output_gate(x)
+    assert torch.equal(gate, torch.full_like(gate, 0.5))
+    gate.square().sum().backward()
+    assert mixer.g_down.weight.any()
+    assert mixer.g_proj.weight.grad.any()
 
 
 def test_initial_gates_without_biases_are_near_those_with_biases():
@@ -92,9 +104,13 @@ def test_norm_epsilon_is_set_in_the_student_and_not_in_the_teacher():
     assert convert(student, "qwen3_5").config.rms_norm_eps == 1e-8
 
 
-@pytest.mark.parametrize("layers", [PURE, IRREGULAR], ids=["pure", "hybrid"])
-def test_saved_and_loaded_student_has_the_same_logits(layers, tmp_path):
-    student = student_of("llama", layers)
+@pytest.mark.parametrize(
+    ("layers", "target"),
+    [(PURE, "qwen3_5"), (IRREGULAR, "qwen3_5"), (KDA, "kimi_linear")],
+    ids=["pure", "hybrid", "kimi_linear"],
+)
+def test_saved_and_loaded_student_has_the_same_logits(layers, target, tmp_path):
+    student = student_of("llama", layers, target)
     student.save_pretrained(tmp_path)
     loaded = subquad.SubquadForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -160,17 +176,22 @@ def test_calibration_lowers_the_loss():
     assert error(logits(convert(student, "qwen3_5"), rows[:2]), logits(student, rows[:2])) < 1e-5
 
 
-def test_calibrated_student_can_be_exported():
+@pytest.mark.parametrize(
+    ("target", "mixer"),
+    [("qwen3_5", "gated_deltanet"), ("kimi_linear", "kda")],
+    ids=["qwen3_5", "kimi_linear"],
+)
+def test_calibrated_student_can_be_exported(target, mixer):
     teacher = teacher_of("llama")
     text = torch.randint(3, 61, (4, 32), generator=torch.Generator().manual_seed(1))
-    plain = subquad.linearize(teacher, scale_ids=text[:1], export_target="qwen3_5").eval()
-    student = subquad.linearize(teacher, calibration_ids=text, export_target="qwen3_5").eval()
+    plain = subquad.linearize(teacher, mixer, scale_ids=text[:1], export_target=target).eval()
+    student = subquad.linearize(teacher, mixer, calibration_ids=text, export_target=target).eval()
     assert student.config.layer_specs == plain.config.layer_specs
     assert any(
         not torch.equal(a.mixer.v_conv, b.mixer.v_conv)
         for a, b in zip(student.mixer_layers, plain.mixer_layers, strict=True)
     )
-    assert error(logits(convert(student, "qwen3_5"), text), logits(student, text)) < 1e-5
+    assert error(logits(convert(student, target), text), logits(student, text)) < 1e-5
 
 
 def test_recipe_key_is_validated(tmp_path):
@@ -187,5 +208,7 @@ def test_recipe_key_is_validated(tmp_path):
         load_recipe(path, ["student.mixer=gla"])
     with pytest.raises(UserError, match=r"student\.export_target: gla cannot be exported to Qwen3\.5"):
         load_recipe(path, ["student.layer_types={default: gated_deltanet, 0: gla}"])
+    with pytest.raises(UserError, match=r"student\.export_target: attention cannot be exported to Kimi Linear: it is "):
+        load_recipe(path, ["student.export_target=kimi_linear", "student.layer_types={default: kda, 0: attention}"])
     with pytest.raises(UserError, match=r"student\.export_target: unknown export target 'gguf'"):
         load_recipe(path, ["student.export_target=gguf"])

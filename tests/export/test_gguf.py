@@ -15,7 +15,9 @@ from subquad.modeling.export_target import ExportError
 from subquad.utils import UserError
 from tests.helpers.exports import (
     IRREGULAR,
+    KDA,
     LLAMA3,
+    MAMBA2,
     PURE,
     REGULAR,
     needs_group_norm,
@@ -155,7 +157,6 @@ def assert_llama_cpp_equals(student, tokenizer, path):
     assert max(abs(value - full[i, answers[0]["tokens"][i]].item()) for i, value in found) < 1e-4
 
 
-MAMBA2 = {"default": "mamba2"}
 GRANITE = {
     "pure": (MAMBA2, {"hidden_size": 64}),  # mixers of twice the hidden size, as llama.cpp has them
     "hybrid-filled-up": ({**MAMBA2, "0,3": "attention"}, {"hidden_size": 128, "tie_word_embeddings": True}),
@@ -176,6 +177,26 @@ def test_llama_cpp_generates_the_tokens_of_a_mamba2_student(case, tmp_path):
     assert fields["granitehybrid.ssm.inner_size"] == 2 * changes["hidden_size"]
     assert fields["granitehybrid.ssm.group_count"] * 32 == 2 * changes["hidden_size"]
     assert_llama_cpp_equals(student, tokenizer, tmp_path / "student.gguf")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama_cpp_generates_the_tokens_of_a_kda_student(tied, tmp_path):
+    directory = saved_student(tmp_path, KDA, "kimi_linear", max_position_embeddings=512, tie_word_embeddings=tied)
+    export(directory, tmp_path / "student.gguf", "gguf", "f32")
+    fields, tensors, _ = read(tmp_path / "student.gguf")
+    assert fields["general.architecture"] == "kimi-linear"
+    assert fields["kimi-linear.attention.head_count_kv"] == [0, 0, 0, 0, 1]
+    assert not any(tensors[name].any() for name in tensors if name.startswith("blk.4."))
+    assert_llama_cpp_equals(*subquad.load_teacher(directory), tmp_path / "student.gguf")
+
+
+def test_decays_gates_and_convolutions_of_kda_stay_in_float32(tmp_path):
+    export(saved_student(tmp_path, KDA, "kimi_linear"), tmp_path / "small.gguf", "gguf", "q8_0")
+    _, _, types = read(tmp_path / "small.gguf")
+    assert types["blk.0.attn_q.weight"] == types["blk.0.ssm_g_a.weight"] == "Q8_0"
+    names = ("a", "dt.bias", "f_a.weight", "f_b.weight", "beta.weight", "norm.weight", "conv1d_q.weight")
+    assert {types[f"blk.0.ssm_{name}"] for name in names} == {"F32"}
 
 
 @needs_group_norm

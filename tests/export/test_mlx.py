@@ -11,7 +11,7 @@ import subquad
 from subquad.export import convert, export
 from subquad.export.mlx import mlx_config
 from subquad.modeling.export_target import ExportError
-from tests.helpers.exports import IRREGULAR, LLAMA3, PURE, REGULAR, saved_student, student_of
+from tests.helpers.exports import IRREGULAR, KDA, LLAMA3, PURE, REGULAR, saved_student, student_of
 from tests.helpers.hosts import MLX, host_python, run_script
 from tests.helpers.ops import error
 from tests.helpers.students import logits
@@ -19,26 +19,28 @@ from tests.helpers.students import logits
 TEXT = "The old fox sees 1234 small  rivers.\n\nThe cafe\u0301's red stone 5 is near."
 """Qwen3.5's tokenizer splits the accent and the digits otherwise."""
 CASES = {
-    "pure": (PURE, {}),
-    "regular": (REGULAR, {"tie_word_embeddings": True}),
-    "llama3": (REGULAR, {"rope_parameters": LLAMA3}),
+    "pure": ("qwen3_5", PURE, {}),
+    "regular": ("qwen3_5", REGULAR, {"tie_word_embeddings": True}),
+    "llama3": ("qwen3_5", REGULAR, {"rope_parameters": LLAMA3}),
+    "kda": ("kimi_linear", KDA, {}),
 }
+QWEN3_5_CASES = [case for case, (target, _, _) in CASES.items() if target == "qwen3_5"]
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     """A directory for each case, with a student, and it for `transformers` in `served` and for mlx-lm in `mlx`."""
     found = {}
-    for name, (layers, changes) in CASES.items():
+    for name, (target, layers, changes) in CASES.items():
         directory = tmp_path_factory.mktemp(name)
-        saved_student(directory, layers, max_position_embeddings=512, **changes)
-        export(directory / "student", directory / "served", "qwen3_5")
+        saved_student(directory, layers, target, max_position_embeddings=512, **changes)
+        export(directory / "student", directory / "served", target)
         assert "as mlx in" in export(directory / "student", directory / "mlx", "mlx")
         found[name] = directory
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QWEN3_5_CASES)
 def test_files_hold_a_qwen3_next_with_the_students_logits_and_tokenizer(case, directories):
     directory = directories[case]
     config = AutoConfig.from_pretrained(directory / "mlx")

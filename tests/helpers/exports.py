@@ -16,6 +16,8 @@ from tests.helpers.students import logits, make_student
 from tests.helpers.teachers import SIZES, random_teacher
 
 PURE = {"default": "gated_deltanet"}
+MAMBA2 = {"default": "mamba2"}
+KDA = {"default": "kda"}
 REGULAR = {"default": "gated_deltanet", "1,3": "attention"}
 IRREGULAR = {"default": "gated_deltanet", "0,3": "attention"}
 LLAMA3 = {

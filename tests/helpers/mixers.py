@@ -42,7 +42,12 @@ OWN_OPTIONS: dict[str, tuple[dict, ...]] = {
         {"v_activation": "silu", "biases": False, "state_heads": "key_value"},
         {"v_activation": "silu", "short_conv": 0},
     ),
-    "kda": ({"beta_init": 0.5}, {"qk_activation": "hedgehog", "expand_k": 0.5, "state_heads": "key_value"}),
+    "kda": (
+        {"beta_init": 0.5},
+        {"qk_activation": "hedgehog", "expand_k": 0.5, "state_heads": "key_value"},
+        {"low_rank_gate": True},
+        {"v_activation": "silu", "biases": False, "norm_eps": 1e-5, "low_rank_gate": True},
+    ),
     "hgrn2": ({"lower_bound": 0.3},),
 }
 

@@ -49,9 +49,11 @@ def test_output_state_and_gradients_match_fla(name, options, spec):
     assert error(last, expected_state) < 2e-6
 
 
-def test_kda_layer_matches_kimi_linear():
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_kda_layer_matches_kimi_linear(low_rank):
     """The whole layer, from x to the output, with `fla`'s op."""
-    mixer = build("kda", short_conv=4)
+    exported = {"v_activation": "silu", "biases": False, "low_rank_gate": True}
+    mixer = build("kda", short_conv=4, **(exported if low_rank else {}))
     x = draw(2, 30, 24)
 
     def convolved(projection, kernel):
@@ -63,10 +65,12 @@ def test_kda_layer_matches_kimi_linear():
         for p, w in ((mixer.q_proj, mixer.q_conv), (mixer.k_proj, mixer.k_conv))
     )
     step = F.softplus(mixer.decay_up(mixer.decay_down(x)).unflatten(-1, (3, 8)) + mixer.dt_bias)
-    op_inputs = {"q": q, "k": k, "v": convolved(mixer.v_proj, mixer.v_conv)}
+    v = convolved(mixer.v_proj, mixer.v_conv)
+    op_inputs = {"q": q, "k": k, "v": F.silu(v) if low_rank else v}
     op_inputs |= {"log_decay": -mixer.A_log.exp()[:, None] * step, "beta": mixer.b_proj(x).sigmoid()}
     o, _ = fla_output("kda", op_inputs)
-    o = F.rms_norm(o, (8,), eps=1e-8) * mixer.o_norm * mixer.g_proj(x).unflatten(-1, (3, 8)).sigmoid()
+    gate = mixer.g_proj(mixer.g_down(x) if low_rank else x).unflatten(-1, (3, 8)).sigmoid()
+    o = F.rms_norm(o, (8,), eps=1e-8) * mixer.o_norm * gate
     assert error(mixer(x)[0], mixer.o_proj(o.flatten(-2))) < 1e-5
 
 

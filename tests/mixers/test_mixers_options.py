@@ -105,6 +105,7 @@ def test_invalid_option(name, options, message):
         ("gated_deltanet", {"norm_eps": 0.0}, "norm_eps: got 0.0"),
         ("gated_deltanet", {"biases": 0}, "biases: got 0, expected true or false"),
         ("kda", {"beta_init": 1.5}, "beta_init: got 1.5"),
+        ("kda", {"low_rank_gate": True, "output_gate": "swish"}, "low_rank_gate: got true with output_gate 'swish'"),
         ("hgrn2", {"lower_bound": 0.5}, "lower_bound: got 0.5"),
         ("hgrn2", {"lower_bound": -0.1}, "lower_bound: got -0.1"),
         ("linear_attention", {"normalizer": True}, "normalizer: got true with qk_activation 'silu'"),

@@ -28,7 +28,7 @@ PLANTED = {
     "qk_scale": (3.0, 0.3, 1.0, 10.0),
 }
 CASES = [(name, {}, parameter) for name in MIXERS for parameter, _ in subquad.mixers.get(name).CALIBRATED_PARAMS]
-CASES += [("gated_deltanet", EXPORTED, parameter) for parameter in ("value_scale", "qk_scale")]
+CASES += [(name, EXPORTED, scale) for name in ("gated_deltanet", "kda") for scale in ("value_scale", "qk_scale")]
 
 
 @torch.no_grad()
