@@ -1,5 +1,8 @@
 """Start-up: what `import subquad` and the commands without models load, and transformers' Auto classes after it."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -36,6 +39,21 @@ def test_import_loads_neither_torch_nor_transformers():
     # imported where text is read
     program = "import subquad.data, sys; print({'datasets', 'pyarrow', 'pandas'} & set(sys.modules))"
     assert run(program) == "set()"
+
+
+def test_plugin_of_vllm_loads_neither_torch_nor_its_model():
+    """Each process of vLLM loads it, whether it serves a student or not."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    program = """
+import importlib.util, pkgutil, sys, types
+registry = types.SimpleNamespace(register_model=lambda *names: print(*names))
+sys.modules["vllm"] = types.SimpleNamespace(ModelRegistry=registry)
+pkgutil.resolve_name(sys.argv[1])()
+print({"torch", "transformers", "subquad.serving.vllm_model"} & set(sys.modules))
+print(importlib.util.find_spec("subquad.serving.vllm_model") is not None)
+"""
+    out = run(program, project["entry-points"]["vllm.general_plugins"]["subquad"])
+    assert out.splitlines() == ["SubquadForCausalLM subquad.serving.vllm_model:SubquadForCausalLM", "set()", "True"]
 
 
 IMPORTS = [

@@ -111,6 +111,15 @@ def test_results_do_not_depend_on_the_order_of_sizes(delta):
         assert all(torch.equal(again[name], before[name]) for name in before)
 
 
+def test_training_after_a_call_in_inference_mode():
+    x, weight = torch.randn(1, 40, 4), torch.randn(4, 4, requires_grad=True)
+    with torch.inference_mode():
+        expected, _ = ops.short_conv(x, weight)
+    found, _ = ops.short_conv(x, weight)
+    found.sum().backward()
+    torch.testing.assert_close(found, expected)
+
+
 def test_threads_do_not_share_scratch_memory():
     cases = [draw(("channel", True), T=200, seed=seed) for seed in range(2)]
     sequential = [differentiate(ops.chunk, case, torch.float32) for case in cases]

@@ -23,9 +23,13 @@ class Workspace:
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.key = (like.device, dtype)
-        # A compiled graph would treat a buffer left by an earlier call as an input of the graph.
-        pools: dict = {} if torch.compiler.is_compiling() else self._pool.__dict__.setdefault("pools", {})
-        self.buffers, self.views = pools.setdefault(self.key, ({}, {}))
+        if torch.compiler.is_compiling():  # a graph would treat a buffer left by an earlier call as its input
+            self.buffers: dict[str, Tensor] = {}
+            self.views: dict[Hashable, Any] = {}
+            return
+        pools = self._pool.__dict__.setdefault("pools", {})
+        # tensors that are made in inference mode cannot be written outside of it
+        self.buffers, self.views = pools.setdefault((*self.key, torch.is_inference_mode_enabled()), ({}, {}))
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """Returns the uninitialized buffer of this name in this shape. Equal names share memory."""
