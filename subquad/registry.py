@@ -100,6 +100,7 @@ EXPORT_TARGETS = Registry(
         "qwen3_5": "subquad.export.qwen3_5:Qwen3_5Converter",
         "granite_hybrid": "subquad.export.granite_hybrid:GraniteHybridConverter",
         "kimi_linear": "subquad.export.kimi_linear:KimiLinearConverter",
+        "ministral": "subquad.export.ministral:MinistralConverter",
     },
 )
 """Subclasses of `subquad.export.converter.Converter`."""

@@ -5,6 +5,7 @@
     export("student", "served", "mlx")              a directory for mlx-lm
     export("student", "served", "granite_hybrid")   a directory, from a mamba2 student
     export("student", "served", "kimi_linear")      a directory, from a kda student
+    export("student", "served", "ministral")        a directory, from a student of attention with windows
     export("student", "served", "onnx")             a directory for onnxruntime, also in a browser
 
 Files are written only after the new model's logits have been compared with the student's.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
+from subquad.mixers.options import ATTENTION
 from subquad.modeling.export_target import GRANITE_HYBRID, KIMI_LINEAR, QWEN3_5
 from subquad.modeling.modeling_subquad import SubquadForCausalLM
 from subquad.modeling.summary import read_config
@@ -49,6 +51,10 @@ def converter_of(file_format: str, student: SubquadForCausalLM) -> "Converter":
         from subquad.export import kimi_linear
 
         return kimi_linear.LlamaCppConverter() if file_format == "gguf" else kimi_linear.KimiLinearConverter()
+    if file_format == "mlx" and mixers == {ATTENTION}:
+        from subquad.export.ministral import MLXConverter
+
+        return MLXConverter()
     return EXPORT_TARGETS.find(QWEN3_5.key if file_format in FORMATS else file_format)()
 
 

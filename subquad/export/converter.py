@@ -61,12 +61,16 @@ class Converter:
         """Heads, key/value heads and channels of a head of the identity layer's attention."""
         return 1, 1, IDENTITY_HEAD_DIM
 
+    def check(self, student: SubquadForCausalLM) -> None:
+        """Raises ExportError if the target does not have a layer of the student."""
+        check_layers(student, self.target)
+
     def config(
         self, common: dict[str, Any], spec: AttentionSpec, conv_width: int, attention_layers: list[int]
     ) -> dict[str, Any]:
         """The arguments of the target's configuration.
 
-        common: those with the same names in all targets. spec: of all mixers. attention_layers: indices of the layers
+        common: those with the same names in all targets. spec: of all mixers, if any. attention_layers: of the layers
         with attention, kept or in the identity layer.
         """
         raise NotImplementedError
@@ -103,7 +107,7 @@ class Converter:
         """
         try:
             with eval_mode(student):
-                check_layers(student, self.target)
+                self.check(student)
                 decoder = read_decoder(student, [f"base.{spec['path']}" for spec in student.config.attention_specs])
                 kept = trace_kept_attention(student)
                 check_epsilons(student, decoder.eps, kept, self.target)
@@ -117,13 +121,15 @@ class Converter:
         self, student: SubquadForCausalLM, decoder: DecoderWeights, kept: AttentionTraces
     ) -> PreTrainedModel:
         mixers = [layer.mixer for layer in student.mixer_layers if isinstance(layer, MixerLayer)]
-        require_one_size([(m.spec.num_heads, m.spec.head_dim, m.spec.value_dim) for m in mixers], "mixers")
-        conv_width = max(mixer.options.short_conv for mixer in mixers) or 4
+        if self.target.mixer is not None:
+            require_one_size([(m.spec.num_heads, m.spec.head_dim, m.spec.value_dim) for m in mixers], "mixers")
+        spec: Any = mixers[0].spec if mixers else None
+        conv_width = max((mixer.options.short_conv for mixer in mixers), default=0) or 4
         attention_layers = sorted(kept) or [len(student.mixer_layers)]
         common = common_config(student, decoder, kept, self.identity_heads(decoder.embedding.shape[1]))
         config_class, model_class = self.classes()
         with torch.device(student.device):
-            model = model_class(config_class(**self.config(common, mixers[0].spec, conv_width, attention_layers)))
+            model = model_class(config_class(**self.config(common, spec, conv_width, attention_layers)))
         model.to(student.dtype)
         weights = {"model.embed_tokens.weight": decoder.embedding, "model.norm.weight": decoder.norm - self.norm_offset}
         weights["lm_head.weight"] = decoder.embedding if decoder.head is None else decoder.head

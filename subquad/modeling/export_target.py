@@ -49,11 +49,14 @@ class ExportTarget:
     """Value of `export_target`, and name of the format in `subquad export`."""
     title: str
     """Name in messages."""
-    mixer: str
+    mixer: str | None
+    """None: only attention."""
     mixer_options: dict[str, Any]
     """Required options of the mixer, except `norm_eps`; the short convolutions may have any width."""
     has_qk_norm: bool = False
     """Whether its attention has a norm of queries and keys."""
+    has_windows: bool = False
+    """Whether its attention can have a window."""
     other_attention: str | None = None
     """How its attention differs from any teacher's, if layers cannot keep the teacher's."""
     scales_queries: bool = True
@@ -64,6 +67,8 @@ class ExportTarget:
     @property
     def supported_layers(self) -> str:
         """The end of an error message."""
+        if self.mixer is None:
+            return "supported layers: those that keep the teacher's attention, with or without a window"
         made = f"supported layers: {self.mixer} made by linearize(..., export_target='{self.key}')"
         return made if self.other_attention else f"{made}, and layers that keep the teacher's full attention"
 
@@ -81,7 +86,8 @@ GRANITE_HYBRID = ExportTarget(
 KIMI_OPTIONS = {**MIXER_OPTIONS, "output_gate": "sigmoid", "low_rank_gate": True}
 MLA = "is not multi-head latent attention, which norms what keys and values are computed from"
 KIMI_LINEAR = ExportTarget("kimi_linear", "Kimi Linear", "kda", KIMI_OPTIONS, other_attention=MLA)
-TARGETS = {target.key: target for target in (QWEN3_5, GRANITE_HYBRID, KIMI_LINEAR)}
+MINISTRAL = ExportTarget("ministral", "Ministral", None, {}, has_windows=True)
+TARGETS = {target.key: target for target in (QWEN3_5, GRANITE_HYBRID, KIMI_LINEAR, MINISTRAL)}
 
 
 BESIDE_ATTENTION = "its mixer remembers what has left the window of attention"
@@ -169,7 +175,9 @@ def unsupported_attention(layer_spec: dict[str, Any], spec: AttentionSpec, targe
     has_qk_norm = spec.qk_norm is not None or layer_spec.get("qk_norm") is not None
     problems = {
         str(target.other_attention): target.other_attention is not None,
-        "has a sliding window": layer_spec.get("window") is not None or spec.window is not None,
+        "has a sliding window": (layer_spec.get("window") or spec.window) is not None and not target.has_windows,
+        f"sees the first {layer_spec.get('sinks')} tokens (sinks) beside its window": bool(layer_spec.get("sinks")),
+        "has a memory of what has left the window": any(layer_spec.get(name) for name in ("memory", "merge")),
         "has projections with biases": spec.qkv_bias or spec.output_bias,
         "has a norm of queries and keys": has_qk_norm and not target.has_qk_norm,
         f"has a norm of queries and keys {spec.qk_norm!r}, expected 'rms-head'": spec.qk_norm not in (None, "rms-head"),

@@ -16,6 +16,7 @@ from tests.helpers.hosts import MLX, host_python, run_script
 from tests.helpers.ops import error
 from tests.helpers.students import logits
 
+SOME_WINDOWS = {"default": {"mixer": "attention", "window": 16}, "1": "attention"}
 TEXT = "The old fox sees 1234 small  rivers.\n\nThe cafe\u0301's red stone 5 is near."
 """Qwen3.5's tokenizer splits the accent and the digits otherwise."""
 CASES = {
@@ -23,6 +24,7 @@ CASES = {
     "regular": ("qwen3_5", REGULAR, {"tie_word_embeddings": True}),
     "llama3": ("qwen3_5", REGULAR, {"rope_parameters": LLAMA3}),
     "kda": ("kimi_linear", KDA, {}),
+    "windows": ("ministral", SOME_WINDOWS, {"rope_parameters": LLAMA3}),
 }
 QWEN3_5_CASES = [case for case, (target, _, _) in CASES.items() if target == "qwen3_5"]
 

@@ -21,13 +21,16 @@ SIZES = {
     "initializer_range": 0.1,
     "max_position_embeddings": 1024,
 }
+WINDOW = {"mixer": "attention", "window": 32}
 CASES = {
     "qwen3_5-pure": ("qwen3_5", PURE),
     "qwen3_5-hybrid": ("qwen3_5", IRREGULAR),
     "granite_hybrid-pure": ("granite_hybrid", {"default": "mamba2"}),
     "granite_hybrid-hybrid": ("granite_hybrid", {"default": "mamba2", "0,3": "attention"}),
+    "ministral-all": ("ministral", {"default": WINDOW}),
+    "ministral-some": ("ministral", {"default": WINDOW, "1": "attention"}),
 }
-CACHING = [target == "qwen3_5" for target, _ in CASES.values()]
+CACHING = [target != "granite_hybrid" for target, _ in CASES.values()]
 """Prefix caching; vLLM's Mamba-2 on the CPU fails with it (an IndexError once a prompt has more than one chunk)."""
 COUNT = 64
 SCRIPT = """
