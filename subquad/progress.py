@@ -71,7 +71,8 @@ class Lines:
         rate, size = (self.count - self.initial) / seconds, tqdm.format_sizeof
         parts = [f"{size(self.count)} {self.unit}", self.detail, f"{size(rate)} {self.unit}/s"]
         if self.total is not None:
-            parts[0] = f"{self.count / self.total:.0%} of {size(self.total)} {self.unit}"
+            total = size(self.total) if self.total >= 1000 else self.total
+            parts[0] = f"{self.count / self.total:.0%} of {total} {self.unit}"
             parts.append(f"{timedelta(seconds=round((self.total - self.count) / rate))} left" if rate else "")
         return f"{self.label}: " + ", ".join(filter(None, parts))
 

@@ -40,7 +40,8 @@ def script(parser: Parser) -> str:
     for name, command in parser.commands.choices.items():
         for action in actions(command):
             places = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
-            values += [f'      {places}) words="{" ".join(action.choices)}" ;;'] if action.choices else []
+            words = action.choices or getattr(action, "words", ())
+            values += [f'      {places}) words="{" ".join(words)}" ;;'] if words else []
         flags = " ".join(flag for action in actions(command) for flag in action.option_strings)
         options.append(f'        {name}:-*) words="{flags}" ;;')
     return SCRIPT.format(

@@ -182,7 +182,7 @@ def speed(device: Any, seconds: float) -> Iterator[Finding]:
         a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype, device=device)
         rate = 2 * MATMUL_SIZE**3 / per_call(functools.partial(torch.matmul, a, a), device, seconds / 5)
         name = str(dtype).removeprefix("torch.")
-        yield Finding("speed", f"{name} products", f"{rate / 1e9:,.0f} GFLOP/s")
+        yield Finding("speed", f"{name} products", f"{rate / 1e9:,.3g} GFLOP/s")
     teacher, _ = load_teacher("nano", device=device)
     ids = torch.randint(0, 256, BATCH, generator=torch.Generator().manual_seed(0)).to(device)
     student = linearize(teacher, "gated_deltanet").train()

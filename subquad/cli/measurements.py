@@ -23,7 +23,15 @@ def add_commands(parser: Parser) -> None:
     evaluate.option("models", "MODEL", "students or other models", nargs="+")
     evaluate.option("--teacher", "MODEL", "reference model (default: that of the first student, from its recipe.yaml)")
     suites = "quick, full, recall, diagnostics, or parts of full: language, zero-shot, generation, long, efficiency"
-    evaluate.option("--suite", "LIST", suites, dest="suites", type=split_list, default=["quick"])
+    evaluate.option(
+        "--suite",
+        "LIST",
+        suites,
+        dest="suites",
+        type=split_list,
+        default=["quick"],
+        words=["quick", "full", "recall", "diagnostics", "language", "zero-shot", "generation", "long", "efficiency"],
+    )
     evaluate.option("--output -o", "DIR", "directory of results.json; rerun to resume")
     corpus = "evaluation text, used whole (default: the validation text of the student's recipe, or of python-stdlib)"
     evaluate.option("--corpus", "SOURCE", corpus)

@@ -1,7 +1,8 @@
 """The argument parser, and types of options."""
 
 import argparse
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from subquad.utils import UserError, nearest
@@ -28,13 +29,24 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         """Raises UserError for unknown arguments, with the nearest option of the command."""
+        if self.commands is None and not any(action.nargs == argparse.REMAINDER for action in self._actions):
+            self.refuse_unknown_options(args or [])  # before a required option that is misspelt is called missing
         found, rest = super().parse_known_args(args, namespace)
-        if options := [text.partition("=")[0] for text in rest if text.startswith("-")]:
-            close = nearest(options[0], [name for name in self._option_string_actions if name.startswith("--")])
-            self.error(f"unknown option {options[0]}{close if 'did you mean' in close else ''}")
-        elif rest:
+        self.refuse_unknown_options(rest, prefixes=False)
+        if rest:
             self.error(f"unexpected argument {rest[0]!r}")
         return found, rest
+
+    def refuse_unknown_options(self, args: Sequence[str], prefixes: bool = True) -> None:
+        """prefixes: whether the beginning of an option's name stands for it; without, all `args` are unknown."""
+        names = [name for name in self._option_string_actions if name.startswith("--")]
+        for text in itertools.takewhile(lambda text: text != "--", args):
+            given = text.partition("=")[0]
+            if prefixes and (not given.startswith("--") or any(name.startswith(given) for name in names)):
+                continue
+            if given.startswith("-"):
+                close = nearest(given, names)
+                self.error(f"unknown option {given}{close if 'did you mean' in close else ''}")
 
     def command(
         self, name: str, run: Callable[[argparse.Namespace], int | None], summary: str, *, resumes: bool = False
@@ -49,14 +61,16 @@ class Parser(argparse.ArgumentParser):
         """Adds `--quiet` to a command that takes long."""
         self.flag("--quiet", "print results and warnings alone, without progress")
 
-    def option(self, flags: str, metavar: str, text: str, **settings: Any) -> None:
-        """Adds an argument. flags: its name, or its flags separated by blanks. settings: see `add_argument`. The help
-        ends with the default that `settings` give."""
+    def option(self, flags: str, metavar: str, text: str, *, words: Iterable[str] = (), **settings: Any) -> None:
+        """Adds an argument. flags: its name, or its flags separated by blanks. words: values that a shell completes,
+        among others that are allowed. settings: see `add_argument`. The help ends with the default that `settings`
+        give."""
         default = settings.get("default")
         if default not in (None, [], ""):
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
             text += f" (default: {shown})"
-        self.add_argument(*flags.split(), metavar=metavar, help=text, **settings)
+        action = self.add_argument(*flags.split(), metavar=metavar, help=text, **settings)
+        action.words = tuple(words)  # type: ignore[attr-defined]
 
     def device(self) -> None:
         """Adds `--device`; see `find_device`."""

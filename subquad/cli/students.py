@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subquad.cli.parser import Parser, count, placement_of
+from subquad.registry import EXPORT_TARGETS, MIXERS
 from subquad.utils import UserError, as_user_error, probe_output, quiet_libraries
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ def add_commands(parser: Parser) -> None:
     create = parser.command("linearize", run_linearize, "Replace attention with mixers and save the untrained student.")
     create.option("teacher", "TEACHER", "nano, smollm2-135m, a directory, a .gguf file or a hub id")
     create.option("--output -o", "DIR", "new directory", type=Path, required=True)
-    create.option("--mixer", "NAME", "mixer of every layer, see `subquad mixers` (default: gated_deltanet)")
+    create.option(
+        "--mixer", "NAME", "mixer of every layer, see `subquad mixers` (default: gated_deltanet)", words=MIXERS
+    )
     create.option("--option", "NAME=VALUE", "option of the mixer", action="append", default=[])
     create.option(
         "--keep", "LAYERS", "layers that keep their attention, counted from 0, as in 9,19,29 or 0-3 (default: none)"
@@ -33,7 +36,12 @@ def add_commands(parser: Parser) -> None:
     create.flag("--no-copy", "initialize the q, k, v and o projections at random")
     budget = "attention with a window for each key/value head: bytes of N tokens of the teacher's cache, or as in 4MB"
     create.option("--budget", "N", budget)
-    create.option("--budget-memory", "MIXER", "with --budget: a mixer that remembers what has left some heads' windows")
+    create.option(
+        "--budget-memory",
+        "MIXER",
+        "with --budget: a mixer that remembers what has left some heads' windows",
+        words=MIXERS,
+    )
     create.option("--budget-context", "T", "with --budget: heads may keep all tokens, at the price of T", type=count)
     keep = "key/value groups that keep all tokens, besides a budget or windows"
     create.option("--keep-groups", "N", keep, type=count)
@@ -43,7 +51,9 @@ def add_commands(parser: Parser) -> None:
     calibration = "text source for calibration, the errors of windows or the ranking of groups (default: none)"
     create.option("--calibrate", "SOURCE", calibration)
     create.option("--seed", "N", "seed of random initializations", type=int, default=0)
-    create.option("--export", "TARGET", "restrict the student to layers of qwen3_5, granite_hybrid or kimi_linear")
+    create.option(
+        "--export", "TARGET", f"restrict the student to layers of {', '.join(EXPORT_TARGETS)}", words=EXPORT_TARGETS
+    )
     create.placement()
     create.quiet()
     listed = parser.command("mixers", run_mixers, "List the mixers with their papers and options.")
@@ -65,10 +75,15 @@ def add_commands(parser: Parser) -> None:
     generate.placement()
     export = parser.command("export", run_export, "Convert a student for transformers, vLLM, llama.cpp or MLX.")
     export.option("directory", "DIR", "saved student")
-    formats = "gguf, which writes a file; a directory: mlx, onnx, or a target (qwen3_5, granite_hybrid, kimi_linear)"
-    export.option("--format", "FORMAT", formats, required=True)
+    formats = f"gguf, which writes a file; a directory: mlx, onnx, or a target ({', '.join(EXPORT_TARGETS)})"
+    export.option("--format", "FORMAT", formats, required=True, words=["gguf", "mlx", "onnx", *EXPORT_TARGETS])
     export.option("--output -o", "OUT", "new directory or file", required=True)
-    export.option("--type", "TYPE", "number format of a GGUF file: f32, f16, q8_0 or q4_k (default: f16)")
+    export.option(
+        "--type",
+        "TYPE",
+        "number format of a GGUF file: f32, f16, q8_0 or q4_k (default: f16)",
+        words=["f32", "f16", "q8_0", "q4_k"],
+    )
 
 
 def run_linearize(args: Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from subquad.cli.parser import Parser, count, split_list
 from subquad.utils import UserError, is_first_process, quiet_libraries
 
-RECIPE = "YAML file, or the name of a recipe of the package such as nano"
+RECIPE = "YAML file, or the name of a recipe of the package such as {}"
 logger = logging.getLogger(__name__)
 
 
@@ -18,14 +18,14 @@ def add_commands(parser: Parser) -> None:
     )
     demo.option("--output -o", "DIR", "directory of the study, new or existing", type=Path, default=Path("demo"))
     distill = parser.command("distill", run_distill, "Train one student from a recipe.", resumes=True)
-    distill.option("recipe", "RECIPE", RECIPE)
+    distill.option("recipe", "RECIPE", RECIPE.format("smollm2-135m-budget"))
     distill.option("--output -o", "DIR", "saved student: new, or that of an unfinished run to resume", required=True)
     layouts = "with torchrun: ddp, fsdp, layers or layers+fsdp, what the processes share (docs/scale.md)"
-    distill.option("--parallel", "LAYOUT", layouts, default="ddp")
+    distill.option("--parallel", "LAYOUT", layouts, default="ddp", words=["ddp", "fsdp", "layers"])
     study = parser.command(
         "study", run_study, "Train a student for each combination of lists, and compare them.", resumes=True
     )
-    study.option("recipe", "RECIPE", RECIPE)
+    study.option("recipe", "RECIPE", RECIPE.format("nano"))
     study.option("--output -o", "DIR", "directory of the study, new or existing", type=Path, required=True)
     study.option("--jobs", "N", "parallel runs on each machine", type=count, default=1)
     engines = ["local", "ray"]
@@ -41,11 +41,11 @@ def add_commands(parser: Parser) -> None:
     targets = parser.command(
         "cache-teacher", run_cache_teacher, "Compute the sparse targets of stage 3 of all runs.", resumes=True
     )
-    targets.option("recipe", "RECIPE", f"{RECIPE}, also of a study")
+    targets.option("recipe", "RECIPE", f"{RECIPE.format('nano')}, also of a study")
     recipe = parser.command(
         "recipe", run_recipe, "Validate a recipe and print it with all defaults, or the JSON schema."
     )
-    recipe.option("recipe", "RECIPE", RECIPE, nargs="?")
+    recipe.option("recipe", "RECIPE", RECIPE.format("nano"), nargs="?")
     recipe.flag("--schema", "print the JSON schema of recipes, for editors")
     for command in (distill, study, targets):
         command.quiet()
@@ -66,7 +66,7 @@ def run_distill(args: Namespace) -> None:
     if not is_first_process():
         return
     print(format_table([result], terminal_width()))
-    print(f'\nThe student is in {args.output}; try: subquad generate {args.output} "Once upon a time"')
+    print(f'\nThe student is in {args.output}; try: subquad generate {args.output} "TEXT"')
 
 
 def run_demo(args: Namespace) -> int:
