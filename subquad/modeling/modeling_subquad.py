@@ -50,7 +50,8 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         config.check()
         super().__init__(config)
         fresh = base is None
-        base = AutoModelForCausalLM.from_config(config.base_config) if base is None else base
+        if base is None:  # in the dtype of the student, which need not be that of the teacher
+            base = AutoModelForCausalLM.from_config(config.base_config, dtype=torch.get_default_dtype())
         for module in () if fresh else base.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]  # `post_init` must not draw its weights again
         self.mixer_layers: list[MixerLayer | AttentionLayer] = []

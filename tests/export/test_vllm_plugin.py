@@ -1,4 +1,4 @@
-"""Students in vLLM on the CPU by the plug-in, without export, against `transformers`."""
+"""Students in vLLM on the CPU by the plug-in, without export, against `transformers` in the same dtype."""
 
 import os
 from pathlib import Path
@@ -98,10 +98,10 @@ def served(directory: Path, runs: list) -> list:
     return run_script(host_python(VLLM), SCRIPT, runs, prompts, more, COUNT, env={**os.environ, **environment})
 
 
-def errors(directory: Path, answers: list) -> tuple[torch.Tensor, torch.Tensor]:
+def errors(directory: Path, answers: list, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Differences between the log probabilities of vLLM and of `transformers` for the same tokens, and how much less
     probable than the most probable one each generated token is in `transformers`."""
-    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
     found, gaps = [], []
     for answer in answers:
         tokens = torch.tensor([answer["tokens"]])
@@ -120,7 +120,18 @@ def test_students_in_vllm_equal_those_in_transformers(students, tmp_path):
     runs = [(path, {**options, "enable_prefix_caching": on}) for path, options in runs for on in caching]
     outputs = served(tmp_path, runs)
     for (directory, options), answers in zip(runs, outputs, strict=True):
-        found, gaps = errors(directory, answers)
+        found, gaps = errors(directory, answers, torch.float32)
         assert found.abs().max() < 1e-3, directory
         assert gaps.max() < 1e-3, directory
         assert (answers[-1]["cached"] > 0) == options["enable_prefix_caching"], directory
+
+
+def test_students_in_vllm_in_bfloat16(students, tmp_path):
+    """As near to float32 as `transformers` in bfloat16."""
+    runs = [(str(path), {**OPTIONS, "dtype": "bfloat16"}) for path in students.values()]
+    for (directory, _), answers in zip(runs, served(tmp_path, runs), strict=True):
+        exact, _ = errors(directory, answers, torch.float32)
+        between, gaps = errors(directory, answers, torch.bfloat16)
+        rounding = (exact - between).square().mean().sqrt()  # of `transformers`
+        assert exact.square().mean().sqrt() < 1.5 * rounding, directory
+        assert gaps.max() < 0.5, directory
