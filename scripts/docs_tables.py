@@ -105,13 +105,15 @@ def load(server: str) -> str:
         own = {r["model"]: r[column] for r in rows if (r["requests"], r["context"]) == place and r[column]}
         if len(own) < len(models):
             return "not run"
-        ratio = float(own["student"]) / float(own["teacher"])
-        return " / ".join(f"{float(own[model]):,.0f}" for model in models) + f" = {ratio:.1f}"
+        values = [float(own[model]) for model in models]
+        shown = [f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in values]
+        return f"{' / '.join(shown)} = {values[0] / values[1]:.1f}"
 
     counts = sorted({int(row["requests"]) for row in rows if row["generation"]})
     kinds = [("prompt", "reading a prompt", 1), *(("generation", f"writing, {n} at once", n) for n in counts)]
-    kinds.append(("memory", f"memory, MB, up to {counts[-1]} requests", counts[-1]))
     lines = [[label, *(cell(column, n, context) for context in contexts)] for column, label, n in kinds]
+    memory = [[cell("memory", n, context) for n in reversed(counts)] for context in contexts]
+    lines.append(["memory, MB", *(next(c for c in cells if c != "not run") for cells in memory)])
     return markdown([f"{' / '.join(models)}, tokens/s", *(f"{context:,} tokens" for context in contexts)], lines)
 
 

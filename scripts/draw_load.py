@@ -29,8 +29,8 @@ def main() -> None:
                 for number, style in zip(requests, (":", "--", "-"), strict=True):
                     own = [row for row in rows if row["model"] == model and int(row["requests"]) == number]
                     points = sorted((int(row["context"]), float(row[column])) for row in own)
-                    if column == "memory" and number != requests[-1]:
-                        continue  # llama.cpp allocates for the most requests
+                    if column == "memory" and number != requests[1]:
+                        continue  # llama.cpp allocates for the most requests when it starts
                     name = model if column == "memory" else f"{model}, {number} at once"
                     axes.plot(*zip(*points, strict=True), style, color=line_color, marker=marker, label=name)
             axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel=label)
@@ -39,7 +39,6 @@ def main() -> None:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xticklabels([f"{context // 1024}k" for context in contexts])
             axes.legend(fontsize=6.5)
-        figure.tight_layout()
         figure.savefig(ROOT / "docs" / "figures" / "load.svg", metadata={"Date": None})
 
 
