@@ -5,10 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import subquad
-from scripts.quantized import as_gguf, with_torchao
+from scripts.quantized import as_gguf, recall, with_torchao
 from subquad.export import convert, export
 from tests.helpers.exports import REGULAR, saved_student
 from tests.helpers.ops import error
+from tests.helpers.recipes import sentences
 from tests.helpers.students import logits
 
 IDS = torch.randint(3, 300, (2, 30), generator=torch.Generator().manual_seed(3))
@@ -37,3 +38,14 @@ def test_torchao_changes_linear_layers_but_not_gates(bits, tmp_path):
     assert type(projection.weight) is not torch.nn.Parameter
     assert size < sum(p.numel() for p in model.parameters()) * 4
     assert 0 < error(logits(changed, IDS), logits(model, IDS)) < (0.1 if bits == 8 else 0.9)
+
+
+def test_recall_of_coarse_weights_differs(tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("scripts.quantized.LENGTH", 192)
+    student, tokenizer = subquad.load_teacher(saved_student(tmp_path, REGULAR, intermediate_size=64))
+    model = convert(student, "qwen3_5")
+    haystack = torch.tensor(tokenizer(sentences(400, 3)).input_ids)
+    share, loglikelihood = recall(model, tokenizer, haystack)
+    assert 0 <= int(share.rstrip("%")) <= 100
+    assert recall(with_torchao(model, 4)[0], tokenizer, haystack)[1] != loglikelihood
