@@ -64,6 +64,8 @@ def test_mixers_lists_names_and_options(capsys):
         ("generate nano text --dr", ["--draft", "--draft-tokens"]),
         ("select nano --by ", ["retrieval", "kl", "halo", "uniform"]),
         ("select nano --by k", ["kl"]),
+        ("linearize nano --mixer gated", ["gated_deltanet"]),
+        ("export student --format mi", ["ministral"]),
         ("distill rec", []),
     ],
 )
@@ -75,6 +77,12 @@ def test_completion(typed, expected, capsys):
     script += f'COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _subquad; echo "${{COMPREPLY[@]}}"'
     done = subprocess.run([bash, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == expected
+
+
+def test_a_misspelt_option_is_named_rather_than_called_missing(capsys):
+    code, _, err = run(capsys, "distill", "recipe.yaml", "--outputt", "student")
+    assert code == 2
+    assert "unknown option --outputt; did you mean '--output'?" in err
 
 
 def test_completion_in_zsh(capsys, tmp_path):
