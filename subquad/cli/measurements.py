@@ -12,7 +12,7 @@ from pathlib import Path
 from subquad.cli.parser import Parser, count, counts, placement_of, split_list
 from subquad.utils import UserError, as_user_error, needs_extra, quiet_libraries
 
-BENCHMARKS = ("ops", "decode", "decode_step", "distill", "loss", "serving", "mqar", "data", "windows", "draft", "gpu")
+BENCHMARKS = ("ops", "decode", "decode_step", "distill", "loss", "load", "mqar", "data", "windows", "draft", "gpu")
 """Modules of `benchmarks`."""
 
 
