@@ -9,7 +9,7 @@ other tokens, and write --count tokens ("generation": tokens per second of all r
 token; the median of --repeats). They find the prompt in the server's prefix cache, so reading it is not counted: vLLM
 keeps it by itself; for llama.cpp the slot that read it is saved and restored to all slots. Requests are sent by vLLM's
 load tool (`vllm bench serve`). "memory" is the server's largest resident size so far: llama.cpp allocates caches of
-all requests at its start; vLLM's grows with use. `max_position_embeddings` of the models must exceed the contexts.
+all requests at its start, vLLM reserves --cache. `max_position_embeddings` of the models must exceed the contexts.
 """
 
 import csv

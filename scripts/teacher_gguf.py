@@ -6,16 +6,29 @@ The types are those of `subquad export --type`.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
+from transformers import PreTrainedModel
 
 from subquad import load_teacher
-from subquad.export.gguf import TYPES, add_sizes, add_tokenizer, quantized
+from subquad.export.gguf import TYPES, add_sizes, add_tokenizer, write_tensors
 
 ARCHITECTURE = gguf.MODEL_ARCH.LLAMA
+
+
+def teacher_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    config: Any = model.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        tensor, own = tensor.to(torch.float32), name.split(".")[-2]
+        if own in heads:  # llama.cpp rotates pairs of neighbouring channels
+            tensor = tensor.unflatten(0, (heads[own], 2, -1)).transpose(1, 2).flatten(0, 2)
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            yield name, tensor
 
 
 def main() -> None:
@@ -35,21 +48,7 @@ def main() -> None:
     writer.add_rope_dimension_count(config.head_dim)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     names = gguf.get_tensor_name_map(ARCHITECTURE, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for key, tensor in model.state_dict().items():
-        if key == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        tensor, own = tensor.to(torch.float32), key.split(".")[-2]
-        if own in heads:  # llama.cpp rotates pairs of neighbouring channels
-            tensor = tensor.unflatten(0, (heads[own], 2, -1)).transpose(1, 2).flatten(0, 2)
-        name = names.get_name(key, (".weight", ".bias"))
-        assert name is not None, key
-        values, dtype = quantized(name, tensor.contiguous().numpy(), matrix_type)
-        writer.add_tensor(name, values, raw_dtype=dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer, names, teacher_tensors(model), matrix_type)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ a fixed set of pre-tokenizers, among which a tokenizer's regular expression is l
 
 import ctypes
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,19 @@ def write_gguf(
         gguf.MODEL_ARCH.KIMI_LINEAR: add_kimi_sizes,
     }[architecture](writer, config)
     add_tokenizer(writer, tokenizer, config.vocab_size)
+    own_tensors = kimi_tensors if architecture == gguf.MODEL_ARCH.KIMI_LINEAR else tensors
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for key, tensor in kimi_tensors(model) if architecture == gguf.MODEL_ARCH.KIMI_LINEAR else tensors(model):
+    write_tensors(writer, names, own_tensors(model), matrix_type)
+
+
+def write_tensors(
+    writer: gguf.GGUFWriter,
+    names: gguf.TensorNameMap,
+    named_tensors: Iterable[tuple[str, Tensor]],
+    matrix_type: gguf.GGMLQuantizationType,
+) -> None:
+    """Writes the file of `writer`, which has all but tensors: float32 tensors with the names of `transformers`."""
+    for key, tensor in named_tensors:
         tensor_name = names.get_name(key, (".weight", ".bias"))
         assert tensor_name is not None, key
         values, dtype = quantized(tensor_name, tensor.contiguous().numpy(), matrix_type)
