@@ -145,7 +145,11 @@ MISTAKES = {
     "select TEACHER --by retreival": "argument --by: got 'retreival'; did you mean 'retrieval'?",
     "select TEACHER --by uniform --top 4": "by: got 'uniform' for groups, expected it for layers",
     "select TEACHER --top 5 --by kl": "keep: got 5, expected a number from 1 to 4, the number of groups",
-    "select TEACHER --text missing.txt": "missing.txt",
+    "select TEACHER --text missing.txt": "--text 'missing.txt': no such file",
+    "select TEACHER --text SHORT": "short.txt': got at most 6 tokens, expected at least 512",
+    "select TEACHER --device gpu": "device: got 'gpu', expected auto, cpu, cuda or cuda:N",
+    "linearize TEACHER --calibrate SHORT": "subquad: --calibrate '",
+    "eval TEACHER --corpus SHORT": "subquad: --corpus '",
     "distill nano.yml": "nano.yml",
     "distill RECIPE --set stages.hiden.lr=1": "did you mean 'stages.hidden'",
     "distill RECIPE --set student.mixer=gal": "did you mean 'gla'",
@@ -200,7 +204,8 @@ MISTAKES = {
 @pytest.mark.parametrize("command", MISTAKES)
 def test_user_error_is_one_line_and_exit_code_2(command, capsys, recipe_path):
     folder = recipe_path.parent
-    places = {"RECIPE": recipe_path, "TEACHER": folder / "teacher", "FOLDER": folder}
+    (folder / "short.txt").write_text("text\n")
+    places = {"RECIPE": recipe_path, "TEACHER": folder / "teacher", "FOLDER": folder, "SHORT": folder / "short.txt"}
     argv = [places.get(word, word) for word in shlex.split(command)]
     output = ["-o", folder / "never"] if argv[0] in ("distill", "study", "linearize", "export") else []
     code, _, err = run(capsys, *argv, *output)

@@ -9,7 +9,7 @@ from argparse import REMAINDER, Namespace
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
-from subquad.cli.parser import Parser, count, counts, placement_of, split_list
+from subquad.cli.parser import Parser, count, counts, named, placement_of, split_list
 from subquad.utils import UserError, as_user_error, needs_extra, quiet_libraries
 
 BENCHMARKS = ("ops", "decode", "decode_step", "distill", "loss", "load", "mqar", "data", "windows", "draft", "gpu")
@@ -78,6 +78,7 @@ def add_commands(parser: Parser) -> None:
     select.option("--top", "N", "number that the student keeps whole", type=count, default=8)
     select.option("--window", "N", "tokens that the others see, besides 4 sinks", type=count, default=64)
     select.option("--text", "SOURCE", "text source", default="python-stdlib")
+    select.placement()
     select.flag("--json", "print the ranking and the layer types as JSON")
     select.quiet()
     report = parser.command("report", run_report, "Write the HTML page of a study, figures as SVG and PDF, and tables.")
@@ -99,7 +100,8 @@ def run_eval(args: Namespace) -> int:
     options["placement"] = placement_of(args)
     if args.json:  # nothing else may be on stdout
         logging.getLogger("subquad").handlers[0].setStream(sys.stderr)  # type: ignore[attr-defined]
-    with redirect_stdout(sys.stderr) if args.json else nullcontext():  # lm-eval prints too
+    stdout = redirect_stdout(sys.stderr) if args.json else nullcontext()  # lm-eval prints too
+    with stdout, nullcontext() if args.corpus is None else named("--corpus"):
         outcome = command.run(**options)
     print(json.dumps(outcome.as_dict(), indent=2) if args.json else outcome.table(terminal_width()))
     if args.output:
@@ -129,16 +131,17 @@ def run_select(args: Namespace) -> None:
     from subquad.config import Data
     from subquad.data import check_data, spread_rows
     from subquad.modeling.attention.discovery import discover_attention
-    from subquad.modeling.teachers import check_reference, load_teacher
+    from subquad.modeling.teachers import check_reference, load_placed
     from subquad.selection.ranking import kept_layer_types, rank_groups
     from subquad.selection.texts import HAYSTACK
 
     check_reference(args.teacher, "teacher")
-    text = Data(source=args.text)
-    check_data(text)
-    teacher, tokenizer = load_teacher(args.teacher)
+    placement, text = placement_of(args), Data(source=args.text, seq_len=HAYSTACK[1])
+    with named("--text"):
+        check_data(text)
+        teacher, tokenizer = load_placed(args.teacher, placement)
+        haystack = spread_rows(text, tokenizer, *HAYSTACK).flatten()
     layers = discover_attention(teacher)
-    haystack = spread_rows(text, tokenizer, *HAYSTACK).flatten()
     options = {"keep": args.top, "window": args.window, "attention_layers": layers}
     ranking = rank_groups(teacher, tokenizer, haystack, args.by, args.unit, **options)
     types = kept_layer_types(ranking[: args.top], [info.spec.num_kv_heads for info in layers], args.window)

@@ -2,7 +2,8 @@
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from subquad.utils import UserError, nearest
@@ -102,6 +103,16 @@ def placement_of(args: argparse.Namespace) -> "Placement":
 
     find_device(args.device)
     return Placement(args.device, args.dtype, args.attn)
+
+
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """In its block, errors about keys of a recipe are about the `option` by which a command is given its text."""
+    try:
+        yield
+    except UserError as error:
+        problems = (problem.replace("data.source", option, 1) for problem in error.problems)
+        raise UserError(*(problem.replace("data.seq_len = ", "") for problem in problems)) from error
 
 
 def split_list(text: str) -> list[str]:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subquad.cli.parser import Parser, count, placement_of
+from subquad.cli.parser import Parser, count, named, placement_of
 from subquad.registry import EXPORT_TARGETS, MIXERS
 from subquad.utils import UserError, as_user_error, probe_output, quiet_libraries
 
@@ -120,12 +120,14 @@ def run_linearize(args: Namespace) -> None:
     placement = placement_of(args)
     check_reference(args.teacher, "teacher")
     if args.calibrate is not None:
-        check_data(Data(source=args.calibrate))
+        with named("--calibrate"):
+            check_data(Data(source=args.calibrate, seq_len=CALIBRATION_SHAPE[1]))
     teacher, tokenizer = load_placed(args.teacher, placement)
     ids, notes = None, ""
     if args.calibrate is not None:
         shape = CALIBRATION_SHAPE if args.budget is None else calibration_shape(teacher)
-        ids = spread_rows(Data(source=args.calibrate), tokenizer, *shape)
+        with named("--calibrate"):
+            ids = spread_rows(Data(source=args.calibrate), tokenizer, *shape)
     kept = rank_groups(args, teacher, tokenizer) if args.keep_groups is not None else []
     allocation = None
     if args.budget is not None:
@@ -155,7 +157,8 @@ def rank_groups(args: Namespace, teacher: Any, tokenizer: Any) -> list[tuple[int
     from subquad.selection.ranking import top_groups
     from subquad.selection.texts import HAYSTACK
 
-    haystack = spread_rows(Data(source=args.calibrate or "python-stdlib"), tokenizer, *HAYSTACK).flatten()
+    with named("--calibrate"):
+        haystack = spread_rows(Data(source=args.calibrate or "python-stdlib"), tokenizer, *HAYSTACK).flatten()
     kept = top_groups(teacher, tokenizer, haystack, args.keep_groups, by=args.keep_by, seed=args.seed)
     print(f"groups that keep all tokens (layer.head): {', '.join(f'{layer}.{head}' for layer, head in kept)}")
     return kept

@@ -57,20 +57,35 @@ ROWS_AT_ONCE = 1024
 """Of a .parquet file."""
 SHARD_BYTES = 2**26
 """Larger .jsonl and .parquet files are streamed in parts: of this size, or of one row group each."""
+ADDED_TOKENS = 2
+"""A tokenizer adds at most so many to a document: one that begins and one that ends a text."""
 VALIDATION_FRACTION = 1 / 20
 MAX_DOCS_FOR_CHARACTER_SPLIT = 200
 """With at most this many documents, a share of them is too coarse or empty, and the text is split by characters."""
 
 
 def check_data(data: Data) -> None:
-    """Checks a recipe's data before any model is loaded, by reading the first document of each local source.
+    """Checks a recipe's data before any model is loaded, by reading the beginning of each local source.
 
     Raises:
-        UserError: a source does not exist, is empty, or is not text.
+        UserError: a source does not exist, is not text, is empty, or has fewer bytes than a row has tokens.
     """
     for source in [*resolve_sources(data, "train"), *resolve_sources(data, "validation")]:
-        if source.files and next(read(replace(source, part="all")), None) is None:
-            raise UserError(f"{source.label}: got no text, expected at least one document")
+        if source.files:
+            _check_length(replace(source, part="all"), data.seq_len)
+
+
+def _check_length(source: Source, seq_len: int) -> None:
+    """Raises UserError where the text cannot fill a row: a token is a byte at least, and a document adds a few. The
+    text of a chat template is not known here, so conversations need one document only."""
+    tokens = 0
+    for document in read(source):
+        tokens += len(document.encode()) + ADDED_TOKENS if isinstance(document, str) else seq_len
+        if tokens >= seq_len:
+            return
+    if tokens == 0:
+        raise UserError(f"{source.label}: got no text, expected at least one document")
+    raise UserError(f"{source.label}: got at most {tokens} tokens, expected at least data.seq_len = {seq_len}")
 
 
 def documents(

@@ -88,7 +88,8 @@ def keep_groups_mistake(layer_types: Mapping[str, LayerType]) -> str | None:
     """A message if a student with these layer types cannot keep groups whole: some layers have no attention."""
     names = {key: spec if isinstance(spec, str) else spec.get("mixer") for key, spec in layer_types.items()}
     others = [f"{name} ({key})" for key, name in names.items() if name != ATTENTION]
-    expected = "expected attention with a window in every layer, or a budget"
+    example = "{default: {mixer: attention, window: 64}}"
+    expected = f"expected a budget, or attention with a window in every layer, as in {example}"
     return f"got the layer types {', '.join(others)}, {expected}" if others else None
 
 

@@ -270,16 +270,22 @@ def test_errors_are_raised_at_the_call():
 
 def test_check_data():
     good, empty, bad = write("a.txt", PROSE), write("b.txt", " \n\n"), write("c.txt", b"\xff")
-    check_data(Data(source=good))
-    check_data(Data(source="python-stdlib", validation=good))
+    short = write("g.txt", "ä" * 15)  # two bytes each, and two tokens that a document may add
+    check_data(Data(source=good, seq_len=32))
+    check_data(Data(source=short, seq_len=32))
+    check_data(Data(source="python-stdlib", validation=good, seq_len=32))
     for data, expected in [
         (Data(source=empty), "data.source 'b.txt': got no text"),
         (
             Data(source=write("e.parquet", parquet(text=pyarrow.array([], pyarrow.string())))),
             "'e.parquet': got no text",
         ),
-        (Data(source=good, validation=empty), "data.validation 'b.txt': got no text"),
-        (Data(source=good, validation=bad), "c.txt: got 0xff at byte 0"),
+        (Data(source=good, validation=empty, seq_len=32), "data.validation 'b.txt': got no text"),
+        (
+            Data(source=short, seq_len=33),
+            "data.source 'g.txt': got at most 32 tokens, expected at least data.seq_len = 33",
+        ),
+        (Data(source=good, validation=bad, seq_len=32), "c.txt: got 0xff at byte 0"),
         (Data(source="d.txt"), "data.source 'd.txt': no such file or directory; did you mean "),
     ]:
         with pytest.raises(UserError) as caught:
