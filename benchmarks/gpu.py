@@ -218,7 +218,7 @@ def decoding(args: argparse.Namespace) -> list[Row]:
 
 
 def recipe(args: argparse.Namespace, tokens: dict[str, int], **student: Any) -> Recipe:
-    batch, seq_len = (args.batch, args.seq_len) if args.cuda else (2, 128)
+    batch, seq_len = (args.batch, args.seq_len) if args.cuda else (2, 64)
     rates = {
         "matrix": {"lr": 1e-3, "param_groups": {"attention_projections": {"lr": 3e-4}}},
         "hidden": {"lr": 2e-3, "param_groups": {"attention_projections": {"lr": 5e-4}}},
@@ -232,7 +232,7 @@ def recipe(args: argparse.Namespace, tokens: dict[str, int], **student: Any) -> 
             "student": {"mixer": args.mixer, **student},
             "stages": stages,
             "checkpoint": {"save_steps": 100_000},
-            "precision": "bfloat16",
+            "precision": "bfloat16" if args.cuda else "float32",
             "evaluation": {"eval_tokens": 65_536 if args.cuda else 512},
         }
     )
@@ -251,10 +251,10 @@ def stage_rates(directory: Path) -> dict[str, float]:
 def distillation(args: argparse.Namespace) -> list[Row]:
     """Distills through all stages for the remaining time; its rates come from a short run."""
     loaded = subquad.load_teacher(args.teacher)
-    per_step = args.batch * args.seq_len if args.cuda else 256
+    per_step = args.batch * args.seq_len if args.cuda else 128
     with tempfile.TemporaryDirectory() as directory:
         pilot, final = Path(directory, "pilot"), args.student or Path(directory, "final")
-        steps = PILOT_STEPS if args.cuda else 6
+        steps = PILOT_STEPS if args.cuda else 3
         short = dict.fromkeys(STAGE_SHARES, steps * per_step)
         distill(recipe(args, short, calibration_tokens=None), pilot, loaded)
         speed = stage_rates(pilot)
@@ -262,7 +262,8 @@ def distillation(args: argparse.Namespace) -> list[Row]:
         tokens = {s: max(2 * per_step, int(share * seconds * speed[s])) for s, share in STAGE_SHARES.items()}
         if args.cuda:
             torch.cuda.reset_peak_memory_stats()
-        result = distill(recipe(args, tokens), final, loaded)
+        calibration = {} if args.cuda else {"calibration_tokens": per_step}
+        result = distill(recipe(args, tokens, **calibration), final, loaded)
         speed = stage_rates(final)
         args.metrics = read_jsonl(final / "metrics.jsonl")
     parameters = sum(p.numel() for p in loaded[0].parameters())

@@ -1,6 +1,10 @@
 """What every test shares: no Triton kernels bound without a GPU, one thread, and tiny random teachers."""
 
+import os
 import sys
+
+# Processes that tests start: two threads that share a core with another worker wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

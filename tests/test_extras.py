@@ -1,5 +1,6 @@
 """The core works where every optional package is missing, and what needs one says which extra to install."""
 
+import json
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -13,13 +14,23 @@ from tests.helpers.processes import run_python
 from tests.helpers.recipes import tiny_recipe
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-RUN = """
-import sys
+WITHOUT = """
+import contextlib, io, json, sys
 for name in sys.argv[1].split(","):
     sys.modules[name] = None
 from subquad.cli import main
-sys.exit(main(sys.argv[2:]))
 """
+RUN = WITHOUT + "sys.exit(main(sys.argv[2:]))"
+RUN_ALL = (
+    WITHOUT
+    + """
+outcomes = []
+for argv in json.loads(sys.argv[2]):
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        outcomes.append((main(argv), errors.getvalue()))
+print(json.dumps(outcomes))
+"""
+)
 
 
 def missing_modules() -> list[str]:
@@ -62,7 +73,7 @@ def test_what_needs_an_extra_names_it(inputs, tmp_path):
     lora["stages"]["end_to_end"]["lora"] = {"rank": 2}
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(lora))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    for extra, argv in (
+    cases = (
         ("report", ["report", tmp_path]),
         ("report", ["eval", student, "--figures", "-o", figures]),
         ("export", ["export", student, "--format", "gguf", "-o", tmp_path / "student.gguf"]),
@@ -70,7 +81,9 @@ def test_what_needs_an_extra_names_it(inputs, tmp_path):
         ("eval", ["eval", student, "--suite", "zero-shot", "--tasks", "piqa"]),
         ("lora", ["distill", tmp_path / "lora.yaml", "-o", tmp_path / "lora"]),
         ("cluster", ["study", inputs / "recipe.yaml", "--engine", "ray", "-o", tmp_path / "study"]),
-    ):
-        message = run(*argv, code=2)
-        assert f'pip install ".[{extra}]"' in message, (argv, message)
+    )
+    commands = json.dumps([[str(word) for word in argv] for _, argv in cases])
+    outcomes = json.loads(run_python("-c", RUN_ALL, ",".join(missing_modules()), commands).splitlines()[-1])
+    for (extra, argv), (code, message) in zip(cases, outcomes, strict=True):
+        assert (code, f'pip install ".[{extra}]"' in message) == (2, True), (argv, message)
         assert "Traceback" not in message

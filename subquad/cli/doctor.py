@@ -17,8 +17,8 @@ from subquad.threads import available_cores
 from subquad.utils import cache_dir, install_command, quiet_libraries
 
 PACKAGE = "subquad"
-MATMUL_SIZE = 2048
-BATCH = 2, 512
+MATMUL_SIZES = 128, 256, 512, 1024, 2048
+BATCH = 1, 256
 """Rows and tokens of the training step."""
 
 
@@ -178,11 +178,12 @@ def speed(device: Any, seconds: float) -> Iterator[Finding]:
     from subquad.modeling.linearize import linearize
     from subquad.modeling.teachers import load_teacher
 
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype, device=device)
-        rate = 2 * MATMUL_SIZE**3 / per_call(functools.partial(torch.matmul, a, a), device, seconds / 5)
-        name = str(dtype).removeprefix("torch.")
-        yield Finding("speed", f"{name} products", f"{rate / 1e9:,.3g} GFLOP/s")
+    rates = {name: product_rate(getattr(torch, name), device, seconds / 5) for name in ("float32", "bfloat16")}
+    for name, rate in rates.items():
+        problem = None
+        if 2 * rate < rates["float32"]:
+            problem = f"this {device.type} has no {name}: choose float32, in recipes `precision: float32`"
+        yield Finding("speed", f"{name} products", f"{rate / 1e9:,.3g} GFLOP/s", problem)
     teacher, _ = load_teacher("nano", device=device)
     ids = torch.randint(0, 256, BATCH, generator=torch.Generator().manual_seed(0)).to(device)
     student = linearize(teacher, "gated_deltanet").train()
@@ -195,13 +196,25 @@ def speed(device: Any, seconds: float) -> Iterator[Finding]:
     yield Finding("speed", "training step of nano", f"{rate:,.0f} tokens/s (gated_deltanet, forward and backward)")
 
 
+def product_rate(dtype: Any, device: Any, seconds: float) -> float:
+    """Operations per second of products of square matrices, as large as the time allows: emulated dtypes are slow."""
+    import torch
+
+    for size in MATMUL_SIZES:
+        a = torch.randn(size, size, dtype=dtype, device=device)
+        needed = per_call(functools.partial(torch.matmul, a, a), device, seconds / len(MATMUL_SIZES))
+        if 2 * 8 * needed > seconds:  # the next size takes eight times as long, and is called twice
+            break
+    return 2 * size**3 / needed
+
+
 def per_call(call: Callable[[], Any], device: Any, seconds: float) -> float:
-    """Seconds of a call, the median of as many as the time allows, at least three."""
+    """Seconds of a call, the median of as many as the time allows, at least one, after a warm-up."""
     import torch
 
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < 4 or time.perf_counter() < end:
+    while len(times) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         if device.type == "cuda":
