@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 READY := .venv/ready
 
-.PHONY: setup demo test lint test-slow docs package clean
+.PHONY: setup demo test coverage lint test-slow docs package lowest clean
 
 setup: $(READY)
 
@@ -18,7 +18,11 @@ demo: $(READY)
 	$(VENV) -m subquad.cli demo
 
 test: lint
-	$(VENV) -m pytest -m "not slow" -n 2
+	$(VENV) -m pytest -m "not slow" -n 2 $(COVERAGE)
+
+# `make test`, and then the lines and branches that no test ran, also in processes that tests start.
+coverage: COVERAGE := --cov --cov-report=term
+coverage: test
 
 lint: $(READY)
 	$(VENV) -m ruff format --check .
@@ -33,6 +37,10 @@ docs: $(READY)
 
 package: $(READY)
 	scripts/check_package.sh $(PYTHON)
+
+# The core with the lowest version of each dependency.
+lowest: $(READY)
+	scripts/check_lowest.sh $(PYTHON)
 
 clean:
 	rm -rf .venv demo site dist

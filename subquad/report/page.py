@@ -66,11 +66,10 @@ def write_report(directory: Path, page: Path | None = None) -> Path:
     sections = report_sections(directory, runs, groups, results)
     data_uris, keys = {}, {}
     for section in sections:
-        for drawn in section.figures:
-            save_figure(drawn.figure, output / drawn.name, "svg", "pdf")
-        keys[section.title] = shared_key(section)
-        for drawn in section.figures:
-            data_uris[drawn.name] = data_uri(drawn.figure)
+        saved = [save_figure(drawn.figure, output / drawn.name, "svg", "pdf")[0] for drawn in section.figures]
+        keys[section.title] = key = shared_key(section)
+        for drawn, file in zip(section.figures, saved, strict=True):
+            data_uris[drawn.name] = data_uri(file.read_bytes() if key is None else draw_svg(drawn.figure))
         for table in section.tables:
             table.to_csv(output / f"{table.name}.csv")
             table.to_latex(output / f"{table.name}.tex")
@@ -93,11 +92,15 @@ def write_report(directory: Path, page: Path | None = None) -> Path:
     return page
 
 
-def data_uri(figure: Figure) -> str:
-    """A figure as SVG in a data URI, in which its element ids are separate from those of other images on a page."""
+def draw_svg(figure: Figure) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="svg", **SAVE_OPTIONS["svg"])
-    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+    return content.getvalue()
+
+
+def data_uri(svg: bytes) -> str:
+    """A figure as SVG in a data URI, in which its element ids are separate from those of other images on a page."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
 def shared_key(section: Section) -> str | None:
@@ -106,7 +109,7 @@ def shared_key(section: Section) -> str | None:
     texts = {tuple(text.get_text() for text in legend.get_texts()) for legend in legends}
     if len(legends) < 2 or len(texts) > 1:
         return None
-    key = data_uri(style.legend_figure(legends[0]))
+    key = data_uri(draw_svg(style.legend_figure(legends[0])))
     for legend in legends:
         legend.remove()
     return key
