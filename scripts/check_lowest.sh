@@ -19,14 +19,14 @@ from packaging.requirements import Requirement
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
-for text in [*project["dependencies"], *extras["report"], *extras["export"]]:
+for text in [*project["dependencies"], *extras["report"], *extras["export"], *extras["lora"]]:
     requirement = Requirement(text)
     lowest = [bound.version for bound in requirement.specifier if bound.operator == ">="]
     if lowest and requirement.name != "torch":
         print(f"{requirement.name}=={lowest[0]}")
 PYTHON
-"$bin/python" -m pip install --quiet --constraint "$work/lowest.txt" ".[report,export]"
+"$bin/python" -m pip install --quiet --constraint "$work/lowest.txt" ".[report,export,lora]"
 "$bin/python" -m pip install --quiet "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
-"$bin/python" -m pip list --format freeze | grep -f <(sed 's/==.*/==/' "$work/lowest.txt")
+"$bin/python" -m pip list --format freeze | grep -i -f <(sed 's/==.*/==/' "$work/lowest.txt")
 "$bin/python" -m pytest -m "not slow" -n 2 tests/config tests/data tests/modeling/test_linearize.py \
     tests/modeling/test_saving.py tests/distill/test_pipeline.py tests/distill/test_trainer.py tests/test_cli.py
