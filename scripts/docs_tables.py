@@ -11,6 +11,7 @@ table from raw results.
 import argparse
 import csv
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -117,6 +118,36 @@ def load(server: str) -> str:
     return markdown([f"{' / '.join(models)}, tokens/s", *(f"{context:,} tokens" for context in contexts)], lines)
 
 
+def gap(row: dict) -> str:
+    return f"{math.log(row['perplexity'] / row['teacher_perplexity']):.3f}"
+
+
+def smollm2_recipes() -> str:
+    """The students of results/smollm2-135m/recipes.json: for each recipe and number of tokens the best first."""
+    rows = json.loads((RESULTS / "smollm2-135m" / "recipes.json").read_text())["rows"]
+    rows.sort(key=lambda row: (row["recipe"], -round(row["tokens"], -4), row["perplexity"] / row["teacher_perplexity"]))
+    header = ["recipe", "tokens", "rows of", "mixer", "state, MB", "loss above the teacher's, nats", "KL, nats",
+              "same most likely token"]  # fmt: skip
+    body = [
+        [re.sub(r".*/smollm2-135m-(\w+)\.yaml", r"\1", row["recipe"]), f"{row['tokens']:,}", str(row["seq_len"]),
+         f"`{row['mixer']}`", f"{row['state_bytes'] / 1e6:.1f}", gap(row), f"{row['kl']:.3f}",
+         f"{row['top1_agreement']:.1%}"]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(header, body)
+
+
+def smollm2_windows() -> str:
+    header = ["window", "sinks", "cache, MB", "loss above the teacher's, nats", "KL, nats", "same most likely token"]
+    rows = json.loads((RESULTS / "smollm2-135m" / "windows.json").read_text())
+    body = [
+        [str(row["window"]), str(row["sinks"]), f"{row['cache_bytes'] / 1e6:.2f}", f"{row['loss_above_teacher']:.3f}",
+         f"{row['kl']:.3f}", f"{row['top1_agreement']:.1%}"]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(header, body)
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "nano/recovered": lambda: nano_grid("recovered, %", -1),
@@ -125,6 +156,8 @@ VIEWS: dict[str, Callable[[], str]] = {
     "nano/plain-full": nano_plain_and_full,
     "near_far/nano": near_far_training,
     "frontier/smollm2-135m": frontier,
+    "smollm2-135m/recipes": smollm2_recipes,
+    "smollm2-135m/windows": smollm2_windows,
     "export/load-llama-cpp": lambda: load("llama-cpp"),
     "export/load-vllm": lambda: load("vllm"),
 }
