@@ -10,6 +10,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from subquad.cli.parser import Parser, count, counts, named, placement_of, split_list
+from subquad.registry import MIXERS, SUITES
 from subquad.utils import UserError, as_user_error, needs_extra, quiet_libraries
 
 BENCHMARKS = ("ops", "decode", "decode_step", "distill", "loss", "load", "mqar", "data", "windows", "draft", "gpu")
@@ -23,15 +24,8 @@ def add_commands(parser: Parser) -> None:
     evaluate.option("models", "MODEL", "students or other models", nargs="+")
     evaluate.option("--teacher", "MODEL", "reference model (default: that of the first student, from its recipe.yaml)")
     suites = "quick, full, recall, diagnostics, or parts of full: language, zero-shot, generation, long, efficiency"
-    evaluate.option(
-        "--suite",
-        "LIST",
-        suites,
-        dest="suites",
-        type=split_list,
-        default=["quick"],
-        words=["quick", "full", "recall", "diagnostics", "language", "zero-shot", "generation", "long", "efficiency"],
-    )
+    names = ("quick", "full", *SUITES)
+    evaluate.option("--suite", "LIST", suites, dest="suites", type=split_list, default=["quick"], words=names)
     evaluate.option("--output -o", "DIR", "directory of results.json; rerun to resume")
     corpus = "evaluation text, used whole (default: the validation text of the student's recipe, or of python-stdlib)"
     evaluate.option("--corpus", "SOURCE", corpus)
@@ -58,9 +52,9 @@ def add_commands(parser: Parser) -> None:
     budgets = "numbers of tokens N, for the bytes of N + 4 tokens of the teacher's cache"
     frontier.option("--budgets", "LIST", budgets, type=counts, default=[32, 64, 96, 192, 384])
     memory = "also windows with memories: the mixer that remembers what has left some heads' windows"
-    frontier.option("--budget-memory", "MIXER", memory)
+    frontier.option("--budget-memory", "MIXER", memory, words=MIXERS)
     suites = "suites of `subquad eval` (default: language, long, recall; zero-shot with --data or --tasks)"
-    frontier.option("--suite", "LIST", suites, dest="suites", type=split_list)
+    frontier.option("--suite", "LIST", suites, dest="suites", type=split_list, words=SUITES)
     frontier.option("--corpus", "SOURCE", "evaluation text, used whole (default: the validation text of python-stdlib)")
     frontier.option("--data", "DIR", "benchmark items, NAME.jsonl or NAME.jsonl.gz")
     frontier.option("--tasks", "LIST", "tasks of --data or of lm-eval", type=split_list)
