@@ -218,17 +218,16 @@ def decoding(args: argparse.Namespace) -> list[Row]:
 
 
 def recipe(args: argparse.Namespace, tokens: dict[str, int], **student: Any) -> Recipe:
-    batch, seq_len = (args.batch, args.seq_len) if args.cuda else (2, 64)
     rates = {
         "matrix": {"lr": 1e-3, "param_groups": {"attention_projections": {"lr": 3e-4}}},
         "hidden": {"lr": 2e-3, "param_groups": {"attention_projections": {"lr": 5e-4}}},
         "end_to_end": {"lr": 2e-4, "param_groups": {"mixer": {"lr": 1e-3}, "attention_projections": {"lr": 5e-4}}},
     }
-    stages = {name: {"tokens": count, "batch_size": batch, **rates[name]} for name, count in tokens.items()}
+    stages = {name: {"tokens": count, "batch_size": args.batch, **rates[name]} for name, count in tokens.items()}
     return Recipe.model_validate(
         {
             "teacher": args.teacher,
-            "data": {"source": args.text, "seq_len": seq_len},
+            "data": {"source": args.text, "seq_len": args.seq_len},
             "student": {"mixer": args.mixer, **student},
             "stages": stages,
             "checkpoint": {"save_steps": 100_000},
@@ -251,7 +250,7 @@ def stage_rates(directory: Path) -> dict[str, float]:
 def distillation(args: argparse.Namespace) -> list[Row]:
     """Distills through all stages for the remaining time; its rates come from a short run."""
     loaded = subquad.load_teacher(args.teacher)
-    per_step = args.batch * args.seq_len if args.cuda else 128
+    per_step = args.batch * args.seq_len
     with tempfile.TemporaryDirectory() as directory:
         pilot, final = Path(directory, "pilot"), args.student or Path(directory, "final")
         steps = PILOT_STEPS if args.cuda else 3
@@ -324,6 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.cuda, args.deadline = args.device.type == "cuda", time.perf_counter() + args.seconds
     if args.cuda:
         limit_autotuning(args.configs)
+    else:
+        args.batch, args.seq_len = 2, 64
     args.output.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if args.cuda else "cpu"
     target = args.output / re.sub(r"[^a-z0-9]+", "-", device.lower())
