@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from scipy import stats
+
 from subquad.study.aggregate import Mean
 from subquad.study.progress import format_table
 
@@ -137,15 +139,86 @@ def smollm2_recipes() -> str:
     return markdown(header, body)
 
 
-def smollm2_windows() -> str:
-    header = ["window", "sinks", "cache, MB", "loss above the teacher's, nats", "KL, nats", "same most likely token"]
-    rows = json.loads((RESULTS / "smollm2-135m" / "windows.json").read_text())
+def smollm2_untrained() -> str:
+    """What scripts/smollm2/untrained.py measured: rows of each length, in the order of measurement."""
+    header = [
+        "rows of",
+        "untrained",
+        "cache, MB",
+        "loss above the teacher's, nats",
+        "KL, nats",
+        "same most likely token",
+    ]
+    rows = json.loads((RESULTS / "smollm2-135m" / "untrained.json").read_text())
     body = [
-        [str(row["window"]), str(row["sinks"]), f"{row['cache_bytes'] / 1e6:.2f}", f"{row['loss_above_teacher']:.3f}",
+        [str(row["seq_len"]), row["model"], f"{row['cache_bytes'] / 1e6:.2f}", f"{row['loss_above_teacher']:.3f}",
          f"{row['kl']:.3f}", f"{row['top1_agreement']:.1%}"]
-        for row in rows
+        for row in sorted(rows, key=lambda row: row["seq_len"])
     ]  # fmt: skip
     return markdown(header, body)
+
+
+def smollm2_ranks() -> str:
+    """Every mixer's place by each recipe at a quarter of the tokens, and on nano; their rank correlation with nano."""
+    rows = json.loads((RESULTS / "smollm2-135m" / "recipes.json").read_text())["rows"]
+    nano = {
+        row["mixer"].replace(" ", "_"): float(row["perplexity"])
+        for row in read_csv("nano/grid")
+        if (row["copied"], row["stages"]) == ("yes", "1+2+3")
+    }
+    columns = {"nano, 49,152 tokens": nano}
+    for recipe in ("pure", "paper"):
+        found = [row for row in rows if row["recipe"].endswith(f"-{recipe}.yaml") and row["tokens"] < 30_000]
+        found = [row for row in found if row["seed"] == 0 and row["mixer"] in nano]
+        columns[f"{recipe}, 25,000 tokens"] = {row["mixer"]: float(gap(row)) for row in found}
+    places = {
+        title: {mixer: str(place) for place, mixer in enumerate(sorted(values, key=values.__getitem__), 1)}
+        for title, values in columns.items()
+    }
+    body = [
+        [f"`{mixer}`", *(places[title].get(mixer, "") for title in columns)] for mixer in places["nano, 49,152 tokens"]
+    ]
+
+    def correlation(values: dict[str, float]) -> str:
+        common = [mixer for mixer in nano if mixer in values]
+        return f"{stats.spearmanr([nano[m] for m in common], [values[m] for m in common]).statistic:.2f}"
+
+    body.append(["rank correlation with nano", *(correlation(values) for values in columns.values())])
+    return markdown(["mixer", *columns], body)
+
+
+def smollm2_evaluation() -> str:
+    """What scripts/smollm2/score.py measured: students by recipe, then windows of equal bytes and the teacher."""
+    results = json.loads((RESULTS / "smollm2-135m" / "evaluation.json").read_text())["results"]
+    models: dict[str, dict[tuple[str, str, int | None], dict]] = {}
+    for result in results:
+        measured = models.setdefault(result["model"].removeprefix("smollm2-135m, "), {})
+        measured[result["task"], result["metric"], result.get("length")] = result
+    tasks = list(dict.fromkeys(r["task"] for r in results if r["metric"] == "acc" and "length" not in r))
+    text = next(result["task"] for result in results if result["metric"] == "repetition")
+
+    def share(found: dict | None) -> str:
+        if found is None:
+            return ""
+        return f"{found['value']:.1%}" + (f" ± {1.96 * found['stderr']:.1%}" if "stderr" in found else "")
+
+    lengths = sorted({result["length"] for result in results if result["metric"] == "perplexity_by_position"})
+    columns: dict[str, Callable[[dict], str]] = {
+        "cache, MB": lambda own: f"{own['cache', 'state_bytes', 4096]['value'] / 1e6:.1f}",
+        **{
+            f"perplexity to {n:,}": lambda own, n=n: f"{own[text, 'perplexity_by_position', n]['value']:.1f}"
+            for n in lengths
+        },
+        **{task.removesuffix("_openai"): lambda own, task=task: share(own.get((task, "acc", None))) for task in tasks},
+        "words written": lambda own: share(own.get(("lambada_openai", "acc_generated", None))),
+        "copies written": lambda own: share(own.get(("copy", "acc_generated", 256))),
+        "repeated 4-grams": lambda own: share(own[text, "repetition", None]),
+    }  # fmt: skip
+    body = [
+        [f"`{name}`" if "/" in name else name, *(show(own) for show in columns.values())]
+        for name, own in models.items()
+    ]
+    return markdown(["model", *columns], body)
 
 
 VIEWS: dict[str, Callable[[], str]] = {
@@ -157,7 +230,9 @@ VIEWS: dict[str, Callable[[], str]] = {
     "near_far/nano": near_far_training,
     "frontier/smollm2-135m": frontier,
     "smollm2-135m/recipes": smollm2_recipes,
-    "smollm2-135m/windows": smollm2_windows,
+    "smollm2-135m/untrained": smollm2_untrained,
+    "smollm2-135m/ranks": smollm2_ranks,
+    "smollm2-135m/evaluation": smollm2_evaluation,
     "export/load-llama-cpp": lambda: load("llama-cpp"),
     "export/load-vllm": lambda: load("vllm"),
 }

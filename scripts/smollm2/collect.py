@@ -2,7 +2,7 @@
 
     python scripts/smollm2/collect.py STUDY recipes/smollm2-135m-pure.yaml --note "2 threads, nothing beside"
 
-A run replaces the row of the same recipe, mixer, seed and tokens.
+A run replaces the row of the same recipe, mixer, seed and tokens; a row with the same numbers stays, with its note.
 """
 
 import argparse
@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--note", metavar="TEXT", help="what ran beside it")
     args = parser.parse_args()
     kept = json.loads(RESULTS.read_text())
-    new = rows(args.study, args.recipe, args.note)
+    known = [{name: row[name] for name in (*KEY, *NUMBERS)} for row in kept["rows"]]
+    found = rows(args.study, args.recipe, args.note)
+    new = [row for row in found if {name: row[name] for name in (*KEY, *NUMBERS)} not in known]
     replaced = {tuple(row[name] for name in KEY) for row in new}
     kept["rows"] = [row for row in kept["rows"] if tuple(row[name] for name in KEY) not in replaced] + new
     write_json_atomic(RESULTS, kept)
