@@ -25,6 +25,8 @@ from subquad.study.progress import format_table
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 TABLE = re.compile(r"(<!-- table: (?P<name>[\w./-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+SMOLLM2_BYTES = 30 * 2 * 3 * 64 * 4
+"""Of a token in SmolLM2-135M's cache: layers, keys and values, heads, dimensions, float32."""
 STAGES = ("1+2+3", "2+3", "3")
 
 
@@ -139,6 +141,30 @@ def smollm2_recipes() -> str:
     return markdown(header, body)
 
 
+def smollm2_budget() -> str:
+    """Long contexts in constant memory (`scripts/budget.py`), untrained, then trained."""
+    untrained, trained = (
+        json.loads((RESULTS / "budget" / f"{name}.json").read_text())["results"] for name in ("smollm2-135m", "trained")
+    )
+    window, memory = "window 96 + 4", "budget 96, memory mamba2"
+    rows = {
+        "teacher": untrained["teacher"],
+        "window of 96 tokens + 4 sinks in every head": untrained[window],
+        "budget 96: the same bytes, a window for each head": untrained["budget 96"],
+        "the same bytes, also memories: `--budget-memory mamba2`": untrained[memory],
+        "the window, trained on 50,000 tokens": trained[window],
+        "windows and memories, trained on 50,000 tokens": trained[memory],
+    }
+    body = [
+        [name, f"{row['loss_2048']:.3f}", f"{row['loss_8192']:.3f}",
+         f"{row['lambada']:.1%}" if "lambada" in row else "",
+         f"{SMOLLM2_BYTES * 8192 / 1e6:.0f} MB" if name == "teacher" else f"{SMOLLM2_BYTES * 100 / 1e6:.1f} MB"]
+        for name, row in rows.items()
+    ]  # fmt: skip
+    header = ["SmolLM2-135M-Instruct on novels", "loss at 2,048 tokens", "at 8,192", "LAMBADA (500 items)"]
+    return markdown([*header, "cache at 8,192"], body)
+
+
 def smollm2_untrained() -> str:
     """What scripts/smollm2/untrained.py measured: rows of each length, in the order of measurement."""
     header = [
@@ -230,6 +256,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     "near_far/nano": near_far_training,
     "frontier/smollm2-135m": frontier,
     "smollm2-135m/recipes": smollm2_recipes,
+    "smollm2-135m/budget": smollm2_budget,
     "smollm2-135m/untrained": smollm2_untrained,
     "smollm2-135m/ranks": smollm2_ranks,
     "smollm2-135m/evaluation": smollm2_evaluation,
