@@ -63,6 +63,7 @@ def add_commands(parser: Parser) -> None:
     frontier.option("--context", "N", context, type=count, default=2048)
     frontier.option("--recipe", "RECIPE", "also train the windows, and the recipe's own student, by this recipe")
     frontier.option("--recipe-budgets", "LIST", "those of the budgets that are trained (default: all)", type=counts)
+    frontier.placement()
     frontier.quiet()
     select = parser.command("select", run_select, "Rank a teacher's key/value groups or layers.")
     select.option("teacher", "TEACHER", "nano, smollm2-135m, a directory, a .gguf file or a hub id")
@@ -115,7 +116,9 @@ def run_frontier(args: Namespace) -> None:
     from subquad.evaluate.table import terminal_width
     from subquad.study import frontier
 
-    options = {name: value for name, value in vars(args).items() if name != "recipe"}
+    others = ("recipe", "device", "dtype", "attn")
+    options = {name: value for name, value in vars(args).items() if name not in others}
+    options["placement"] = placement_of(args)
     print(frontier.run(**options, recipe=recipe).table(terminal_width()))
     print(f"\nresults.json, table.csv and frontier.svg are in {args.output}")
 

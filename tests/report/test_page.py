@@ -18,7 +18,8 @@ from subquad.evaluate.results import Result
 from subquad.report.figures import pareto_front
 from subquad.report.page import mark_code, write_report
 from subquad.report.tables import MISSING, Cell, Table
-from subquad.study.frontier import Frontier, Row, write
+from subquad.study.candidates import Row
+from subquad.study.frontier import Frontier, write
 from subquad.study.grid import run_study
 from tests.helpers.recipes import tiny_recipe
 from tests.helpers.studies import STAGE_SETS, synthetic_recipes, write_study

@@ -13,9 +13,10 @@ from subquad.data import spread_rows
 from subquad.evaluate.results import select
 from subquad.modeling.budget import calibration_shape
 from subquad.modeling.memory_errors import MemoryCandidates
+from subquad.modeling.placement import Placement
 from subquad.selection.ranking import rank_groups
-from subquad.study import frontier
-from subquad.study.frontier import BITS, BUDGET, EVICTION, MEMORY, RECIPE, STREAMING, TEACHER, WINDOW
+from subquad.study import candidates, frontier
+from subquad.study.candidates import BITS, BUDGET, EVICTION, MEMORY, RECIPE, STREAMING, TEACHER, WINDOW
 from subquad.utils import UserError
 from tests.helpers.recipes import save_tiny_teacher, tiny_recipe
 from tests.helpers.results import select_one
@@ -41,7 +42,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_quanto(monkeypatch):
-    monkeypatch.setattr(frontier, "QuantizedCacheLayer", NoQuanto)
+    monkeypatch.setattr(candidates, "QuantizedCacheLayer", NoQuanto)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_all_methods_at_equal_bytes_and_nothing_twice(workspace, tmp_path, monke
     assert frontier.read_frontier(tmp_path) == found
 
     for name in ("linearize", "rank_groups"):
-        monkeypatch.setattr(frontier, name, lambda *a, **k: pytest.fail("computed again"))
+        monkeypatch.setattr(candidates, name, lambda *a, **k: pytest.fail("computed again"))
     monkeypatch.setattr(frontier.Evaluation, "outcome", only_stored(frontier.Evaluation.outcome))
     assert measure(workspace, tmp_path, [150, 8]).cells() == table
 
@@ -109,9 +110,9 @@ def test_windows_and_whole_heads_are_those_of_budget_and_ranking(workspace, tmp_
     settings = frontier.frontier_settings(["language"], text, None, None, None, CONTEXT)
     teacher = frontier.load_eval_model(str(workspace / "teacher"))
     evaluation = frontier.Evaluation([], teacher, settings, tmp_path)
-    candidates = frontier.Candidates(evaluation, [150], frontier.Data(source=text), CONTEXT)
-    models = {row.method: make().model for row, make in list(candidates.untrained())[:4]}
-    ids = candidates.calibration_ids()
+    made = candidates.Candidates(evaluation, [150], frontier.Data(source=text), CONTEXT)
+    models = {row.method: make().model for row, make in list(made.untrained())[:4]}
+    ids = made.calibration_ids()
     assert ids.shape[1] == 512  # what the teacher can read
     windows = [layer.windows for layer in models[BUDGET].mixer_layers]
     student = subquad.linearize(teacher.model, budget="150", calibration_ids=ids)
@@ -121,6 +122,15 @@ def test_windows_and_whole_heads_are_those_of_budget_and_ranking(workspace, tmp_
         expected = [None if (index, head) == (first.layer, first.kv_head) else 116 for head in range(2)]
         assert layer.windows == tuple(expected)
         assert layer.sinks == 4
+
+
+def test_all_models_have_the_dtype_of_the_options(workspace, tmp_path):
+    options = {"suites": ["language"], "placement": Placement(dtype="bfloat16")}
+    found = measure(workspace, tmp_path, [100], **options)
+    sizes = {row.method: found.numbers(row)["cache"].value / TOKEN for row in found.rows}
+    assert sizes[TEACHER] == CONTEXT / 2
+    assert sizes[WINDOW] == (100 + 3.5) / 2
+    assert sizes[BUDGET] <= (100 + 4) / 2
 
 
 @pytest.mark.usefixtures("memories_without_error")
@@ -140,7 +150,7 @@ def test_memories_are_fitted_once_and_stored(workspace, tmp_path, monkeypatch):
     for name, parameter in stored.named_parameters():
         assert torch.equal(parameter, expected.get_parameter(name)), name
 
-    monkeypatch.setattr(frontier, "linearize", lambda *a, **k: pytest.fail("fitted again"))
+    monkeypatch.setattr(candidates, "linearize", lambda *a, **k: pytest.fail("fitted again"))
     monkeypatch.setattr(frontier.Evaluation, "outcome", only_stored(frontier.Evaluation.outcome))
     assert measure(workspace, tmp_path, [100], **options).cells() == found.cells()
 
