@@ -238,7 +238,8 @@ def smollm2_evaluation() -> str:
         **{task.removesuffix("_openai"): lambda own, task=task: share(own.get((task, "acc", None))) for task in tasks},
         "words written": lambda own: share(own.get(("lambada_openai", "acc_generated", None))),
         "copies written": lambda own: share(own.get(("copy", "acc_generated", 256))),
-        "repeated 4-grams": lambda own: share(own[text, "repetition", None]),
+        "repeated 4-grams": lambda own: share(own[text, "repetition", 64]),
+        "first tokens as the teacher's": lambda own: f"{own[text, 'common_prefix', 64]['value']:.1f}",
     }  # fmt: skip
     body = [
         [f"`{name}`" if "/" in name else name, *(show(own) for show in columns.values())]

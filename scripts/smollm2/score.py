@@ -61,7 +61,7 @@ def main() -> None:
     teacher = load_eval_model("smollm2-135m")
     given = settings(args.directory, args.tasks, args.limit)
     results, failed = evaluate(students, teacher, given, args.directory / "evaluation")
-    found = [result.as_dict() for result in results if kept(result)]
+    found = [{name: x for name, x in result.as_dict().items() if x == x} for result in results if kept(result)]
     write_json_atomic(RESULTS, {**run_info(teacher.model.device), "failed": failed, "results": found})
     print(json.dumps(failed) if failed else f"{len(found)} results of {len(students)} students")
 
