@@ -26,7 +26,7 @@ from subquad.config import Data
 from subquad.data import token_rows
 from subquad.evaluate.perplexity import compare
 from subquad.modeling.budget import calibration_shape
-from subquad.modeling.cache import cache_bytes
+from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
 from subquad.utils import write_json_atomic
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "smollm2-135m" / "untrained.json"
@@ -35,7 +35,8 @@ TOKENS, BATCH = 16_384, 8
 
 @torch.no_grad()
 def full_cache(model: PreTrainedModel, tokens: int) -> int:
-    return cache_bytes(model(input_ids=torch.arange(tokens)[None], use_cache=True, logits_to_keep=1).past_key_values)
+    out = model(input_ids=torch.arange(tokens)[None], use_cache=True, logits_to_keep=1)
+    return cache_bytes(out[CACHE_ARGUMENT])
 
 
 def models(args: argparse.Namespace) -> Iterator[tuple[str, PreTrainedModel, int | None]]:
