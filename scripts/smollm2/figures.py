@@ -1,6 +1,6 @@
 """Figures and CSV tables of results/smollm2-135m, from its JSON files.
 
-    python scripts/smollm2/figures.py
+    python -m scripts.smollm2.figures
 
 - `recipes.svg`: loss above the teacher's by mixer, for the published recipe and for ours, at a quarter of the tokens;
 - `contexts.svg`: perplexity against the position in a text, of ours, of the window of equal bytes and of the teacher;
@@ -9,11 +9,11 @@
 
 import csv
 import json
-import math
 from pathlib import Path
 
 import matplotlib
 
+from scripts.docs_tables import quarter_gaps
 from subquad.analysis.plot_style import (
     GRAY,
     RC_PARAMS,
@@ -28,8 +28,6 @@ from subquad.analysis.plot_style import (
 )
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "smollm2-135m"
-FEW_TOKENS = 30_000
-"""Rows with fewer are those of a quarter of the tokens."""
 
 
 def read(name: str, key: str | None = None) -> list[dict]:
@@ -45,12 +43,8 @@ def write_csv(name: str, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def draw_recipes(rows: list[dict], windows: list[dict]) -> None:
-    gaps: dict[str, dict[str, float]] = {"paper": {}, "pure": {}}
-    for row in rows:
-        if row["tokens"] < FEW_TOKENS and row["seed"] == 0 and row["mixer"] != "softmax":
-            recipe = row["recipe"].removesuffix(".yaml").rpartition("-")[2]
-            gaps[recipe][row["mixer"]] = math.log(row["perplexity"] / row["teacher_perplexity"])
+def draw_recipes(windows: list[dict]) -> None:
+    gaps = {recipe: quarter_gaps(recipe) for recipe in ("paper", "pure")}
     mixers = sorted(gaps["pure"], key=gaps["pure"].__getitem__, reverse=True)
     with matplotlib.rc_context(RC_PARAMS):
         figure, axes = new_figure(width=5.0, height=3.2)
@@ -106,7 +100,7 @@ def main() -> None:
     for name, rows in {"recipes": recipes, "untrained": untrained, "evaluation": evaluation}.items():
         write_csv(name, rows)
     shown = ("window 96 + 4 sinks", "window 32 + 4 sinks")
-    draw_recipes(recipes, [row for row in untrained if row["seq_len"] == 256 and row["model"] in shown])
+    draw_recipes([row for row in untrained if row["seq_len"] == 256 and row["model"] in shown])
     draw_contexts(evaluation)
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import subquad
 from scripts.quantized import with_torchao
 from subquad.config import Data
-from subquad.data import token_rows
+from subquad.data import spread_rows, token_rows
 from subquad.evaluate.perplexity import compare
 from subquad.modeling.budget import calibration_shape
 from subquad.modeling.cache import CACHE_ARGUMENT, cache_bytes
@@ -39,18 +39,17 @@ def full_cache(model: PreTrainedModel, tokens: int) -> int:
     return cache_bytes(out[CACHE_ARGUMENT])
 
 
-def models(args: argparse.Namespace) -> Iterator[tuple[str, PreTrainedModel, int | None]]:
+def models(
+    args: argparse.Namespace, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, PreTrainedModel, int | None]]:
     """Names, models, and the tokens that a model sees, if it is a uniform window."""
-    teacher, tokenizer = subquad.load_teacher("smollm2-135m")
     for window in args.windows:
         layers = {"default": {"mixer": "attention", "window": window, "sinks": args.sinks}}
         name = f"window {window} + {args.sinks} sinks"
         yield name, subquad.linearize(teacher, layer_types=layers), window + args.sinks
-    count, tokens = calibration_shape(teacher)
-    books = Data(source=str(args.directory / "books.txt"), seq_len=tokens)
+    books = Data(source=str(args.directory / "books.txt"))
+    ids = spread_rows(books, tokenizer, *calibration_shape(teacher)) if args.budgets else None
     for budget in args.budgets:
-        rows = token_rows(books, tokenizer, "train", limit=count * tokens).take(count)
-        ids = torch.stack([row["input_ids"] for row in rows])
         yield f"windows by error {budget}", subquad.linearize(teacher, budget=str(budget), calibration_ids=ids), None
     for bits in args.bits:
         yield f"teacher, weights int{bits}", with_torchao(teacher, bits)[0], None
@@ -75,7 +74,7 @@ def main() -> None:
     teacher, tokenizer = subquad.load_teacher("smollm2-135m")
     source, found = str(args.directory / "test/books.txt"), json.loads(RESULTS.read_text())
     batches = {length: text_batches(source, tokenizer, length) for length in args.seq_len}
-    for name, model, seen in models(args):
+    for name, model, seen in models(args, teacher, tokenizer):
         for length in args.seq_len:
             if seen is not None and seen >= length:
                 continue

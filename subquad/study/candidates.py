@@ -123,7 +123,9 @@ class Candidates:
     def with_memories(self, name: str, budget: int) -> EvalModel:
         """The student with the memories that the calibration text asks for, stored with what was fitted."""
         assert self.evaluation.output is not None
-        directory = self.evaluation.output / "students" / f"{self.memory}-{budget}"
+        dtype = str(self.teacher.model.dtype).removeprefix("torch.")
+        suffix = "" if dtype == "float32" else f"-{dtype}"
+        directory = self.evaluation.output / "students" / f"{self.memory}-{budget}{suffix}"
 
         def save() -> int:
             student = self.student(budget, budget_memory=self.memory)

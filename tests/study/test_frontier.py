@@ -124,13 +124,15 @@ def test_windows_and_whole_heads_are_those_of_budget_and_ranking(workspace, tmp_
         assert layer.sinks == 4
 
 
+@pytest.mark.usefixtures("memories_without_error")
 def test_all_models_have_the_dtype_of_the_options(workspace, tmp_path):
-    options = {"suites": ["language"], "placement": Placement(dtype="bfloat16")}
+    options = {"suites": ["language"], "placement": Placement(dtype="bfloat16"), "budget_memory": "gla"}
     found = measure(workspace, tmp_path, [100], **options)
     sizes = {row.method: found.numbers(row)["cache"].value / TOKEN for row in found.rows}
     assert sizes[TEACHER] == CONTEXT / 2
     assert sizes[WINDOW] == (100 + 3.5) / 2
-    assert sizes[BUDGET] <= (100 + 4) / 2
+    assert max(sizes[BUDGET], sizes[MEMORY]) <= (100 + 4) / 2
+    assert [path.name for path in (tmp_path / "students").iterdir()] == ["gla-100-bfloat16"]
 
 
 @pytest.mark.usefixtures("memories_without_error")
